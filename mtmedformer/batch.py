@@ -1,0 +1,213 @@
+"""The data contract: what a sample, a batch and a task's truth look like.
+
+Missing is not empty. A sample whose truth for a task is ``None`` (``present=False`` in the batch) is *unknown* for that
+task and reaches neither its loss nor its metrics; an empty box list or an all-zero mask is a known negative.
+
+Coordinates are continuous and measured from the top-left **corner** of the top-left pixel: pixel column ``j`` covers
+``[j, j + 1)``, so boxes are ``(x0, y0, x1, y1)`` with exclusive ``x1, y1`` and an image
+of width ``W`` spans ``[0, W]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+IGNORE = 255
+"""Value of a mask pixel that is not annotated; it contributes to no loss and no metric."""
+
+Kind = Literal["classification", "detection", "segmentation"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task is called and which classes it knows.
+
+    Attributes:
+        name: Key of the task in batches, heads, losses and logs, for example ``lungs``.
+        kind: ``classification``, ``detection`` or ``segmentation``.
+        classes: Class names in channel order. Background and "normal by absence" are never classes of a detection or
+            segmentation task.
+        multi_label: Whether several classes may hold at once (sigmoid) or exactly one does (softmax). Detection is
+            always single-label; a segmentation task with one class is always multi-label (one sigmoid channel).
+        weak: Whether the truth is approximate everywhere (boxes from circles, masks from boxes).
+    """
+
+    name: str
+    kind: Kind
+    classes: tuple[str, ...]
+    multi_label: bool = False
+    weak: bool = False
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What is known of one image besides its pixels and truth.
+
+    Attributes:
+        id: Name of the image, unique within its data set.
+        patient: One-way hash of the patient (see ``datamodules.records.hash_patient``), never the identifier itself.
+        site: Site (hospital, source) of the image, or ``"unknown"``.
+        view: Radiographic view (``PA``, ``AP``, ``CC``, ``MLO`` …), or ``None``.
+        laterality: ``L``, ``R`` or ``None``.
+        to_original: Affine as six floats ``(a, b, c, d, e, f)``: a point ``(x, y)`` of the network's input lies at
+            ``(a x + b y + c, d x + e y + f)`` in the original image.
+        original_size: ``(height, width)`` of the original image in pixels.
+        spacing: ``(row, column)`` pixel spacing of the original image in mm, or ``None``.
+    """
+
+    id: str
+    patient: str
+    site: str = "unknown"
+    view: str | None = None
+    laterality: str | None = None
+    to_original: tuple[float, float, float, float, float, float] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+    original_size: tuple[int, int] = (0, 0)
+    spacing: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Boxes of one image: ``xyxy`` float32 (N, 4) in pixels, ``labels`` int64 (N,) in ``0..K-1``. N = 0: none there."""
+
+    xyxy: Tensor
+    labels: Tensor
+
+
+@dataclass
+class Sample:
+    """One image with its truth, before batching.
+
+    Attributes:
+        image: float32 (C, H, W) in [0, 1].
+        truth: Per task ``None`` (unknown) or: classification float32 (K,) of 0/1 with NaN where a class is unknown;
+            detection ``Boxes``; segmentation uint8 (K, H, W) of 0/1/``IGNORE``.
+        meta: What else is known of the image.
+    """
+
+    image: Tensor
+    truth: dict[str, Tensor | Boxes | None]
+    meta: Meta
+
+
+class _Movable:
+    """Moves every tensor of a dataclass; Lightning calls ``to`` and DataLoader calls ``pin_memory``."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Return a copy with every tensor moved as by ``Tensor.to``."""
+        return self._map(lambda t: t.to(*args, **kwargs))
+
+    def pin_memory(self) -> Self:
+        """Return a copy with every tensor in pinned memory."""
+        return self._map(lambda t: t.pin_memory())
+
+    def _map(self, move: Any) -> Self:
+        def walk(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return move(value)
+            if isinstance(value, _Movable):
+                return value._map(move)
+            if isinstance(value, dict):
+                return {k: walk(v) for k, v in value.items()}
+            if isinstance(value, list):
+                return [walk(v) for v in value]
+            return value
+
+        return replace(self, **{f.name: walk(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var, arg-type]
+
+
+@dataclass
+class ClassificationTarget(_Movable):
+    """``labels`` float32 (B, K): 1, 0 or NaN (unknown); one-hot for single-label tasks. ``present`` bool (B,)."""
+
+    labels: Tensor
+    present: Tensor
+
+    def __getitem__(self, rows: Tensor) -> ClassificationTarget:
+        return ClassificationTarget(self.labels[rows], self.present[rows])
+
+
+@dataclass
+class DetectionTarget(_Movable):
+    """Per image ``boxes`` float32 (N, 4) xyxy pixels and ``labels`` int64 (N,); ``present`` bool (B,)."""
+
+    boxes: list[Tensor]
+    labels: list[Tensor]
+    present: Tensor
+
+    def __getitem__(self, rows: Tensor) -> DetectionTarget:
+        keep = (rows.nonzero().flatten() if rows.dtype == torch.bool else rows).tolist()
+        return DetectionTarget([self.boxes[i] for i in keep], [self.labels[i] for i in keep], self.present[rows])
+
+
+@dataclass
+class SegmentationTarget(_Movable):
+    """``masks`` uint8 (B, K, H, W): 1, 0 or ``IGNORE``; one-hot for single-label tasks. ``present`` bool (B,)."""
+
+    masks: Tensor
+    present: Tensor
+
+    def __getitem__(self, rows: Tensor) -> SegmentationTarget:
+        return SegmentationTarget(self.masks[rows], self.present[rows])
+
+
+Target = ClassificationTarget | DetectionTarget | SegmentationTarget
+
+
+@dataclass
+class Batch(_Movable):
+    """What a training step receives.
+
+    Attributes:
+        image: float32 (B, C, H, W) in [0, 1].
+        targets: Per task its target; every task of the data set has an entry, present or not.
+        meta: One ``Meta`` an image.
+    """
+
+    image: Tensor
+    targets: dict[str, Target] = field(default_factory=dict)
+    meta: list[Meta] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+
+def collate(samples: Sequence[Sample], tasks: dict[str, Task]) -> Batch:
+    """Stack samples of one size into a batch.
+
+    Args:
+        samples: At least one sample, images all of one shape.
+        tasks: The tasks the batch has an entry for, by name; a sample lacking a task counts as unknown.
+    """
+    return Batch(
+        image=torch.stack([s.image for s in samples]),
+        targets={
+            name: _target(task, [s.truth.get(name) for s in samples], samples[0].image) for name, task in tasks.items()
+        },
+        meta=[s.meta for s in samples],
+    )
+
+
+def _target(task: Task, truths: list[Tensor | Boxes | None], image: Tensor) -> Target:
+    k, present = len(task.classes), torch.tensor([t is not None for t in truths])
+    if task.kind == "detection":
+        boxes = [t if isinstance(t, Boxes) else no_boxes() for t in truths]
+        return DetectionTarget([b.xyxy for b in boxes], [b.labels for b in boxes], present)
+    known = [t for t in truths if isinstance(t, Tensor)]
+    if task.kind == "classification":
+        unknown = torch.full((k,), float("nan"))
+        labels = torch.stack([t if isinstance(t, Tensor) else unknown for t in truths])
+        return ClassificationTarget(labels, present & ~labels.isnan().all(dim=1))
+    size = known[0].shape[-2:] if known else image.shape[-2:]
+    unlabelled = torch.full((k, *size), IGNORE, dtype=torch.uint8)
+    masks = torch.stack([t if isinstance(t, Tensor) else unlabelled for t in truths])
+    return SegmentationTarget(masks, present & (masks != IGNORE).flatten(1).any(dim=1))
+
+
+def no_boxes() -> Boxes:
+    """Return the boxes of an image that has none."""
+    return Boxes(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))

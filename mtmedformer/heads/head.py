@@ -1,0 +1,79 @@
+"""What every task head is: a decoder that reads the shared pyramid, its loss, its predictions and its metrics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from mtmedformer.batch import Kind, Target, Task
+    from mtmedformer.metrics.task_metrics import TaskMetrics
+
+
+class TaskHead(nn.Module, ABC):
+    """A decoder of one task. It knows no other head and no data set.
+
+    A head is constructed from its options alone (so that YAML can describe it) and gets its layers in ``build``, which
+    ``MultiTaskModule`` calls once, before any weight is loaded.
+
+    Args:
+        classes: Class names in channel order.
+    """
+
+    kind: Kind
+    """Which kind of target the head reads."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        super().__init__()
+        self.classes = tuple(classes)
+
+    @abstractmethod
+    def build(self, channels: int, strides: Sequence[int]) -> None:
+        """Create the layers.
+
+        Args:
+            channels: Channels of every pyramid level.
+            strides: Stride of each level, finest first, for example ``(4, 8, 16, 32, 64)``.
+        """
+
+    @abstractmethod
+    def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> Any:
+        """Decode a pyramid.
+
+        Args:
+            pyramid: One (B, channels, ceil(H / stride), ceil(W / stride)) tensor a level, finest first.
+            size: ``(H, W)`` of the network's input.
+
+        Returns:
+            Raw outputs, indexable only by this head: a tensor or a dataclass of tensors whose first axis is the batch.
+        """
+
+    @abstractmethod
+    def loss(self, outputs: Any, target: Target) -> dict[str, Tensor]:
+        """Return the named loss terms, already weighted against each other; their sum is the task's loss.
+
+        Each term is a mean over the labelled samples (or pixels, or boxes) of the batch only. With no labelled sample
+        every term is zero but still depends on this head's parameters, so that DDP sees a gradient for each.
+        """
+
+    @abstractmethod
+    def predict(self, outputs: Any, size: tuple[int, int]) -> Any:
+        """Turn raw outputs into predictions in pixels of the network's input.
+
+        Returns:
+            classification: float (B, K) probabilities. segmentation: float (B, K, H, W) probabilities. detection: a
+            list of B dicts with ``boxes`` (N, 4) xyxy, ``scores`` (N,) sorted downwards, ``labels`` (N,) in 0..K-1.
+        """
+
+    @abstractmethod
+    def metrics(self) -> TaskMetrics:
+        """Return a fresh metric: ``update(predictions, target, meta)``, then ``compute()`` gives a flat dict of scalars."""
+
+    def task(self, name: str) -> Task:
+        """Return the task this head answers, under the given name."""
+        from mtmedformer.batch import Task
+
+        return Task(name, self.kind, self.classes, getattr(self, "multi_label", False))
