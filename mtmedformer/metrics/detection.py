@@ -1,0 +1,171 @@
+"""Metrics of detection: COCO's, RSNA's and free-response ROC."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mtmedformer.batch import DetectionTarget, Meta
+from mtmedformer.metrics import coco, rsna
+from mtmedformer.metrics.curves import mean_known, weighted_mean
+from mtmedformer.metrics.froc import Findings, sensitivities
+from mtmedformer.metrics.matching import box_iou, hits, match
+from mtmedformer.metrics.task_metrics import Evaluate, Floats, TaskMetrics
+
+THRESHOLDS = np.union1d(coco.THRESHOLDS, rsna.THRESHOLDS)
+
+
+class DetectionMetrics(TaskMetrics):
+    """Score boxes against the true boxes of the same class.
+
+    Per class, and overall as the mean over classes that have true boxes:
+
+    - ``map``, ``map50``, ``map75``: COCO's average precision over IoU 0.50:0.95, at 0.50 and at 0.75 (torchmetrics with
+      faster-coco-eval, which equals pycocotools).
+    - ``rsna_map``: the Kaggle RSNA metric, TP / (TP + FP + FN) per image, mean over IoU 0.40:0.75, of boxes that score
+      at least ``score_threshold``. An image without true boxes counts (as 0) only if a box is predicted in it.
+    - ``froc``: mean sensitivity at ``fp_rates`` false positives per image (over all labelled images, with or without
+      lesions). Only overall: ``sensitivity_at_<rate>fp`` for each of the rates.
+
+    Args:
+        classes: Class names in label order.
+        hit: When a box finds a lesion for FROC: ``iou``, they overlap by at least ``iou``; ``centre``, the box's
+            centre lies in the lesion's box. ``map`` and ``rsna_map`` have their own rules.
+        iou: Least overlap of the rule ``iou``. Lenient by default: readers' outlines of one lesion differ.
+        score_threshold: Score from which a box is submitted to ``rsna_map``. Choose it on validation images.
+        fp_rates: False positives per image at which FROC reads the sensitivity.
+    """
+
+    primary = "map50"
+    counts: list[Tensor]
+    found: list[Tensor]
+    true: list[Tensor]
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        hit: Literal["iou", "centre"] = "iou",
+        iou: float = 0.3,
+        score_threshold: float = 0.5,
+        fp_rates: Sequence[float] = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+    ) -> None:
+        super().__init__(classes)
+        self.hit = hit
+        self.iou = iou
+        self.score_threshold = score_threshold
+        self.fp_rates = tuple(fp_rates)
+        self.add_rows("counts", torch.zeros(0, 2, dtype=torch.int64))
+        self.add_rows("found", torch.zeros(0, 6))
+        self.add_rows("true", torch.zeros(0, 5))
+
+    def update(self, predictions: Sequence[dict[str, Tensor]], target: DetectionTarget, meta: Sequence[Meta]) -> None:
+        """Keep boxes, scores and labels of the labelled images."""
+        for i in self.register(meta, target.present):
+            p, boxes, labels = predictions[i], target.boxes[i], target.labels[i]
+            found = torch.cat([p["boxes"].float(), p["scores"].float()[:, None], p["labels"].float()[:, None]], dim=1)
+            self.found.append(found.detach().cpu())
+            self.true.append(torch.cat([boxes.float(), labels.float()[:, None]], dim=1).cpu())
+            self.counts.append(torch.tensor([[len(found), len(boxes)]]))
+
+    def overall(self, rows: NDArray[np.int64]) -> dict[str, float]:
+        """Return every metric, with COCO's from torchmetrics."""
+        values = super().overall(rows)
+        found, true = self._split(rows)
+        official = coco.official_average_precisions(
+            [(f[:, :4], f[:, 4], f[:, 5].astype(np.int64)) for f in found],
+            [(t[:, :4], t[:, 4].astype(np.int64)) for t in true],
+            len(self.classes),
+        )
+        per_class = [_average(precision[None]) for precision in official]
+        for name in per_class[0]:
+            column = [float(one[name][0]) for one in per_class]
+            values[name] = float(mean_known(np.array(column)))
+            values |= {f"{name}/{label}": value for label, value in zip(self.classes, column, strict=True)}
+        return values
+
+    def prepare(self, rows: NDArray[np.int64]) -> Evaluate:
+        """Match once; see ``TaskMetrics.prepare``."""
+        found, true = self._split(rows)
+        evaluators = [
+            self._one_class([f[f[:, 5] == k] for f in found], [t[t[:, 4] == k] for t in true])
+            for k in range(len(self.classes))
+        ]
+
+        def evaluate(weights: Floats) -> dict[str, Floats]:
+            per_class = [one(weights) for one in evaluators]
+            overall = {name: mean_known(np.stack([one[name] for one in per_class])) for name in per_class[0]}
+            named = {
+                f"{name}/{label}": value
+                for label, one in zip(self.classes, per_class, strict=True)
+                for name, value in one.items()
+                if not name.startswith("sensitivity_at_")
+            }
+            return overall | named
+
+        return evaluate
+
+    def _split(self, rows: NDArray[np.int64]) -> tuple[list[Floats], list[Floats]]:
+        counts = self.table("counts").numpy()
+        tables = (self.table("found").numpy(), self.table("true").numpy())
+        ends = counts.cumsum(axis=0)
+        found, true = (
+            [table[ends[r, i] - counts[r, i] : ends[r, i]].astype(np.float64) for r in rows]
+            for i, table in enumerate(tables)
+        )
+        return [f[np.argsort(-f[:, 4], kind="stable")] for f in found], true
+
+    def _one_class(self, found: list[Floats], true: list[Floats]) -> Evaluate:
+        """Match the predictions of one class: per image found (N, 6) by falling score, true (M, 5)."""
+        tp = [match(box_iou(f[:, :4], t[:, :4]), THRESHOLDS) for f, t in zip(found, true, strict=True)]
+        is_rsna, is_coco = np.isin(THRESHOLDS, rsna.THRESHOLDS), np.isin(THRESHOLDS, coco.THRESHOLDS)
+        submitted = [m[f[:, 4] >= self.score_threshold][:, is_rsna] for m, f in zip(tp, found, strict=True)]
+        kaggle = np.array([rsna.rsna_score(m, len(t)) for m, t in zip(submitted, true, strict=True)], dtype=np.float64)
+        positive = np.array([len(t) for t in true], dtype=np.float64)
+        ranked = _rank(found, tp, is_coco, positive)
+        findings = self._findings(found, true)
+
+        def evaluate(weights: Floats) -> dict[str, Floats]:
+            lesions = weights @ positive
+            values = _average(coco.average_precisions(ranked, weights))
+            values["rsna_map"] = np.where(lesions > 0, weighted_mean(kaggle, weights), np.nan)
+            found_at = sensitivities(findings, weights, self.fp_rates)
+            values["froc"] = found_at.mean(axis=1)
+            return values | {f"sensitivity_at_{x:g}fp": found_at[:, i] for i, x in enumerate(self.fp_rates)}
+
+        return evaluate
+
+    def _findings(self, found: list[Floats], true: list[Floats]) -> Findings:
+        lesion_scores, alarm_scores = [np.zeros(0)], [np.zeros(0)]
+        for f, t in zip(found, true, strict=True):
+            hit = hits(f[:, :4], t[:, :4], self.hit, self.iou)
+            lesion_scores.append(np.where(hit, f[:, 4:5], -np.inf).max(axis=0, initial=-np.inf))
+            alarm_scores.append(f[~hit.any(axis=1), 4])
+        return Findings(
+            lesion_image=_image_of(lesion_scores),
+            lesion_score=np.concatenate(lesion_scores),
+            alarm_image=_image_of(alarm_scores),
+            alarm_score=np.concatenate(alarm_scores),
+        )
+
+
+def _image_of(parts: list[Floats]) -> NDArray[np.int64]:
+    """Number the images whose parts, after a leading empty one, are joined."""
+    return np.repeat(np.arange(len(parts) - 1), [len(part) for part in parts[1:]])
+
+
+def _rank(found: list[Floats], tp: list[NDArray[np.bool_]], is_coco: NDArray[np.bool_], true: Floats) -> coco.Ranked:
+    top = [np.zeros(0), *(f[: coco.MAX_DETECTIONS, 4] for f in found)]
+    hit = np.concatenate([np.zeros((0, len(is_coco)), dtype=bool), *(m[: coco.MAX_DETECTIONS] for m in tp)])
+    order = np.argsort(-np.concatenate(top), kind="stable")
+    return coco.Ranked(_image_of(top)[order], hit[order][:, is_coco], true)
+
+
+def _average(precisions: Floats) -> dict[str, Floats]:
+    """Name the averages over (R, T) IoU thresholds."""
+    at50, at75 = (int(np.flatnonzero(np.isclose(coco.THRESHOLDS, t))[0]) for t in (0.5, 0.75))
+    return {"map": precisions.mean(axis=1), "map50": precisions[:, at50], "map75": precisions[:, at75]}

@@ -1,0 +1,213 @@
+"""What every task's metric is: compact rows per image, from which values, intervals and subgroups are computed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from mtmedformer.batch import Meta
+from mtmedformer.metrics.bootstrap import interval, patient_weights
+
+Floats = NDArray[np.float64]
+Evaluate = Callable[[Floats], dict[str, Floats]]
+"""Weights (R, n), how often each of the n images counts in each of R resamples, to metric name -> values (R,)."""
+
+CHUNK = 2**22
+"""Weights of one call of an ``Evaluate`` (replicates times images), which bounds the memory of a bootstrap."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """The distinct labelled images a metric has seen, in an order that does not depend on arrival.
+
+    Attributes:
+        rows: (n,) row of each image in the metric's states.
+        patients: (n,) patient of each image as a number from 0.
+        sites: Site of each image.
+        views: View of each image, or ``None``.
+    """
+
+    rows: NDArray[np.int64]
+    patients: NDArray[np.int64]
+    sites: tuple[str, ...]
+    views: tuple[str | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class TaskMetrics(Metric):
+    """Metrics of one task over the labelled images, with patient-level intervals and values per site and view.
+
+    ``update`` keeps small rows per image on the CPU (never pixels), so a metric neither grows on the GPU nor needs its
+    data in any order: in distributed runs rows are gathered, and an image that a sampler served twice counts once.
+    Values without ground truth are NaN, never 0 or -1.
+
+    Subclasses declare their row states with ``add_rows``, fill them in ``update`` and evaluate them in ``prepare``.
+
+    Args:
+        classes: Class names in channel order.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    primary: ClassVar[str]
+    """Name of the headline metric: in [0, 1], higher is better."""
+
+    images: list[Tensor]
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        super().__init__(dist_sync_fn=gather_on_cpu)
+        self.classes = tuple(classes)
+        self.no_rows: dict[str, Tensor] = {}
+        self.add_rows("images", torch.zeros(0, dtype=torch.uint8))
+
+    def add_rows(self, name: str, empty: Tensor) -> None:
+        """Declare a state that is a growing table.
+
+        Args:
+            name: Attribute that holds the list of tables.
+            empty: A table of no rows, of the shape and dtype of the others.
+        """
+        self.add_state(name, [], dist_reduce_fx="cat")
+        self.no_rows[name] = empty
+
+    def table(self, name: str) -> Tensor:
+        """Return a state as one tensor on the CPU."""
+        state = getattr(self, name)
+        return torch.cat([self.no_rows[name], *(t.cpu() for t in ([state] if isinstance(state, Tensor) else state))])
+
+    def register(self, meta: Sequence[Meta], present: Tensor) -> list[int]:
+        """Note the labelled images of a batch and return their places in it.
+
+        Args:
+            meta: One entry an image of the batch.
+            present: bool (B,), whether the image is labelled for this task.
+        """
+        if len(meta) != len(present):
+            raise ValueError(f"metrics need one Meta an image: got {len(meta)} for {len(present)} images")
+        rows: list[int] = present.nonzero().flatten().tolist()
+        if rows:
+            text = "".join(
+                json.dumps([_identity(m), m.patient, m.site, m.view]) + "\n" for m in (meta[i] for i in rows)
+            )
+            self.images.append(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))
+        return rows
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the states of all processes; one that saw no labelled image takes part with tables of no rows."""
+        for name, empty in self.no_rows.items():
+            state = getattr(self, name)
+            if isinstance(state, list) and not state:
+                state.append(empty)
+        super().sync(*args, **kwargs)
+
+    @abstractmethod
+    def prepare(self, rows: NDArray[np.int64]) -> Evaluate:
+        """Sort or match once what all resamples share and return the function that evaluates them.
+
+        Args:
+            rows: (n,) rows of the states to use, in this order; possibly none.
+
+        Returns:
+            Function of weights (R, n) that returns every metric, overall first, then ``<metric>/<class>``.
+        """
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return every metric as a float32 scalar: overall ones first, then per class as ``<metric>/<class>``."""
+        values = self.overall(self.seen().rows)
+        return {name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()}
+
+    def overall(self, rows: NDArray[np.int64]) -> dict[str, float]:
+        """Return every metric over the given rows."""
+        values = self.prepare(rows)(np.ones((1, len(rows))))
+        return {name: float(value[0]) for name, value in values.items()}
+
+    def report(self, replicates: int = 1000, seed: int = 0, level: float = 0.95) -> dict[str, float]:
+        """Return every metric with its interval and its value per site and view.
+
+        Intervals are percentiles over resamples of whole patients with replacement: images of one patient are not
+        independent, so resampling images would make the intervals too narrow. A resample in which a metric has no
+        ground truth is left out of that metric's interval. In distributed runs every process has to call this.
+
+        Args:
+            replicates: Number of resamples.
+            seed: Seed of the resampling; the same seed and images give the same intervals on any number of processes.
+            level: Probability mass of the intervals.
+
+        Returns:
+            ``n_images`` and ``n_patients``, then ``<metric>``, ``<metric>_ci_low`` and ``<metric>_ci_high`` (NaN
+            with fewer than two patients), and, where there is ground truth, ``<metric>/site=<site>`` and
+            ``<metric>/view=<view>`` with the number of images as ``n_images/site=<site>``.
+        """
+        with self.sync_context(
+            dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
+        ):
+            images = self.seen()
+            overall = self.overall(images.rows)
+            evaluate = self.prepare(images.rows)
+        patients = len(set(images.patients.tolist()))
+        report: dict[str, float] = {"n_images": len(images), "n_patients": patients}
+        step = max(1, CHUNK // max(1, len(images)))
+        weights = patient_weights(images.patients, replicates, seed)
+        parts = [evaluate(weights[i : i + step].astype(np.float64)) for i in range(0, len(weights), step)]
+        for name, value in overall.items():
+            samples = np.concatenate([part[name] for part in parts]) if parts else np.zeros(0)
+            low, high = interval(samples, level)
+            report |= {name: value, f"{name}_ci_low": low, f"{name}_ci_high": high}
+        return report | _subgroups(images, evaluate)
+
+    def seen(self) -> Images:
+        """Return the distinct labelled images, ordered by identity."""
+        lines = [json.loads(line) for line in bytes(self.table("images").numpy()).decode().splitlines()]
+        first = {identity: row for row, (identity, *_) in reversed(list(enumerate(lines)))}
+        rows = [first[identity] for identity in sorted(first)]
+        numbers = {patient: i for i, patient in enumerate(sorted({lines[row][1] for row in rows}))}
+        return Images(
+            rows=np.array(rows, dtype=np.int64),
+            patients=np.array([numbers[lines[row][1]] for row in rows], dtype=np.int64),
+            sites=tuple(lines[row][2] for row in rows),
+            views=tuple(lines[row][3] for row in rows),
+        )
+
+
+def gather_on_cpu(tensor: Tensor, group: Any = None) -> list[Tensor]:
+    """Gather a CPU tensor from all processes, by way of the accelerator where the backend knows no other (NCCL)."""
+    device = torch.accelerator.current_accelerator()
+    if device is None or "gloo" in dist.get_backend(group):
+        return gather_all_tensors(tensor, group)
+    device = torch.device(device.type, torch.accelerator.current_device_index())
+    return [t.cpu() for t in gather_all_tensors(tensor.to(device), group)]
+
+
+def _identity(meta: Meta) -> str:
+    name = "\x00".join((meta.site, meta.patient, meta.id))
+    return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+
+
+def _subgroups(images: Images, evaluate: Evaluate) -> dict[str, float]:
+    groups = {f"site={s}": np.array([s == t for t in images.sites]) for s in sorted(set(images.sites))}
+    views = sorted({v for v in images.views if v is not None})
+    groups |= {f"view={v}": np.array([v == w for w in images.views]) for v in views}
+    if not groups:
+        return {}
+    values = evaluate(np.stack(list(groups.values())).astype(np.float64))
+    result: dict[str, float] = {f"n_images/{group}": int(members.sum()) for group, members in groups.items()}
+    for name, per_group in values.items():
+        for group, value in zip(groups, per_group, strict=True):
+            if not np.isnan(value):
+                result[f"{name}/{group}"] = float(value)
+    return result
