@@ -1,0 +1,174 @@
+"""In which order training visits the images: shuffled, with a lesion in every batch, or with rare labels more often."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DistributedSampler
+
+from datamodules.records import BoxTruth, ClassTruth, MaskTruth, Record
+from mtmedformer.batch import Task
+from mtmedformer.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+Strategy = Literal["shuffle", "positive", "sqrt"]
+
+NEGATIVE_CLASSES = frozenset(
+    {"normal", "negative", "benign", "healthy", "none", "no_finding", "no finding", "no_findings", "absent"}
+)
+"""Names of classes that mean "nothing to find" where exactly one class of a task holds."""
+
+
+def strata(record: Record, tasks: dict[str, Task]) -> tuple[str, ...]:
+    """Say in words what a record's truth holds, one word a label.
+
+    ``task=class`` for each class that holds, ``task=none`` where every known class is absent; ``task=+`` or ``task=-``
+    for boxes and masks. A task (or a class) that is unknown adds nothing. A mask that comes from a file counts as
+    ``+``, because only reading the file could tell.
+    """
+    words = []
+    for name in sorted(tasks):
+        truth = record.truth.get(name)
+        if isinstance(truth, ClassTruth):
+            known = [(c, v) for c, v in zip(tasks[name].classes, truth.values, strict=True) if not math.isnan(v)]
+            there = [f"{name}={c}" for c, v in known if v > 0.5]
+            words += there or ([f"{name}=none"] if known else [])
+        elif isinstance(truth, BoxTruth):
+            words.append(f"{name}={'+' if truth.boxes or _drawn(truth.masks) else '-'}")
+        elif isinstance(truth, MaskTruth) and any(c is not None for c in truth.channels):
+            words.append(f"{name}={'+' if _drawn([c for c in truth.channels if c is not None]) else '-'}")
+    return tuple(words)
+
+
+def positives(records: Sequence[Record], tasks: dict[str, Task]) -> NDArray[np.bool_]:
+    """Tell which records show something to find.
+
+    A record does if, in any task, it has a box, a mask, or a class that is not called normal, negative, benign or
+    alike. A task in which more than half of all records are positive (lungs, breast outline) is left out, because every
+    batch has one of those anyway.
+
+    Returns:
+        bool (len(records),).
+    """
+    words = [strata(r, tasks) for r in records]
+    found = np.zeros(len(records), bool)
+    for name in tasks:
+        mine = [[w.split("=", 1)[1] for w in ws if w.startswith(f"{name}=")] for ws in words]
+        hit = np.array([any(w != "-" and w.lower() not in NEGATIVE_CLASSES for w in ws) for ws in mine], bool)
+        if hit.sum() <= len(records) / 2:
+            found |= hit
+    return found
+
+
+class TaskSampler(DistributedSampler[int]):
+    """Yields indices of records, in an order that depends on ``(seed, epoch)`` and the settings alone.
+
+    Being a ``DistributedSampler``, Lightning leaves it in place and calls ``set_epoch``. The order is drawn once for
+    all processes; they take turns, one batch each, and get equally many samples (a few are repeated to even out).
+
+    Args:
+        records: The records of the training split, in their order there.
+        tasks: The tasks by name.
+        strategy: ``shuffle``: every record once, in random order. ``positive``: every record once, arranged so that
+            every batch holds a positive record while there are enough of them. ``sqrt``: as many draws as records, with
+            replacement; a stratum (what is labelled, and as what) of n records is drawn in proportion to √n.
+        batch_size: Samples of one process's batch.
+        seed: Seed of the order.
+        num_replicas: Processes that share the records.
+        rank: Which of them this is.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        tasks: dict[str, Task],
+        strategy: Strategy = "shuffle",
+        batch_size: int = 1,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        if strategy not in ("shuffle", "positive", "sqrt"):
+            raise ConfigError(f"sampler strategy is {strategy!r}; choose shuffle, positive or sqrt")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
+        super().__init__(range(len(records)), num_replicas, rank, seed=seed)  # type: ignore[arg-type]
+        self.strategy = strategy
+        self.batch_size = batch_size
+        self.positive = positives(records, tasks) if strategy == "positive" else np.zeros(0, bool)
+        if strategy == "positive" and not self.positive.any():
+            log.warning("sampler: no record is positive in any task where positives are the minority; plain shuffling")
+        words = [strata(r, tasks) for r in records] if strategy == "sqrt" else []
+        counts = Counter(words)
+        weights = np.array([1 / math.sqrt(counts[w]) for w in words])
+        self.probability = weights / weights.sum() if len(words) else weights
+
+    def __len__(self) -> int:
+        """Return the number of samples of this process in one epoch."""
+        return math.ceil(len(self.dataset) / self.num_replicas)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield this process's indices of the current epoch."""
+        rng = np.random.default_rng([self.seed, self.epoch])
+        total = len(self) * self.num_replicas
+        count = len(self.dataset)  # type: ignore[arg-type]
+        if self.strategy == "sqrt":
+            order = rng.choice(count, size=total, p=self.probability) if count else np.zeros(0, np.int64)
+        else:
+            order = np.resize(rng.permutation(count), total)
+        slices = _batches(len(self), self.num_replicas, self.batch_size)
+        if self.strategy == "positive":
+            order = _spread(order, self.positive[order], [b for turn in slices for b in turn], rng)
+        yield from (int(order[i]) for turn in slices for i in range(*turn[self.rank]))
+
+
+def make_sampler(
+    records: list[Record],
+    tasks: dict[str, Task],
+    strategy: Strategy,
+    batch_size: int,
+    seed: int,
+    num_replicas: int = 1,
+    rank: int = 0,
+) -> TaskSampler:
+    """Return the sampler of a training loader; see `TaskSampler`."""
+    return TaskSampler(records, tasks, strategy, batch_size, seed, num_replicas, rank)
+
+
+def _drawn(masks: Sequence[object]) -> bool:
+    return any(
+        getattr(m, "file", None) is not None or getattr(m, "polygons", ()) or getattr(m, "discs", ()) for m in masks
+    )
+
+
+def _batches(each: int, replicas: int, size: int) -> list[list[tuple[int, int]]]:
+    """Cut ``each * replicas`` positions into turns; in a turn every process gets one batch, ``(start, stop)``."""
+    turns, start = [], 0
+    for done in range(0, each, size):
+        length = min(size, each - done)
+        turns.append([(start + r * length, start + (r + 1) * length) for r in range(replicas)])
+        start += replicas * length
+    return turns
+
+
+def _spread(
+    order: NDArray[np.int64], positive: NDArray[np.bool_], batches: list[tuple[int, int]], rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Rearrange a random order so that as many batches as possible hold a positive, the rest staying random."""
+    hits = order[positive]
+    lucky = rng.permutation(len(batches))[: len(hits)]
+    spots = np.array([rng.integers(*batches[b]) for b in lucky], np.int64)
+    arranged = np.empty_like(order)
+    arranged[spots] = hits[: len(spots)]
+    others = np.concatenate([hits[len(spots) :], order[~positive]])
+    free = np.ones(len(order), bool)
+    free[spots] = False
+    arranged[free] = rng.permutation(others)
+    return arranged
