@@ -11,7 +11,7 @@ from torchmetrics.detection import MeanAveragePrecision
 
 Floats = NDArray[np.float64]
 
-THRESHOLDS = np.arange(50, 100, 5) / 100
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
 """IoU thresholds 0.50, 0.55 … 0.95."""
 RECALLS = np.linspace(0, 1, 101)
 MAX_DETECTIONS = 100
@@ -75,16 +75,21 @@ def official_average_precisions(
     result = np.full((classes, len(THRESHOLDS)), np.nan)
     if not sum(len(labels) for _, labels in true):
         return result
-    metric = MeanAveragePrecision(extended_summary=True, backend="faster_coco_eval", sync_on_compute=False)
+    metric = MeanAveragePrecision(
+        iou_thresholds=THRESHOLDS.tolist(),  # torchmetrics' own are float32, so recalls and overlaps that
+        rec_thresholds=RECALLS.tolist(),  # equal a threshold fall on the other side of it than in pycocotools
+        extended_summary=True,
+        backend="faster_coco_eval",
+        sync_on_compute=False,  # the rows are gathered already
+    )
     metric.warn_on_many_detections = False
     metric.update(
         [{"boxes": _boxes(b), "scores": torch.from_numpy(s), "labels": torch.from_numpy(k)} for b, s, k in found],
         [{"boxes": _boxes(b), "labels": torch.from_numpy(k)} for b, k in true],
     )
     values = metric.compute()
-    precision = (
-        values["precision"][:, :, :, 0, -1].double().mean(dim=1).numpy()
-    )  # all sizes, 100 boxes; mean over recall
+    every_size, most_boxes = 0, -1
+    precision = values["precision"][..., every_size, most_boxes].double().mean(dim=1).numpy()
     seen = np.atleast_1d(values["classes"].numpy())
     result[seen] = np.where(precision.T < 0, np.nan, precision.T)
     return result

@@ -17,7 +17,8 @@ from mtmedformer.metrics.froc import Findings, sensitivities
 from mtmedformer.metrics.matching import box_iou, hits, match
 from mtmedformer.metrics.task_metrics import Evaluate, Floats, TaskMetrics
 
-THRESHOLDS = np.union1d(coco.THRESHOLDS, rsna.THRESHOLDS)
+THRESHOLDS = np.concatenate([rsna.THRESHOLDS, coco.THRESHOLDS])
+RSNA, COCO = slice(len(rsna.THRESHOLDS)), slice(len(rsna.THRESHOLDS), None)
 
 
 class DetectionMetrics(TaskMetrics):
@@ -26,7 +27,7 @@ class DetectionMetrics(TaskMetrics):
     Per class, and overall as the mean over classes that have true boxes:
 
     - ``map``, ``map50``, ``map75``: COCO's average precision over IoU 0.50:0.95, at 0.50 and at 0.75 (torchmetrics with
-      faster-coco-eval, which equals pycocotools).
+      faster-coco-eval and pycocotools' own thresholds, so that it equals pycocotools).
     - ``rsna_map``: the Kaggle RSNA metric, TP / (TP + FP + FN) per image, mean over IoU 0.40:0.75, of boxes that score
       at least ``score_threshold``. An image without true boxes counts (as 0) only if a box is predicted in it.
     - ``froc``: mean sensitivity at ``fp_rates`` false positives per image (over all labelled images, with or without
@@ -68,7 +69,9 @@ class DetectionMetrics(TaskMetrics):
         for i in self.register(meta, target.present):
             p, boxes, labels = predictions[i], target.boxes[i], target.labels[i]
             found = torch.cat([p["boxes"].float(), p["scores"].float()[:, None], p["labels"].float()[:, None]], dim=1)
-            self.found.append(found.detach().cpu())
+            found = found.detach().cpu()
+            found[:, 2:4] = torch.maximum(found[:, 2:4], found[:, :2])  # COCO would not count a box turned inside out
+            self.found.append(found)
             self.true.append(torch.cat([boxes.float(), labels.float()[:, None]], dim=1).cpu())
             self.counts.append(torch.tensor([[len(found), len(boxes)]]))
 
@@ -122,11 +125,10 @@ class DetectionMetrics(TaskMetrics):
     def _one_class(self, found: list[Floats], true: list[Floats]) -> Evaluate:
         """Match the predictions of one class: per image found (N, 6) by falling score, true (M, 5)."""
         tp = [match(box_iou(f[:, :4], t[:, :4]), THRESHOLDS) for f, t in zip(found, true, strict=True)]
-        is_rsna, is_coco = np.isin(THRESHOLDS, rsna.THRESHOLDS), np.isin(THRESHOLDS, coco.THRESHOLDS)
-        submitted = [m[f[:, 4] >= self.score_threshold][:, is_rsna] for m, f in zip(tp, found, strict=True)]
+        submitted = [m[f[:, 4] >= self.score_threshold][:, RSNA] for m, f in zip(tp, found, strict=True)]
         kaggle = np.array([rsna.rsna_score(m, len(t)) for m, t in zip(submitted, true, strict=True)], dtype=np.float64)
         positive = np.array([len(t) for t in true], dtype=np.float64)
-        ranked = _rank(found, tp, is_coco, positive)
+        ranked = _rank(found, [m[:, COCO] for m in tp], positive)
         findings = self._findings(found, true)
 
         def evaluate(weights: Floats) -> dict[str, Floats]:
@@ -158,11 +160,11 @@ def _image_of(parts: list[Floats]) -> NDArray[np.int64]:
     return np.repeat(np.arange(len(parts) - 1), [len(part) for part in parts[1:]])
 
 
-def _rank(found: list[Floats], tp: list[NDArray[np.bool_]], is_coco: NDArray[np.bool_], true: Floats) -> coco.Ranked:
+def _rank(found: list[Floats], tp: list[NDArray[np.bool_]], true: Floats) -> coco.Ranked:
     top = [np.zeros(0), *(f[: coco.MAX_DETECTIONS, 4] for f in found)]
-    hit = np.concatenate([np.zeros((0, len(is_coco)), dtype=bool), *(m[: coco.MAX_DETECTIONS] for m in tp)])
+    hit = np.concatenate([np.zeros((0, len(coco.THRESHOLDS)), dtype=bool), *(m[: coco.MAX_DETECTIONS] for m in tp)])
     order = np.argsort(-np.concatenate(top), kind="stable")
-    return coco.Ranked(_image_of(top)[order], hit[order][:, is_coco], true)
+    return coco.Ranked(_image_of(top)[order], hit[order], true)
 
 
 def _average(precisions: Floats) -> dict[str, Floats]:

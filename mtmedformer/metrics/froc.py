@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mtmedformer.metrics.curves import Floats, counts_above, operating_points, ratio
+from mtmedformer.metrics.curves import Floats, ratio
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ def sensitivities(findings: Findings, weights: Floats, rates: Sequence[float]) -
 
     It is the highest sensitivity at a threshold with no more than that many false positives per image: a step
     function, without interpolation between thresholds (MONAI interpolates and leaves out the lowest score; the two
-    agree where a rate times the number of images is a whole number).
+    agree where a rate times the number of images is a whole number). A lesion is found at a rate if the false alarms
+    that score no less than it are few enough, so only those need counting.
 
     Args:
         findings: Lesions and false alarms.
@@ -44,13 +45,11 @@ def sensitivities(findings: Findings, weights: Floats, rates: Sequence[float]) -
     Returns:
         (R, number of rates).
     """
-    found = np.flatnonzero(np.isfinite(findings.lesion_score))
-    scores = np.concatenate([findings.lesion_score[found], findings.alarm_score])
-    images = np.concatenate([findings.lesion_image[found], findings.alarm_image])
-    order, ends = operating_points(scores)
-    ranked, lesion = weights[:, images[order]], order < len(found)
-    tp, fp = counts_above(ranked * lesion, ends), counts_above(ranked * ~lesion, ends)
-    lesions = weights[:, findings.lesion_image].sum(axis=1)
-    allowed = weights.sum(axis=1)
-    best = [np.where(fp <= (rate * allowed)[:, None] + 1e-9, tp, 0).max(axis=1) for rate in rates]
-    return ratio(np.stack(best, axis=1), lesions[:, None])
+    order = np.argsort(-findings.alarm_score, kind="stable")
+    alarms = np.cumsum(weights[:, findings.alarm_image[order]], axis=1)
+    alarms = np.concatenate([np.zeros((len(weights), 1)), alarms], axis=1)
+    not_below = np.searchsorted(-findings.alarm_score[order], -findings.lesion_score, side="right")
+    false_positives = np.where(np.isfinite(findings.lesion_score), alarms[:, not_below], np.inf)
+    lesions, images = weights[:, findings.lesion_image], weights.sum(axis=1)
+    found = [(lesions * (false_positives <= (rate * images)[:, None] + 1e-9)).sum(axis=1) for rate in rates]
+    return ratio(np.stack(found, axis=1), lesions.sum(axis=1)[:, None])

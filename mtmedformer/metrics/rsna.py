@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-THRESHOLDS = np.arange(40, 80, 5) / 100
+THRESHOLDS = np.linspace(0.4, 0.75, 8)
 """IoU thresholds 0.40, 0.45 … 0.75."""
 
 

@@ -24,8 +24,8 @@ Floats = NDArray[np.float64]
 Evaluate = Callable[[Floats], dict[str, Floats]]
 """Weights (R, n), how often each of the n images counts in each of R resamples, to metric name -> values (R,)."""
 
-CHUNK = 2**22
-"""Weights of one call of an ``Evaluate`` (replicates times images), which bounds the memory of a bootstrap."""
+CHUNK = 32
+"""Resamples evaluated at once, which bounds the memory of a bootstrap and keeps its arrays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,8 @@ class TaskMetrics(Metric):
             evaluate = self.prepare(images.rows)
         patients = len(set(images.patients.tolist()))
         report: dict[str, float] = {"n_images": len(images), "n_patients": patients}
-        step = max(1, CHUNK // max(1, len(images)))
         weights = patient_weights(images.patients, replicates, seed)
-        parts = [evaluate(weights[i : i + step].astype(np.float64)) for i in range(0, len(weights), step)]
+        parts = [evaluate(weights[i : i + CHUNK].astype(np.float64)) for i in range(0, len(weights), CHUNK)]
         for name, value in overall.items():
             samples = np.concatenate([part[name] for part in parts]) if parts else np.zeros(0)
             low, high = interval(samples, level)
