@@ -1,0 +1,134 @@
+"""What a site sends to the server after its local training: arrays, counts and metrics, and nothing of a patient."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mtmedformer.errors import DataError
+
+
+@dataclass
+class BlockUpdate:
+    """A site's news of one block.
+
+    Attributes:
+        evidence: Labelled training samples whose loss reached the block in this round; 0 means nothing was learnt, and
+            the block is not sent.
+        delta: By key, the local weights minus the global ones the round began with, float32.
+        precision: By key, the relative precision of the weights, mean about 1, strictly positive, of a shape that
+            broadcasts to the weights': a scalar, one number an output row (rows, 1, …), or one an element. Empty where
+            the aggregator asked for none.
+        scale: By key, the mean curvature the relative precision was divided by.
+    """
+
+    evidence: int
+    delta: dict[str, Tensor]
+    precision: dict[str, Tensor] = field(default_factory=dict)
+    scale: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Update:
+    """One site's update of one round.
+
+    Attributes:
+        site: Name of the site.
+        round: Number of the round, from 0.
+        base: ``state_hash`` of the global state the round began with.
+        schema: ``Schema.digest`` of the model.
+        blocks: News by block name; a block without evidence, or personal to the site, is absent.
+        counters: Integer buffers by name.
+        metrics: The site's own validation metrics, ``<task>/<metric>``.
+        samples: Labelled training samples by task in this round.
+        steps: Optimiser steps taken in this round.
+        seconds: Wall time of the local training.
+        extra: Further tensors an aggregator asked for (control variates, for example), by name.
+    """
+
+    site: str
+    round: int
+    base: str
+    schema: str
+    blocks: dict[str, BlockUpdate]
+    counters: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
+    steps: int = 0
+    seconds: float = 0.0
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every array of the update under a flat name; what crosses the network."""
+        flat: dict[str, Tensor] = {}
+        for name, block in self.blocks.items():
+            flat |= {f"delta|{name}|{k}": v for k, v in block.delta.items()}
+            flat |= {f"precision|{name}|{k}": v for k, v in block.precision.items()}
+        flat |= {f"counter||{k}": v for k, v in self.counters.items()}
+        return flat | {f"extra||{k}": v for k, v in self.extra.items()}
+
+    def header(self) -> dict[str, Any]:
+        """Return everything that is not an array, as plain JSON values."""
+        plain = {
+            k: getattr(self, k) for k in ("site", "round", "base", "schema", "metrics", "samples", "steps", "seconds")
+        }
+        return plain | {"blocks": {n: {"evidence": b.evidence, "scale": b.scale} for n, b in self.blocks.items()}}
+
+    def nbytes(self) -> int:
+        """Return the bytes of its arrays."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+
+def save_update(update: Update, file: Path) -> None:
+    """Write an update as safetensors, whole or not at all."""
+    partial = file.with_suffix(".partial")
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in update.tensors().items()}
+    save_file(tensors, partial, metadata={"update": json.dumps(update.header())})
+    os.replace(partial, file)
+
+
+def load_update(file: Path) -> Update:
+    """Read an update back; it cannot run code.
+
+    Raises:
+        DataError: When the file is not an update, whatever is wrong with it.
+    """
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            header = json.loads(opened.metadata()["update"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        return assemble(header, tensors)
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file.name}: not a site's update ({type(error).__name__}: {error})") from error
+
+
+def assemble(header: dict[str, Any], tensors: dict[str, Tensor]) -> Update:
+    """Build an update from its header and its flat arrays (the inverse of ``header`` and ``tensors``)."""
+    blocks = {n: BlockUpdate(int(b["evidence"]), {}, {}, dict(b["scale"])) for n, b in header["blocks"].items()}
+    counters: dict[str, Tensor] = {}
+    extra: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        kind, block, key = name.split("|", 2)
+        if kind == "delta":
+            blocks[block].delta[key] = value
+        elif kind == "precision":
+            blocks[block].precision[key] = value
+        else:
+            (counters if kind == "counter" else extra)[key] = value
+    facts = {k: header[k] for k in ("site", "round", "base", "schema", "metrics", "samples", "steps", "seconds")}
+    return Update(blocks=blocks, counters=counters, extra=extra, **facts)
+
+
+def summary(update: Update) -> dict[str, Any]:
+    """Return names, norms and bytes of an update for a site's own log and the report; no weights."""
+    norms = {
+        n: float(sum(d.double().square().sum() for d in b.delta.values())) ** 0.5 for n, b in update.blocks.items()
+    }
+    return {**update.header(), "norms": norms, "bytes": update.nbytes()}
