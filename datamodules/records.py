@@ -23,6 +23,7 @@ class MaskSource:
             (drawn as discs of ``point_radius``).
         discs: ``(x, y, radius)`` in pixels of the original image.
         point_radius: Radius in pixels of a polygon with fewer than three points.
+        also: Further sources of the same channel, united with this one (one file a lesion, several lesions an image).
     """
 
     file: Path | None = None
@@ -30,6 +31,7 @@ class MaskSource:
     polygons: tuple[tuple[tuple[float, float], ...], ...] = ()
     discs: tuple[tuple[float, float, float], ...] = ()
     point_radius: float = 1.0
+    also: tuple[MaskSource, ...] = ()
 
 
 @dataclass(frozen=True)
