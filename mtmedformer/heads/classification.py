@@ -1,0 +1,137 @@
+"""Classes of the whole image, by attention over the coarse tokens of the pyramid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtmedformer.batch import ClassificationTarget, Target
+from mtmedformer.errors import ConfigError
+from mtmedformer.heads.head import TaskHead
+from mtmedformer.heads.levels import pick_levels
+from mtmedformer.losses.classification import BinaryCrossEntropy, ClassLoss, CrossEntropy
+
+if TYPE_CHECKING:
+    from mtmedformer.metrics.task_metrics import TaskMetrics
+
+
+@dataclass
+class ClassificationOutputs:
+    """``logits`` (B, K) and ``attention`` (B, h, w), summing to 1: where the head looked, on its finest level."""
+
+    logits: Tensor
+    attention: Tensor
+
+
+class ClassificationHead(TaskHead):
+    r"""Pools pyramid tokens by gated attention and classifies the pool.
+
+    Each attention head scores token $h$ with $w^\top(\tanh(V h) \odot \sigma(U h))$, takes the softmax over the tokens
+    of all its levels and pools its share of the channels.
+
+    Args:
+        classes: Class names in channel order.
+        multi_label: Whether several classes may hold at once (sigmoids) or exactly one does (softmax).
+        terms: Loss terms by name, summed by their weights; ``None`` is binary or categorical cross-entropy.
+        strides: Strides of the pyramid levels whose tokens are pooled.
+        width: Channels of the tokens; ``None`` is the pyramid's.
+        num_heads: Attention heads; divides ``width``.
+        dropout: Dropout on the pooled features, in [0, 1).
+
+    Raises:
+        ConfigError: One class without ``multi_label``, or a term that does not fit the classes.
+
+    Reference:
+        Ilse et al., Attention-based deep multiple instance learning, ICML 2018, equation 9.
+    """
+
+    kind = "classification"
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        multi_label: bool = False,
+        terms: dict[str, ClassLoss] | None = None,
+        strides: tuple[int, ...] = (16, 32),
+        width: int | None = None,
+        num_heads: int = 4,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(classes)
+        if len(self.classes) == 1 and not multi_label:
+            raise ConfigError(
+                f"classes: [{self.classes[0]}] with multi_label: false leaves nothing to choose; set multi_label: true"
+            )
+        self.multi_label = multi_label
+        self.strides = tuple(strides)
+        self.width = width
+        self.num_heads = num_heads
+        self.dropout = dropout
+        default: dict[str, ClassLoss] = {"cross_entropy": BinaryCrossEntropy() if multi_label else CrossEntropy()}
+        self.terms = nn.ModuleDict(terms or default)
+        for term in (terms or default).values():
+            term.check(len(self.classes), multi_label)
+
+    def build(self, channels: int, strides: Sequence[int]) -> None:
+        """Create the layers; see ``TaskHead.build``."""
+        self.levels = pick_levels(strides, self.strides)
+        width = self.width or channels
+        if width % self.num_heads:
+            raise ConfigError(f"num_heads: {self.num_heads} does not divide the head's width of {width}")
+        self.token = nn.ModuleList(nn.Conv2d(channels, width, 1) for _ in self.levels)
+        self.norm = nn.ModuleList(nn.LayerNorm(width) for _ in self.levels)
+        self.gate = nn.Linear(width, 2 * (width // 2))
+        self.score = nn.Linear(width // 2, self.num_heads)
+        self.classifier = nn.Sequential(
+            nn.LayerNorm(width), nn.Dropout(self.dropout), nn.Linear(width, len(self.classes))
+        )
+
+    def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> ClassificationOutputs:
+        """Return logits and attention; see ``TaskHead.forward``."""
+        maps = [pyramid[level] for level in self.levels]
+        tokens = torch.cat(
+            [
+                F.gelu(norm(token(x).flatten(2).transpose(1, 2)))
+                for token, norm, x in zip(self.token, self.norm, maps, strict=True)
+            ],
+            dim=1,
+        )
+        content, gate = self.gate(tokens).chunk(2, dim=-1)
+        attention = self.score(content.tanh() * gate.sigmoid()).float().softmax(dim=1)
+        values = tokens.view(*tokens.shape[:2], self.num_heads, -1)
+        pooled = (attention.to(values.dtype).unsqueeze(3) * values).sum(1).flatten(1)
+        return ClassificationOutputs(self.classifier(pooled), self._attention_map(attention.mean(2), maps))
+
+    def loss(self, outputs: ClassificationOutputs, target: Target) -> dict[str, Tensor]:
+        """Return the weighted terms over labelled images; see ``TaskHead.loss``."""
+        assert isinstance(target, ClassificationTarget)
+        logits, labels = outputs.logits[target.present].float(), target.labels[target.present].float()
+        with torch.autocast(logits.device.type, enabled=False):
+            return {name: term.weight * term(logits, labels) for name, term in self.terms.items()}
+
+    def predict(self, outputs: ClassificationOutputs, size: tuple[int, int]) -> Tensor:
+        """Return float32 (B, K) probabilities, summing to 1 over exclusive classes; see ``TaskHead.predict``."""
+        logits = outputs.logits.float()
+        return logits.sigmoid() if self.multi_label else logits.softmax(dim=1)
+
+    def metrics(self) -> TaskMetrics:
+        """Return AUROC and its companions; see ``TaskHead.metrics``."""
+        from mtmedformer.metrics import ClassificationMetrics
+
+        return ClassificationMetrics(self.classes, self.multi_label)
+
+    def _attention_map(self, attention: Tensor, maps: list[Tensor]) -> Tensor:
+        """Spread every level's attention (B, T) over the cells of the finest one, keeping its sum of 1."""
+        (h, w), finest = maps[0].shape[-2:], self.strides[0]
+        total = attention.new_zeros(len(attention), h, w)
+        parts = torch.split(attention, [m.shape[-2] * m.shape[-1] for m in maps], dim=1)
+        for part, level, stride in zip(parts, maps, self.strides, strict=True):
+            repeat = stride // finest
+            spread = part.view(-1, *level.shape[-2:]).repeat_interleave(repeat, 1).repeat_interleave(repeat, 2)
+            total = total + spread[:, :h, :w] / repeat**2
+        return total / total.sum((1, 2), keepdim=True)

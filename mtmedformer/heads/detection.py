@@ -1,0 +1,190 @@
+"""Boxes by FCOS: every location of the pyramid says what it lies in and how far the sides are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSRegressionHead
+from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
+
+from mtmedformer.batch import DetectionTarget, Target
+from mtmedformer.errors import ConfigError
+from mtmedformer.heads.head import TaskHead
+from mtmedformer.heads.levels import group_norm
+from mtmedformer.losses.detection import BoxLoss, GIoU, decode_boxes, fcos_loss
+
+if TYPE_CHECKING:
+    from mtmedformer.metrics.task_metrics import TaskMetrics
+
+
+@dataclass
+class DetectionOutputs:
+    """What each of A locations says.
+
+    Attributes:
+        logits: (B, A, K) class logits.
+        distances: (B, A, 4) to the left, top, right and bottom side, in strides of the location's level, not negative.
+        centrality: (B, A) logits of how central the location lies in its box.
+        anchors: float32 (A, 4) xyxy: the square of one stride around each location, finest level first.
+        per_level: Locations of each level.
+    """
+
+    logits: Tensor
+    distances: Tensor
+    centrality: Tensor
+    anchors: Tensor
+    per_level: list[int]
+
+
+class DetectionHead(TaskHead):
+    """FCOS: torchvision's towers on every pyramid level, with GroupNorm.
+
+    Location ``j`` of a level lies at pixel ``(j + 1/2) stride``, in the middle of the pixels it stands for. A level
+    answers for boxes whose farthest side is 4 to 8 strides away (from 0 on the finest, without end on the coarsest).
+
+    Args:
+        classes: Class names in channel order.
+        num_convs: 3 × 3 convolutions of the classification and of the regression tower.
+        width: Channels of the towers; ``None`` is the pyramid's.
+        score_threshold: Boxes with a lower score are dropped, in [0, 1]. Low on purpose: mAP and FROC need the tail.
+        nms_threshold: Of two boxes of one class with a higher IoU the lower score is dropped, in (0, 1].
+        max_detections: Boxes kept an image.
+        candidates: Boxes kept a level before suppression.
+        box_loss: Loss of the boxes; ``None`` is ``GIoU()``.
+        classification_weight: Factor of the focal loss of the classes.
+        centerness_weight: Factor of the centerness loss.
+        center_radius: A location trains as foreground only this many strides from the centre of its box.
+        focal_alpha: Weight of positives in the focal loss, in [0, 1].
+        focal_gamma: Exponent of the focal loss.
+
+    Reference:
+        Tian et al., FCOS: a simple and strong anchor-free object detector, TPAMI 2020.
+    """
+
+    kind = "detection"
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        num_convs: int = 2,
+        width: int | None = None,
+        score_threshold: float = 0.01,
+        nms_threshold: float = 0.5,
+        max_detections: int = 100,
+        candidates: int = 1000,
+        box_loss: BoxLoss | None = None,
+        classification_weight: float = 1.0,
+        centerness_weight: float = 1.0,
+        center_radius: float = 1.5,
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 2.0,
+    ) -> None:
+        super().__init__(classes)
+        if not 0 < nms_threshold <= 1 or not 0 <= score_threshold <= 1:
+            raise ConfigError(
+                f"nms_threshold: {nms_threshold} must be in (0, 1] and score_threshold: {score_threshold} in [0, 1]"
+            )
+        self.num_convs = num_convs
+        self.width = width
+        self.score_threshold = score_threshold
+        self.nms_threshold = nms_threshold
+        self.max_detections = max_detections
+        self.candidates = candidates
+        self.box_loss = box_loss or GIoU()
+        self.classification_weight = classification_weight
+        self.centerness_weight = centerness_weight
+        self.center_radius = center_radius
+        self.focal_alpha = focal_alpha
+        self.focal_gamma = focal_gamma
+
+    def build(self, channels: int, strides: Sequence[int]) -> None:
+        """Create the layers; see ``TaskHead.build``."""
+        self.strides = tuple(strides)
+        width = self.width or channels
+        self.entry = nn.Sequential(nn.Conv2d(channels, width, 1), group_norm(width))
+        self.scores = FCOSClassificationHead(width, 1, len(self.classes), self.num_convs, norm_layer=group_norm)
+        self.sides = FCOSRegressionHead(width, 1, self.num_convs, norm_layer=group_norm)
+        # Distances are a ReLU: started at zero, half of them would be dead; 4 strides is the middle of a level's range.
+        nn.init.constant_(self.sides.bbox_reg.bias, 4.0)
+
+    def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> DetectionOutputs:
+        """Return what every location says; see ``TaskHead.forward``."""
+        features = [self.entry(level) for level in pyramid]
+        distances, centrality = self.sides(features)
+        return DetectionOutputs(
+            self.scores(features),
+            distances,
+            centrality.squeeze(2),
+            torch.cat([_anchors(level, stride) for level, stride in zip(pyramid, self.strides, strict=True)]),
+            [level.shape[-2] * level.shape[-1] for level in pyramid],
+        )
+
+    def loss(self, outputs: DetectionOutputs, target: Target) -> dict[str, Tensor]:
+        """Return the weighted FCOS terms over labelled images; see ``TaskHead.loss``.
+
+        A labelled image without boxes is background everywhere. Each term is a sum over the foreground locations of the
+        batch divided by their number (at least 1), as in torchvision.
+        """
+        assert isinstance(target, DetectionTarget)
+        rows, target = target.present, target[target.present]
+        with torch.autocast(outputs.logits.device.type, enabled=False):
+            losses = fcos_loss(
+                outputs.logits[rows].float(),
+                outputs.distances[rows].float(),
+                outputs.centrality[rows].float(),
+                outputs.anchors,
+                outputs.per_level,
+                target.boxes,
+                target.labels,
+                self.box_loss,
+                self.center_radius,
+                self.focal_alpha,
+                self.focal_gamma,
+            )
+        return {
+            "classification": self.classification_weight * losses["classification"],
+            "box": self.box_loss.weight * losses["box"],
+            "centerness": self.centerness_weight * losses["centerness"],
+        }
+
+    def predict(self, outputs: DetectionOutputs, size: tuple[int, int]) -> list[dict[str, Tensor]]:
+        """Return each image's boxes after suppression, within the image; see ``TaskHead.predict``.
+
+        A score is the geometric mean of class probability and centerness.
+        """
+        scores = (outputs.logits.float().sigmoid() * outputs.centrality.float().sigmoid().unsqueeze(2)).sqrt()
+        boxes = clip_boxes_to_image(decode_boxes(outputs.distances.float(), outputs.anchors), size)
+        return [self._select(s, b, outputs.per_level) for s, b in zip(scores, boxes, strict=True)]
+
+    def metrics(self) -> TaskMetrics:
+        """Return mAP, FROC and their companions; see ``TaskHead.metrics``."""
+        from mtmedformer.metrics import DetectionMetrics
+
+        return DetectionMetrics(self.classes)
+
+    def _select(self, scores: Tensor, boxes: Tensor, per_level: list[int]) -> dict[str, Tensor]:
+        """Keep the best (A, K) scores of each level, then suppress what overlaps a better box of its class."""
+        start, kept = 0, []
+        for count in per_level:
+            level = scores[start : start + count].flatten()
+            best = level.topk(min(self.candidates, len(level))).indices
+            kept.append(best[level[best] > self.score_threshold] + start * scores.shape[1])
+            start += count
+        index = torch.cat(kept)
+        place, label, score = index // scores.shape[1], index % scores.shape[1], scores.flatten()[index]
+        sized = remove_small_boxes(boxes[place], 1e-2)
+        place, label, score = place[sized], label[sized], score[sized]
+        keep = batched_nms(boxes[place], score, label, self.nms_threshold)[: self.max_detections]
+        return {"boxes": boxes[place[keep]], "scores": score[keep], "labels": label[keep]}
+
+
+def _anchors(level: Tensor, stride: int) -> Tensor:
+    """Return the square of one stride around each location of a level, float32 (h * w, 4), row by row."""
+    h, w = level.shape[-2:]
+    y, x = torch.meshgrid(torch.arange(h, device=level.device), torch.arange(w, device=level.device), indexing="ij")
+    corner = torch.stack([x, y], dim=-1).flatten(0, 1).float() * stride
+    return torch.cat([corner, corner + stride], dim=1)

@@ -1,0 +1,41 @@
+"""Pyramid levels as the heads see them: found by stride, brought to a finer grid without shifting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtmedformer.errors import ConfigError
+
+
+def pick_levels(strides: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    """Return where in ``strides`` each wanted stride is.
+
+    Raises:
+        ConfigError: The pyramid lacks a wanted stride, or none is wanted.
+    """
+    missing = [s for s in wanted if s not in strides]
+    if missing or not wanted:
+        raise ConfigError(
+            f"strides: {list(wanted)} of a head; the encoder's pyramid has {list(strides)}, choose from it"
+        )
+    return [list(strides).index(s) for s in wanted]
+
+
+def enlarge(x: Tensor, factor: float, size: Sequence[int]) -> Tensor:
+    """Resample (B, C, h, w) bilinearly to ``factor`` times its size and crop to ``size`` at the bottom right.
+
+    The crop matters where the image is no multiple of the stride: the last cell then covers pixels that do not exist,
+    and a plain resize to ``size`` would squeeze the whole map.
+    """
+    if factor != 1:
+        x = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+    return x[..., : size[0], : size[1]]
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Return a GroupNorm of 8 groups, or of the largest smaller number that divides ``channels``."""
+    return nn.GroupNorm(math.gcd(8, channels), channels)

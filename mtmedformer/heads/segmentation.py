@@ -1,0 +1,116 @@
+"""Masks by an all-MLP decoder: every level projected, brought to the finest grid, fused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mtmedformer.batch import IGNORE, SegmentationTarget, Target
+from mtmedformer.errors import ConfigError
+from mtmedformer.heads.head import TaskHead
+from mtmedformer.heads.levels import enlarge, group_norm, pick_levels
+from mtmedformer.losses.segmentation import Dice, MaskCrossEntropy, MaskLoss, probabilities
+
+if TYPE_CHECKING:
+    from mtmedformer.metrics.task_metrics import TaskMetrics
+
+
+class SegmentationHead(TaskHead):
+    """SegFormer's decoder with GroupNorm: 1 × 1 convolutions only, logits at the finest stride, bilinear to the image.
+
+    Outputs are logits (B, C, h, w) at the finest stride: C is the number of classes for sigmoids, one more (channel 0,
+    background) for a softmax over exclusive classes.
+
+    Args:
+        classes: Class names in channel order, without background.
+        multi_label: Whether a pixel may be of several classes (sigmoids); always so with one class.
+        terms: Loss terms by name, summed by their weights; ``None`` is cross-entropy plus soft Dice, 1 : 1.
+        strides: Strides of the pyramid levels used, finest first.
+        width: Channels of the decoder; ``None`` is the pyramid's.
+        dropout: Dropout of whole channels before the logits, in [0, 1).
+        hausdorff: Whether ``metrics`` measures surface distances, the slow part of a validation.
+
+    Raises:
+        ConfigError: A term whose number of class weights is not that of the classes.
+
+    Reference:
+        Xie et al., SegFormer, NeurIPS 2021, section 3.2.
+    """
+
+    kind = "segmentation"
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        multi_label: bool = False,
+        terms: dict[str, MaskLoss] | None = None,
+        strides: tuple[int, ...] = (4, 8, 16, 32),
+        width: int | None = None,
+        dropout: float = 0.0,
+        hausdorff: bool = True,
+    ) -> None:
+        super().__init__(classes)
+        self.multi_label = multi_label or len(self.classes) == 1
+        self.strides = tuple(strides)
+        self.width = width
+        self.dropout = dropout
+        self.hausdorff = hausdorff
+        self.terms = nn.ModuleDict(terms or {"cross_entropy": MaskCrossEntropy(), "dice": Dice()})
+        for name, term in self.terms.items():
+            weights = getattr(term, "pos_weight", None)
+            if weights is not None and len(weights) != len(self.classes):
+                raise ConfigError(
+                    f"terms.{name}: pos_weight has {len(weights)} values for {len(self.classes)} classes; give one each"
+                )
+
+    def build(self, channels: int, strides: Sequence[int]) -> None:
+        """Create the layers; see ``TaskHead.build``."""
+        self.levels = pick_levels(strides, self.strides)
+        width = self.width or channels
+        self.project = nn.ModuleList(nn.Conv2d(channels, width, 1) for _ in self.levels)
+        self.fuse = nn.Sequential(
+            nn.Conv2d(width * len(self.levels), width, 1, bias=False), group_norm(width), nn.GELU()
+        )
+        self.logits = nn.Sequential(
+            nn.Dropout2d(self.dropout), nn.Conv2d(width, len(self.classes) + (not self.multi_label), 1)
+        )
+
+    def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> Tensor:
+        """Return logits (B, C, h, w) at the finest stride; see ``TaskHead.forward``."""
+        grid = pyramid[self.levels[0]].shape[-2:]
+        maps = [
+            enlarge(project(pyramid[level]), stride / self.strides[0], grid)
+            for project, level, stride in zip(self.project, self.levels, self.strides, strict=True)
+        ]
+        logits: Tensor = self.logits(self.fuse(torch.cat(maps, dim=1)))
+        return logits
+
+    def loss(self, outputs: Tensor, target: Target) -> dict[str, Tensor]:
+        """Return the weighted terms over annotated pixels of labelled images; see ``TaskHead.loss``.
+
+        In a softmax, a pixel of one class is known not to be of the others, annotated or not.
+        """
+        assert isinstance(target, SegmentationTarget)
+        logits, masks = outputs[target.present].float(), target.masks[target.present]
+        positive, valid = masks == 1, masks != IGNORE
+        if not self.multi_label:
+            valid = valid | positive.any(1, keepdim=True)
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = self._to_image(logits, (masks.shape[-2], masks.shape[-1]))
+            return {name: term.weight * term(logits, positive, valid) for name, term in self.terms.items()}
+
+    def predict(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return float32 (B, K, H, W) probabilities without background; see ``TaskHead.predict``."""
+        return probabilities(self._to_image(outputs.float(), size), len(self.classes))
+
+    def metrics(self) -> TaskMetrics:
+        """Return Dice and its companions; see ``TaskHead.metrics``."""
+        from mtmedformer.metrics import SegmentationMetrics
+
+        return SegmentationMetrics(self.classes, self.multi_label, hausdorff=self.hausdorff)
+
+    def _to_image(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        return enlarge(logits, self.strides[0], size)
