@@ -126,7 +126,8 @@ def warp(array: NDArray[Any], frame: Frame, nearest: bool = False) -> NDArray[An
     pixels: NDArray[Any] = np.ascontiguousarray(array, np.float32)
     if b == d == 0.0:
         rows, columns = _weights(height, e, f, pixels.shape[0]), _weights(width, a, c, pixels.shape[1])
-        return np.ascontiguousarray((columns @ (rows @ pixels).T).T, np.float32)
+        averaged = np.ascontiguousarray((columns @ (rows @ pixels).T).T, np.float32)
+        return np.clip(averaged, min(0, pixels.min()), max(0, pixels.max()))  # rounding may pass them by 1e-7
     shrink = math.sqrt(abs(a * e - b * d))
     if shrink > 1:
         pixels = cv2.GaussianBlur(pixels, (0, 0), (shrink - 1) / 2 + 1e-3, borderType=cv2.BORDER_REPLICATE)

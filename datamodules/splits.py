@@ -76,7 +76,8 @@ def assign_splits(
 
     if "test" not in official_splits and test_fraction > 0:
         rest = 1 - test_fraction
-        parts = _partition(pool, patients, vectors, [rest, test_fraction], f"{seed} test", "train and test")
+        keep = folds if fold is not None else 2 if "val" not in official_splits and val_fraction > 0 else 1
+        parts = _partition(pool, patients, vectors, [rest, test_fraction], [keep, 1], f"{seed} test")
         splits |= dict.fromkeys(parts[1], "test")
         pool, val_share = parts[0], val_fraction / rest
     else:
@@ -84,10 +85,10 @@ def assign_splits(
         if "test" not in official_splits:
             log.warning("splits: no test split (test_fraction is 0); val has to serve as test")
     if fold is not None:
-        parts = _partition(pool, patients, vectors, [1 / folds] * folds, f"{seed} fold", f"{folds} folds")
+        parts = _partition(pool, patients, vectors, [1 / folds] * folds, [1] * folds, f"{seed} fold")
         splits |= dict.fromkeys(parts[fold], "val")
     elif "val" not in official_splits and val_fraction > 0:
-        parts = _partition(pool, patients, vectors, [1 - val_share, val_share], f"{seed} val", "train and val")
+        parts = _partition(pool, patients, vectors, [1 - val_share, val_share], [1, 1], f"{seed} val")
         splits |= dict.fromkeys(parts[1], "val")
     return {r.id: splits.get(r.patient, "train") for r in records}
 
@@ -173,19 +174,19 @@ def _partition(
     patients: dict[str, list[Record]],
     vectors: dict[str, NDArray[np.float64]],
     shares: Sequence[float],
+    least: Sequence[int],
     seed: str,
-    wanted: str,
 ) -> list[list[str]]:
     """Deal patients into parts of given shares, each to the part where the label counts stay closest to their targets.
 
     Patients with the rarest labels go first, then those with the most images; a hash of the key and the seed decides
-    between equals.
+    between equals. Every part gets at least as many patients as ``least`` says.
     """
-    if len(pool) < len(shares):
-        files = sum(len(patients[p]) for p in pool)
+    if len(pool) < sum(least):
+        images = sum(len(patients[p]) for p in pool)
         raise DataError(
-            f"{len(pool)} patients ({files} images) are too few for {wanted}: at least {len(shares)} are needed; add "
-            f"patients, or ask for fewer parts (val_fraction, test_fraction or folds)"
+            f"{len(pool)} patient(s) with {images} image(s) are too few to split: {sum(least)} are needed, one "
+            f"for each part; add patients, or ask for fewer parts (val_fraction: 0, test_fraction: 0, fewer folds)"
         )
     table = np.stack([vectors[p] for p in pool])
     total = table.sum(axis=0)
@@ -201,9 +202,9 @@ def _partition(
         best = int(np.argmin(((table[i] ** 2 - 2 * table[i] * gap) / target).sum(axis=1)))
         parts[best].append(i)
         gap[best] -= table[i]
-    for part in parts:
-        if not part:
-            donor = max(parts, key=len)
+    for k, part in enumerate(parts):
+        while len(part) < least[k]:
+            donor = parts[max(range(len(parts)), key=lambda j: len(parts[j]) - least[j])]
             smallest = min(donor, key=lambda i: (len(patients[pool[i]]), tie[i]))
             donor.remove(smallest)
             part.append(smallest)
