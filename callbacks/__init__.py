@@ -1,1 +1,22 @@
-"""callbacks."""
+"""Lightning callbacks of MTMedFormer, one file each."""
+
+from callbacks.metrics_table import MetricsTable, TestReport
+from callbacks.overlays import Overlays
+from callbacks.prediction_writer import PredictionWriter
+from callbacks.quarantine_report import QuarantineReport
+from callbacks.resume_point import ResumePoint
+from callbacks.run_folder import RunLogger, SaveRunConfig, claim_run_folder, latest_run_folder, run_folder_of
+
+__all__ = [
+    "MetricsTable",
+    "Overlays",
+    "PredictionWriter",
+    "QuarantineReport",
+    "ResumePoint",
+    "RunLogger",
+    "SaveRunConfig",
+    "TestReport",
+    "claim_run_folder",
+    "latest_run_folder",
+    "run_folder_of",
+]

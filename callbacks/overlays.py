@@ -1,0 +1,145 @@
+"""Pictures of predictions beside truth, into the run folder and into W&B."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+from mtmedformer.batch import Batch, DetectionTarget, SegmentationTarget, Task
+from mtmedformer.pictures import overlay_figure
+
+
+class Overlays(Callback):
+    """Draws the first validation images with truth and predictions after every few validations.
+
+    Args:
+        folder: The run folder; pictures go to ``overlays/`` in it. ``None`` is the trainer's log folder.
+        images: How many images a picture shows; 0 turns the callback off.
+        every_n_epochs: Draw after every so many epochs, and after the last one.
+        score: Boxes below this score are not drawn.
+    """
+
+    def __init__(self, folder: str | None = None, images: int = 4, every_n_epochs: int = 5, score: float = 0.3) -> None:
+        self.folder = folder
+        self.images, self.every_n_epochs, self.score = images, every_n_epochs, score
+        self._batch: Batch | None = None
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *args: Any
+    ) -> None:
+        """Keep the batch that shows most: the one with the most labelled images among the first few."""
+        if self._due(trainer) and batch_idx < 8 and (self._batch is None or _richness(batch) > _richness(self._batch)):
+            self._batch = batch
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the kept batch."""
+        batch, self._batch = self._batch, None
+        if batch is None or not trainer.is_global_zero:
+            return
+        tasks: dict[str, Task] = pl_module.tasks  # type: ignore[assignment]
+        with torch.no_grad():
+            predictions = pl_module.predict(batch.image)  # type: ignore[operator]
+        rows = sorted(range(len(batch)), key=lambda i: -_labelled(batch, i))[: self.images]
+        self._save(trainer, batch, predictions, tasks, rows)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                _to_wandb(logger, batch, predictions, tasks, rows, self.score)
+
+    def _due(self, trainer: Trainer) -> bool:
+        last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+        return bool(
+            self.images
+            and not trainer.sanity_checking
+            and not trainer.fast_dev_run
+            and (last or (trainer.current_epoch + 1) % self.every_n_epochs == 0)
+        )
+
+    def _save(
+        self, trainer: Trainer, batch: Batch, predictions: dict[str, Any], tasks: dict[str, Task], rows: list[int]
+    ) -> None:
+        folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir, "overlays")
+        folder.mkdir(parents=True, exist_ok=True)
+        with mpl.rc_context({"backend": "agg"}):
+            figure = overlay_figure(batch, predictions, tasks, rows, self.score)
+            figure.savefig(folder / f"epoch_{trainer.current_epoch + 1:03d}.png", dpi=110)
+            plt.close(figure)
+
+
+def _labelled(batch: Batch, i: int) -> float:
+    """Return how much image ``i`` has to show: labelled tasks, and among them those with something there."""
+    points = 0.0
+    for target in batch.targets.values():
+        if bool(target.present[i]):
+            points += 1
+            if isinstance(target, DetectionTarget) and len(target.boxes[i]):
+                points += 0.5
+            if isinstance(target, SegmentationTarget) and bool((target.masks[i] == 1).any()):
+                points += 0.25
+    return points
+
+
+def _richness(batch: Batch) -> float:
+    return sum(sorted((_labelled(batch, i) for i in range(len(batch))), reverse=True)[:4])
+
+
+def _to_wandb(
+    logger: WandbLogger,
+    batch: Batch,
+    predictions: dict[str, Any],
+    tasks: dict[str, Task],
+    rows: list[int],
+    score: float,
+) -> None:
+    import wandb
+
+    pictures = []
+    for i in rows:
+        masks: dict[str, Any] = {}
+        boxes: dict[str, Any] = {}
+        for name, task in tasks.items():
+            target, names = batch.targets[name], dict(enumerate(task.classes, start=1))
+            if isinstance(target, SegmentationTarget):
+                masks[f"{name}_prediction"] = _wandb_mask(predictions[name][i] >= 0.5, names)
+                if bool(target.present[i]):
+                    masks[f"{name}_truth"] = _wandb_mask(target.masks[i] == 1, names)
+            elif isinstance(target, DetectionTarget):
+                found = predictions[name][i]
+                kept = found["scores"] >= score
+                boxes[f"{name}_prediction"] = _wandb_boxes(
+                    found["boxes"][kept], found["labels"][kept], names, found["scores"][kept]
+                )
+                if bool(target.present[i]):
+                    boxes[f"{name}_truth"] = _wandb_boxes(target.boxes[i], target.labels[i], names, None)
+        grey = (batch.image[i].float().mean(dim=0).clamp(0, 1) * 255).byte().cpu().numpy()
+        pictures.append(wandb.Image(grey, masks=masks or None, boxes=boxes or None, caption=batch.meta[i].site))
+    logger.experiment.log({"overlays": pictures}, commit=False)
+
+
+def _wandb_mask(channels: torch.Tensor, names: dict[int, str]) -> dict[str, Any]:
+    """Flatten channels (K, H, W) into one label map; where classes overlap the later one is shown."""
+    flat = torch.zeros(channels.shape[-2:], dtype=torch.uint8)
+    for k, channel in enumerate(channels.cpu(), start=1):
+        flat[channel.bool()] = k
+    return {"mask_data": flat.numpy(), "class_labels": {0: "background", **names}}
+
+
+def _wandb_boxes(
+    boxes: torch.Tensor, labels: torch.Tensor, names: dict[int, str], scores: torch.Tensor | None
+) -> dict[str, Any]:
+    data = [
+        {
+            "position": {"minX": box[0], "minY": box[1], "maxX": box[2], "maxY": box[3]},
+            "domain": "pixel",
+            "class_id": int(label) + 1,
+            "box_caption": names[int(label) + 1],
+            **({"scores": {"score": float(scores[k])}} if scores is not None else {}),
+        }
+        for k, (box, label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True))
+    ]
+    return {"box_data": data, "class_labels": names}

@@ -1,0 +1,7 @@
+"""``python -m mtmedformer``: the command line, with the current folder importable for your own classes."""
+
+import sys
+
+from mtmedformer.cli import main
+
+sys.exit(main())

@@ -1,0 +1,308 @@
+"""The LightningModule: one shared encoder, any number of task heads, one hybrid loss. No task is named here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torchmetrics import MeanMetric
+
+from mtmedformer.batch import Batch, Task
+from mtmedformer.encoder import SharedEncoder
+from mtmedformer.errors import ConfigError
+from mtmedformer.heads.head import TaskHead
+from mtmedformer.inference import predict_tiled
+from mtmedformer.losses.hybrid import HybridLoss
+from mtmedformer.metrics.task_metrics import TaskMetrics
+from mtmedformer.weights import load_weights
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], Any]
+
+
+class MultiTaskModule(L.LightningModule):
+    """Trains a shared encoder and its task heads together, on whatever part of each batch is labelled.
+
+    Args:
+        encoder: The shared encoder; its pyramid feeds every head.
+        heads: Task heads by task name. The names are the keys of ``Batch.targets`` and of every logged metric.
+        loss: How the task losses become one loss; ``None`` is fixed weights of 1, brought to one scale at the start.
+        tasks: Keep only the heads of these names; ``None`` keeps all. ``[lungs]`` is the single-task baseline.
+        init_weights: A file of weights to start from (``.safetensors``, or a pickle of tensors), own or encoder-only.
+            Unlike ``--ckpt_path`` it restores no optimiser, epoch or metric.
+        layer_decay: Learning-rate factor from one encoder depth to the next shallower one, in (0, 1]; 1 turns it off.
+        tile: ``(height, width)`` of the sliding window for ``test`` and ``predict`` on images larger than it; ``None``
+            takes every image whole.
+        overlap: Overlap of neighbouring windows as a share of the window, in [0, 1).
+        flip_tta: Average ``test`` and ``predict`` over each image and its left-right mirror.
+        channels_last: Train in channels-last memory format (faster convolutions on GPUs).
+        compile: Compile the encoder with ``torch.compile``.
+
+    Raises:
+        ConfigError: When ``tasks`` or ``loss.weights`` names a task that has no head.
+    """
+
+    def __init__(
+        self,
+        encoder: SharedEncoder,
+        heads: dict[str, TaskHead],
+        loss: HybridLoss | None = None,
+        tasks: list[str] | None = None,
+        init_weights: str | None = None,
+        layer_decay: float = 1.0,
+        tile: tuple[int, int] | None = None,
+        overlap: float = 0.25,
+        flip_tta: bool = False,
+        channels_last: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if (
+            _given_hyperparameters.get() is not None
+        ):  # built from YAML: the checkpoint keeps the YAML, never the objects
+            self.save_hyperparameters(logger=False)
+        self.encoder = encoder
+        self.heads = nn.ModuleDict(_kept(heads, tasks))
+        for head in self._heads().values():
+            head.build(encoder.channels, encoder.strides)
+        self.loss = loss or HybridLoss()
+        self.loss.build(list(self.heads))
+        self.layer_decay = layer_decay
+        self.tile, self.overlap, self.flip_tta = tile, overlap, flip_tta
+        self.channels_last = channels_last
+        self.optimizer_factory: OptimizerFactory = lambda parameters: AdamW(parameters, lr=5e-4, weight_decay=0.05)
+        self.scheduler_factory: SchedulerFactory | None = None
+        self.val_metrics, self.test_metrics = self._metrics(), self._metrics()
+        self.val_losses = nn.ModuleDict({name: MeanMetric() for name in self.heads})
+        self._task_losses: tuple[dict[str, Tensor], dict[str, int]] = ({}, {})
+        self.weights_report = load_weights(self, init_weights) if init_weights else None
+        if channels_last:
+            self.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if compile:
+            self.encoder.compile()
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """The tasks this model answers, by name."""
+        return {name: head.task(name) for name, head in self._heads().items()}
+
+    def forward(self, image: Tensor) -> dict[str, Any]:
+        """Return each head's raw outputs for ``image`` float (B, C, H, W) in [0, 1]."""
+        pyramid = self._pyramid(image)
+        return {name: head(pyramid, _size(image)) for name, head in self._heads().items()}
+
+    def predict(self, image: Tensor) -> dict[str, Any]:
+        """Return each head's predictions (see ``TaskHead.predict``) for ``image`` float (B, C, H, W) in [0, 1]."""
+        outputs = self(image)
+        return {name: head.predict(outputs[name], _size(image)) for name, head in self._heads().items()}
+
+    def predict_whole(self, image: Tensor) -> dict[str, Any]:
+        """Predict with the sliding window and flips this module was configured with."""
+        if self.tile is None and not self.flip_tta:
+            return self.predict(image)
+        tile = self.tile or _size(image)
+        return predict_tiled(self.predict, image, self.tasks, tile, overlap=self.overlap, flip_tta=self.flip_tta)
+
+    def task_losses(
+        self, outputs: dict[str, Any], batch: Batch
+    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, int]]:
+        """Return, by task, the loss, its named terms and the number of labelled samples in the batch."""
+        terms = {name: head.loss(outputs[name], batch.targets[name]) for name, head in self._heads().items()}
+        losses = {name: torch.stack(list(t.values())).sum() for name, t in terms.items()}
+        return losses, terms, {name: int(batch.targets[name].present.sum()) for name in losses}
+
+    def setup(self, stage: str) -> None:
+        """Check that the data set, the trainer and the heads fit one another."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None and hasattr(datamodule, "tasks"):
+            _check_tasks(self.tasks, datamodule.tasks)
+        if stage == "fit" and self.loss.aggregates_gradients:
+            if self.trainer.world_size > 1:
+                raise ConfigError(
+                    "model.loss.weighting: gradient aggregation needs the batch on one device; set trainer.devices=1"
+                )
+            if self.trainer.precision == "16-mixed":
+                raise ConfigError(
+                    "trainer.precision=16-mixed scales the loss, which gradient aggregation cannot follow; "
+                    "choose bf16-mixed or 32-true"
+                )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the hybrid loss of a batch; log each task's raw terms where they were labelled."""
+        losses, terms, present = self.task_losses(self(batch.image), batch)
+        loss: Tensor = self.loss(losses, present)
+        self._task_losses = losses, present
+        for name, count in present.items():
+            if count:
+                logged = {f"train/{name}/{term}": value.detach() for term, value in terms[name].items()}
+                self.log_dict(
+                    {**logged, f"train/{name}/loss": losses[name].detach()},
+                    on_step=False,
+                    on_epoch=True,
+                    batch_size=count,
+                )
+        self.log("train/loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=True, batch_size=len(batch))
+        return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backpropagate the hybrid loss, or aggregate the tasks' gradients where the weighting asks for it."""
+        if not self.loss.aggregates_gradients:
+            loss.backward(*args, **kwargs)
+            return
+        losses, present = self._task_losses
+        scale = 1.0 / self.trainer.accumulate_grad_batches
+        shared = [p for p in self.encoder.parameters() if p.requires_grad]
+        own = [p for p in self.heads.parameters() if p.requires_grad]
+        self.loss.backward({name: value * scale for name, value in losses.items()}, present, shared, own)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Let a weighting that learns from the step's effect (FAMO) see the batch once more."""
+        if self.loss.weighting.needs_update:
+            with torch.no_grad():
+                losses, _, present = self.task_losses(self(batch.image), batch)
+            self.loss.weighting.update(losses, present)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the weights in force and let an epoch-wise weighting (DWA) turn its page."""
+        self.log_dict({f"loss_weight/{name}": value for name, value in self.loss.factors().items()})
+        self.loss.weighting.on_epoch_end()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the validation metrics and losses of every task it is labelled for."""
+        outputs = self(batch.image)
+        losses, _, present = self.task_losses(outputs, batch)
+        for name, head in self._heads().items():
+            if present[name]:
+                self.val_losses[name].update(losses[name], weight=present[name])
+                predictions = head.predict(outputs[name], _size(batch.image))
+                self._metric(self.val_metrics, name).update(predictions, batch.targets[name], batch.meta)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the test metrics of every task it is labelled for."""
+        predictions = self.predict_whole(batch.image)
+        for name in self.heads:
+            self._metric(self.test_metrics, name).update(predictions[name], batch.targets[name], batch.meta)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Return the predictions of a batch by task, in pixels of the network's input."""
+        return self.predict_whole(batch.image)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last epoch's validation metrics."""
+        for metric in [*self.val_metrics.values(), *self.val_losses.values()]:
+            metric.reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the last run's test metrics."""
+        for metric in self.test_metrics.values():
+            metric.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/<task>/<metric>`` and ``val/score``, the mean of the tasks' primary metrics."""
+        self.log_dict(
+            {f"val/{name}/loss": metric.compute() for name, metric in self.val_losses.items() if metric.update_called}
+        )
+        self._log_metrics("val", self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/<task>/<metric>`` and ``test/score``."""
+        self._log_metrics("test", self.test_metrics)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return the optimiser over ``parameter_groups`` and, where set, its schedule."""
+        optimizer = self.optimizer_factory([{"params": []}])
+        base, decay = optimizer.defaults["lr"], optimizer.defaults.get("weight_decay", 0.0)
+        optimizer = self.optimizer_factory(self.parameter_groups(float(base), float(decay)))
+        if self.scheduler_factory is None:
+            return optimizer
+        scheduler = self.scheduler_factory(optimizer)
+        interval = "epoch"
+        if hasattr(scheduler, "spread"):  # a schedule over the whole training rather than over epochs
+            scheduler.spread(int(self.trainer.estimated_stepping_batches))
+            interval = "step"
+        entry: dict[str, Any] = {"scheduler": scheduler, "interval": interval}
+        if hasattr(scheduler, "monitor"):
+            entry["monitor"] = scheduler.monitor
+        return {"optimizer": optimizer, "lr_scheduler": entry}  # type: ignore[return-value, typeddict-item]
+
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Return parameter groups: no weight decay on vectors, a smaller rate the shallower an encoder layer lies.
+
+        Args:
+            lr: Learning rate of the heads and of the encoder's deepest layer.
+            weight_decay: Weight decay of matrices and kernels; norms, biases and loss parameters have none.
+        """
+        depths = {f"encoder.{name}": depth for name, depth in self.encoder.layer_depths().items()}
+        deepest = max(depths.values(), default=0)
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            rate = lr * self.layer_decay ** (deepest - depths.get(name, deepest))
+            decayed = parameter.ndim > 1 and not name.startswith("loss.")
+            groups.setdefault((rate, weight_decay if decayed else 0.0), []).append(parameter)
+        return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+
+    def _pyramid(self, image: Tensor) -> list[Tensor]:
+        if self.channels_last:
+            image = image.contiguous(memory_format=torch.channels_last)
+        pyramid: list[Tensor] = self.encoder(image)
+        return pyramid
+
+    def _heads(self) -> dict[str, TaskHead]:
+        return {name: head for name, head in self.heads.items() if isinstance(head, TaskHead)}
+
+    def _metrics(self) -> nn.ModuleDict:
+        return nn.ModuleDict({name: head.metrics() for name, head in self._heads().items()})
+
+    @staticmethod
+    def _metric(metrics: nn.ModuleDict, name: str) -> TaskMetrics:
+        metric = metrics[name]
+        assert isinstance(metric, TaskMetrics)
+        return metric
+
+    def _log_metrics(self, split: str, metrics: nn.ModuleDict) -> None:
+        score = []
+        for name in metrics:
+            metric = self._metric(metrics, name)
+            values = {key: float(value) for key, value in metric.compute().items()}
+            self.log_dict({f"{split}/{name}/{key}": value for key, value in values.items()})
+            score.append(values.get(metric.primary, math.nan))
+        known = [s for s in score if not math.isnan(s)]
+        self.log(f"{split}/score", sum(known) / len(known) if known else math.nan, prog_bar=split == "val")
+
+
+def _size(image: Tensor) -> tuple[int, int]:
+    return int(image.shape[-2]), int(image.shape[-1])
+
+
+def _kept(heads: dict[str, TaskHead], tasks: list[str] | None) -> dict[str, TaskHead]:
+    if not heads:
+        raise ConfigError(
+            "model.heads is empty; name at least one, for example {lungs: {class_path: SegmentationHead}}"
+        )
+    unknown = sorted(set(tasks or []) - set(heads))
+    if unknown:
+        raise ConfigError(f"model.tasks={tasks}: no head is called {', '.join(unknown)}; heads are {', '.join(heads)}")
+    return {name: head for name, head in heads.items() if tasks is None or name in tasks}
+
+
+def _check_tasks(model: dict[str, Task], data: dict[str, Task]) -> None:
+    for name, task in model.items():
+        if name not in data:
+            raise ConfigError(
+                f"model.heads.{name}: the data set has no task of this name; it has {', '.join(data) or 'none'}. "
+                f"Rename the head, or drop it with model.tasks."
+            )
+        if (task.kind, task.classes) != (data[name].kind, data[name].classes):
+            raise ConfigError(
+                f"model.heads.{name}.classes={list(task.classes)} ({task.kind}) do not fit the data set's "
+                f"{list(data[name].classes)} ({data[name].kind}); make them equal, in the same order."
+            )

@@ -1,0 +1,142 @@
+"""Draws an image with its truth and its predictions side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor
+
+from mtmedformer.batch import (
+    IGNORE,
+    Batch,
+    ClassificationTarget,
+    DetectionTarget,
+    SegmentationTarget,
+    Target,
+    Task,
+)
+
+COLOURS = ("#4FC3F7", "#FFB74D", "#AED581", "#F06292", "#BA68C8", "#FFF176", "#4DB6AC", "#E57373")
+"""Colours that stay apart on a grey image, one a class across all tasks."""
+
+
+def palette(tasks: dict[str, Task]) -> dict[tuple[str, str], str]:
+    """Return one colour for every ``(task, class)`` that is drawn as a mask or a box."""
+    drawn = [(name, c) for name, task in tasks.items() if task.kind != "classification" for c in task.classes]
+    return {key: COLOURS[i % len(COLOURS)] for i, key in enumerate(drawn)}
+
+
+def overlay_figure(
+    batch: Batch, predictions: dict[str, Any], tasks: dict[str, Task], rows: Sequence[int], score: float = 0.3
+) -> Figure:
+    """Draw one row an image: the image, its truth and the predictions.
+
+    Args:
+        batch: A batch on any device.
+        predictions: Per task the predictions of the whole batch (formats of ``TaskHead.predict``).
+        tasks: The tasks to draw.
+        rows: Indices of the images to draw.
+        score: Boxes below this score are not drawn.
+
+    Returns:
+        A matplotlib figure; close it after use.
+    """
+    colours = palette(tasks)
+    figure, axes = plt.subplots(len(rows), 3, figsize=(9.6, 3.3 * len(rows) + 0.5), squeeze=False, layout="constrained")
+    for axis, title in zip(axes[0], ("image", "truth", "prediction"), strict=True):
+        axis.set_title(title, fontsize=11)
+    for line, i in zip(axes, rows, strict=True):
+        grey = batch.image[i].float().mean(dim=0).cpu().numpy()
+        for axis in line:
+            axis.imshow(grey, cmap="gray", vmin=0, vmax=1)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        meta = batch.meta[i] if batch.meta else None
+        place = " · ".join(str(x) for x in (meta.site, meta.view, meta.laterality) if x) if meta else ""
+        line[0].set_xlabel(place, fontsize=8)
+        line[1].set_xlabel(_draw_truth(line[1], batch.targets, tasks, colours, i), fontsize=8)
+        line[2].set_xlabel(_draw_prediction(line[2], predictions, tasks, colours, i, score), fontsize=8)
+    handles = [Patch(color=colour, label=f"{task}: {c}" if task != c else c) for (task, c), colour in colours.items()]
+    if handles:
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=8, frameon=False
+        )
+    return figure
+
+
+def _draw_truth(
+    axis: Axes, targets: dict[str, Target], tasks: dict[str, Task], colours: dict[tuple[str, str], str], i: int
+) -> str:
+    words = []
+    for name, task in tasks.items():
+        target = targets[name]
+        if not bool(target.present[i]):
+            words.append(f"{name}: not labelled")
+        elif isinstance(target, ClassificationTarget):
+            chosen = [c for c, v in zip(task.classes, target.labels[i].tolist(), strict=True) if v == 1]
+            words.append(f"{name}: {', '.join(chosen) or 'none'}")
+        elif isinstance(target, DetectionTarget):
+            for box, label in zip(target.boxes[i].tolist(), target.labels[i].tolist(), strict=True):
+                _box(axis, box, colours[name, task.classes[label]], "")
+            if not len(target.boxes[i]):
+                words.append(f"{name}: none")
+        elif isinstance(target, SegmentationTarget):
+            for c, mask in zip(task.classes, target.masks[i], strict=True):
+                _mask(axis, (mask == 1).cpu(), colours[name, c])
+                if bool((mask == IGNORE).all()):
+                    words.append(f"{c}: not labelled")
+    return "\n".join(words)
+
+
+def _draw_prediction(
+    axis: Axes,
+    predictions: dict[str, Any],
+    tasks: dict[str, Task],
+    colours: dict[tuple[str, str], str],
+    i: int,
+    score: float,
+) -> str:
+    words = []
+    for name, task in tasks.items():
+        predicted = predictions[name]
+        if task.kind == "classification":
+            p = predicted[i].float().tolist()
+            best = max(range(len(p)), key=p.__getitem__)
+            shown = range(len(p)) if task.multi_label else [best]
+            words.append(f"{name}: " + ", ".join(f"{task.classes[k]} {p[k]:.2f}" for k in shown))
+        elif task.kind == "detection":
+            found = predicted[i]
+            for box, s, label in zip(
+                found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True
+            ):
+                if s >= score:
+                    _box(axis, box, colours[name, task.classes[label]], f"{s:.2f}")
+        else:
+            for c, p in zip(task.classes, predicted[i], strict=True):
+                _mask(axis, (p >= 0.5).cpu(), colours[name, c])
+    return "\n".join(words)
+
+
+def _box(axis: Axes, box: Sequence[float], colour: str, text: str) -> None:
+    x0, y0, x1, y1 = (v - 0.5 for v in box)  # imshow puts pixel centres, not corners, on whole numbers
+    axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.5))
+    if text:
+        axis.text(x0, y0, text, color="black", fontsize=6, backgroundcolor=colour, va="bottom", clip_on=True)
+
+
+def _mask(axis: Axes, mask: Tensor, colour: str) -> None:
+    if not bool(mask.any()):
+        return
+    rgba: npt.NDArray[np.float32] = np.zeros((*mask.shape, 4), dtype=np.float32)
+    rgba[..., :3] = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    rgba[..., 3] = 0.28 * mask.numpy()
+    axis.imshow(rgba)
+    axis.contour(mask.to(torch.float32).numpy(), levels=[0.5], colors=[colour], linewidths=1)
