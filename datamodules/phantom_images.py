@@ -428,8 +428,9 @@ def _grid(h: int, w: int) -> tuple[Float, Float]:
 
 def _step(d: Float, soft: float) -> Float:
     """Return a smooth step from 0 to 1 over ``soft``, centred where ``d`` is 0."""
-    u = np.clip(d / np.float32(soft) + np.float32(0.5), 0, 1)
-    return u * u * (3 - 2 * u)
+    u: Float = np.clip(d / np.float32(soft) + np.float32(0.5), 0, 1)
+    smooth: Float = u * u * (3 - 2 * u)
+    return smooth
 
 
 def _bump(d: Float, at: float, width: float) -> Float:
