@@ -6,12 +6,13 @@ Kaggle mirror ``awsaf49/cbis-ddsm-breast-cancer-image-dataset`` (JPEG) is read t
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pydicom
@@ -19,10 +20,14 @@ from PIL import Image
 from pydicom.errors import InvalidDicomError
 
 from datamodules.layout import disjoint_splits, files_below, locate, one_hot, read_table, require_records, rows_of
+from datamodules.medical import MedicalDataModule
 from datamodules.pixels import read_mask
 from datamodules.records import BoxTruth, Catalogue, MaskSource, MaskTruth, Record, Split, Truth
+from datamodules.transforms import BreastPreset, Preset
 from mtmedformer.batch import Task
 from mtmedformer.errors import DataError
+
+log = logging.getLogger(__name__)
 
 TYPES = {"mass": "mass", "calc": "calcification"}
 CASES = re.compile(r"^(Mass|Calc)-(Training|Test)_(P_\d+)_(LEFT|RIGHT)_(CC|MLO)(?:_(\d+))?$")
@@ -64,10 +69,46 @@ class Film:
     lesions: list[Lesion] = field(default_factory=list)
 
 
+class CBISDDSMDataModule(MedicalDataModule):
+    """CBIS-DDSM: film mammograms with a mask and a pathology each lesion.
+
+    Args:
+        root: Folder with the four ``*_case_description_*_set.csv`` (there or in ``csv``) and the images.
+        lesion_types: Which tables' films to use. With ``both``, detection is two tasks, ``masses`` and
+            ``calcifications``, because one task cannot know one class and not the other; else it is ``lesions``.
+        benign_without_callback: Pathology of such lesions: benign, a class of its own, or unknown.
+        lesion_classes: Classes of the boxes: the type of lesion, or each lesion's own pathology.
+        preset: How images are framed and augmented: cropped to the breast and turned to one side by default.
+        kwargs: Arguments of ``MedicalDataModule``.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        lesion_types: Literal["mass", "calc", "both"] = "both",
+        benign_without_callback: Literal["benign", "separate", "unknown"] = "benign",
+        lesion_classes: Literal["type", "pathology"] = "type",
+        preset: Preset | None = BreastPreset(),  # noqa: B008  presets have no state
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(preset=preset, **kwargs)
+        self.root = Path(root)
+        self.lesion_types = lesion_types
+        self.benign_without_callback = benign_without_callback
+        self.lesion_classes = lesion_classes
+
+    def catalogue(self) -> Catalogue:
+        """Return the records; see ``read_catalogue``."""
+        return read_catalogue(
+            self.root, self.lesion_types, self.benign_without_callback, self.lesion_classes, self.official_splits
+        )
+
+
 def read_catalogue(
     root: Path,
     lesion_types: Literal["mass", "calc", "both"] = "both",
     benign_without_callback: Literal["benign", "separate", "unknown"] = "benign",
+    lesion_classes: Literal["type", "pathology"] = "type",
     official: bool = True,
 ) -> Catalogue:
     """Turn the case tables and the TCIA tree (or the JPEG mirror) into records, one a mammogram and lesion type.
@@ -80,14 +121,7 @@ def read_catalogue(
     calcifications, so these are *unknown* there. A film whose mask is not found has unknown boxes and masks. There are
     no true negatives.
 
-    Args:
-        root: Folder with the four ``*_case_description_*_set.csv`` (there or in ``csv``) and the images.
-        lesion_types: Which tables' films to use. With ``both``, detection is two tasks, ``masses`` and
-            ``calcifications``, because one task cannot know one class and not the other; else it is ``lesions``.
-        benign_without_callback: Pathology of such lesions: benign, a class of its own, or unknown.
-        official: Whether the official splits are used. They are one a lesion type: 13 women are in the mass training
-            and the calcification test table, 18 the other way round, so with both types their training images are
-            dropped.
+    Options are those of ``CBISDDSMDataModule``; without ``official`` splits nothing need be dropped.
 
     Returns:
         ``pathology`` and ``birads`` (the worst of the breast's view over all tables read; assessment 0, incomplete, is
@@ -97,16 +131,13 @@ def read_catalogue(
     Raises:
         DataError: Tables or images are missing or garbled.
     """
-    folder = locate(
-        root,
-        [f"{kind}_case_description_*_set.csv|csv/{kind}_case_description_*_set.csv" for kind in TYPES],
-        "CBIS-DDSM",
-    )
-    tables = files_below(folder, ("_case_description_train_set.csv", "_case_description_test_set.csv"))
-    chosen = {"mass", "calc"} if lesion_types == "both" else {lesion_types}
+    chosen = [kind for kind in TYPES if lesion_types in (kind, "both")]
+    name = "{}_case_description_*_set.csv"
+    folder = locate(root, [f"{name}|csv/{name}".replace("{}", kind) for kind in chosen], "CBIS-DDSM")
+    tables = sorted(file for place in (folder, folder / "csv") for file in place.glob(name.format("*")))
     films = [film for table in tables for film in read_films(table)]
     index = _index(root, folder)
-    classes = tuple(TYPES[kind] for kind in TYPES if kind in chosen)
+    classes = tuple(TYPES[kind] for kind in chosen)
     views = _views(films)
 
     records, absent, unlocated, resized = [], 0, 0, 0
@@ -117,14 +148,13 @@ def read_catalogue(
         if not files:
             absent += 1
             continue
-        image = max(files, key=lambda file: (np.prod(image_size(file)), file.name))
+        image = max(files, key=lambda file: (image_size(file) or (0, 0), file.name))
         truth = _labels(views[film.patient, film.side, film.view], benign_without_callback)
         masks = [find_mask(index.get(lesion.roi, []), image_size(image)) for lesion in film.lesions]
         resized += sum(mask is not None and image_size(mask) != image_size(image) for mask in masks)
-        known = [mask for mask in masks if mask is not None]
-        if len(known) == len(masks):
-            truth |= _lesion_truth(film.kind, known, classes)
-        unlocated += len(known) < len(masks)
+        found = _lesion_truth(film, masks, classes, lesion_classes, benign_without_callback)
+        unlocated += not found
+        truth |= found
         records.append(
             Record(
                 film.name,
@@ -146,7 +176,8 @@ def read_catalogue(
         notes.append(f"CBIS-DDSM: {unlocated} mammograms lack the mask of a lesion; boxes and masks are unknown there")
     if resized:
         notes.append(f"CBIS-DDSM: {resized} masks differ in size from their mammogram and are resized to it (nearest)")
-    return Catalogue({task.name: task for task in _tasks(classes, benign_without_callback)}, records, notes)
+    tasks = _tasks(classes, lesion_classes, benign_without_callback)
+    return Catalogue({task.name: task for task in tasks}, records, notes)
 
 
 def read_films(table: Path) -> list[Film]:
@@ -162,8 +193,7 @@ def read_films(table: Path) -> list[Film]:
         if match is None or row["pathology"] not in PATHOLOGIES or row["assessment"] not in {"0", *BIRADS}:
             raise DataError(
                 f"{table}: a row names image {name!r}, pathology {row['pathology']!r} and assessment "
-                f"{row['assessment']!r}; "
-                f"expected e.g. Mass-Training_P_00001_LEFT_CC, {'/'.join(PATHOLOGIES)} and 0–5"
+                f"{row['assessment']!r}; expected e.g. Mass-Training_P_00001_LEFT_CC, {'/'.join(PATHOLOGIES)} and 0–5"
             )
         kind, part, patient, side, view, _ = match.groups()
         split: Split = "train" if part == "Training" else "test"
@@ -205,26 +235,40 @@ def _labels(view: _View, without_callback: str) -> dict[str, Truth]:
     return truth
 
 
-def _lesion_truth(kind: str, masks: Sequence[Path], classes: tuple[str, ...]) -> dict[str, Truth]:
-    """Return boxes and masks of a film; the channel of the type its table does not list is not annotated."""
-    sources = tuple(MaskSource(mask) for mask in masks)
+def _lesion_truth(
+    film: Film, masks: Sequence[Path | None], classes: tuple[str, ...], lesion_classes: str, without_callback: str
+) -> dict[str, Truth]:
+    """Return boxes and masks of a film, nothing where a lesion's mask is missing.
+
+    The mask channel of the type that the film's table does not list is not annotated.
+    """
+    sources = tuple(MaskSource(mask) for mask in masks if mask is not None)
+    if len(sources) < len(masks):
+        return {}
+    name = TYPES[film.kind]
     united = replace(sources[0], also=sources[1:])
-    return {
-        _detection(TYPES[kind], classes): BoxTruth(masks=sources, mask_labels=(0,) * len(sources)),
-        "lesion": MaskTruth(tuple(united if name == TYPES[kind] else None for name in classes)),
-    }
+    truth: dict[str, Truth] = {"lesion": MaskTruth(tuple(united if each == name else None for each in classes))}
+    labels = [_pathology(lesion.pathology, without_callback) for lesion in film.lesions]
+    if lesion_classes == "type":
+        truth[_detection(name, classes)] = BoxTruth(masks=sources, mask_labels=(0,) * len(sources))
+    elif None not in labels:
+        known = tuple(_pathologies(without_callback).index(label) for label in labels if label)
+        truth[_detection(name, classes)] = BoxTruth(masks=sources, mask_labels=known)
+    return truth
 
 
 def _detection(name: str, classes: tuple[str, ...]) -> str:
     return {"mass": "masses", "calcification": "calcifications"}[name] if len(classes) == 2 else "lesions"
 
 
-def _tasks(classes: tuple[str, ...], without_callback: str) -> list[Task]:
+def _tasks(classes: tuple[str, ...], lesion_classes: str, without_callback: str) -> list[Task]:
+    pathologies = _pathologies(without_callback)
+    boxes = {name: (name,) if lesion_classes == "type" else pathologies for name in classes}
     return [
-        Task("pathology", "classification", _pathologies(without_callback)),
+        Task("pathology", "classification", pathologies),
         Task("birads", "classification", BIRADS),
         Task("density", "classification", DENSITY),
-        *(Task(_detection(name, classes), "detection", (name,)) for name in classes),
+        *(Task(_detection(name, classes), "detection", boxes[name]) for name in classes),
         Task("lesion", "segmentation", classes, multi_label=True),
     ]
 
@@ -234,17 +278,25 @@ def _pathologies(without_callback: str) -> tuple[str, ...]:
     return names if without_callback == "separate" else names[1:]
 
 
-def find_mask(files: Sequence[Path], size: tuple[int, int]) -> Path | None:
+def _pathology(name: str, without_callback: str) -> str | None:
+    """Return the class a pathology of the table counts as, ``None`` for unknown."""
+    if name != PATHOLOGIES[0] or without_callback == "separate":
+        return name.lower()
+    return "benign" if without_callback == "benign" else None
+
+
+def find_mask(files: Sequence[Path], size: tuple[int, int] | None) -> Path | None:
     """Return the mask among a lesion's files, told from the cropped image by content; ``None`` where none is one.
 
     The mask has the mammogram's size. Only where no file or several have it are the pixels looked at: the mask then is
     the one of two grey levels, the larger if there are several.
     """
+    files = [file for file in files if image_size(file)]
     full = [file for file in files if image_size(file) == size]
-    if len(full) == 1:
-        return full[0]
+    if len(full) == 1 or size is None:
+        return full[0] if full else None
     binary = [file for file in full or files if _is_binary(file)]
-    return max(binary, key=lambda file: (image_size(file), file.name), default=None)
+    return max(binary, key=lambda file: (image_size(file) or (0, 0), file.name), default=None)
 
 
 def _is_binary(file: Path) -> bool:
@@ -274,13 +326,14 @@ def _index(root: Path, folder: Path) -> dict[str, list[Path]]:
 
 
 @lru_cache(maxsize=65536)
-def image_size(file: Path) -> tuple[int, int]:
-    """Return (height, width) from the header alone."""
+def image_size(file: Path) -> tuple[int, int] | None:
+    """Return (height, width) from the header alone, ``None`` of a file that is no readable image."""
     try:
         if file.suffix.lower() == ".dcm":
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
             return int(header.Rows), int(header.Columns)
         with Image.open(file) as image:
             return image.height, image.width
-    except (InvalidDicomError, OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{file} cannot be read as an image ({type(error).__name__}); download it again") from error
+    except (InvalidDicomError, OSError, ValueError, AttributeError, TypeError, EOFError, NotImplementedError) as error:
+        log.warning("%s cannot be read as an image (%s); download it again", file, type(error).__name__)
+        return None

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pydicom
 from pydicom.errors import InvalidDicomError
 
 from datamodules.layout import files_below, locate, one_hot, read_table, require_records, rows_of, unique_ids
+from datamodules.medical import MedicalDataModule
 from datamodules.records import Catalogue, ClassTruth, Record, Truth
+from datamodules.transforms import BreastPreset, Preset
 from mtmedformer.batch import Task
 from mtmedformer.errors import DataError
 
@@ -29,29 +32,54 @@ VIEWS = {"399162004": "CC", "399368009": "MLO", "R-10242": "CC", "R-10226": "MLO
 HEADER = ["PatientID", "ImageLaterality", "Laterality", "ViewPosition", "ViewCodeSequence"]
 
 
+class CMMDDataModule(MedicalDataModule):
+    """CMMD: digital mammograms with biopsy-proven pathology a breast.
+
+    Args:
+        root: Folder with ``CMMD_clinicaldata_revision.xlsx`` (or ``.csv``) and the DICOM tree.
+        keep_unlabelled: Keep the images of breasts without a row, with nothing known of them (for prediction).
+        preset: How images are framed and augmented: cropped to the breast and turned to one side by default.
+        kwargs: Arguments of ``MedicalDataModule``.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        keep_unlabelled: bool = False,
+        preset: Preset | None = BreastPreset(),  # noqa: B008  presets have no state
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(preset=preset, **kwargs)
+        self.root = Path(root)
+        self.keep_unlabelled = keep_unlabelled
+
+    def catalogue(self) -> Catalogue:
+        """Return the records; see ``read_catalogue``."""
+        return read_catalogue(self.root, self.keep_unlabelled)
+
+
 def read_catalogue(root: Path, keep_unlabelled: bool = False) -> Catalogue:
     """Turn the NBIA tree and the clinical table into records; side and view are read from the DICOM headers.
 
     The table has one row a **breast**, and many women were imaged on both sides but have a row for one. The other
     breast is unknown, never negative.
 
-    Args:
-        root: Folder with ``CMMD_clinicaldata_revision.xlsx`` (or ``.csv``) and the DICOM tree.
-        keep_unlabelled: Keep the images of breasts without a row, with nothing known of them (for prediction).
+    Options are those of ``CMMDDataModule``.
 
     Returns:
         ``pathology`` and ``abnormality`` (``both`` sets both classes). ``groups["client"]`` is the sub-collection
         D1/D2.
 
     Raises:
-        DataError: The layout is missing, the table is garbled, or a DICOM header cannot be read.
+        DataError: The layout is missing or the table is garbled.
     """
     folder = locate(root, [f"{TABLE}.xlsx|{TABLE}.csv"], "CMMD")
     labels = _labels(next(f for f in (folder / f"{TABLE}.xlsx", folder / f"{TABLE}.csv") if f.exists()))
     files = files_below(folder, (".dcm",))
     records, sideless, unlabelled = [], 0, 0
+    broken: list[str] = []
     for file in files:
-        patient, side, view = _header(file, folder)
+        patient, side, view = _header(file, folder, broken)
         truth = labels.get((patient, side or ""), {})
         sideless += side is None
         unlabelled += not truth
@@ -67,6 +95,8 @@ def read_catalogue(root: Path, keep_unlabelled: bool = False) -> Catalogue:
         notes.append(f"CMMD: {unlabelled} of {len(files)} images show a breast without a row in the table; {fate}")
     if sideless:
         notes.append(f"CMMD: {sideless} images carry no laterality, so no label can be given to them")
+    if broken:
+        notes.append(f"CMMD: {len(broken)} of those are no readable DICOM (download again): {', '.join(broken[:5])}")
     absent = len(labels.keys() - {(r.patient, r.laterality) for r in records})
     if absent:
         notes.append(f"CMMD: {absent} of {len(labels)} labelled breasts have no image on disk")
@@ -95,13 +125,14 @@ def _labels(file: Path) -> dict[tuple[str, str], dict[str, Truth]]:
     }
 
 
-def _header(file: Path, folder: Path) -> tuple[str, str | None, str | None]:
-    """Return patient (from the folder names, else the header), side and view of a DICOM file."""
+def _header(file: Path, folder: Path, broken: list[str]) -> tuple[str, str | None, str | None]:
+    """Return patient (from the folder names, else the header), side and view of a DICOM file; list it if broken."""
+    named = next((part for part in file.relative_to(folder).parts if PATIENT.match(part)), None)
     try:
         header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=HEADER)
-    except (InvalidDicomError, OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{file} cannot be read as DICOM ({type(error).__name__}); download it again") from error
-    named = next((part for part in file.relative_to(folder).parts if PATIENT.match(part)), None)
+    except (InvalidDicomError, OSError, ValueError, AttributeError, EOFError, NotImplementedError):
+        broken.append(file.name)
+        return named or file.stem, None, None
     side = str(header.get("ImageLaterality") or header.get("Laterality") or "").strip().upper()[:1]
     codes = [str(item.get("CodeValue", "")) for item in header.get("ViewCodeSequence") or []]
     view = next((VIEWS[code] for code in codes if code in VIEWS), None) or str(header.get("ViewPosition") or "") or None

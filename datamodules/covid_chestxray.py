@@ -6,14 +6,17 @@ Source: Cohen et al., arXiv 2006.11988; https://github.com/ieee8023/covid-chestx
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import numpy as np
 from PIL import Image
 
 from datamodules.layout import files_below, locate, one_hot, read_table, require_records, rows_of
+from datamodules.medical import MedicalDataModule
 from datamodules.records import Catalogue, ClassTruth, MaskSource, MaskTruth, Record, Truth
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError, DataError
@@ -23,6 +26,37 @@ PATHOLOGY = ("covid19", "other_pneumonia", "no_finding")
 SITES = {"radiopaedia": "radiopaedia", "eurorad": "eurorad", "sirm": "sirm_italy"}
 V7_LUNG = (255,)
 """V7 Labs' masks also hold 127 for what is not lung field; torchxrayvision takes 255 alone."""
+
+
+class CovidChestXrayDataModule(MedicalDataModule):
+    """covid-chestxray-dataset: radiographs from publications and teaching sites.
+
+    Args:
+        root: The repository's folder.
+        findings: Classes of the task ``findings``: steps of the hierarchy, spelt as in the table.
+        views: Views to keep; lateral (``L``), CT (``Axial``, ``Coronal``) and others are dropped and counted.
+        lung_masks: Folder with lung masks named like the images (``x.png`` or ``x_mask.png``). ``None`` looks for
+            ``semantic_masks_v7labs_lungs``, then ``annotations/lungVAE-masks`` (weak), under the root.
+        kwargs: Arguments of ``MedicalDataModule``.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        findings: Sequence[str] = ("No Finding", "Pneumonia", "Viral", "COVID-19", "Bacterial", "Fungal"),
+        views: Sequence[str] = ("PA", "AP", "AP Supine"),
+        lung_masks: Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.root = Path(root)
+        self.findings = findings
+        self.views = views
+        self.lung_masks = lung_masks
+
+    def catalogue(self) -> Catalogue:
+        """Return the records; see ``read_catalogue``."""
+        return read_catalogue(self.root, self.findings, self.views, self.lung_masks)
 
 
 def read_catalogue(
@@ -36,12 +70,7 @@ def read_catalogue(
     A finding is a path such as ``Pneumonia/Viral/COVID-19``. A class holds if it is a step of that path. Where the path
     stops above the class (``Pneumonia`` alone says nothing of ``Viral``), the class is unknown, not absent.
 
-    Args:
-        root: The repository's folder.
-        findings: Classes of the task ``findings``: steps of the hierarchy, spelt as in the table.
-        views: Views to keep; lateral (``L``), CT (``Axial``, ``Coronal``) and others are dropped and counted.
-        lung_masks: Folder with lung masks named like the images (``x.png`` or ``x_mask.png``). ``None`` looks for
-            ``semantic_masks_v7labs_lungs``, then ``annotations/lungVAE-masks`` (weak), under the root.
+    Options are those of ``CovidChestXrayDataModule``.
 
     Returns:
         ``findings`` (several may hold), ``pathology`` (``covid19``, ``other_pneumonia``, ``no_finding``; unknown where
@@ -126,7 +155,7 @@ def _finding_truth(finding: str, paths: Sequence[tuple[str, ...]], classes: Sequ
     if finding.lower() in UNKNOWN:
         return {}
     path = tuple(finding.split("/"))
-    values = [float("nan") if _is_open(path, name, paths) else float(name in path) for name in classes]
+    values = [math.nan if _is_open(path, name, paths) else float(name in path) for name in classes]
     truth: dict[str, Truth] = {"findings": ClassTruth(tuple(values))}
     pathology = None
     if "COVID-19" in path:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from datamodules.layout import disjoint_splits, files_below, locate, one_hot, require_records, unique_ids
+from datamodules.medical import MedicalDataModule
 from datamodules.records import BoxTruth, Catalogue, MaskSource, MaskTruth, Record, Split, Truth
 from mtmedformer.batch import Task
 
@@ -27,6 +28,40 @@ TASKS = (
 SUBJECT = re.compile(r"^(sub-[A-Za-z0-9]+)")
 
 
+class CovidQuExDataModule(MedicalDataModule):
+    """COVID-QU-Ex: chest radiographs with classes, lung masks and some infection masks.
+
+    Args:
+        root: Folder with ``Lung Segmentation Data`` and/or ``Infection Segmentation Data``, each of which holds a
+            folder of its own name again (the published archive does).
+        tree: Which tree's images and official splits to use. ``both``: those of the lung tree (all 33,920 images), with
+            the infection masks of images of the same class and name joined to them.
+        patients: The set publishes no patient. ``subject`` reads ``sub-S0…`` where a file name has it (and drops such
+            patients from earlier official splits when a later one has them); ``image`` is the published image-level
+            protocol, which lets those patients leak.
+        min_area: Smallest connected component of an infection mask, in pixels of the image, that is a box.
+        kwargs: Arguments of ``MedicalDataModule``.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        tree: Literal["lung", "infection", "both"] = "both",
+        patients: Literal["subject", "image"] = "subject",
+        min_area: int = 25,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.root = Path(root)
+        self.tree = tree
+        self.patients = patients
+        self.min_area = min_area
+
+    def catalogue(self) -> Catalogue:
+        """Return the records; see ``read_catalogue``."""
+        return read_catalogue(self.root, self.tree, self.patients, self.min_area, self.official_splits)
+
+
 def read_catalogue(
     root: Path,
     tree: Literal["lung", "infection", "both"] = "both",
@@ -39,16 +74,7 @@ def read_catalogue(
     The infection masks outline COVID-19 only. They are used on the COVID-19 images; a normal image is a true negative
     where the infection tree lists it; a non-COVID pneumonia is *unknown* even where an all-zero mask lies beside it.
 
-    Args:
-        root: Folder with ``Lung Segmentation Data`` and/or ``Infection Segmentation Data``, each of which holds a
-            folder of its own name again (the published archive does).
-        tree: Which tree's images and official splits to use. ``both``: those of the lung tree (all 33,920 images), with
-            the infection masks of images of the same class and name joined to them.
-        patients: The set publishes no patient. ``subject`` reads ``sub-S0…`` where a file name has it (and drops such
-            patients from earlier official splits when a later one has them); ``image`` is the published image-level
-            protocol, which lets those patients leak.
-        min_area: Smallest connected component of an infection mask, in pixels of the image, that is a box.
-        official: Whether the official splits are used; if not, no image need be dropped.
+    Options are those of ``CovidQuExDataModule``; without ``official`` splits nothing need be dropped.
 
     Returns:
         ``pathology``, ``lungs``, ``infection`` and ``lesions`` (a box each component of the infection mask).

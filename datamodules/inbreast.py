@@ -14,7 +14,9 @@ from typing import Any, Literal, NamedTuple
 from xml.parsers.expat import ExpatError
 
 from datamodules.layout import files_below, locate, one_hot, read_table, require_records, rows_of
+from datamodules.medical import MedicalDataModule
 from datamodules.records import BoxTruth, Catalogue, MaskSource, MaskTruth, Record, Truth
+from datamodules.transforms import BreastPreset, Preset
 from mtmedformer.batch import Task
 from mtmedformer.errors import DataError
 
@@ -48,6 +50,42 @@ class Region(NamedTuple):
     points: tuple[Point, ...]
 
 
+class INbreastDataModule(MedicalDataModule):
+    """INbreast: digital mammograms with BI-RADS, density and exact contours.
+
+    Args:
+        root: ``INbreast Release 1.0`` or a folder that contains it.
+        birads_positive: Lowest BI-RADS that counts as positive in ``suspicion``.
+        birads_3: Whether BI-RADS 3 (probably benign) is negative or left unknown in ``suspicion``.
+        point_radius: Radius in pixels of the disc drawn for a point calcification.
+        unknown_names: What to do with a region whose name is not in ``NAMES``: raise an error that lists the names, or
+            leave ``lesions`` and ``lesion`` of that image unknown.
+        preset: How images are framed and augmented: cropped to the breast and turned to one side by default.
+        kwargs: Arguments of ``MedicalDataModule``.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        birads_positive: int = 4,
+        birads_3: Literal["negative", "unknown"] = "negative",
+        point_radius: float = 1.0,
+        unknown_names: Literal["error", "unknown"] = "error",
+        preset: Preset | None = BreastPreset(),  # noqa: B008  presets have no state
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(preset=preset, **kwargs)
+        self.root = Path(root)
+        self.birads_positive = birads_positive
+        self.birads_3 = birads_3
+        self.point_radius = point_radius
+        self.unknown_names = unknown_names
+
+    def catalogue(self) -> Catalogue:
+        """Return the records; see ``read_catalogue``."""
+        return read_catalogue(self.root, self.birads_positive, self.birads_3, self.point_radius, self.unknown_names)
+
+
 def read_catalogue(
     root: Path,
     birads_positive: int = 4,
@@ -62,13 +100,7 @@ def read_catalogue(
     calcification; it is part of the mask, never a box. A spiculated region belongs to the mask of its mass and is a
     box only where no mass lies in it.
 
-    Args:
-        root: ``INbreast Release 1.0`` or a folder that contains it.
-        birads_positive: Lowest BI-RADS that counts as positive in ``suspicion``.
-        birads_3: Whether BI-RADS 3 (probably benign) is negative or left unknown in ``suspicion``.
-        point_radius: Radius in pixels of the disc drawn for a point calcification.
-        unknown_names: What to do with a region whose name is not in ``NAMES``: raise an error that lists the names, or
-            leave ``lesions`` and ``lesion`` of that image unknown.
+    Options are those of ``INbreastDataModule``.
 
     Returns:
         ``birads`` (4a–c are 4), ``suspicion``, ``density`` (ACR 1–4 as A–D), ``lesions`` (boxes: one a region) and

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from datamodules.layout import disjoint_splits, files_below, locate, one_hot, require_records, unique_ids
+from datamodules.medical import MedicalDataModule
 from datamodules.records import Catalogue, Record, Split, Truth
 from mtmedformer.batch import Task
 
@@ -25,6 +26,35 @@ NORMAL = re.compile(r"(IM-\d+)-\d+", re.IGNORECASE)
 CAUSES = {"bacteria": "bacterial_pneumonia", "virus": "viral_pneumonia"}
 
 
+class KermanyDataModule(MedicalDataModule):
+    """Kermany's paediatric chest radiographs.
+
+    Args:
+        root: Folder above ``train`` and ``test`` (``chest_xray`` or one that contains it).
+        numbering: Whether ``person7`` of train and of test are one child (``shared``: the train images are dropped,
+            the safe reading) or the numbers start again in each split (``per_split``: nothing is dropped).
+        official_val: Keep the mirror's validation folder (16 images) as validation; otherwise it joins train, from
+            which a validation split is drawn by patient.
+        kwargs: Arguments of ``MedicalDataModule``.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        numbering: Literal["shared", "per_split"] = "shared",
+        official_val: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.root = Path(root)
+        self.numbering = numbering
+        self.official_val = official_val
+
+    def catalogue(self) -> Catalogue:
+        """Return the records; see ``read_catalogue``."""
+        return read_catalogue(self.root, self.numbering, self.official_val, self.official_splits)
+
+
 def read_catalogue(
     root: Path,
     numbering: Literal["shared", "per_split"] = "shared",
@@ -33,13 +63,7 @@ def read_catalogue(
 ) -> Catalogue:
     """Turn ``{train,val,test}/{NORMAL,PNEUMONIA}`` into records, mirror or Mendeley layout alike.
 
-    Args:
-        root: Folder above ``train`` and ``test`` (``chest_xray`` or one that contains it).
-        numbering: Whether ``person7`` of train and of test are one child (``shared``: the train images are dropped,
-            the safe reading) or the numbers start again in each split (``per_split``: nothing is dropped).
-        official_val: Keep the mirror's validation folder (16 images) as validation; otherwise it joins train, from
-            which a validation split is drawn by patient.
-        official: Whether the official splits are used; if not, no training image need be dropped.
+    Options are those of ``KermanyDataModule``; without ``official`` splits nothing need be dropped.
 
     Returns:
         ``pneumonia`` from the folder; ``pathology`` from the folder and the file name, unknown where the name does not

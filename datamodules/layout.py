@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -12,8 +13,13 @@ import pandas as pd
 from datamodules.records import BoxTruth, ClassTruth, Record
 from mtmedformer.errors import DataError
 
+log = logging.getLogger(__name__)
+
 DEPTH = 3
 """How many folders below the root a layout is looked for."""
+
+MOST_FOLDERS = 20_000
+"""How many folders are looked into before the search is given up (the root was a home folder, say)."""
 
 
 def locate(root: Path, expected: Sequence[str], dataset: str) -> Path:
@@ -32,15 +38,18 @@ def locate(root: Path, expected: Sequence[str], dataset: str) -> Path:
     """
     if not root.is_dir():
         raise DataError(f"{dataset}: root {root} is not a folder; expected {_listing(expected)} under root")
-    closest, most = root, -1
+    closest, most, visited = root, -1, 0
     level = [root]
     for _ in range(DEPTH + 1):
-        for folder in level:
+        for folder in level[: MOST_FOLDERS - visited]:
             found = sum(_has(folder, entry) for entry in expected)
             if found == len(expected):
                 return folder
             if found > most:
                 closest, most = folder, found
+        visited += len(level)
+        if visited >= MOST_FOLDERS:
+            break
         level = [Path(e.path) for folder in level for e in _entries(folder) if e.is_dir()]
     missing = [entry for entry in expected if not _has(closest, entry)]
     there = ", ".join(sorted(e.name for e in _entries(closest))[:8]) or "nothing"
@@ -59,11 +68,11 @@ def _has(folder: Path, entry: str) -> bool:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((e for e in entries if not is_litter(e.name)), key=lambda e: e.name)
-    except PermissionError as error:
-        raise DataError(f"{folder} cannot be read: {error.strerror}; check its permissions") from error
+    if not os.access(folder, os.R_OK | os.X_OK):
+        log.warning("%s cannot be read and was not searched; check its permissions", folder)
+        return []
+    with os.scandir(folder) as entries:
+        return sorted((e for e in entries if not is_litter(e.name)), key=lambda e: e.name)
 
 
 def is_litter(name: str) -> bool:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from datamodules.layout import clipped, files_below, locate, one_hot, require_records
+from datamodules.medical import MedicalDataModule
 from datamodules.records import BoxTruth, Catalogue, ClassTruth, MaskSource, MaskTruth, Record, Truth
+from datamodules.transforms import BreastPreset, Preset
 from mtmedformer.batch import Task
 from mtmedformer.errors import DataError
 
@@ -40,6 +42,32 @@ class Row(NamedTuple):
     circle: tuple[float, float, float] | None
 
 
+class MiniMIASDataModule(MedicalDataModule):
+    """mini-MIAS: film mammograms with circles around abnormalities.
+
+    Args:
+        root: Folder with the images and ``Info.txt`` (or ``README``), or one that contains it.
+        lesion_classes: Classes of ``lesions`` and ``lesion``: one, by severity, or by abnormality.
+        preset: How images are framed and augmented: cropped to the breast and turned to one side by default.
+        kwargs: Arguments of ``MedicalDataModule``.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        lesion_classes: Literal["lesion", "severity", "abnormality"] = "lesion",
+        preset: Preset | None = BreastPreset(),  # noqa: B008  presets have no state
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(preset=preset, **kwargs)
+        self.root = Path(root)
+        self.lesion_classes = lesion_classes
+
+    def catalogue(self) -> Catalogue:
+        """Return the records; see ``read_catalogue``."""
+        return read_catalogue(self.root, self.lesion_classes)
+
+
 def read_catalogue(root: Path, lesion_classes: Literal["lesion", "severity", "abnormality"] = "lesion") -> Catalogue:
     """Turn ``mdb001.pgm … mdb322.pgm`` and ``Info.txt`` into records.
 
@@ -47,9 +75,7 @@ def read_catalogue(root: Path, lesion_classes: Literal["lesion", "severity", "ab
     spread calcification) is *unknown* for them; a normal image is a true negative. Films come in pairs of one woman:
     odd numbers are right, the even number after each is her left.
 
-    Args:
-        root: Folder with the images and ``Info.txt`` (or ``README``), or one that contains it.
-        lesion_classes: Classes of ``lesions`` and ``lesion``: one, by severity, or by abnormality.
+    Options are those of ``MiniMIASDataModule``.
 
     Returns:
         ``pathology`` (normal, benign, malignant: the worst of the image), ``abnormality`` (several may hold),

@@ -8,9 +8,12 @@ TMI 2023), two Excel lists that are not part of the download.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from datamodules.layout import disjoint_splits, files_below, locate, read_table, require_records, unique_ids
+from datamodules.medical import MedicalDataModule
 from datamodules.records import BoxTruth, Catalogue, MaskSource, MaskTruth, Record, Split, Truth
 from mtmedformer.batch import Task
 from mtmedformer.errors import DataError
@@ -23,6 +26,37 @@ FOLDERS: dict[str, Split] = {"Train Set": "train", "Test Set": "test"}
 SUBJECT = re.compile(r"^(sub-[A-Za-z0-9]+)")
 
 
+class QaTaCov19DataModule(MedicalDataModule):
+    """QaTa-COV19-v2: COVID-19 chest radiographs with infection masks.
+
+    Args:
+        root: ``QaTa-COV19-v2`` or a folder that contains it.
+        val_ids: LViT's ``Val_ID.xlsx`` (column ``Image``, names of masks): those training images become validation.
+            ``None`` leaves validation to be drawn by patient.
+        only_subjects: Keep only the files named ``sub-…``: the others are also in COVID-QU-Ex.
+        min_area: Smallest connected component of a mask, in pixels of the image, that is a box.
+        kwargs: Arguments of ``MedicalDataModule``.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        val_ids: Path | None = None,
+        only_subjects: bool = False,
+        min_area: int = 25,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.root = Path(root)
+        self.val_ids = val_ids
+        self.only_subjects = only_subjects
+        self.min_area = min_area
+
+    def catalogue(self) -> Catalogue:
+        """Return the records; see ``read_catalogue``."""
+        return read_catalogue(self.root, self.val_ids, self.only_subjects, self.min_area, self.official_splits)
+
+
 def read_catalogue(
     root: Path,
     val_ids: Path | None = None,
@@ -32,13 +66,7 @@ def read_catalogue(
 ) -> Catalogue:
     """Turn ``{Train Set,Test Set}/{Images,Ground-truths}`` into records.
 
-    Args:
-        root: ``QaTa-COV19-v2`` or a folder that contains it.
-        val_ids: LViT's ``Val_ID.xlsx`` (column ``Image``, names of masks): those training images become validation.
-            ``None`` leaves validation to be drawn by patient.
-        only_subjects: Keep only the files named ``sub-…``: the others are also in COVID-QU-Ex.
-        min_area: Smallest connected component of a mask, in pixels of the image, that is a box.
-        official: Whether the official splits are used; if not, no image need be dropped.
+    Options are those of ``QaTaCov19DataModule``; without ``official`` splits nothing need be dropped.
 
     Returns:
         ``infection`` and ``lesions`` (a box each component). There is no class task: every image is positive.
@@ -105,6 +133,4 @@ def _with_validation(records: list[Record], file: Path) -> list[Record]:
     absent = names - {r.file.stem for r in records if r.split == "train"}
     if len(absent) == len(names):
         raise DataError(f"{file}: none of its {len(names)} names is an image of the Train Set")
-    return [
-        Record(**{**vars(r), "split": "val"}) if r.split == "train" and r.file.stem in names else r for r in records
-    ]
+    return [replace(r, split="val") if r.split == "train" and r.file.stem in names else r for r in records]

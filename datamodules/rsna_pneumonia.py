@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from datamodules.layout import files_below, locate, number, one_hot, read_table, require_records, rows_of
+from datamodules.medical import MedicalDataModule
 from datamodules.records import BoxTruth, Catalogue, Record, Truth
 from mtmedformer.batch import Task
 from mtmedformer.errors import DataError
@@ -29,12 +31,34 @@ TASKS = (
 SIDE = 1024.0
 
 
-def read_catalogue(root: Path, mapping: Path | None = None) -> Catalogue:
-    """Turn the Kaggle layout into records: one an image of ``stage_2_train_images`` (the test images have no labels).
+class RSNAPneumoniaDataModule(MedicalDataModule):
+    """RSNA Pneumonia: chest radiographs with boxes around lung opacities.
 
     Args:
         root: Folder with ``stage_2_train_labels.csv`` and ``stage_2_train_images``.
         mapping: RSNA's file from its own image names to NIH's; ``None`` looks for it under the root.
+        kwargs: Arguments of ``MedicalDataModule``.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        mapping: Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.root = Path(root)
+        self.mapping = mapping
+
+    def catalogue(self) -> Catalogue:
+        """Return the records; see ``read_catalogue``."""
+        return read_catalogue(self.root, self.mapping)
+
+
+def read_catalogue(root: Path, mapping: Path | None = None) -> Catalogue:
+    """Turn the Kaggle layout into records: one an image of ``stage_2_train_images`` (the test images have no labels).
+
+    Options are those of ``RSNAPneumoniaDataModule``.
 
     Returns:
         ``pneumonia`` (the challenge's ``Target``), ``pathology`` (the three classes of the detailed class table,

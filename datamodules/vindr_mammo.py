@@ -10,6 +10,7 @@ import ast
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datamodules.layout import (
     clipped,
@@ -22,7 +23,9 @@ from datamodules.layout import (
     require_records,
     rows_of,
 )
+from datamodules.medical import MedicalDataModule
 from datamodules.records import Catalogue, ClassTruth, Record, Split, Truth
+from datamodules.transforms import BreastPreset, Preset
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError, DataError
 
@@ -43,6 +46,36 @@ BIRADS, DENSITY = ("1", "2", "3", "4", "5"), ("A", "B", "C", "D")
 SPLITS: dict[str, Split] = {"training": "train", "test": "test"}
 
 
+class VinDrMammoDataModule(MedicalDataModule):
+    """VinDr-Mammo: digital mammograms with BI-RADS, density and boxes.
+
+    Args:
+        root: Folder with the two tables and ``images``.
+        categories: Classes of ``lesions`` and ``findings``, as the table spells them; boxes of no other category are
+            kept.
+        birads_positive: Lowest BI-RADS of a breast that makes the image suspicious.
+        preset: How images are framed and augmented: cropped to the breast and turned to one side by default.
+        kwargs: Arguments of ``MedicalDataModule``.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        categories: Sequence[str] = CATEGORIES,
+        birads_positive: int = 4,
+        preset: Preset | None = BreastPreset(),  # noqa: B008  presets have no state
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(preset=preset, **kwargs)
+        self.root = Path(root)
+        self.categories = categories
+        self.birads_positive = birads_positive
+
+    def catalogue(self) -> Catalogue:
+        """Return the records; see ``read_catalogue``."""
+        return read_catalogue(self.root, self.categories, self.birads_positive)
+
+
 def read_catalogue(root: Path, categories: Sequence[str] = CATEGORIES, birads_positive: int = 4) -> Catalogue:
     """Turn the two annotation tables and ``images/<study>/<image>.dicom`` into records.
 
@@ -50,11 +83,7 @@ def read_catalogue(root: Path, categories: Sequence[str] = CATEGORIES, birads_po
     ``No Finding`` is a true negative; one with a finding but no box is *unknown* for ``lesions``. A box with several
     categories takes the first one listed that is among ``categories``; the task ``findings`` carries all of them.
 
-    Args:
-        root: Folder with the two tables and ``images``.
-        categories: Classes of ``lesions`` and ``findings``, as the table spells them; boxes of no other category are
-            kept.
-        birads_positive: Lowest BI-RADS of a breast that makes the image suspicious.
+    Options are those of ``VinDrMammoDataModule``.
 
     Returns:
         ``birads``, ``suspicion``, ``density``, ``findings`` (several may hold) and ``lesions``. Patient is
