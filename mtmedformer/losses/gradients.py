@@ -1,0 +1,109 @@
+"""Weightings that combine the gradients of the tasks instead of their losses, through torchjd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from inspect import isabstract, isclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torchjd import Stateful, aggregation
+from torchjd.aggregation import Aggregator
+from torchjd.autojac import backward, jac_to_grad
+
+from mtmedformer.errors import ConfigError
+from mtmedformer.losses.weighting import Weighting, stream
+
+
+class GradientAggregation(Weighting):
+    """Combine the tasks' gradients of the shared parameters instead of their losses, by an aggregator of torchjd.
+
+    One backward pass a task through the encoder. Single device, no AMP gradient scaler, no DDP: its hooks do not see
+    these gradients. A batch that labels one task, and every head, gets plain gradients.
+
+    Args:
+        aggregator: Name of a class of ``torchjd.aggregation`` (``UPGrad``, ``PCGrad``, ``MGDA``, ``CAGrad``, ``IMTLG``
+            …), or an aggregator.
+        options: Arguments of that class, for example ``{c: 0.5}`` for ``CAGrad``.
+        seed: Seed of aggregators that draw (``PCGrad``'s order of tasks); the n-th step depends on the seed and n
+            alone.
+
+    Raises:
+        ConfigError: Unknown name, missing option or package, or an aggregator with a state of its own, which would
+            neither survive a missing task nor a resumed run.
+    """
+
+    aggregates_gradients = True
+    needs_positive = False
+
+    draws: Tensor
+    last: Tensor
+
+    def __init__(
+        self, aggregator: str | Aggregator = "UPGrad", options: dict[str, Any] | None = None, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.aggregator = _aggregator(aggregator, options or {}) if isinstance(aggregator, str) else aggregator
+        if isinstance(self.aggregator, Stateful):
+            raise ConfigError(
+                f"loss.weighting.aggregator: {aggregator} keeps a state over steps that a batch without one of the "
+                f"tasks would break; use one of {', '.join(_choices())}"
+            )
+        self.seed = seed
+
+    def build(self, tasks: Sequence[str]) -> None:
+        """Create the counter of steps."""
+        self.register_buffer("draws", torch.zeros((), dtype=torch.long))
+        self.register_buffer("last", torch.ones(len(tasks)))
+
+    def forward(self, losses: Tensor, present: Tensor) -> Tensor:
+        """Return the losses as they are: the value to log, not the one to differentiate."""
+        return losses
+
+    def factors(self) -> Tensor:
+        """Return the weights the aggregator gave last to each task's gradient (1 where it has no such weights)."""
+        return self.last.clone()
+
+    def aggregate(self, losses: Tensor, present: Tensor, shared: Sequence[nn.Parameter]) -> None:
+        """Add the aggregate of the tasks' gradients to ``.grad`` of the shared parameters; frees the graph.
+
+        Args:
+            losses: float (n,), already multiplied by the user's weights.
+            present: bool (n,), at least one True.
+            shared: Parameters whose gradients are aggregated, each with ``requires_grad``.
+        """
+        rows = present.nonzero().flatten().tolist()
+        # the pyramid's levels depend on one another, so the cut must be at the parameters, never at the features
+        backward([losses[i] for i in rows], inputs=shared, parallel_chunk_size=1)
+        devices = [losses.device] if losses.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(stream(self.seed, int(self.draws)))
+            aggregator: Aggregator = self.aggregator if len(rows) > 1 else aggregation.Sum()
+            weights = cast("Tensor | None", jac_to_grad(shared, aggregator))
+        self.draws += 1
+        if weights is not None:
+            self.last[rows] = weights.detach().to(self.last)
+
+
+def _choices() -> list[str]:
+    every = ((name, getattr(aggregation, name)) for name in aggregation.__all__)
+    return [
+        name
+        for name, cls in every
+        if isclass(cls) and issubclass(cls, Aggregator) and not issubclass(cls, Stateful) and not isabstract(cls)
+        if name != "WeightedAggregator" and name != "GramianWeightedAggregator"
+    ]
+
+
+def _aggregator(name: str, options: dict[str, Any]) -> Aggregator:
+    cls = getattr(aggregation, name, None)
+    if not (isclass(cls) and issubclass(cls, Aggregator)):
+        raise ConfigError(f"loss.weighting.aggregator: {name!r} is unknown; choose one of {', '.join(_choices())}")
+    try:
+        made: Aggregator = cls(**options)
+    except ImportError as error:
+        raise ConfigError(f"loss.weighting.aggregator: {name} needs a missing package: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"loss.weighting.options do not fit {name}: {error}") from error
+    return made
