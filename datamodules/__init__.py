@@ -9,9 +9,13 @@ from datamodules.covid_chestxray import CovidChestXrayDataModule as CovidChestXr
 from datamodules.covid_qu_ex import CovidQuExDataModule as CovidQuExDataModule
 from datamodules.inbreast import INbreastDataModule as INbreastDataModule
 from datamodules.kermany import KermanyDataModule as KermanyDataModule
+from datamodules.medical import MedicalDataModule as MedicalDataModule
 from datamodules.mini_mias import MiniMIASDataModule as MiniMIASDataModule
 from datamodules.phantom import PhantomDataModule as PhantomDataModule
 from datamodules.phantom_dicom import PhantomSite as PhantomSite
 from datamodules.qata_cov19 import QaTaCov19DataModule as QaTaCov19DataModule
 from datamodules.rsna_pneumonia import RSNAPneumoniaDataModule as RSNAPneumoniaDataModule
+from datamodules.transforms import BreastPreset as BreastPreset
+from datamodules.transforms import ChestPreset as ChestPreset
+from datamodules.transforms import PlainPreset as PlainPreset
 from datamodules.vindr_mammo import VinDrMammoDataModule as VinDrMammoDataModule

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -73,7 +75,7 @@ class MultiTaskModule(L.LightningModule):
         for head in self._heads().values():
             head.build(encoder.channels, encoder.strides)
         self.loss = loss or HybridLoss()
-        self.loss.build(list(self.heads))
+        self.loss.build(list(self.heads), dropped=[name for name in heads if name not in self.heads])
         self.layer_decay = layer_decay
         self.tile, self.overlap, self.flip_tta = tile, overlap, flip_tta
         self.channels_last = channels_last
@@ -81,6 +83,7 @@ class MultiTaskModule(L.LightningModule):
         self.scheduler_factory: SchedulerFactory | None = None
         self.val_metrics, self.test_metrics = self._metrics(), self._metrics()
         self.val_losses = nn.ModuleDict({name: MeanMetric() for name in self.heads})
+        self._seed = 0
         self._task_losses: tuple[dict[str, Tensor], dict[str, int]] = ({}, {})
         self.weights_report = load_weights(self, init_weights) if init_weights else None
         if channels_last:
@@ -157,22 +160,30 @@ class MultiTaskModule(L.LightningModule):
             loss.backward(*args, **kwargs)
             return
         losses, present = self._task_losses
-        scale = 1.0 / self.trainer.accumulate_grad_batches
         shared = [p for p in self.encoder.parameters() if p.requires_grad]
         own = [p for p in self.heads.parameters() if p.requires_grad]
-        self.loss.backward({name: value * scale for name, value in losses.items()}, present, shared, own)
+        self.loss.backward(losses, present, shared, own, scale=1.0 / self.trainer.accumulate_grad_batches)
+
+    def on_train_start(self) -> None:
+        """Keep the seed of the run, from which every step draws its own."""
+        self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**31))
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed dropout and stochastic depth from (run, epoch, step, rank), so that a resumed run draws the same."""
+        key = f"{self._seed} {self.current_epoch} {batch_idx} {self.global_rank}"
+        torch.manual_seed(zlib.crc32(key.encode()))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Let a weighting that learns from the step's effect (FAMO) see the batch once more."""
-        if self.loss.weighting.needs_update:
+        if self.loss.needs_update:
             with torch.no_grad():
                 losses, _, present = self.task_losses(self(batch.image), batch)
-            self.loss.weighting.update(losses, present)
+            self.loss.update(losses, present)
 
     def on_train_epoch_end(self) -> None:
         """Log the weights in force and let an epoch-wise weighting (DWA) turn its page."""
         self.log_dict({f"loss_weight/{name}": value for name, value in self.loss.factors().items()})
-        self.loss.weighting.on_epoch_end()
+        self.loss.on_epoch_end()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the validation metrics and losses of every task it is labelled for."""
@@ -241,12 +252,14 @@ class MultiTaskModule(L.LightningModule):
         """
         depths = {f"encoder.{name}": depth for name, depth in self.encoder.layer_depths().items()}
         deepest = max(depths.values(), default=0)
+        spared = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        spared |= {f"loss.{name}" for name in self.loss.no_weight_decay()}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
                 continue
             rate = lr * self.layer_decay ** (deepest - depths.get(name, deepest))
-            decayed = parameter.ndim > 1 and not name.startswith("loss.")
+            decayed = parameter.ndim > 1 and name not in spared
             groups.setdefault((rate, weight_decay if decayed else 0.0), []).append(parameter)
         return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
 
