@@ -93,7 +93,7 @@ class MedicalDataModule(L.LightningDataModule, ABC):
         predict_split: Literal["train", "val", "test", "all"] = "test",
     ) -> None:
         super().__init__()
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.image_size = _height_width(image_size)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -119,7 +119,8 @@ class MedicalDataModule(L.LightningDataModule, ABC):
         self.quarantine = Quarantine()
         self._planned: list[Record] = []
         self._read: set[str] = set()
-        self._told = False
+        self._decoding = Quarantine()  # the part of it that decoding has met
+        self._told = ""
         self.datasets: dict[str, CachedDataset] = {}
         self.recipe = Recipe(preset or PlainPreset(), self.image_size)
         self.cache = Cache(cache_dir, cache_max_gb)
@@ -158,7 +159,13 @@ class MedicalDataModule(L.LightningDataModule, ABC):
             self.folds,
         )
         self.tasks = choose_tasks(catalogue.tasks, self.only_tasks)
+        lost = {subject: len(ids) for subject, ids in self.quarantine.lost().items()}  # by ``catalogue`` itself
+        totals = _labelled(catalogue.records, self.tasks)
+        self.quarantine.check({k: n + lost.get(k, 0) for k, n in totals.items()}, self.max_quarantine_share)
         self._planned = self.records = select(records, self.where)
+        mine = {(record.id, task) for record in self.records for task in self.tasks}
+        issues = self.quarantine.issues
+        self.quarantine.issues = [i for i in issues if i.subject == IMAGE or (i.id, i.subject) in mine]
         self.splits = {record.id: splits[record.id] for record in self.records}
 
     def setup(self, stage: str | None = None) -> None:
@@ -251,7 +258,6 @@ class MedicalDataModule(L.LightningDataModule, ABC):
 
     def _sort_out(self, records: Sequence[Record], reports: Mapping[str, Report]) -> None:
         """Take what cannot be used out of ``records`` and ``splits``, and say so."""
-        before = len(self.quarantine.issues)
         for record in records:
             if record.id in self._read:
                 continue
@@ -259,13 +265,13 @@ class MedicalDataModule(L.LightningDataModule, ABC):
             issues = [replace(i, id=record.id, file=record.file.name) for i in reports[record.id].issues]
             issues = [i for i in issues if i.subject in self.tasks or i.subject == IMAGE]
             self.quarantine.add(issues, reports[record.id].remarks)
-        lost = self.quarantine.lost()
-        read = [r for r in self._planned if r.id in self._read]
-        totals = {task: sum(task in r.truth for r in read) for task in self.tasks} | {IMAGE: len(read)}
-        self.quarantine.check(totals, self.max_quarantine_share)
-        if len(self.quarantine.issues) > before or (self.quarantine.remarks and not self._told):
-            _tell(f"{self.salt}: {self.quarantine.summary()}")
-        self._told = True
+            self._decoding.add(issues)
+        lost = self._decoding.lost()
+        totals = _labelled([r for r in self._planned if r.id in self._read], self.tasks)
+        self._decoding.check(totals, self.max_quarantine_share)
+        if self.quarantine.summary() != self._told:
+            self._told = self.quarantine.summary()
+            _tell(f"{self.salt}: {self._told}")
         gone = lost.pop(IMAGE, set())
         self.records = [
             replace(r, truth={t: v for t, v in r.truth.items() if r.id not in lost.get(t, ())})
@@ -286,14 +292,24 @@ class MedicalDataModule(L.LightningDataModule, ABC):
         ):
             if value is not None and value < least:
                 raise ConfigError(f"data.init_args.{name} is {value}; it must be at least {least}")
-        if len(self.image_size) != 2:
-            raise ConfigError(f"data.init_args.image_size is {self.image_size}; give one number or [height, width]")
         if not 0 <= self.max_quarantine_share <= 1:
             raise ConfigError(
                 f"data.init_args.max_quarantine_share is {self.max_quarantine_share}; it is a share, 0 to 1"
             )
         if self.cache_max_gb <= 0:
             raise ConfigError(f"data.init_args.cache_max_gb is {self.cache_max_gb}; it must be above 0")
+
+
+def _labelled(records: Sequence[Record], tasks: dict[str, Task]) -> dict[str, int]:
+    """Count the records by what the quarantine may take from them: the image, or the truth of a task."""
+    return {task: sum(task in record.truth for record in records) for task in tasks} | {IMAGE: len(records)}
+
+
+def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2:
+        raise ConfigError(f"data.init_args.image_size is {size}; give one number or [height, width]")
+    return (sides[0], sides[1])
 
 
 @rank_zero_only

@@ -1,0 +1,212 @@
+"""Read a hand-made table: unknown encoding and separator, stray blanks, and cells that are numbers, flags or lists.
+
+Every problem is told with file, line and column, because whoever made the table can mend it.
+"""
+
+from __future__ import annotations
+
+import ast
+import codecs
+import csv
+import difflib
+import io
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtmedformer.errors import DataError
+
+BLANK = frozenset({"", "nan", "na", "n/a", "none", "null"})
+"""What a cell without a value may say, in any case."""
+
+SEPARATORS = (",", ";", "\t", "|")
+LARGEST_CELL = 2**24  # characters; the csv module's own limit of 128 KiB is too small for polygons
+
+
+class CellError(Exception):
+    """A cell that cannot be understood: ``reason`` is countable, ``detail`` says where it is and what to do."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its table, the line it starts on (counted from 1 with the header) and its stripped cells by column."""
+
+    file: Path
+    line: int
+    cells: dict[str, str]
+
+    def text(self, column: str | None) -> str:
+        """Return a cell's text; nothing where it is blank or the column is absent."""
+        cell = self.cells.get(column, "") if column else ""
+        return "" if cell.lower() in BLANK else cell
+
+    def switch(self, column: str) -> bool | None:
+        """Return a yes-or-no cell, ``None`` where it is blank."""
+        cell = self.text(column).lower()
+        if not cell:
+            return None
+        if cell in ("1", "1.0", "true", "yes"):
+            return True
+        if cell in ("0", "0.0", "false", "no"):
+            return False
+        raise self.error(column, "cell neither 0 nor 1", "write 0, 1 or leave it blank")
+
+    def items(self, column: str) -> list[Any]:
+        """Return a cell that holds a JSON or Python list; a blank one is an empty list."""
+        cell = self.text(column)
+        if not cell:
+            return []
+        value: Any = None
+        try:
+            value = json.loads(cell)
+        except ValueError:
+            try:
+                value = ast.literal_eval(cell)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                raise self.error(column, "cell not a list", "write a JSON list such as [[10, 20, 30, 40]]") from None
+        except RecursionError:
+            raise self.error(column, "cell not a list", "its brackets nest too deep") from None
+        if not isinstance(value, list | tuple):
+            raise self.error(column, "cell not a list", "write a JSON list, [] for none")
+        return list(value)
+
+    def size(self, height: str, width: str) -> tuple[int, int] | None:
+        """Return ``(height, width)`` from two columns, ``None`` where one is blank or absent."""
+        if not (self.text(height) and self.text(width)):
+            return None
+        values = []
+        for column in (height, width):
+            try:
+                number = float(self.text(column))
+            except ValueError:
+                number = math.nan
+            if not (number > 0 and number == math.floor(number) < 2**31):
+                raise self.error(column, "image size no whole number", "write pixels, or leave it blank")
+            values.append(int(number))
+        return (values[0], values[1])
+
+    def error(self, column: str, reason: str, fix: str) -> CellError:
+        """Return an error about one cell."""
+        cell = self.cells.get(column, "")
+        shown = cell if len(cell) <= 60 else cell[:57] + "..."
+        return CellError(reason, f"{self.file.name} line {self.line}, column {column!r}: {shown!r}; {fix}")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as text.
+
+    Attributes:
+        file: Where it was read.
+        columns: Column names in order.
+        rows: Its rows that are not blank throughout.
+        notes: What had to be guessed.
+    """
+
+    file: Path
+    columns: list[str]
+    rows: list[Row]
+    notes: list[str]
+
+    def require(self, columns: Iterable[str], why: str) -> None:
+        """Raise unless every column is there.
+
+        Raises:
+            DataError: Naming the column, what it is wanted for, the nearest name and all names.
+        """
+        for column in columns:
+            if column not in self.columns:
+                near = self.nearest(column)
+                hint = f"; did you mean {near!r}?" if near else ""
+                raise DataError(
+                    f"{self.file}: no column {column!r} ({why}){hint} The columns are {', '.join(self.columns)}."
+                )
+
+    def nearest(self, column: str) -> str | None:
+        """Return the column whose name is most like the one given, if any is like it."""
+        lowered = {name.lower(): name for name in self.columns}
+        found = difflib.get_close_matches(column.lower(), lowered, 1, 0.8)
+        return lowered[found[0]] if found else None
+
+
+def read_labels(file: Path, key: str) -> Table:
+    """Read a table of unknown encoding and separator.
+
+    Args:
+        file: A text table with a header line; UTF-8, UTF-16 (with its mark) or Windows-1252; separated by comma,
+            semicolon, tab or bar.
+        key: A column that must be there; by it the separator is recognised.
+
+    Raises:
+        DataError: The file is missing, empty, no text, has no such column, or a row has more or fewer cells than the
+            header.
+    """
+    notes: list[str] = []
+    text = _text(file, notes)
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    if not first:
+        raise DataError(f"{file}: the table is empty; it needs a header line and a row an image")
+    fitting = [s for s in SEPARATORS if key in (cell.strip() for cell in next(csv.reader([first], delimiter=s)))]
+    separator = fitting[0] if fitting else max(SEPARATORS, key=first.count)
+    rows: list[Row] = []
+    header: list[str] = []
+    csv.field_size_limit(LARGEST_CELL)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+    line = 1
+    try:
+        for cells in reader:
+            start, line = line, reader.line_num + 1
+            stripped = [cell.strip() for cell in cells]
+            if not any(stripped):
+                continue
+            if not header:
+                header = _header(file, stripped)
+            elif len(stripped) != len(header):
+                raise DataError(
+                    f"{file}: line {start} has {len(stripped)} cells, the header {len(header)}. Is the file complete? "
+                    f'Cells that contain {separator!r} need double quotes around them: "[[1{separator}2]]".'
+                )
+            else:
+                rows.append(Row(file, start, dict(zip(header, stripped, strict=True))))
+    except csv.Error as error:
+        raise DataError(
+            f"{file}: line {reader.line_num} is no line of a table ({error}); save it as CSV again"
+        ) from None
+    table = Table(file, header, rows, notes)
+    table.require([key], "it names the image file of each row")
+    if not rows:
+        raise DataError(f"{file}: the table has a header but no row")
+    return table
+
+
+def _header(file: Path, cells: list[str]) -> list[str]:
+    twice = sorted({cell for cell in cells if cell and cells.count(cell) > 1})
+    if twice:
+        raise DataError(f"{file}: column {', '.join(map(repr, twice))} comes more than once; rename or remove one")
+    return cells
+
+
+def _text(file: Path, notes: list[str]) -> str:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{file} cannot be read ({error.strerror or error}); check data.init_args.root and data.init_args.table"
+        ) from error
+    marks = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+    encoding = next((name for mark, name in marks.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", errors="replace")
+        notes.append(f"{file.name}: not UTF-8; read as Windows-1252. Save it as UTF-8 if names look wrong.")
+    if "\x00" in text:
+        raise DataError(f"{file}: this is no text table; an Excel sheet must be saved as CSV (UTF-8)")
+    return text
