@@ -9,6 +9,7 @@ from datamodules.covid_chestxray import CovidChestXrayDataModule as CovidChestXr
 from datamodules.covid_qu_ex import CovidQuExDataModule as CovidQuExDataModule
 from datamodules.inbreast import INbreastDataModule as INbreastDataModule
 from datamodules.kermany import KermanyDataModule as KermanyDataModule
+from datamodules.labels_csv import LabelsCSVDataModule as LabelsCSVDataModule
 from datamodules.medical import MedicalDataModule as MedicalDataModule
 from datamodules.mini_mias import MiniMIASDataModule as MiniMIASDataModule
 from datamodules.phantom import PhantomDataModule as PhantomDataModule

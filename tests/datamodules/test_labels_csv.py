@@ -124,7 +124,7 @@ def test_an_absent_flag_is_told_and_a_misspelt_one_refused(root: Path) -> None:
     records, _, found = read(root, table, detection={"lesions": BoxColumns(labels=None, flag="annotated")})
     assert records["a"].truth == {"lesions": BoxTruth()}
     assert any("no column 'annotated'" in note for note in found.notes)
-    with pytest.raises(DataError, match="no column 'has_dets'.*did you mean 'has_det'"):
+    with pytest.raises(DataError, match=r"no column 'has_dets'.*did you mean 'has_det'"):
         read(root, table, detection={"lesions": BoxColumns(labels=None, flag="has_dets")})
 
 
@@ -304,7 +304,7 @@ def test_rows_of_one_image_are_merged_if_they_agree(root: Path) -> None:
     assert records["b"].truth["lesions"] == BoxTruth()
     assert any("2 rows repeat an image listed before" in note for note in found.notes)
     assert not data.quarantine.issues
-    with pytest.raises(DataError, match="contradict each other in 'lesions'.*all its boxes in one list"):
+    with pytest.raises(DataError, match=r"contradict each other in 'lesions'.*all its boxes in one list"):
         read(
             root,
             HEADER + 'a.png,1,x,"[[1,2,3,4]]",\na.png,1,x,"[[5,5,9,9]]",\n',
