@@ -212,12 +212,12 @@ def merge_boxes(seen: list[tuple[int, Found]], windows: list[Window], size: tupl
     order = found["scores"].argsort(descending=True, stable=True)
     order = order[whole[order]]
     found, origin = {name: value[order] for name, value in found.items()}, origin[order]
+    rivals = (origin[:, None] != origin) & (found["labels"][:, None] == found["labels"])
+    rivals &= box_iou(found["boxes"], found["boxes"]) > nms_iou
     alive = torch.ones(len(order), dtype=torch.bool)
-    for i in range(len(order)):
+    for i in rivals.any(dim=1).nonzero().flatten().tolist():
         if alive[i]:
-            rival = (origin[i + 1 :] != origin[i]) & (found["labels"][i + 1 :] == found["labels"][i])
-            covered = box_iou(found["boxes"][i : i + 1], found["boxes"][i + 1 :])[0] > nms_iou
-            alive[i + 1 :] &= ~(rival & covered)
+            alive[i + 1 :] &= ~rivals[i, i + 1 :]
     return {name: value[alive].to(device) for name, value in found.items()}
 
 
