@@ -39,10 +39,10 @@ def mtmedformer_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def mtmedformer_tiny_cnn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Return a ConvNeXt with the parameters, strides and channels of ``mtmedformer_tiny``, without attention."""
+    """Return a ConvNeXt of as many parameters and strides as ``mtmedformer_tiny``, without attention."""
     shape = {
         "depths": (1, 1, 2, 1),
-        "dims": (16, 32, 64, 128),
+        "dims": (16, 32, 80, 160),
         "kernel_sizes": 5,
         "conv_mlp": False,
     }

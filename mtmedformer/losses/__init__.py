@@ -2,7 +2,17 @@
 
 from mtmedformer.losses.classification import Asymmetric, BinaryCrossEntropy, BinaryFocal, ClassLoss, CrossEntropy
 from mtmedformer.losses.detection import BoxLoss, CIoU, DIoU, GIoU
+from mtmedformer.losses.gradients import GradientAggregation
+from mtmedformer.losses.hybrid import HybridLoss
 from mtmedformer.losses.segmentation import Boundary, Dice, Lovasz, MaskCrossEntropy, MaskFocal, MaskLoss, Tversky
+from mtmedformer.losses.weighting import (
+    DynamicWeightAverage,
+    FAMOWeighting,
+    FixedWeighting,
+    RandomWeighting,
+    UncertaintyWeighting,
+    Weighting,
+)
 
 __all__ = [
     "Asymmetric",
@@ -15,10 +25,18 @@ __all__ = [
     "CrossEntropy",
     "DIoU",
     "Dice",
+    "DynamicWeightAverage",
+    "FAMOWeighting",
+    "FixedWeighting",
     "GIoU",
+    "GradientAggregation",
+    "HybridLoss",
     "Lovasz",
     "MaskCrossEntropy",
     "MaskFocal",
     "MaskLoss",
+    "RandomWeighting",
     "Tversky",
+    "UncertaintyWeighting",
+    "Weighting",
 ]

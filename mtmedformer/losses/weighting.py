@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from hashlib import blake2b
 
 import torch
 from torch import Tensor, nn
@@ -186,7 +187,7 @@ class RandomWeighting(Weighting):
     """Draw weights anew for every batch: the softmax of normal numbers over the tasks of the batch (they add up to 1).
 
     Args:
-        seed: Seed of the draws; the n-th draw depends on the seed and n alone.
+        seed: Seed of the draws; the n-th draw of a task depends on the seed, n and the task's name alone.
 
     Reference:
         Lin et al., Reasonable Effectiveness of Random Weighting, TMLR 2022, algorithm 2.
@@ -203,14 +204,16 @@ class RandomWeighting(Weighting):
 
     def build(self, tasks: Sequence[str]) -> None:
         """Create the counter of draws."""
+        self.tasks = tuple(tasks)
         self.register_buffer("draws", torch.zeros((), dtype=torch.long))
         self.register_buffer("drawn", torch.full((len(tasks),), 1 / len(tasks)))
 
     def forward(self, losses: Tensor, present: Tensor) -> Tensor:
         """Return the losses times this batch's weights; in evaluation equal weights."""
         if self.training:
-            generator = torch.Generator().manual_seed(stream(self.seed, int(self.draws)))
-            logits = torch.randn(len(losses), generator=generator).to(losses.device)
+            seeds = (stream(self.seed, int(self.draws), task) for task in self.tasks)
+            logits = torch.cat([torch.randn(1, generator=torch.Generator().manual_seed(s)) for s in seeds])
+            logits = logits.to(losses.device)
             share = torch.softmax(logits.masked_fill(~present, -torch.inf), dim=0)
             self.drawn.copy_(torch.where(present, share, self.drawn))
             self.draws += 1
@@ -307,6 +310,6 @@ class FAMOWeighting(Weighting):
         return torch.softmax(self.logits.masked_fill(~present, -torch.inf), dim=0)
 
 
-def stream(seed: int, step: int) -> int:
-    """Return the seed of the n-th step of a random stream."""
-    return (seed * 1_000_003 + step) % 2**63
+def stream(*key: int | str) -> int:
+    """Return the seed of the random stream that belongs to a key, for example (seed, step)."""
+    return int.from_bytes(blake2b(repr(key).encode(), digest_size=7).digest())
