@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import numpy as np
 from PIL import Image
 
 from datamodules.layout import files_below, locate, one_hot, read_table, require_records, rows_of
@@ -202,6 +201,6 @@ def _lung_masks(folder: Path, chosen: Path | None) -> tuple[dict[str, MaskSource
 def _any_lung(file: Path) -> bool:
     try:
         with Image.open(file) as mask:
-            return bool(np.asarray(mask.convert("L")).any())
+            return mask.convert("L").getbbox() is not None
     except OSError as error:
         raise DataError(f"lung mask {file} cannot be read: {error}") from error
