@@ -109,10 +109,8 @@ class TaskMetrics(Metric):
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather the states of all processes; one that saw no labelled image takes part with tables of no rows."""
-        for name, empty in self.no_rows.items():
-            state = getattr(self, name)
-            if isinstance(state, list) and not state:
-                state.append(empty)
+        for name in self.no_rows:
+            setattr(self, name, [self.table(name)])
         super().sync(*args, **kwargs)
 
     @abstractmethod
