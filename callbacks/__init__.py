@@ -2,6 +2,7 @@
 
 from callbacks.metrics_table import MetricsTable, TestReport
 from callbacks.overlays import Overlays
+from callbacks.parts_summary import PartsSummary
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.quarantine_report import QuarantineReport
 from callbacks.resume_point import ResumePoint
@@ -10,6 +11,7 @@ from callbacks.run_folder import RunLogger, SaveRunConfig, claim_run_folder, lat
 __all__ = [
     "MetricsTable",
     "Overlays",
+    "PartsSummary",
     "PredictionWriter",
     "QuarantineReport",
     "ResumePoint",

@@ -12,6 +12,9 @@ from rich.table import Table
 
 from mtmedformer.metrics.task_metrics import TaskMetrics
 
+HIDDEN = ("sensitivity_at_", "map75", "n_")
+"""Metrics that are logged and written but would crowd the table on screen."""
+
 
 class MetricsTable(Callback):
     """Prints each task's metrics after ``fit`` (the best epoch) and after ``validate``.
@@ -38,7 +41,7 @@ class MetricsTable(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the best epoch's metrics and where everything lies."""
-        if self._best and trainer.is_global_zero and not trainer.fast_dev_run:
+        if self._best and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             print_metrics(self._best, "val", f"Validation, best epoch ({self._epoch} of {trainer.current_epoch})")
 
     def state_dict(self) -> dict[str, object]:
@@ -71,7 +74,7 @@ class TestReport(Callback):
         for task, metric in metrics.items():
             values = metric.report(replicates=self.replicates, seed=self.seed)
             report.update({f"test/{task}/{key}": value for key, value in values.items()})
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             file = Path(self.folder or trainer.log_dir or trainer.default_root_dir, "test_metrics.json")
             file.parent.mkdir(parents=True, exist_ok=True)
             finite = {key: None if math.isnan(value) else value for key, value in report.items()}  # JSON has no NaN
@@ -81,31 +84,43 @@ class TestReport(Callback):
 
 
 def print_metrics(metrics: dict[str, float], split: str, title: str) -> None:
-    """Print one block a task: its metrics with their intervals, then the values by class, site and view."""
-    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
-    for column, justify in (("task", "left"), ("metric", "left"), ("value", "right"), ("95 % interval", "left")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    intervals = any(k.endswith("_ci_low") for k in metrics)
-    if not intervals:
-        table.columns.pop()
-    tasks = dict.fromkeys(k.split("/")[1] for k in metrics if k.count("/") > 1)
-    for task in tasks:
-        prefix, name = f"{split}/{task}/", task
-        for key, value in metrics.items():
-            metric = key.removeprefix(prefix)
-            if not key.startswith(prefix) or metric.endswith(("_ci_low", "_ci_high")):
-                continue
-            cells = [name, metric, _number(value)]
-            low, high = metrics.get(f"{key}_ci_low"), metrics.get(f"{key}_ci_high")
-            if intervals:
-                cells.append(f"{_number(low)} – {_number(high)}" if low is not None and high is not None else "")
-            table.add_row(*cells)
-            name = ""
-        table.add_section()
+    """Print a table a task: a row a metric; a column for all classes, its interval, and a column a class and site.
+
+    Args:
+        metrics: Values by ``<split>/<task>/<metric>[/<class> or /site=<site> or /view=<view>]``, with intervals under
+            ``_ci_low`` and ``_ci_high``.
+        split: ``val`` or ``test``.
+        title: Printed above.
+    """
+    console = Console()
+    console.print(f"\n[bold]{title}[/bold]")
+    for task in dict.fromkeys(k.split("/")[1] for k in metrics if k.count("/") > 1):
+        console.print(
+            _task_table(task, {k.split("/", 2)[2]: v for k, v in metrics.items() if k.startswith(f"{split}/{task}/")})
+        )
     if f"{split}/score" in metrics:
-        table.add_row("all", "score", _number(metrics[f"{split}/score"]), *([""] if intervals else []))
-    Console().print(table)
+        console.print(f"score (mean of the tasks' primary metrics): [bold]{_number(metrics[f'{split}/score'])}[/bold]")
 
 
-def _number(value: float) -> str:
+def _task_table(task: str, values: dict[str, float]) -> Table:
+    plain = {k: v for k, v in values.items() if not k.endswith(("_ci_low", "_ci_high"))}
+    rows = [k for k in dict.fromkeys(k.split("/")[0] for k in plain) if not k.startswith(HIDDEN)]
+    groups = list(dict.fromkeys(k.split("/", 1)[1] for k in plain if "/" in k and k.split("/")[0] in rows))
+    intervals = any(k.endswith("_ci_low") for k in values)
+    table = Table(pad_edge=False, header_style="bold")
+    table.add_column(task, style="bold")
+    for column in ("all", *(["95 % interval"] if intervals else []), *groups):
+        table.add_column(column.removeprefix("site=").removeprefix("view="), justify="right")
+    for row in rows:
+        cells = [_number(plain.get(row))]
+        if intervals:
+            low, high = values.get(f"{row}_ci_low"), values.get(f"{row}_ci_high")
+            cells.append("" if low is None or high is None else f"{_number(low)} to {_number(high)}")
+        table.add_row(row, *cells, *(_number(plain.get(f"{row}/{group}")) for group in groups))
+    return table
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
     return "–" if math.isnan(value) else f"{value:.3f}"

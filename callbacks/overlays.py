@@ -28,50 +28,54 @@ class Overlays(Callback):
     def __init__(self, folder: str | None = None, images: int = 4, every_n_epochs: int = 5, score: float = 0.3) -> None:
         self.folder = folder
         self.images, self.every_n_epochs, self.score = images, every_n_epochs, score
-        self._batch: Batch | None = None
+        self._kept: list[tuple[float, Batch]] = []
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *args: Any
     ) -> None:
-        """Keep the batch that shows most: the one with the most labelled images among the first few."""
-        if self._due(trainer) and batch_idx < 8 and (self._batch is None or _richness(batch) > _richness(self._batch)):
-            self._batch = batch
+        """Keep the images that show most: many labelled tasks, something there, and each site once before any twice."""
+        if not self._due(trainer) or batch_idx >= 32:
+            return
+        sites = [kept.meta[0].site for _, kept in self._kept]
+        for i, meta in enumerate(batch.meta):
+            self._kept.append((_points(batch, i) - 10 * sites.count(meta.site), batch.only(i)))
+            sites.append(meta.site)
+        self._kept = sorted(self._kept, key=lambda item: -item[0])[: self.images]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the kept batch."""
-        batch, self._batch = self._batch, None
-        if batch is None or not trainer.is_global_zero:
+        """Draw the kept images."""
+        images, self._kept = [batch for _, batch in self._kept], []
+        if not images or not trainer.is_global_zero:
             return
         tasks: dict[str, Task] = pl_module.tasks  # type: ignore[assignment]
         with torch.no_grad():
-            predictions = pl_module.predict(batch.image)  # type: ignore[operator]
-        rows = sorted(range(len(batch)), key=lambda i: -_labelled(batch, i))[: self.images]
-        self._save(trainer, batch, predictions, tasks, rows)
+            predictions = [pl_module.predict(batch.image) for batch in images]  # type: ignore[operator]
+        self._save(trainer, images, predictions, tasks)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                _to_wandb(logger, batch, predictions, tasks, rows, self.score)
+                _to_wandb(logger, images, predictions, tasks, self.score)
 
     def _due(self, trainer: Trainer) -> bool:
         last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
         return bool(
             self.images
             and not trainer.sanity_checking
-            and not trainer.fast_dev_run
+            and not getattr(trainer, "fast_dev_run", False)
             and (last or (trainer.current_epoch + 1) % self.every_n_epochs == 0)
         )
 
     def _save(
-        self, trainer: Trainer, batch: Batch, predictions: dict[str, Any], tasks: dict[str, Task], rows: list[int]
+        self, trainer: Trainer, images: list[Batch], predictions: list[dict[str, Any]], tasks: dict[str, Task]
     ) -> None:
         folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir, "overlays")
         folder.mkdir(parents=True, exist_ok=True)
         with mpl.rc_context({"backend": "agg"}):
-            figure = overlay_figure(batch, predictions, tasks, rows, self.score)
+            figure = overlay_figure(images, predictions, tasks, self.score)
             figure.savefig(folder / f"epoch_{trainer.current_epoch + 1:03d}.png", dpi=110)
             plt.close(figure)
 
 
-def _labelled(batch: Batch, i: int) -> float:
+def _points(batch: Batch, i: int) -> float:
     """Return how much image ``i`` has to show: labelled tasks, and among them those with something there."""
     points = 0.0
     for target in batch.targets.values():
@@ -84,40 +88,34 @@ def _labelled(batch: Batch, i: int) -> float:
     return points
 
 
-def _richness(batch: Batch) -> float:
-    return sum(sorted((_labelled(batch, i) for i in range(len(batch))), reverse=True)[:4])
-
-
 def _to_wandb(
     logger: WandbLogger,
-    batch: Batch,
-    predictions: dict[str, Any],
+    images: list[Batch],
+    predictions: list[dict[str, Any]],
     tasks: dict[str, Task],
-    rows: list[int],
     score: float,
 ) -> None:
     import wandb
 
     pictures = []
-    for i in rows:
+    for batch, predicted in zip(images, predictions, strict=True):
         masks: dict[str, Any] = {}
         boxes: dict[str, Any] = {}
         for name, task in tasks.items():
             target, names = batch.targets[name], dict(enumerate(task.classes, start=1))
             if isinstance(target, SegmentationTarget):
-                masks[f"{name}_prediction"] = _wandb_mask(predictions[name][i] >= 0.5, names)
-                if bool(target.present[i]):
-                    masks[f"{name}_truth"] = _wandb_mask(target.masks[i] == 1, names)
+                masks[f"{name}_prediction"] = _wandb_mask(predicted[name][0] >= 0.5, names)
+                if bool(target.present[0]):
+                    masks[f"{name}_truth"] = _wandb_mask(target.masks[0] == 1, names)
             elif isinstance(target, DetectionTarget):
-                found = predictions[name][i]
+                found = predicted[name][0]
                 kept = found["scores"] >= score
-                boxes[f"{name}_prediction"] = _wandb_boxes(
-                    found["boxes"][kept], found["labels"][kept], names, found["scores"][kept]
-                )
-                if bool(target.present[i]):
-                    boxes[f"{name}_truth"] = _wandb_boxes(target.boxes[i], target.labels[i], names, None)
-        grey = (batch.image[i].float().mean(dim=0).clamp(0, 1) * 255).byte().cpu().numpy()
-        pictures.append(wandb.Image(grey, masks=masks or None, boxes=boxes or None, caption=batch.meta[i].site))
+                found = {key: found[key][kept] for key in ("boxes", "labels", "scores")}
+                boxes[f"{name}_prediction"] = _wandb_boxes(found["boxes"], found["labels"], names, found["scores"])
+                if bool(target.present[0]):
+                    boxes[f"{name}_truth"] = _wandb_boxes(target.boxes[0], target.labels[0], names, None)
+        grey = (batch.image[0].float().mean(dim=0).clamp(0, 1) * 255).byte().cpu().numpy()
+        pictures.append(wandb.Image(grey, masks=masks or None, boxes=boxes or None, caption=batch.meta[0].site))
     logger.experiment.log({"overlays": pictures}, commit=False)
 
 

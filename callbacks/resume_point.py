@@ -29,7 +29,7 @@ class ResumePoint(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the starting point and listen for Ctrl-C."""
         self._stop = False
-        if not trainer.fast_dev_run and trainer.global_step == 0:
+        if not getattr(trainer, "fast_dev_run", False) and trainer.global_step == 0:
             self._save(trainer)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
@@ -65,6 +65,6 @@ class ResumePoint(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         partial = self.file.with_suffix(".partial")
-        trainer.save_checkpoint(partial)
+        trainer.save_checkpoint(partial, weights_only=False)
         if trainer.is_global_zero:
             os.replace(partial, self.file)

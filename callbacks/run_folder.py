@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ class RunLogger(CSVLogger):
     def experiment(self) -> Any:
         """The writer of ``metrics.csv``; on its first use the rows of the resumed run are put back."""
         fresh = self._experiment is None
-        writer = super().experiment
+        with warnings.catch_warnings():  # the folder is not empty: it holds this very run's config and lock
+            warnings.filterwarnings("ignore", "Experiment logs directory")
+            writer = super().experiment
         if fresh and self._earlier:
             writer.metrics = [*self._earlier, *writer.metrics]
             self._earlier = []

@@ -175,6 +175,13 @@ class Batch(_Movable):
     def __len__(self) -> int:
         return len(self.image)
 
+    def only(self, i: int) -> Batch:
+        """Return a batch of image ``i`` alone."""
+        row = torch.tensor([i], device=self.image.device)
+        return Batch(
+            self.image[row], {name: target[row] for name, target in self.targets.items()}, self.meta[i : i + 1]
+        )
+
 
 def collate(samples: Sequence[Sample], tasks: dict[str, Task]) -> Batch:
     """Stack samples of one size into a batch.

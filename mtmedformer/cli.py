@@ -6,10 +6,12 @@ The only module that imports every room of the house; importing them here is wha
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import tempfile
 import textwrap
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,11 +19,11 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, instantiate_class
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import mtmedformer
 from mtmedformer.errors import ConfigError, UserError
@@ -32,6 +34,7 @@ COMMANDS = ("fit", "validate", "test", "predict")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 interrupted, 2 a mistake the message explains."""
     argv = sys.argv[1:] if argv is None else argv
+    _quieten()
     try:
         _check_rooms()
         if argv[:1] == ["fingerprint"]:
@@ -70,6 +73,7 @@ class CommandLine(LightningCLI):
             save_config_callback=_room("callbacks").SaveRunConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
+            trainer_defaults={"log_every_n_steps": 10},
             parser_class=Parser,
             parser_kwargs={
                 "description": "Train one transformer on several tasks in the same medical image.",
@@ -131,6 +135,8 @@ class CommandLine(LightningCLI):
             (rooms.TestReport, lambda: rooms.TestReport(folder)),
             (rooms.PredictionWriter, lambda: rooms.PredictionWriter(folder)),
         ]
+        if trainer_config.get("enable_model_summary") is not False:
+            defaults.append((ModelSummary, rooms.PartsSummary))
         if trainer_config.get("enable_progress_bar") is not False:
             defaults.append((ProgressBar, lambda: TQDMProgressBar(leave=True)))
         if self.subcommand in {"fit", "validate"}:
@@ -150,6 +156,12 @@ class CommandLine(LightningCLI):
         chosen = [] if configured in (None, True) else configured if isinstance(configured, list) else [configured]
         rows = _room("callbacks").RunLogger(str(self.run_folder))  # the CSV is always written, whatever else is
         return [*([] if any(isinstance(lg, CSVLogger) for lg in chosen) else [rows]), *chosen]
+
+
+def _quieten() -> None:
+    """Drop the few messages that are no news to a user: an advertisement and a deprecation inside Lightning."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", module="lightning")
 
 
 def _best_and_last(folder: str) -> ModelCheckpoint:

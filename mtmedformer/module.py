@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,7 +15,7 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 
 from mtmedformer.batch import Batch, Task
 from mtmedformer.encoder import SharedEncoder
@@ -87,7 +88,7 @@ class MultiTaskModule(L.LightningModule):
         self._task_losses: tuple[dict[str, Tensor], dict[str, int]] = ({}, {})
         self.weights_report = load_weights(self, init_weights) if init_weights else None
         if channels_last:
-            self.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.encoder.to(memory_format=torch.channels_last)
         if compile:
             self.encoder.compile()
 
@@ -157,7 +158,7 @@ class MultiTaskModule(L.LightningModule):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Backpropagate the hybrid loss, or aggregate the tasks' gradients where the weighting asks for it."""
         if not self.loss.aggregates_gradients:
-            loss.backward(*args, **kwargs)
+            loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
             return
         losses, present = self._task_losses
         shared = [p for p in self.encoder.parameters() if p.requires_grad]
@@ -191,7 +192,7 @@ class MultiTaskModule(L.LightningModule):
         losses, _, present = self.task_losses(outputs, batch)
         for name, head in self._heads().items():
             if present[name]:
-                self.val_losses[name].update(losses[name], weight=present[name])
+                _metrics_of(self.val_losses)[name].update(losses[name], weight=present[name])
                 predictions = head.predict(outputs[name], _size(batch.image))
                 self._metric(self.val_metrics, name).update(predictions, batch.targets[name], batch.meta)
 
@@ -207,19 +208,19 @@ class MultiTaskModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last epoch's validation metrics."""
-        for metric in [*self.val_metrics.values(), *self.val_losses.values()]:
+        for metric in (*_metrics_of(self.val_metrics).values(), *_metrics_of(self.val_losses).values()):
             metric.reset()
 
     def on_test_epoch_start(self) -> None:
         """Forget the last run's test metrics."""
-        for metric in self.test_metrics.values():
+        for metric in _metrics_of(self.test_metrics).values():
             metric.reset()
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/<task>/<metric>`` and ``val/score``, the mean of the tasks' primary metrics."""
-        self.log_dict(
-            {f"val/{name}/loss": metric.compute() for name, metric in self.val_losses.items() if metric.update_called}
-        )
+        with warnings.catch_warnings():  # a task nobody labelled has a loss of NaN, on every process alike
+            warnings.filterwarnings("ignore", "The ``compute`` method of metric")
+            self.log_dict({f"val/{name}/loss": loss.compute() for name, loss in _metrics_of(self.val_losses).items()})
         self._log_metrics("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
@@ -241,7 +242,7 @@ class MultiTaskModule(L.LightningModule):
         entry: dict[str, Any] = {"scheduler": scheduler, "interval": interval}
         if hasattr(scheduler, "monitor"):
             entry["monitor"] = scheduler.monitor
-        return {"optimizer": optimizer, "lr_scheduler": entry}  # type: ignore[return-value, typeddict-item]
+        return {"optimizer": optimizer, "lr_scheduler": entry}  # type: ignore[return-value]
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Return parameter groups: no weight decay on vectors, a smaller rate the shallower an encoder layer lies.
@@ -290,6 +291,10 @@ class MultiTaskModule(L.LightningModule):
             score.append(values.get(metric.primary, math.nan))
         known = [s for s in score if not math.isnan(s)]
         self.log(f"{split}/score", sum(known) / len(known) if known else math.nan, prog_bar=split == "val")
+
+
+def _metrics_of(modules: nn.ModuleDict) -> dict[str, Metric]:
+    return {name: module for name, module in modules.items() if isinstance(module, Metric)}
 
 
 def _size(image: Tensor) -> tuple[int, int]:

@@ -35,35 +35,36 @@ def palette(tasks: dict[str, Task]) -> dict[tuple[str, str], str]:
 
 
 def overlay_figure(
-    batch: Batch, predictions: dict[str, Any], tasks: dict[str, Task], rows: Sequence[int], score: float = 0.3
+    images: Sequence[Batch], predictions: Sequence[dict[str, Any]], tasks: dict[str, Task], score: float = 0.3
 ) -> Figure:
     """Draw one row an image: the image, its truth and the predictions.
 
     Args:
-        batch: A batch on any device.
-        predictions: Per task the predictions of the whole batch (formats of ``TaskHead.predict``).
+        images: Batches of one image each, on any device.
+        predictions: For each of them the predictions by task (formats of ``TaskHead.predict``).
         tasks: The tasks to draw.
-        rows: Indices of the images to draw.
         score: Boxes below this score are not drawn.
 
     Returns:
         A matplotlib figure; close it after use.
     """
     colours = palette(tasks)
-    figure, axes = plt.subplots(len(rows), 3, figsize=(9.6, 3.3 * len(rows) + 0.5), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(images), 3, figsize=(9.6, 3.3 * len(images) + 0.5), squeeze=False, layout="constrained"
+    )
     for axis, title in zip(axes[0], ("image", "truth", "prediction"), strict=True):
         axis.set_title(title, fontsize=11)
-    for line, i in zip(axes, rows, strict=True):
-        grey = batch.image[i].float().mean(dim=0).cpu().numpy()
+    for line, batch, predicted in zip(axes, images, predictions, strict=True):
+        grey = batch.image[0].float().mean(dim=0).cpu().numpy()
         for axis in line:
             axis.imshow(grey, cmap="gray", vmin=0, vmax=1)
             axis.set_xticks([])
             axis.set_yticks([])
-        meta = batch.meta[i] if batch.meta else None
+        meta = batch.meta[0] if batch.meta else None
         place = " · ".join(str(x) for x in (meta.site, meta.view, meta.laterality) if x) if meta else ""
         line[0].set_xlabel(place, fontsize=8)
-        line[1].set_xlabel(_draw_truth(line[1], batch.targets, tasks, colours, i), fontsize=8)
-        line[2].set_xlabel(_draw_prediction(line[2], predictions, tasks, colours, i, score), fontsize=8)
+        line[1].set_xlabel(_draw_truth(line[1], batch.targets, tasks, colours), fontsize=8)
+        line[2].set_xlabel(_draw_prediction(line[2], predicted, tasks, colours, score), fontsize=8)
     handles = [Patch(color=colour, label=f"{task}: {c}" if task != c else c) for (task, c), colour in colours.items()]
     if handles:
         figure.legend(
@@ -73,23 +74,23 @@ def overlay_figure(
 
 
 def _draw_truth(
-    axis: Axes, targets: dict[str, Target], tasks: dict[str, Task], colours: dict[tuple[str, str], str], i: int
+    axis: Axes, targets: dict[str, Target], tasks: dict[str, Task], colours: dict[tuple[str, str], str]
 ) -> str:
     words = []
     for name, task in tasks.items():
         target = targets[name]
-        if not bool(target.present[i]):
+        if not bool(target.present[0]):
             words.append(f"{name}: not labelled")
         elif isinstance(target, ClassificationTarget):
-            chosen = [c for c, v in zip(task.classes, target.labels[i].tolist(), strict=True) if v == 1]
+            chosen = [c for c, v in zip(task.classes, target.labels[0].tolist(), strict=True) if v == 1]
             words.append(f"{name}: {', '.join(chosen) or 'none'}")
         elif isinstance(target, DetectionTarget):
-            for box, label in zip(target.boxes[i].tolist(), target.labels[i].tolist(), strict=True):
+            for box, label in zip(target.boxes[0].tolist(), target.labels[0].tolist(), strict=True):
                 _box(axis, box, colours[name, task.classes[label]], "")
-            if not len(target.boxes[i]):
+            if not len(target.boxes[0]):
                 words.append(f"{name}: none")
         elif isinstance(target, SegmentationTarget):
-            for c, mask in zip(task.classes, target.masks[i], strict=True):
+            for c, mask in zip(task.classes, target.masks[0], strict=True):
                 _mask(axis, (mask == 1).cpu(), colours[name, c])
                 if bool((mask == IGNORE).all()):
                     words.append(f"{c}: not labelled")
@@ -101,26 +102,25 @@ def _draw_prediction(
     predictions: dict[str, Any],
     tasks: dict[str, Task],
     colours: dict[tuple[str, str], str],
-    i: int,
     score: float,
 ) -> str:
     words = []
     for name, task in tasks.items():
         predicted = predictions[name]
         if task.kind == "classification":
-            p = predicted[i].float().tolist()
+            p = predicted[0].float().tolist()
             best = max(range(len(p)), key=p.__getitem__)
             shown = range(len(p)) if task.multi_label else [best]
             words.append(f"{name}: " + ", ".join(f"{task.classes[k]} {p[k]:.2f}" for k in shown))
         elif task.kind == "detection":
-            found = predicted[i]
+            found = predicted[0]
             for box, s, label in zip(
                 found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True
             ):
                 if s >= score:
                     _box(axis, box, colours[name, task.classes[label]], f"{s:.2f}")
         else:
-            for c, p in zip(task.classes, predicted[i], strict=True):
+            for c, p in zip(task.classes, predicted[0], strict=True):
                 _mask(axis, (p >= 0.5).cpu(), colours[name, c])
     return "\n".join(words)
 
