@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,7 +83,7 @@ class Cache:
                 os.replace(part, path)
             finally:
                 part.unlink(missing_ok=True)
-        except (OSError, SafetensorError) as error:  # safetensors wraps the operating system's error
+        except OSError as error:
             raise self._refusal(error) from error
 
     def fetch(self, key: str, record: Record, recipe: Recipe) -> Rendered:
@@ -136,7 +136,8 @@ class Cache:
         reports = {key: report for key in keys if (report := self.report(key)) and not report.transient}
         if self.folder is not None:
             for key in reports:
-                os.utime(self.path(key))
+                with suppress(OSError):  # another user's entry, whose time of use is not ours to set
+                    os.utime(self.path(key))
         return reports
 
     def _decode(self, missing: Mapping[str, Record], recipe: Recipe, workers: int, keep: set[str]) -> dict[str, Report]:
@@ -208,10 +209,9 @@ class Cache:
             "allows. Raise data.init_args.cache_max_gb, or lower image_size."
         )
 
-    def _refusal(self, error: Exception) -> DataError:
+    def _refusal(self, error: OSError) -> DataError:
         elsewhere = "data.init_args.cache_dir to another folder, or set it to null to keep decoded images in memory."
-        code = getattr(error, "errno", None)
-        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return DataError(
                 f"The disk of the cache folder {self.folder} is full. Free space there, or point {elsewhere}"
             )

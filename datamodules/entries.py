@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from datamodules import breast, dicom, frames, pixels, rendering, shapes
 from datamodules.quarantine import Issue
@@ -72,7 +72,7 @@ def save_entry(entry: Rendered, path: Path) -> None:
     for kind in _ARRAYS:
         arrays |= {f"{kind}/{task}": np.ascontiguousarray(array) for task, array in getattr(entry, kind).items()}
     facts = {name: getattr(entry, name) for name in _FACTS} | {"issues": [asdict(issue) for issue in entry.issues]}
-    save_file(arrays, path, metadata={"facts": json.dumps(facts)})
+    path.write_bytes(save(arrays, metadata={"facts": json.dumps(facts)}))  # save_file would make it the owner's alone
 
 
 def load_entry(path: Path) -> Rendered:

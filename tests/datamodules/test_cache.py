@@ -1,0 +1,416 @@
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datamodules import cache as cache_module
+from datamodules import entries, rendering
+from datamodules.cache import Cache
+from datamodules.entries import Recipe, digest, load_entry, load_report, save_entry
+from datamodules.pixels import Pixels
+from datamodules.quarantine import Issue
+from datamodules.records import BoxTruth, ClassTruth, MaskSource, MaskTruth, Record
+from datamodules.rendering import Rendered
+from datamodules.transforms import BreastPreset, ChestPreset, PlainPreset
+from mtmedformer.errors import DataError
+
+COUNT = 6
+RECIPE = Recipe(PlainPreset(), (24, 24))
+fork = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def films(tmp_path: Path) -> Path:
+    folder = tmp_path / "films"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for n in range(COUNT):
+        Image.fromarray(rng.integers(1, 255, (32, 32), np.uint8)).save(folder / f"{n}.png")
+        Image.fromarray(np.eye(32, dtype=np.uint8)).save(folder / f"mask{n}.png")
+    return folder
+
+
+def records(films: Path) -> list[Record]:
+    return [
+        Record(
+            f"{n}",
+            films / f"{n}.png",
+            f"p{n}",
+            {
+                "m": MaskTruth((MaskSource(films / f"mask{n}.png"),)),
+                "b": BoxTruth(((1.0, 2.0, 9.0, 9.0),), (0,)),
+                "c": ClassTruth((1.0,)),
+            },
+        )
+        for n in range(COUNT)
+    ]
+
+
+def fill(cache: Cache, of: list[Record], recipe: Recipe = RECIPE, workers: int = 0) -> list[str]:
+    keys = recipe.keys(of)
+    cache.fill(of, keys, recipe, workers)
+    return keys
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the images decoded in this process, in order."""
+    names: list[str] = []
+    real = rendering.read_image
+
+    def counting(file: Path) -> Pixels:
+        names.append(file.name)
+        return real(file)
+
+    monkeypatch.setattr(rendering, "read_image", counting)
+    return names
+
+
+def same(a: Rendered | None, b: Rendered | None) -> bool:
+    assert a is not None
+    assert b is not None
+    arrays = ("image", "masks", "boxes", "labels")
+    facts = replace(a, image=b.image, masks=b.masks, boxes=b.boxes, labels=b.labels)
+    pairs = [(a.image, b.image)]
+    for kind in arrays[1:]:
+        mine, theirs = getattr(a, kind), getattr(b, kind)
+        assert mine.keys() == theirs.keys()
+        pairs += [(mine[name], theirs[name]) for name in mine]
+    return facts == b and all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
+
+
+def test_an_entry_comes_back_as_it_was(tmp_path: Path) -> None:
+    entry = Rendered(
+        image=np.arange(12, dtype=np.uint16).reshape(3, 4) * 5000,
+        to_original=(-1.5, 0.0, 3.0, 0.0, 1.5, 0.25),
+        original_size=(300, 400),
+        masks={"lungs / left": np.full((2, 3, 4), 255, np.uint8)},
+        boxes={"b": np.zeros((0, 4), np.float32), "c": np.array([[0.5, 1, 2, 3]], np.float32)},
+        labels={"b": np.zeros(0, np.int64), "c": np.array([7])},
+        spacing=(0.1, 0.2),
+        view="MLO",
+        laterality=None,
+        issues=(Issue("a", "a.png", "m", "mask file missing", "ü", True),),
+        remarks=("x", "x"),
+    )
+    save_entry(entry, tmp_path / "entry")
+    assert same(load_entry(tmp_path / "entry"), entry)
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert (tmp_path / "entry").stat().st_mode == plain.stat().st_mode  # a shared folder stays shared
+    assert load_report(tmp_path / "entry") == entry.report()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kept", ["disk", "memory"])
+def test_what_is_served_is_what_was_rendered(tmp_path: Path, films: Path, kept: str, workers: int) -> None:
+    cache = Cache(tmp_path / "cache" if kept == "disk" else None)
+    keys = fill(cache, records(films), workers=workers)
+    for key, record in zip(keys, records(films), strict=True):
+        made = RECIPE.render(record)
+        assert isinstance(made, Rendered)
+        assert same(cache.load(key), made)
+
+
+def test_the_second_run_decodes_nothing(tmp_path: Path, films: Path, decoded: list[str]) -> None:
+    fill(Cache(tmp_path / "cache"), records(films))
+    assert len(decoded) == COUNT
+    fill(Cache(tmp_path / "cache"), records(films))
+    fill(Cache(tmp_path / "cache"), records(films), workers=2)
+    assert len(decoded) == COUNT
+
+
+def test_images_added_later_are_decoded_alone(tmp_path: Path, films: Path, decoded: list[str]) -> None:
+    fill(Cache(tmp_path / "cache"), records(films)[:4])
+    decoded.clear()
+    fill(Cache(tmp_path / "cache"), records(films))
+    assert decoded == ["4.png", "5.png"]
+
+
+def test_a_copied_or_renamed_folder_is_not_decoded_again(tmp_path: Path, films: Path, decoded: list[str]) -> None:
+    fill(Cache(tmp_path / "cache"), records(films))
+    decoded.clear()
+    shutil.copytree(films, tmp_path / "copy")
+    renamed = [replace(r, id=f"x{r.id}", patient="q", site="s") for r in records(tmp_path / "copy")]
+    fill(Cache(tmp_path / "cache"), renamed)
+    assert decoded == []
+
+
+def changed_image(films: Path, record: Record) -> tuple[Record, Recipe]:
+    Image.fromarray(np.random.default_rng(9).integers(1, 255, (32, 32), np.uint8)).save(record.file)
+    return record, RECIPE
+
+
+def changed_mask(films: Path, record: Record) -> tuple[Record, Recipe]:
+    Image.fromarray(np.ones((32, 32), np.uint8)).save(films / f"mask{record.id}.png")
+    return record, RECIPE
+
+
+def changed_box(films: Path, record: Record) -> tuple[Record, Recipe]:
+    return replace(record, truth=record.truth | {"b": BoxTruth(((1.0, 2.0, 9.0, 9.5),), (0,))}), RECIPE
+
+
+def changed_mask_values(films: Path, record: Record) -> tuple[Record, Recipe]:
+    source = MaskSource(films / f"mask{record.id}.png", values=(2,))
+    return replace(record, truth=record.truth | {"m": MaskTruth((source,))}), RECIPE
+
+
+def changed_reference_size(films: Path, record: Record) -> tuple[Record, Recipe]:
+    return replace(record, size=(64, 64)), RECIPE
+
+
+def changed_size(films: Path, record: Record) -> tuple[Record, Recipe]:
+    return record, Recipe(PlainPreset(), (24, 20))
+
+
+def changed_preset(films: Path, record: Record) -> tuple[Record, Recipe]:
+    return record, Recipe(BreastPreset(), (24, 24))
+
+
+CHANGES = [
+    changed_image,
+    changed_mask,
+    changed_box,
+    changed_mask_values,
+    changed_reference_size,
+    changed_size,
+    changed_preset,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_the_entry_changes_its_key(
+    films: Path, change: Callable[[Path, Record], tuple[Record, Recipe]]
+) -> None:
+    record, other = records(films)[:2]
+    before = RECIPE.keys([record, other])
+    changed, recipe = change(films, record)
+    after = recipe.keys([changed, other])
+    assert after[0] != before[0]
+    assert (after[1] == before[1]) == (recipe == RECIPE)
+
+
+def test_the_crop_is_part_of_the_key_and_the_augmentation_is_not(films: Path) -> None:
+    def key(preset: ChestPreset | BreastPreset) -> str:
+        return Recipe(preset, (24, 24)).keys(records(films)[:1])[0]
+
+    assert key(ChestPreset()) == key(ChestPreset(rotation=30, noise=0.2, horizontal_flip=0.5))
+    assert key(BreastPreset()) == key(BreastPreset(zoom=0.4, vertical_flip=0.0))
+    assert (
+        len({key(p) for p in (BreastPreset(), BreastPreset(crop=False), BreastPreset(flip_to="R"), ChestPreset())}) == 4
+    )
+
+
+def test_classes_sites_and_patients_are_not_part_of_the_key(films: Path) -> None:
+    record = records(films)[0]
+    other = replace(record, id="z", site="s", patient="q", truth=record.truth | {"c": ClassTruth((0.0,))})
+    assert RECIPE.keys([record]) == RECIPE.keys([other])
+
+
+def test_another_version_of_the_code_decodes_again(films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = RECIPE.keys(records(films))
+    monkeypatch.setattr(entries, "_code", lambda: "another")
+    assert set(before).isdisjoint(RECIPE.keys(records(films)))
+
+
+def test_a_large_file_is_sampled_and_told_by_its_time_of_change(tmp_path: Path) -> None:
+    file = tmp_path / "large"
+    content = bytearray(entries.WHOLE_BYTES + 1000)
+    file.write_bytes(content)
+    before = digest(file)
+    os.utime(file, ns=(1, 1))
+    assert digest(file) != before
+    for position in (0, len(content) // 2, len(content) - 1):  # some are in a block, some are not
+        content[position] ^= 1
+        file.write_bytes(content)
+        assert digest(file) not in (before, "missing")
+    assert digest(tmp_path / "gone") == "missing"
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x10\x00", b"\xff" * 64])
+def test_a_damaged_entry_is_decoded_again(
+    tmp_path: Path, films: Path, decoded: list[str], damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = Cache(tmp_path / "cache")
+    keys = fill(cache, records(films))
+    whole = cache.path(keys[2]).read_bytes()
+    decoded.clear()
+    cache.path(keys[2]).write_bytes(damage)
+    fill(cache, records(films))
+    assert decoded == ["2.png"]
+    assert "is damaged" in caplog.text
+    cache.path(keys[3]).write_bytes(whole[: len(whole) // 2])
+    fill(cache, records(films))
+    assert decoded == ["2.png", "3.png"]
+
+
+def test_an_entry_that_goes_missing_while_training_is_made_anew(
+    tmp_path: Path, films: Path, decoded: list[str]
+) -> None:
+    cache = Cache(tmp_path / "cache")
+    keys = fill(cache, records(films))
+    made = cache.load(keys[0])
+    shutil.rmtree(tmp_path / "cache")
+    decoded.clear()
+    for _ in range(2):
+        assert same(cache.fetch(keys[0], records(films)[0], RECIPE), made)
+    assert decoded == ["0.png"]
+    (films / "1.png").unlink()
+    with pytest.raises(DataError, match=r"1.png: image file missing .*It could be read when training began"):
+        cache.fetch(keys[1], records(films)[1], RECIPE)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_cannot_be_read_has_no_entry_and_is_tried_again(
+    tmp_path: Path, films: Path, decoded: list[str], workers: int
+) -> None:
+    good = (films / "1.png").read_bytes()
+    (films / "1.png").write_bytes(b"no picture")
+    (films / "mask3.png").write_bytes(b"no mask")
+    cache = Cache(tmp_path / "cache")
+    keys = RECIPE.keys(records(films))
+    reports = cache.fill(records(films), keys, RECIPE, workers)
+    assert [[i.reason for i in reports[k].issues] for k in keys] == [
+        [],
+        ["image unreadable"],
+        [],
+        ["mask unreadable"],
+        [],
+        [],
+    ]
+    assert cache.load(keys[1]) is None
+    decoded.clear()
+    cache.fill(records(films), keys, RECIPE)
+    assert decoded == ["1.png", "3.png"]
+    (films / "1.png").write_bytes(good)
+    assert cache.fill(records(films), RECIPE.keys(records(films)), RECIPE)[RECIPE.keys(records(films))[1]].issues == ()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_full_disk_is_told(
+    tmp_path: Path, films: Path, monkeypatch: pytest.MonkeyPatch, code: int, workers: int
+) -> None:
+    def full(entry: Rendered, path: Path) -> None:
+        path.write_bytes(b"half an en")
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(cache_module, "save_entry", full)
+    with pytest.raises(DataError) as error:
+        fill(Cache(tmp_path / "cache"), records(films), workers=workers)
+    message = str(error.value)
+    assert message.startswith(f"The disk of the cache folder {tmp_path / 'cache'} is full.")
+    assert "cache_dir" in message
+    assert "Traceback" not in message
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.name != "filling.lock"]
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, films: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cache folder .*file/cache cannot be written .*cache_dir"):
+        fill(Cache(tmp_path / "file" / "cache"), records(films))
+
+
+@pytest.mark.parametrize("folder", ["cache", None])
+def test_too_small_a_bound_is_refused_before_anything_is_decoded(
+    tmp_path: Path, films: Path, decoded: list[str], folder: str | None
+) -> None:
+    cache = Cache(folder and tmp_path / folder, max_gb=5e-6)
+    with pytest.raises(DataError, match=r"6 decoded images take at least 6.91e-06 GB.*cache_max_gb=5e-06 allows"):
+        fill(cache, records(films))
+    assert decoded == []
+
+
+def test_what_was_used_longest_ago_makes_room(tmp_path: Path, films: Path) -> None:
+    cache = Cache(tmp_path / "cache")
+    old, older = Recipe(PlainPreset(), (20, 20)), Recipe(PlainPreset(), (16, 16))
+    for age, recipe in ((9e5, older), (8e5, old)):
+        for key in fill(cache, records(films), recipe):
+            os.utime(cache.path(key), (time.time() - age,) * 2)
+    sizes = {recipe.size: cache.path(recipe.keys(records(films))[0]).stat().st_size for recipe in (old, older)}
+    room = COUNT * (sizes[old.size] + sizes[older.size])  # as much as there is; the new ones need about 9 kB more
+    keys = fill(Cache(tmp_path / "cache", (room + 3000) / 1e9), records(films))
+    assert all(cache.path(key).exists() for key in keys)
+    left = {r.size: sum(cache.path(k).exists() for k in r.keys(records(films))) for r in (old, older)}
+    assert left[older.size] == 0
+    assert 0 < left[old.size] <= COUNT
+
+
+def test_entries_of_this_run_never_make_room(tmp_path: Path, films: Path) -> None:
+    first = fill(Cache(tmp_path / "cache"), records(films))
+    with pytest.raises(DataError, match="more than cache_max_gb"):
+        fill(Cache(tmp_path / "cache", 25e-6), records(films), Recipe(PlainPreset(), (32, 32)))
+    assert all(Cache(tmp_path / "cache").path(key).exists() for key in first)
+
+
+def _slow_fill(folder: Path, films: Path, log: Path, seconds: float) -> None:
+    real = rendering.read_image
+
+    def slow(file: Path) -> Pixels:
+        with log.open("a") as stream:
+            stream.write(f"{file.name}\n")
+        time.sleep(seconds)
+        return real(file)
+
+    rendering.read_image = slow
+    fill(Cache(folder), records(films))
+
+
+def test_processes_that_fill_at_once_decode_each_image_once(tmp_path: Path, films: Path) -> None:
+    log = tmp_path / "log"
+    several = [fork.Process(target=_slow_fill, args=(tmp_path / "cache", films, log, 0.02)) for _ in range(3)]
+    for process in several:
+        process.start()
+    for process in several:
+        process.join(60)
+    assert [process.exitcode for process in several] == [0, 0, 0]
+    assert sorted(log.read_text().split()) == [f"{n}.png" for n in range(COUNT)]
+    assert all(Cache(tmp_path / "cache").load(key) for key in RECIPE.keys(records(films)))
+
+
+def test_a_killed_builder_leaves_nothing_half_done(tmp_path: Path, films: Path, decoded: list[str]) -> None:
+    log = tmp_path / "log"
+    process = fork.Process(target=_slow_fill, args=(tmp_path / "cache", films, log, 0.3))
+    process.start()
+    deadline = time.time() + 60
+    while time.time() < deadline and (not log.exists() or len(log.read_text().split()) < 3):
+        time.sleep(0.02)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    done = list((tmp_path / "cache").glob("??/*.safetensors"))
+    assert 0 < len(done) < COUNT
+    assert all(load_entry(path).image.shape == (24, 24) for path in done)
+    keys = fill(Cache(tmp_path / "cache"), records(films))
+    assert len(decoded) == COUNT - len(done)
+    assert all(Cache(tmp_path / "cache").load(key) for key in keys)
+
+
+def test_what_a_killed_process_left_is_swept_up(tmp_path: Path, films: Path) -> None:
+    keys = RECIPE.keys(records(films))
+    part = Cache(tmp_path / "cache").path(keys[0]).parent / ".abc.1.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"half")
+    fill(Cache(tmp_path / "cache"), records(films)[:1])
+    assert part.exists()  # may be another process's, still writing
+    os.utime(part, (time.time() - 7200,) * 2)
+    fill(Cache(tmp_path / "cache"), records(films))
+    assert not part.exists()
+
+
+def test_decoding_shows_how_far_it_is(tmp_path: Path, films: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fill(Cache(tmp_path / "cache"), records(films))
+    assert f"Decoding {COUNT} images once" in capfd.readouterr().err
+    fill(Cache(tmp_path / "cache"), records(films))
+    assert capfd.readouterr().err == ""
