@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 Organ = Literal["chest", "breast"]
 TransferSyntax = Literal["explicit", "rle", "jpeg2000"]
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same settings would draw other images, so that no stale tree is ever read."""
 
 CLASSIFICATION = {
@@ -53,9 +53,13 @@ CLASSIFICATION = {
 }
 LESIONS = {"chest": ("ground_glass", "consolidation"), "breast": ("mass", "calcification")}
 MASKS = {
-    "chest": (Task("lungs", "segmentation", ("lung",)), Task("infection", "segmentation", ("infection",))),
-    "breast": (Task("breast", "segmentation", ("breast",)), Task("lesion", "segmentation", ("lesion",))),
+    organ: tuple(Task(name, "segmentation", (label,), multi_label=True) for name, label in names.items())
+    for organ, names in {
+        "chest": {"lungs": "lung", "infection": "infection"},
+        "breast": {"breast": "breast", "lesion": "lesion"},
+    }.items()
 }
+"""The mask of the organ, then that of its lesions; one class is one sigmoid channel."""
 HEIGHT_MM = {"chest": 380.0, "breast": 260.0}
 SYNTAXES = {"explicit": ExplicitVRLittleEndian, "rle": RLELossless, "jpeg2000": JPEG2000Lossless}
 SOP_CLASSES = {
@@ -313,12 +317,14 @@ def _add_truth(
         order = _stream(seed, name, "labels", task).permutation(len(films))
         return [bool(rank < round(share * len(films))) for rank in order]
 
-    has_class, has_boxes = chosen(CLASSIFICATION[site.organ].name), chosen("lesions")
+    classes = CLASSIFICATION[site.organ].name
+    has_class, has_boxes = chosen(classes), chosen("lesions")
     for row, film, cls, det in zip(rows, films, has_class, has_boxes, strict=True):
         lesions = film.drawing.lesions if det else []
         row |= {
             "has_cls": int(cls),
             "label": film.label if cls else "",
+            classes: film.label if cls else "",
             "has_det": int(det),
             "boxes": json.dumps([enclosing_box(mask) for _, mask in lesions]),
             "box_labels": json.dumps([kind for kind, _ in lesions]),

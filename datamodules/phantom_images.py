@@ -210,7 +210,7 @@ def draw_chest(
         mask = (alpha > 0.4) & organ
         if mask.sum() < 0.0004 * size * size:
             continue
-        amount, grain = (0.19, 0.2) if lesion.kind == "ground_glass" else (0.31, 0.07)
+        amount, grain = (0.2, 0.25) if lesion.kind == "ground_glass" else (0.37, 0.05)
         image += amount * lesion.strength * alpha * (1 + grain * mottle) * (0.7 + 0.3 * air)
         seen.append((lesion.kind, mask))
     image = np.clip((image + 0.01) / 1.02, 0, 1)
@@ -394,8 +394,8 @@ def _mass(lesion: Lesion, dx: Float, dy: Float, size: int, oblique: bool) -> tup
     edge = lesion.radius * _wobble(angle, rng, 0.2, 7)
     spicules = np.zeros_like(r)
     for i in range(count := int(rng.integers(12, 18))):
-        phi = np.float32(2 * np.pi * (i + rng.uniform(-0.35, 0.35)) / count) - turn
-        length = np.float32(lesion.radius * rng.uniform(1.8, 3.0))
+        phi = np.float32(2 * np.pi * (i + rng.uniform(-0.5, 0.5)) / count) - turn
+        length = np.float32(lesion.radius * rng.uniform(1.5, 3.0))
         along, across = dx * np.cos(phi) + dy * np.sin(phi), dx * np.sin(phi) - dy * np.cos(phi)
         thin = np.clip(1 - along / length, 0, 1) * (along > 0)
         spicules = np.maximum(spicules, np.exp(-((across / 0.0045) ** 2)) * np.sqrt(thin))

@@ -12,6 +12,8 @@ from pydicom.uid import JPEG2000Lossless, RLELossless
 from scipy import ndimage, stats
 
 from datamodules import phantom_dicom
+from datamodules.labels_columns import BoxColumns, ClassColumns, MaskColumns
+from datamodules.labels_csv import LabelsCSVDataModule
 from datamodules.phantom import PRESETS, PhantomDataModule, read_catalogue, tasks_of
 from datamodules.phantom_dicom import PhantomSite, _breasts, _chests, expose, generate, settings_key
 from datamodules.phantom_images import Breast, Chest, draw_breast, draw_chest, sample_breast_lesions, sample_opacities
@@ -279,6 +281,39 @@ def test_tasks_of_the_other_organ_are_unknown(reference):
         assert set(record.truth) == own | {"lesions"}
         labels = record.truth["lesions"].labels
         assert all((label < 2) == (record.site == "chest") for label in labels)
+
+
+def test_the_tree_is_a_labels_csv_data_set_with_the_same_truth(tmp_path):
+    sites = {
+        "chest": replace(CHEST, patients=8, prevalence=0.5, labelled={"finding": 0.5, "lungs": 0.5, "lesions": 0.5}),
+        "breast": replace(BREAST, labelled={"pathology": 0.5, "lesion": 0.5, "lesions": 0.5}),
+    }
+    folder, tasks = tree(tmp_path / "set", **sites), tasks_of(sites)
+    by_kind = {kind: [t for t in tasks.values() if t.kind == kind] for kind in ("classification", "segmentation")}
+    table = LabelsCSVDataModule(
+        folder,
+        classification={t.name: ClassColumns(t.name, classes=list(t.classes)) for t in by_kind["classification"]},
+        detection={"lesions": BoxColumns(classes=list(tasks["lesions"].classes), flag="has_det")},
+        segmentation={
+            t.name: MaskColumns({t.classes[0]: f"mask_{t.name}"}, flag=f"has_{t.name}") for t in by_kind["segmentation"]
+        },
+        num_workers=0,
+        cache_dir=None,
+    )
+    theirs, ours = table.catalogue(), read_catalogue(folder, tasks)
+    assert not table.quarantine.issues
+    assert theirs.tasks == ours.tasks
+    assert len(theirs.records) == len(ours.records)
+    for a, b in zip(theirs.records, ours.records, strict=True):
+        assert a.file.samefile(b.file)
+        assert (a.patient, a.site, a.view, a.laterality, a.split) == (b.patient, b.site, b.view, b.laterality, b.split)
+        assert a.truth.keys() == b.truth.keys()
+        for task in a.truth:
+            if task == "lesions" or tasks[task].kind == "classification":
+                assert a.truth[task] == b.truth[task]
+            else:
+                (mine,), (other,) = a.truth[task].channels, b.truth[task].channels
+                assert mine.file.samefile(other.file)
 
 
 def test_a_generation_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
