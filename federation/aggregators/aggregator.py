@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from federation.blocks import Schema, State
 from federation.update import Update
 
+if TYPE_CHECKING:
+    from federation.precision import Curvature
+
 
 class LocalRule:
     """What a site does differently during local training because an aggregator asks for it; the default is nothing.
 
-    One rule object serves one site for one round.
+    One rule object serves one site for one round; it can be pickled, and it moves its own tensors to the parameter's
+    device. It is asked only about parameters that are exchanged, never about personal ones.
     """
 
     def gradient(self, name: str, parameter: Tensor, start: Tensor) -> Tensor | None:
@@ -28,7 +33,14 @@ class LocalRule:
         return None
 
     def extra(self, state: State, start: State, steps: int, lr: float) -> dict[str, Tensor]:
-        """Return further tensors for ``Update.extra`` once local training is over."""
+        """Return further tensors for ``Update.extra`` once local training is over.
+
+        Args:
+            state: The site's weights after its local training, on any device.
+            start: The global weights the round began with.
+            steps: Optimiser steps taken.
+            lr: Mean learning rate of those steps.
+        """
         return {}
 
 
@@ -41,13 +53,20 @@ class Aggregator(ABC):
 
     Attributes:
         needs_precision: Whether sites must measure and send the precision of their weights.
+        curvature: What measures it; each site trains with a copy of its own. ``None`` where nothing is measured.
         personal_norms: Whether normalisation layers stay at each site.
-        personal_models: Whether each site keeps a model of its own beside the global one.
+        personal_models: Whether each site keeps a model of its own beside the global one: trained there under
+            ``personal_rule`` where that is given, else computed by ``personal``.
+        merges: ``False`` means nothing is merged: every site goes on from its own last weights, the global state stays.
+        pooled: ``True`` means one site, named ``pooled``, trains on the union of every site's data.
     """
 
     needs_precision: bool = False
+    curvature: Curvature | None = None
     personal_norms: bool = False
     personal_models: bool = False
+    merges: bool = True
+    pooled: bool = False
 
     @abstractmethod
     def start(self, state: State, schema: Schema) -> None:
@@ -65,9 +84,33 @@ class Aggregator(ABC):
         """Return what this site does differently in the coming round."""
         return LocalRule()
 
+    def personal_rule(self, site: str) -> LocalRule | None:
+        """Return how a site trains its personal model after the global one; ``None`` where it trains none.
+
+        The personal model goes on from its own last weights (in the first round from the global ones); ``start`` in
+        ``LocalRule.gradient`` is the global value at the start of the round, as for the global model.
+        """
+        return None
+
+    def personal(self, site: str) -> State | None:
+        """Return a site's personal model as the server computes it, after ``finish``; ``None`` where it computes none."""
+        return None
+
+    def relative(self, curvature: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Return ``BlockUpdate.precision`` and ``BlockUpdate.scale`` by key for a site's raw curvature by key."""
+        return {}, {}
+
     def state_dict(self) -> dict[str, Any]:
         """Return what must survive a restart between rounds: tensors and plain containers only."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (nothing to take up is a fine default)
         """Take up where ``state_dict`` was taken."""
+
+
+def merge(aggregator: Aggregator, state: State, schema: Schema, updates: Iterable[Update]) -> State:
+    """Return the next global state from updates that arrived in any order."""
+    aggregator.start(state, schema)
+    for update in sorted(updates, key=lambda one: one.site):
+        aggregator.add(update)
+    return aggregator.finish()
