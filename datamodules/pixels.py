@@ -119,13 +119,15 @@ def _integers(file: Path, values: NDArray[Any], white: int, path: list[str]) -> 
 
 def _head(file: Path) -> bytes:
     try:
-        if not file.is_file():
-            raise DataError(f"{file.name}: no such file (or not a regular one); check the path in the table.")
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            head = opened.read(132)
+        regular, size, head = file.is_file(), 0, b""
+        if regular:
+            size = file.stat().st_size
+            with file.open("rb") as opened:
+                head = opened.read(132)
     except (OSError, ValueError) as error:
         raise DataError(f"{file.name}: cannot be opened ({type(error).__name__}); check path and rights.") from error
+    if not regular:
+        raise DataError(f"{file.name}: no such file (or not a regular one); check the path in the table.")
     if not head:
         raise DataError(f"{file.name}: the file is empty (0 bytes); copy or download it again.")
     if size > MAX_BYTES:
