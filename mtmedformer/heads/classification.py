@@ -68,7 +68,7 @@ class ClassificationHead(TaskHead):
                 f"classes: [{self.classes[0]}] with multi_label: false leaves nothing to choose; set multi_label: true"
             )
         self.multi_label = multi_label
-        self.strides = tuple(strides)
+        self.strides = tuple(sorted(strides))
         self.width = width
         self.num_heads = num_heads
         self.dropout = dropout

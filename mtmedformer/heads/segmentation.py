@@ -28,7 +28,7 @@ class SegmentationHead(TaskHead):
         classes: Class names in channel order, without background.
         multi_label: Whether a pixel may be of several classes (sigmoids); always so with one class.
         terms: Loss terms by name, summed by their weights; ``None`` is cross-entropy plus soft Dice, 1 : 1.
-        strides: Strides of the pyramid levels used, finest first.
+        strides: Strides of the pyramid levels used.
         width: Channels of the decoder; ``None`` is the pyramid's.
         dropout: Dropout of whole channels before the logits, in [0, 1).
         hausdorff: Whether ``metrics`` measures surface distances, the slow part of a validation.
@@ -54,7 +54,7 @@ class SegmentationHead(TaskHead):
     ) -> None:
         super().__init__(classes)
         self.multi_label = multi_label or len(self.classes) == 1
-        self.strides = tuple(strides)
+        self.strides = tuple(sorted(strides))
         self.width = width
         self.dropout = dropout
         self.hausdorff = hausdorff
