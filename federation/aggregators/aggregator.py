@@ -92,8 +92,13 @@ class Aggregator(ABC):
         """
         return None
 
-    def personal(self, site: str) -> State | None:
-        """Return a site's personal model as the server computes it, after ``finish``; ``None`` where it computes none."""
+    def personal(self, site: str, state: State) -> State | None:
+        """Return a site's personal model as the server computes it; ``None`` where it computes none.
+
+        Args:
+            site: Name of the site.
+            state: The global state (CPU tensors, not changed).
+        """
         return None
 
     def relative(self, curvature: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:

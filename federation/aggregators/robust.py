@@ -1,0 +1,89 @@
+"""Centres that one bad site cannot move far: median and trimmed mean, a coordinate at a time.
+
+An order statistic cannot be had from running sums, so these two keep every site's changes until the end of the round:
+they do not stream, and their memory grows by one copy of the model a site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from federation.aggregators.fedavg import FedAvg
+from federation.aggregators.sums import Centre
+from mtmedformer.errors import ConfigError
+
+
+class KeptValues:
+    """Every site's tensors by name, for a centre that needs them all at once.
+
+    Args:
+        centre: From float64 (sites, …), sorted along the sites, to (…).
+    """
+
+    def __init__(self, centre: Callable[[Tensor], Tensor]) -> None:
+        self._centre = centre
+        self._values: dict[str, list[Tensor]] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._values))
+
+    def add(self, name: str, value: Tensor, weight: Tensor | float) -> None:
+        """Keep one site's tensor; the weight plays no part."""
+        self._values.setdefault(name, []).append(value)
+
+    def pop(self, name: str) -> Tensor:
+        """Return the centre of a tensor in float64, and forget its values."""
+        return self._centre(torch.stack(self._values.pop(name)).double().sort(dim=0).values)
+
+
+class CoordinateMedian(FedAvg):
+    """Move every weight by the median of its owners' changes; sites count the same.
+
+    With an even number of owners it is the mean of the middle two. Fewer than half of the sites, whatever they send,
+    cannot move a weight beyond what the others sent.
+
+    Reference:
+        Yin et al., Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates, ICML 2018, definition 1.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("equal")
+
+    def centre(self) -> Centre:
+        """Return what keeps the changes and takes their median."""
+        return KeptValues(_median)
+
+
+class TrimmedMean(FedAvg):
+    """Move every weight by the mean of its owners' changes without the smallest and the largest; sites count the same.
+
+    Args:
+        trim: Share of the sites cut at each end, rounded down to whole sites: with four sites nothing is cut below .25.
+
+    Raises:
+        ConfigError: When ``trim`` is not in [0, 0.5).
+
+    Reference:
+        Yin et al., Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates, ICML 2018, definition 2.
+    """
+
+    def __init__(self, trim: float = 0.25) -> None:
+        super().__init__("equal")
+        if not 0 <= trim < 0.5:
+            raise ConfigError(f"aggregator.trim: {trim} cuts everything or nothing; choose a share in [0, 0.5)")
+        self.trim = trim
+
+    def centre(self) -> Centre:
+        """Return what keeps the changes and takes their trimmed mean."""
+        return KeptValues(self._trimmed)
+
+    def _trimmed(self, ordered: Tensor) -> Tensor:
+        cut = int(self.trim * len(ordered) + 1e-9)  # .1 of 30 is 3, whatever binary fractions say
+        return ordered[cut : len(ordered) - cut].mean(0)
+
+
+def _median(ordered: Tensor) -> Tensor:
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]).mul_(0.5)
