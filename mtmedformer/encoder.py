@@ -73,6 +73,8 @@ class SharedEncoder(nn.Module):
         self.channels = channels
         self.strides = (*LEVELS, 2 * LEVELS[-1])
         size = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if size is not None and min(size) < 1:
+            raise ConfigError(f"encoder.img_size is {img_size}; it must be at least 1 pixel")
         kwargs = {**(model_kwargs or {}), "in_chans": in_chans, "num_classes": 0}
         if drop_path_rate:
             kwargs["drop_path_rate"] = drop_path_rate
@@ -86,7 +88,10 @@ class SharedEncoder(nn.Module):
         self.indices = self.body.prune_intermediate_layers(list(self.taken.values()), prune_norm=not plain)
         self.report: LoadReport | None = load_weights(self.body, checkpoint_path) if checkpoint_path else None
         if grad_checkpointing:
-            self.body.set_grad_checkpointing(True)
+            try:
+                self.body.set_grad_checkpointing(True)
+            except AssertionError as error:
+                raise ConfigError(f"encoder.grad_checkpointing: {name} cannot do it; set it to false") from error
         for key, values in (("mean", cfg["mean"]), ("std", cfg["std"])):
             value = torch.tensor(values) if in_chans == 3 else torch.tensor(values).mean().expand(in_chans).clone()
             self.register_buffer(key, value.view(1, in_chans, 1, 1), persistent=False)
@@ -145,12 +150,7 @@ class SharedEncoder(nn.Module):
         except ConfigError:
             raise
         except Exception as error:
-            usual = _by(tuple(self.body.pretrained_cfg["input_size"][1:]))
-            raise ConfigError(
-                f"encoder.name={self.name} cannot take images of {_by((height, width))} ({_first_line(error)}); set "
-                f"encoder.img_size to a size it can (its own is {usual}), or choose a model for any size: pvt_v2_*, "
-                "convnext*, swin_*, swinv2_*, davit_*, vit_*_patch16_*"
-            ) from error
+            raise _unfit(self.name, (height, width), error) from error
         finally:
             self.train(was_training)
         expected = [(self.channels, -(-height // s), -(-width // s)) for s in self.strides]
@@ -161,12 +161,17 @@ class SharedEncoder(nn.Module):
 def _create(name: str, size: tuple[int, int] | None, kwargs: dict[str, Any]) -> tuple[Any, tuple[int, int] | None]:
     """Return the timm model, and the only size it takes (``None``: any)."""
     model: Any = None
-    arch = name.split(".")[0]
+    arch, _, tag = name.partition(".")
     if not timm.is_model(arch):
         close = get_close_matches(arch, timm.list_models(), n=4)
         raise ConfigError(
             f"encoder.name={name} is no timm model; "
             + (f"close ones are {', '.join(close)}" if close else "timm.list_models() in Python names them all")
+        )
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{arch}.*")]
+    if tag and tag not in tags:
+        raise ConfigError(
+            f"encoder.name={name}: timm has no weights {tag!r} of {arch}; it has {', '.join(tags) or 'none'}"
         )
     fixed = bool(getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False))
     options: list[dict[str, Any]] = [{"dynamic_img_size": True}, {}] if fixed else [{}]
@@ -179,7 +184,7 @@ def _create(name: str, size: tuple[int, int] | None, kwargs: dict[str, Any]) -> 
             if option is options[-1]:
                 raise ConfigError(f"encoder.model_kwargs do not fit {name}: {error}") from error
         except Exception as error:
-            raise ConfigError(f"encoder.name={name} could not be built: {_first_line(error)}") from error
+            raise _unfit(name, size, error) from error
         else:
             break
     any_size = not fixed or "dynamic_img_size" in option or bool(kwargs.get("dynamic_img_size"))
@@ -236,6 +241,15 @@ def _on_grid(level: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def _by(size: tuple[int, ...]) -> str:
     return " x ".join(map(str, size)) + " px"
+
+
+def _unfit(name: str, size: tuple[int, int] | None, error: Exception) -> ConfigError:
+    usual = getattr(timm.get_pretrained_cfg(name.partition(".")[0]), "input_size", (3, 224, 224))
+    return ConfigError(
+        f"encoder.name={name} cannot take images of {_by(size) if size else 'any size'} ({_first_line(error)}); set "
+        f"encoder.img_size to a size it can (its own is {_by(usual[1:])}), or choose a model for any size: pvt_v2_*, "
+        "convnext*, swin_*, swinv2_*, davit_*, vit_*_patch16_*"
+    )
 
 
 def _first_line(error: Exception) -> str:

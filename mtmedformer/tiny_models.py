@@ -14,6 +14,8 @@ from torch import nn
 
 _CFG = {"input_size": (3, 224, 224), "mean": (0.5,) * 3, "std": (0.25,) * 3, "license": "apache-2.0"}
 
+_FEATURES = {"out_indices": (0, 1, 2, 3), "flatten_sequential": True}
+
 default_cfgs = generate_default_cfgs(
     {
         "mtmedformer_tiny": {**_CFG, "first_conv": "patch_embed.proj", "classifier": "head"},
@@ -32,7 +34,7 @@ def mtmedformer_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         "mlp_ratios": (4, 4, 2, 2),
     }
     model: nn.Module = build_model_with_cfg(
-        PyramidVisionTransformerV2, "mtmedformer_tiny", pretrained, **{**shape, **kwargs}
+        PyramidVisionTransformerV2, "mtmedformer_tiny", pretrained, feature_cfg=dict(_FEATURES), **{**shape, **kwargs}
     )
     return model
 
@@ -46,5 +48,7 @@ def mtmedformer_tiny_cnn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         "kernel_sizes": 5,
         "conv_mlp": False,
     }
-    model: nn.Module = build_model_with_cfg(ConvNeXt, "mtmedformer_tiny_cnn", pretrained, **{**shape, **kwargs})
+    model: nn.Module = build_model_with_cfg(
+        ConvNeXt, "mtmedformer_tiny_cnn", pretrained, feature_cfg=dict(_FEATURES), **{**shape, **kwargs}
+    )
     return model

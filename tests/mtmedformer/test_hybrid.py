@@ -2,6 +2,7 @@ import doctest
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch import nn
 from torchjd import aggregation
 
@@ -94,6 +95,24 @@ def test_log_variances_are_spared_from_weight_decay():
         "weighting.uncertainty.a.log_var",
         "weighting.uncertainty.b.log_var",
     }
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_yaml_builds_it():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(HybridLoss, "loss")
+    config = parser.parse_string(
+        """
+        loss:
+          class_path: mtmedformer.losses.HybridLoss
+          init_args:
+            weights: {lungs: 2, nodules: 0.5}
+            weighting: {class_path: mtmedformer.losses.GradientAggregation, init_args: {aggregator: PCGrad}}
+        """
+    )
+    loss = parser.instantiate_classes(config).loss
+    assert loss.weights == {"lungs": 2.0, "nodules": 0.5}
+    assert isinstance(loss.weighting.aggregator, aggregation.PCGrad)
 
 
 def test_the_example_in_the_docstring_holds():
