@@ -129,7 +129,9 @@ def read_catalogue(
         if regions is None and contours and row["Bi-Rads"] == "1":
             regions = []
         if regions is not None and all(region.kind for region in regions):
-            truth |= {"lesions": _boxes(regions), "lesion": _masks(regions, point_radius)}
+            truth["lesion"] = _masks(regions, point_radius)
+            boxes = _boxes(regions)
+            truth |= {"lesions": boxes} if boxes else {}
         view = {"ML": "MLO"}.get(row["View"], row["View"])
         records.append(Record(name, files[name], tokens[1], truth, "inbreast", view=view, laterality=row["Laterality"]))
     require_records(records, "INbreast", folder / "AllDICOMs", len(rows))
@@ -145,10 +147,10 @@ def read_catalogue(
     unlisted = len(files.keys() - {row["File Name"] for row in rows})
     if unlisted:
         notes.append(f"INbreast: {unlisted} images on disk are not in {table.name} and were left out")
-    unknown = sum("lesion" not in r.truth for r in records)
+    unknown = sum("lesions" not in r.truth for r in records)
     if unknown:
         notes.append(
-            f"INbreast: 'lesions' and 'lesion' are unknown in {unknown} images (a region without a usable name, or no "
+            f"INbreast: boxes or masks are unknown in {unknown} images (a region without usable name or extent, or no "
             "XML file although BI-RADS is above 1)"
         )
     tasks = (
@@ -222,18 +224,21 @@ def _extent(points: Sequence[Point]) -> tuple[float, float, float, float]:
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def _boxes(regions: Sequence[Region]) -> BoxTruth:
-    """Return one box a contour of a boxed kind; a spiculated region counts as a mass where it holds none."""
+def _boxes(regions: Sequence[Region]) -> BoxTruth | None:
+    """Return one box a contour of a boxed kind; a spiculated region counts as a mass where it holds none.
+
+    A mass, cluster, distortion or asymmetry that is but a point has no extent: the boxes are unknown (``None``) then.
+    """
     masses = [_extent(r.points) for r in regions if r.kind == "mass" and len(r.points) > 2]
     boxes, labels = [], []
     for region in regions:
         kind = region.kind
         box = _extent(region.points)
-        if len(region.points) <= 2 or box[2] <= box[0] or box[3] <= box[1]:
-            continue
         if kind == "spiculation" and not any(_meet(box, mass) for mass in masses):
             kind = "mass"
         if kind in BOX_OF:
+            if len(region.points) <= 2 or box[2] <= box[0] or box[3] <= box[1]:
+                return None
             boxes.append(box)
             labels.append(BOXES.index(BOX_OF[kind]))
     return BoxTruth(tuple(boxes), tuple(labels))

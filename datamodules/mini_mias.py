@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from datamodules.layout import clipped, files_below, locate, one_hot, require_records
 from datamodules.medical import MedicalDataModule
-from datamodules.records import BoxTruth, Catalogue, ClassTruth, MaskSource, MaskTruth, Record, Truth
+from datamodules.records import Catalogue, ClassTruth, MaskSource, MaskTruth, Record, Truth
 from datamodules.transforms import BreastPreset, Preset
 from mtmedformer.batch import Task
 from mtmedformer.errors import DataError
@@ -186,6 +186,8 @@ def _truth(rows: Sequence[Row], classes: tuple[str, ...], lesion_classes: str) -
         boxes.append((x - radius, y - radius, x + radius, y + radius))
         labels.append(classes.index(name))
         discs.setdefault(classes.index(name), []).append(row.circle)
-    box_truth: BoxTruth = clipped(boxes, labels, SIDE, SIDE)[0]
+    box_truth, outside = clipped(boxes, labels, SIDE, SIDE)
+    if outside:
+        return truth, False
     sources = tuple(MaskSource(discs=tuple(discs.get(index, ()))) for index in range(len(classes)))
     return truth | {"lesions": box_truth, "lesion": MaskTruth(sources)}, True

@@ -145,7 +145,7 @@ def read_catalogue(root: Path, categories: Sequence[str] = CATEGORIES, birads_po
     if missing:
         notes.append(f"VinDr-Mammo: {missing} of {len(breasts)} listed images are not on disk")
     if empty:
-        notes.append(f"VinDr-Mammo: {empty} boxes lie wholly outside their image and were dropped")
+        notes.append(f"VinDr-Mammo: {empty} boxes lie wholly outside their image; 'lesions' is unknown there")
     unknown = sum("lesions" not in r.truth for r in records)
     if unknown:
         notes.append(f"VinDr-Mammo: {unknown} images have no usable finding row; 'lesions' is unknown there")
@@ -210,7 +210,7 @@ def _finding_truth(
         boxes.append(row.box)
         labels.append(label)
     box_truth, lost = clipped(boxes, labels, width, height)
-    return truth | {"lesions": box_truth}, lost
+    return (truth, lost) if lost else (truth | {"lesions": box_truth}, 0)
 
 
 def _scanners(table: Path) -> dict[str, str]:

@@ -111,6 +111,7 @@ def test_missing_mask_folder_and_broken_mask_are_named(root, tmp_path):
         read_catalogue(root, lung_masks=tmp_path)
 
 
+@pytest.mark.slow  # decodes 1.2 gigapixels
 def test_real_v7_masks_435_of_517_show_lungs(tmp_path):
     try:
         files = metadata.files("torchxrayvision") or []

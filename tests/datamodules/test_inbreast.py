@@ -64,6 +64,15 @@ def test_region_of_one_or_two_points_is_a_point_of_the_mask_and_never_a_box(root
     assert 1 <= small < 9 < wide
 
 
+@pytest.mark.parametrize("points", [[(9.0, 9.0)], [(9.0, 9.0), (12.0, 14.0)]])
+def test_mass_that_is_but_a_point_has_no_box_so_boxes_are_unknown(tmp_path, points):
+    root = trees.inbreast(tmp_path)
+    trees.write_inbreast_xml(root / "AllXML" / "20586908.xml", [("Mass", points)])
+    truth = read_catalogue(root).records[0].truth
+    assert "lesions" not in truth
+    assert len(truth["lesion"].channels[0].polygons) == 1
+
+
 def test_cluster_is_the_box_of_calcifications(records):
     assert records[4].truth["lesions"] == BoxTruth((FAR,), (1,))
 

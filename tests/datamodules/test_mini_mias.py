@@ -48,6 +48,12 @@ def test_abnormal_rows_without_a_place_are_unknown_not_negative(root, records):
     assert any("2 abnormal images give no place" in note for note in read_catalogue(root).notes)
 
 
+def test_circle_wholly_outside_the_image_is_unknown_too(tmp_path):
+    (tmp_path / "Info.txt").write_text("mdb001 G CIRC B 535 2000 30\n")
+    trees.write_image(tmp_path / "mdb001.pgm", trees.noise(1, 64, 64))
+    assert "lesions" not in read_catalogue(tmp_path).records[0].truth
+
+
 def test_normal_image_is_a_true_negative(records):
     assert records["mdb003"].truth["lesions"] == BoxTruth()
     assert records["mdb003"].truth["lesion"].channels == (MaskSource(),)
