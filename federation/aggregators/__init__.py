@@ -1,1 +1,29 @@
-"""federation/aggregators."""
+"""Aggregators: from the sites' updates of a round to the next global state."""
+
+from federation.aggregators.aggregator import Aggregator, LocalRule, merge
+from federation.aggregators.ditto import Ditto
+from federation.aggregators.ends import Local, Pooled
+from federation.aggregators.fedavg import FedAvg
+from federation.aggregators.fedbn import FedBN
+from federation.aggregators.fedopt import FedAdam, FedAvgM, FedYogi
+from federation.aggregators.fedprox import FedProx
+from federation.aggregators.robust import CoordinateMedian, TrimmedMean
+from federation.aggregators.scaffold import Scaffold
+
+__all__ = [
+    "Aggregator",
+    "CoordinateMedian",
+    "Ditto",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedBN",
+    "FedProx",
+    "FedYogi",
+    "Local",
+    "LocalRule",
+    "Pooled",
+    "Scaffold",
+    "TrimmedMean",
+    "merge",
+]

@@ -33,8 +33,8 @@ class Local(Aggregator):
 class Pooled(FedAvg):
     """Trains on the union of all sites' data, which no federation may do; the yardstick of what it could reach.
 
-    The orchestration reads ``pooled = True``: it runs one site, named ``pooled``, whose training set is every site's
-    and whose budget of steps is the sum of theirs, and adds its one update. The mean over one site is that site's
+    The orchestration reads ``pooled = True``: it runs one site, named ``pooled``, whose training set is every site's,
+    and adds its one update. The mean over one site is that site's
     weights.
     """
 
@@ -46,6 +46,6 @@ class Pooled(FedAvg):
         Raises:
             ValueError: When there is a second one: then the sites were not pooled.
         """
-        if getattr(self, "_last", None) is not None:
+        if self._last is not None:
             raise ValueError(f"update of {update.site!r} after {self._last!r}: pooled data are trained on as one site")
         super().add(update)

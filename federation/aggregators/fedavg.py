@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -67,7 +68,7 @@ class FedAvg(Aggregator):
 
     def weight(self, block: BlockUpdate, key: str) -> Tensor | float:
         """Return what one site's change of one tensor weighs, above 0; broadcasts to the tensor."""
-        return float(block.evidence) ** self.power
+        return math.pow(block.evidence, self.power)
 
     def step(self, key: str, mean: Tensor) -> Tensor:
         """Return the server's change of one parameter for its owners' mean change; float64, may reuse ``mean``."""

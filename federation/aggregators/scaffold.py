@@ -24,18 +24,13 @@ class ControlVariates(LocalRule):
     def __init__(self, common: State, own: State) -> None:
         self.common, self.own = common, own
         self._corrections: State = {}
-        self._trained: list[str] = []
 
     def gradient(self, name: str, parameter: Tensor, start: Tensor) -> Tensor | None:
         """Return $c - c_k$ of one parameter."""
         if name not in self._corrections:
-            self._trained.append(name)
-            common, own = self.common.get(name), self.own.get(name)
-            zero = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
-            difference = (zero if common is None else common.to(parameter)) - (
-                zero if own is None else own.to(parameter)
-            )
-            self._corrections[name] = difference.expand_as(parameter)
+            zero = torch.zeros(parameter.shape)
+            difference = self.common.get(name, zero) - self.own.get(name, zero)
+            self._corrections[name] = difference.to(parameter)
         return self._corrections[name]
 
     def extra(self, state: State, start: State, steps: int, lr: float) -> dict[str, Tensor]:
@@ -43,9 +38,9 @@ class ControlVariates(LocalRule):
         if steps == 0 or lr == 0:
             return {}
         renewed = {}
-        for name in self._trained:
+        for name, correction in self._corrections.items():
             moved = (start[name].double() - state[name].to(start[name].device).double()) / (steps * lr)
-            renewed[name] = (moved.cpu() - self._corrections[name].cpu()).float()
+            renewed[name] = (moved.cpu() - correction.cpu()).float()
         return renewed
 
 

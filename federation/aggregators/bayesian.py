@@ -1,0 +1,243 @@
+"""The product's namesake: each site's weights are an observation, as precise as its data make them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from federation.aggregators.aggregator import LocalRule
+from federation.aggregators.fedavg import FedAvg
+from federation.aggregators.fedprox import Proximal
+from federation.blocks import Schema, State
+from federation.posterior import Factor, Posterior, SiteMemory, relative_precision
+from federation.precision import Curvature, NoCurvature, SquaredGradients, normalise
+from federation.update import BlockUpdate, Update
+from mtmedformer.errors import ConfigError
+
+
+class BayesianAggregator(FedAvg):
+    r"""Merge the sites' Gaussian beliefs about every weight, a block at a time, over the sites that hold its labels.
+
+    Site $k$ observes weight $i$ with precision $n_k^a\, r_{ki}$: $n_k$ labelled samples, and the curvature of its own
+    loss relative to the tensor's mean, tempered by $\rho$, so that no site wins by a louder loss. The global weight
+    moves by the precision-weighted mean of the changes, shrunk towards the owners' mean by $\kappa$:
+
+    $$w_i \leftarrow w_i + \eta\, \frac{\sum_k n_k^a (r_{ki} + \kappa)\, \Delta_{ki}}{\sum_k n_k^a (r_{ki} + \kappa)}$$
+
+    With the curvature off (``rho`` 0 or ``NoCurvature``) this is FedAvg bit for bit: by counts at ``a`` 1, of equal
+    sites at ``a`` 0, on the same sums. The mathematics of the paper that gave the product its name are not public;
+    these are ours, derived and compared in ``docs/federation.md``.
+
+    While updates stream in, its sums take two copies of the model. ``between``, ``remember`` and ``personal_models``
+    keep every site's weights and precision on the server: one to two copies a site.
+
+    Args:
+        curvature: What measures curvature during a site's training; ``None`` is the running mean of squared gradients,
+            which costs nothing. ``NoCurvature`` turns precision off.
+        granularity: Whether precision differs by ``element``, by output ``row``, or by ``tensor``.
+        rho: Tempering of the relative curvature, in [0, 1]: 1 takes it as measured, 0 turns it off.
+        low: Least relative curvature, before tempering.
+        high: Greatest relative curvature, before tempering.
+        a: Power of the evidence, in [0, 1]: 1 counts samples, 0 counts every owner the same, which does better where
+            sites differ. ``between`` has no use for it: it finds out by itself how much sites differ.
+        kappa: Shrinkage towards the owners' mean, at least 0.
+        eta: Length of the server's step.
+        between: Estimate each tensor's variance between sites (DerSimonian and Laird) and weigh sites by
+            1 / (within + between), with within = 1 / (evidence × curvature), absolute this time.
+        remember: Keep the weights of sites that are away and count them on, discounted by ``gamma``.
+        gamma: Discount per round of what an absent site last said, in [0, 1]; for the posterior in any case, for the
+            merge with ``remember`` or ``between``.
+        beta: Pull of local training towards the global weights, weighted by the server's relative precision a row;
+            where there is none yet it is FedProx with ``mu = beta``.
+        personal_models: Give each site a model between its own and the global one, nearer to its own the more sites
+            differ and the more the site knows (partial pooling).
+
+    Raises:
+        ConfigError: When a number is out of its range, or the granularity is unknown.
+    """
+
+    def __init__(
+        self,
+        curvature: Curvature | None = None,
+        granularity: Literal["element", "row", "tensor"] = "element",
+        rho: float = 0.5,
+        low: float = 0.01,
+        high: float = 100.0,
+        a: float = 0.0,
+        kappa: float = 0.1,
+        eta: float = 1.0,
+        between: bool = False,
+        remember: bool = False,
+        gamma: float = 0.9,
+        beta: float = 0.0,
+        personal_models: bool = False,
+    ) -> None:
+        super().__init__("equal")
+        self.power = a
+        for name, value in {"rho": rho, "a": a, "gamma": gamma}.items():
+            if not 0 <= value <= 1:
+                raise ConfigError(f"aggregator.{name}: {value} is outside [0, 1]")
+        for name, value in {"kappa": kappa, "beta": beta}.items():
+            if value < 0:
+                raise ConfigError(f"aggregator.{name}: {value} is negative; use 0 or more")
+        if granularity not in ("element", "row", "tensor"):
+            raise ConfigError(f"aggregator.granularity: {granularity!r} is none of 'element', 'row', 'tensor'")
+        self.curvature = SquaredGradients() if curvature is None else curvature
+        self.needs_precision = rho > 0 and not isinstance(self.curvature, NoCurvature)
+        self.granularity, self.rho, self.low, self.high = granularity, rho, low, high
+        self.kappa, self.eta, self.between, self.gamma, self.beta = kappa, eta, between, gamma, beta
+        self.remember = remember
+        self.personal_models = personal_models
+        self.memory = SiteMemory(weights=between or remember or personal_models)
+        self.variances: dict[str, float] = {}
+        """Variance between sites by tensor, where it is estimated."""
+
+    def start(self, state: State, schema: Schema) -> None:
+        """Begin a round from the global state."""
+        super().start(state, schema)
+        self._sent: dict[str, set[str]] = {}
+
+    def add(self, update: Update) -> None:
+        """Take one site's update, into the sums and into the site memory.
+
+        Raises:
+            ValueError: When updates do not come in the order of the site names, or one site comes twice.
+        """
+        if self.between:
+            self._receive(update)
+        else:
+            super().add(update)
+        for name, block in update.blocks.items():
+            if block.evidence > 0 and not self._schema.block(name).personal:
+                self._sent.setdefault(name, set()).add(update.site)
+        self.memory.replace(update, self._state, self._schema)
+
+    def finish(self) -> State:
+        """Return the next global state; what absent sites last said, and what needs all sites at once, joins here."""
+        for name, present in sorted(self._sent.items()):
+            owners = self.memory.owners(name)
+            for key in self._schema.block(name).keys:
+                if self.between or self.personal_models:
+                    self._estimate(key, owners)
+                for site, factor in owners.items():
+                    weight = self._remembered(key, factor)
+                    if key in factor.weights and weight is not None and (self.between or site not in present):
+                        self._means.add(key, factor.weights[key] - self._state[key], weight)
+        return super().finish()
+
+    def weight(self, block: BlockUpdate, key: str) -> Tensor | float:
+        r"""Return $n^a (r + \kappa) / (1 + \kappa)$, which is $n^a$ where $r$ is 1 everywhere."""
+        count = super().weight(block, key)
+        if not self.needs_precision:
+            return count
+        return count * _shrunk(relative_precision(block, key), self.kappa)
+
+    def step(self, key: str, mean: Tensor) -> Tensor:
+        """Return the mean change times the length of the server's step."""
+        return mean.mul_(self.eta)
+
+    def relative(self, curvature: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Return relative precision and mean curvature by key, as an update carries them."""
+        return normalise(curvature, self.granularity, self.rho, self.low, self.high)
+
+    def local_rule(self, site: str) -> LocalRule:
+        """Return the pull towards the global weights, strongest where the server is surest."""
+        if self.beta == 0:
+            return LocalRule()
+        precision = self.memory.precision(self.gamma) if self.needs_precision else {}
+        return Proximal(self.beta, {key: value / value.mean() for key, value in precision.items() if value.mean() > 0})
+
+    def posterior(self, state: State, schema: Schema) -> Posterior:
+        r"""Return the posterior of the global weights: every site's latest $\gamma^{age} n_k \lambda_k$, summed.
+
+        Args:
+            state: The global state.
+            schema: The model's schema.
+        """
+        blocks = {block.name: block.keys for block in schema.blocks if not block.personal}
+        return Posterior(state, self.memory.precision(self.gamma), blocks, self.memory.summary())
+
+    def personal(self, site: str, state: State) -> State | None:
+        r"""Return a site's own model: $w_g + B (w_k - w_g)$, $B = \tau^2 / (\tau^2 + v_k)$, for all it ever trained.
+
+        $\tau^2$ is the tensor's variance between sites, $v_k$ = 1 / (evidence × curvature) the site's own: where sites
+        do not differ it is the global weight, where they differ much it is the site's.
+        """
+        if not self.personal_models:
+            return None
+        own = dict(state)
+        for factor in self.memory.factors.get(site, {}).values():
+            for key, weights in factor.weights.items():
+                between = self.variances.get(key, 0.0)
+                share = between / (between + 1 / self._precision(key, factor))
+                own[key] = torch.lerp(state[key].double(), weights.double(), share).to(weights.dtype)
+        return own
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the site memory and the variances between sites."""
+        return {"memory": self.memory.state_dict(), "variances": dict(self.variances)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take memory and variances up."""
+        self.memory.load_state_dict(state["memory"])
+        self.variances = dict(state["variances"])
+
+    def _precision(self, key: str, factor: Factor) -> Tensor:
+        """Return the absolute precision of a site's tensor, evidence × curvature (1 if none was measured), float64."""
+        curvature = factor.curvature.get(key, torch.ones(())) if self.needs_precision else torch.ones(())
+        return curvature.double() * factor.evidence
+
+    def _estimate(self, key: str, owners: dict[str, Factor]) -> None:
+        """Estimate a tensor's variance between its owners from their latest weights."""
+        held = [factor for factor in owners.values() if key in factor.weights]
+        if held:
+            self.variances[key] = between_variance(
+                [factor.weights[key] - self._state[key] for factor in held],
+                [float(self._precision(key, factor).mean()) for factor in held],
+            )
+
+    def _remembered(self, key: str, factor: Factor) -> Tensor | None:
+        """Return what a factor in the memory weighs in the merge; ``None`` where it is to be left out."""
+        discount = self.gamma ** self.memory.age(factor)
+        if discount == 0 or not (self.between or self.remember):
+            return None
+        precision = self._precision(key, factor)
+        if self.between:
+            return discount * _shrunk(1 / (1 / precision + self.variances[key]), self.kappa)
+        return discount * math.pow(factor.evidence, self.power) * _shrunk(precision / precision.mean(), self.kappa)
+
+
+def between_variance(changes: Sequence[Tensor], precisions: Sequence[float]) -> float:
+    r"""Estimate how much sites truly differ in one tensor, beyond what the noise within each explains.
+
+    DerSimonian and Laird's moment estimator, averaged over the $N$ elements: with $p_k$ the precision of site $k$ and
+    $\bar\Delta$ the $p$-weighted mean, $Q = \frac1N \sum_k p_k \lVert \Delta_k - \bar\Delta \rVert^2$ and
+    $\tau^2 = \max\bigl(0, (Q - (K - 1)) / (\sum p - \sum p^2 / \sum p)\bigr)$.
+
+    Args:
+        changes: One tensor a site, all of one shape.
+        precisions: Precision of each site's tensor, in 1/weight², above 0.
+
+    Returns:
+        The variance, in weight²; 0 for a single site.
+
+    Reference:
+        DerSimonian and Laird, Meta-analysis in clinical trials, Controlled Clinical Trials 7, 1986, equation 8.
+    """
+    if len(changes) < 2:
+        return 0.0
+    weights = torch.tensor(precisions, dtype=torch.float64)
+    stacked = torch.stack([change.double().flatten() for change in changes])
+    mean = weights @ stacked / weights.sum()
+    q = float(weights @ (stacked - mean).square_().mean(1))
+    spread = float(weights.sum() - weights.square().sum() / weights.sum())
+    return max(0.0, (q - (len(changes) - 1)) / spread)
+
+
+def _shrunk(precision: Tensor, kappa: float) -> Tensor:
+    """Return precision mixed with its own mean; a scalar comes back as it went in, to the last bit."""
+    return precision if precision.ndim == 0 else (precision + kappa * precision.mean()) / (1 + kappa)
