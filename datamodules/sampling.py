@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 Strategy = Literal["shuffle", "positive", "sqrt"]
 
 NEGATIVE_CLASSES = frozenset(
-    {"normal", "negative", "benign", "healthy", "none", "no_finding", "no finding", "no_findings", "absent"}
+    {"normal", "negative", "benign", "healthy", "none", "no_finding", "no finding", "no_findings", "absent", "clear"}
 )
 """Names of classes that mean "nothing to find" where exactly one class of a task holds."""
 
@@ -47,6 +47,12 @@ def strata(record: Record, tasks: dict[str, Task]) -> tuple[str, ...]:
     return tuple(words)
 
 
+def is_positive(word: str) -> bool:
+    """Tell whether a word of `strata` means that there is something to find."""
+    value = word.split("=", 1)[1]
+    return value != "-" and value.lower() not in NEGATIVE_CLASSES
+
+
 def positives(records: Sequence[Record], tasks: dict[str, Task]) -> NDArray[np.bool_]:
     """Tell which records show something to find.
 
@@ -60,8 +66,7 @@ def positives(records: Sequence[Record], tasks: dict[str, Task]) -> NDArray[np.b
     words = [strata(r, tasks) for r in records]
     found = np.zeros(len(records), bool)
     for name in tasks:
-        mine = [[w.split("=", 1)[1] for w in ws if w.startswith(f"{name}=")] for ws in words]
-        hit = np.array([any(w != "-" and w.lower() not in NEGATIVE_CLASSES for w in ws) for ws in mine], bool)
+        hit = np.array([any(is_positive(w) for w in ws if w.startswith(f"{name}=")) for ws in words], bool)
         if hit.sum() <= len(records) / 2:
             found |= hit
     return found

@@ -140,8 +140,8 @@ def test_chest_films_of_different_patients_are_not_alike_and_planted_copies_are_
     assert len(planted_found) == 30
     patient = dict(zip(table.image, table.patient, strict=True))
     others = [p for p in found if "copy" not in p.second and patient[p.first] != patient[p.second]]
-    # three pairs under two patient keys are in the public collection itself; looked at, they are the same exposures
-    assert len(others) == 3
+    # a few pairs under two patient keys are in the public collection itself; looked at, they are the same exposures
+    assert len(others) <= 0.01 * len(table)
     assert all(p.correlation > 0.9 for p in others)
 
 
