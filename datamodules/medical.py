@@ -22,6 +22,7 @@ from datamodules.entries import Recipe
 from datamodules.quarantine import IMAGE, Quarantine
 from datamodules.records import Catalogue, Record, Split
 from datamodules.rendering import Report
+from datamodules.resumable import ResumableLoader
 from datamodules.sampling import Strategy, make_sampler
 from datamodules.splits import assign_splits
 from datamodules.transforms import ChestPreset, PlainPreset, Preset
@@ -196,7 +197,11 @@ class MedicalDataModule(L.LightningDataModule, ABC):
         return self._loader(data, EpochSampler(order))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return the validation batches in a fixed order, or none if there is no validation split."""
+        """Return the validation batches in a fixed order, or none if there is no validation split.
+
+        Under a distributed strategy Lightning shares them out, repeating a few images to even out the processes; for
+        figures to publish, validate and test on one device.
+        """
         return self._loader(self.datasets["val"]) if "val" in self.datasets else []
 
     def test_dataloader(self) -> DataLoader[Any]:
@@ -208,7 +213,7 @@ class MedicalDataModule(L.LightningDataModule, ABC):
         return self._loader(self.datasets["predict"])
 
     def _loader(self, data: CachedDataset, sampler: EpochSampler | None = None) -> DataLoader[Any]:
-        return DataLoader(
+        return (DataLoader if sampler is None else ResumableLoader)(
             data,
             batch_size=self.batch_size,
             sampler=sampler,
@@ -230,6 +235,8 @@ class MedicalDataModule(L.LightningDataModule, ABC):
             for name, split in needed.items()
             if name not in self.datasets
         }
+        if not wanted:
+            return
         records = list({record.id: record for split in wanted.values() for record in split}.values())
         keys = dict(zip((r.id for r in records), self.recipe.keys(records), strict=True))
         reports = self.cache.fill(records, list(keys.values()), self.recipe, self.num_workers)

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import json
 import logging
+import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +272,90 @@ def test_two_ranks_share_an_epoch(root: Path) -> None:
         halves.append([m.id for batch in epoch(data) for m in batch.meta])
     assert len(halves[0]) == len(halves[1])
     assert sorted({*halves[0], *halves[1]}) == sorted(everything)
+
+
+DISTRIBUTED = """
+import importlib.util, json, sys
+from pathlib import Path
+import torch
+from lightning.pytorch import Trainer
+spec = importlib.util.spec_from_file_location("films", sys.argv[1])
+films = sys.modules["films"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(films)
+
+class Seen(films.Tiny):
+    def __init__(self):
+        super().__init__()
+        self.ids = {"train": [[], []], "val": [[], []]}
+
+    def training_step(self, batch, index):
+        self.ids["train"][self.current_epoch] += [m.id for m in batch.meta]
+        return super().training_step(batch, index)
+
+    def validation_step(self, batch, index):
+        self.ids["val"][self.current_epoch] += [m.id for m in batch.meta]
+
+root = Path(sys.argv[2])
+data = films.Films(root, num_workers=int(sys.argv[3]))
+trainer = Trainer(max_epochs=2, accelerator="cpu", devices=2, strategy="ddp", logger=False, num_sanity_val_steps=0,
+                  enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False)
+module = Seen()
+trainer.fit(module, datamodule=data)
+kind = type(trainer.train_dataloader.sampler).__name__
+(root / f"rank{trainer.global_rank}.json").write_text(json.dumps([module.ids, kind]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_lightning_share_the_images(root: Path) -> None:
+    """Both start on a cold cache, so they also fill it side by side."""
+    (root / "run.py").write_text(DISTRIBUTED)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, str(root / "run.py"), __file__, str(root), "1"]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=250, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ranks = [json.loads((root / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    data = Films(root)
+    data.plan()
+    for split in ("train", "val"):
+        expected = sorted(i for i, name in data.splits.items() if name == split)
+        for number in (0, 1):
+            halves = [ids[split][number] for ids, _ in ranks]
+            assert len(halves[0]) == len(halves[1])
+            assert sorted({*halves[0], *halves[1]}) == expected
+    orders = [ids["train"] for ids, _ in ranks]
+    assert orders[0][0] != orders[0][1]
+    assert [kind for _, kind in ranks] == ["EpochSampler", "EpochSampler"]
+    assert len(list((root / "cache").glob("??/*.safetensors"))) == sum(
+        split != "test" for split in data.splits.values()
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_overfitting_a_few_batches_works(root: Path) -> None:
+    trainer = Trainer(
+        max_epochs=2,
+        overfit_batches=2,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    module = Tiny()
+    trainer.fit(module, datamodule=Films(root))
+    assert [seen[1:] for seen in module.seen[:2]] == [seen[1:] for seen in module.seen[2:]]
+
+
+def test_a_dataset_survives_pickling(root: Path) -> None:
+    """Workers that are spawned, not forked, get a pickled copy."""
+    for cache_dir in (root / "cache", None):
+        dataset = ready(Films(root, cache_dir=cache_dir)).datasets["train"]
+        copy = pickle.loads(pickle.dumps(dataset))
+        for key in (0, (3, 1, 2)):
+            assert torch.equal(copy[key].image, dataset[key].image)
+            assert copy[key].meta == dataset[key].meta
 
 
 def test_splits_do_not_depend_on_the_tasks_or_sites_kept(root: Path) -> None:
