@@ -29,14 +29,22 @@ class ResumePoint(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the starting point and listen for Ctrl-C."""
         self._stop = False
+        # Lightning gives the loader its state back only if nothing (such as the schedule) has asked for it before
+        trainer.fit_loop._load_combined_loader_states()
         if not getattr(trainer, "fast_dev_run", False) and trainer.global_step == 0:
             self._save(trainer)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Save and stop where Ctrl-C was pressed during this step."""
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop where Ctrl-C was pressed in the last step of the epoch before, which is saved by now."""
         if self._stop:
+            self._restore_handler()
+            raise KeyboardInterrupt
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Save and stop where Ctrl-C was pressed during this step; after an epoch's last step, validate first."""
+        if self._stop and not trainer.is_last_batch:
             self._save(trainer)
             self._restore_handler()
             raise KeyboardInterrupt

@@ -124,16 +124,20 @@ class EpochSampler(DistributedSampler[Key]):
     def __init__(self, sampler: TaskSampler) -> None:
         super().__init__(sampler.dataset, sampler.num_replicas, sampler.rank, seed=sampler.seed)
         self.sampler = sampler
+        self.skip = 0
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Key]:
+        """Yield an epoch's keys; once, where a run is resumed within it, without the first ``skip``."""
+        skip, self.skip = self.skip, 0
         turns: dict[int, int] = {}
-        for index in self.sampler:
+        for place, index in enumerate(self.sampler):
             turn = turns.get(index, 0)
             turns[index] = turn + 1
-            yield self.epoch, turn, index
+            if place >= skip:
+                yield self.epoch, turn, index
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the order and the augmentation of this epoch from now on."""

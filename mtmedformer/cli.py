@@ -124,6 +124,8 @@ class CommandLine(LightningCLI):
             )
         config.trainer.default_root_dir = str(folder)
         self.run_folder = folder
+        if self.subcommand != "fit":  # the config.yaml in the folder is that of its training
+            self.save_config_kwargs["config_filename"] = f"config_{self.subcommand}.yaml"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with the run folder's logger and the callbacks every run needs."""
@@ -159,7 +161,11 @@ class CommandLine(LightningCLI):
 
 
 def _quieten() -> None:
-    """Drop the few messages that are no news to a user: an advertisement and a deprecation inside Lightning."""
+    """Drop the few messages that are no news to a user: an advertisement, and deprecations inside Lightning."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    warnings.filterwarnings("ignore", r"The number of training batches .* is smaller than the logging interval")
+    warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", module="lightning")
 

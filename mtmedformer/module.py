@@ -84,7 +84,9 @@ class MultiTaskModule(L.LightningModule):
         self.scheduler_factory: SchedulerFactory | None = None
         self.val_metrics, self.test_metrics = self._metrics(), self._metrics()
         self.val_losses = nn.ModuleDict({name: MeanMetric() for name in self.heads})
+        self._reached: set[str] = set()
         self._seed = 0
+        self._configured: list[tuple[float, float]] = []
         self._task_losses: tuple[dict[str, Tensor], dict[str, int]] = ({}, {})
         self.weights_report = load_weights(self, init_weights) if init_weights else None
         if channels_last:
@@ -143,6 +145,7 @@ class MultiTaskModule(L.LightningModule):
         losses, terms, present = self.task_losses(self(batch.image), batch)
         loss: Tensor = self.loss(losses, present)
         self._task_losses = losses, present
+        self._reached.update(name for name, count in present.items() if count)
         for name, count in present.items():
             if count:
                 logged = {f"train/{name}/{term}": value.detach() for term, value in terms[name].items()}
@@ -165,8 +168,22 @@ class MultiTaskModule(L.LightningModule):
         own = [p for p in self.heads.parameters() if p.requires_grad]
         self.loss.backward(losses, present, shared, own, scale=1.0 / self.trainer.accumulate_grad_batches)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another architecture in words.
+
+        Raises:
+            ConfigError: Names or shapes of the weights differ.
+        """
+        _check_weights(self.state_dict(), checkpoint["state_dict"])
+
     def on_train_start(self) -> None:
-        """Keep the seed of the run, from which every step draws its own."""
+        """Keep the seed of the run, from which every step draws its own; refuse to change the optimiser on resume.
+
+        Raises:
+            ConfigError: The optimiser was resumed with another learning rate or weight decay than is configured.
+        """
+        for optimizer in self.trainer.optimizers if self.automatic_optimization else []:
+            _check_resumed(optimizer, self._configured)
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**31))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -185,6 +202,18 @@ class MultiTaskModule(L.LightningModule):
         """Log the weights in force and let an epoch-wise weighting (DWA) turn its page."""
         self.log_dict({f"loss_weight/{name}": value for name, value in self.loss.factors().items()})
         self.loss.on_epoch_end()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Keep the optimiser off the heads that no label reached, whose weights would decay all the same.
+
+        The test is on the gradients and not on this process's labels alone, so that all processes agree.
+        """
+        for name, head in self._heads().items():
+            if name not in self._reached:
+                grads = [p.grad for p in head.parameters() if p.grad is not None]
+                if not any(bool(g.any()) for g in grads):
+                    head.zero_grad(set_to_none=True)
+        self._reached.clear()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the validation metrics and losses of every task it is labelled for."""
@@ -231,7 +260,9 @@ class MultiTaskModule(L.LightningModule):
         """Return the optimiser over ``parameter_groups`` and, where set, its schedule."""
         optimizer = self.optimizer_factory([{"params": []}])
         base, decay = optimizer.defaults["lr"], optimizer.defaults.get("weight_decay", 0.0)
-        optimizer = self.optimizer_factory(self.parameter_groups(float(base), float(decay)))
+        groups = self.parameter_groups(float(base), float(decay))
+        self._configured = [(group["lr"], group["weight_decay"]) for group in groups]
+        optimizer = self.optimizer_factory(groups)
         if self.scheduler_factory is None:
             return optimizer
         scheduler = self.scheduler_factory(optimizer)
@@ -324,3 +355,36 @@ def _check_tasks(model: dict[str, Task], data: dict[str, Task]) -> None:
                 f"model.heads.{name}.classes={list(task.classes)} ({task.kind}) do not fit the data set's "
                 f"{list(data[name].classes)} ({data[name].kind}); make them equal, in the same order."
             )
+
+
+def _check_resumed(optimizer: Optimizer, configured: list[tuple[float, float]]) -> None:
+    """Compare a restored optimiser's groups with the configured (lr, weight_decay), and say which key differs."""
+    for group, (lr, decay) in zip(optimizer.param_groups, configured, strict=True):
+        restored = group.get("initial_lr", group["lr"])
+        for key, now, then in (("lr", lr, restored), ("weight_decay", decay, group.get("weight_decay", decay))):
+            if not math.isclose(float(now), float(then), rel_tol=1e-6):
+                raise ConfigError(
+                    f"optimizer.{key}={now:g}, but the run you resume was trained with {then:g}. Keep that value, or "
+                    "start a new run from its weights with model.init_weights=PATH instead of --ckpt_path."
+                )
+
+
+def _check_weights(own: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
+    wrong = [
+        f"{name} is {_shape(stored[name])}, not {_shape(own[name])}"
+        for name in own
+        if name in stored and stored[name].shape != own[name].shape
+    ]
+    missing, surplus = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
+    if not (wrong or missing or surplus):
+        return
+    found = [*wrong, *(f"{name} is missing" for name in missing), *(f"{name} is not in the model" for name in surplus)]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    raise ConfigError(
+        f"--ckpt_path holds another model than the configuration describes: {'; '.join(found[:3])}{more}. "
+        "Use the configuration it was trained with, or load what fits with model.init_weights=PATH."
+    )
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"

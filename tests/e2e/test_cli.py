@@ -1,0 +1,272 @@
+"""The command line as a user calls it, in this process, on a small set."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from mtmedformer.cli import main
+from tests.small_set import small_config, write_config, write_small_set
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_small_set(tmp_path_factory.mktemp("set"))
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    """A finished run: its folder and the configuration file it came from."""
+    runs = tmp_path_factory.mktemp("runs")
+    config = write_config(small_config(images, runs, max_epochs=3), runs / "config.yaml")
+    assert main(["fit", "--config", config]) == 0
+    return runs / "run", config
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def weights_of(file: Path) -> dict[str, torch.Tensor]:
+    return torch.load(file, weights_only=True)["state_dict"]
+
+
+class KillAt(L.Callback):
+    """Sends this process Ctrl-C during one training step."""
+
+    def __init__(self, epoch: int, batch: int) -> None:
+        self.epoch, self.batch = epoch, batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (self.epoch, self.batch):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_fit_leaves_a_whole_run_folder(trained, capsys):
+    folder, _ = trained
+    for name in ("config.yaml", "metrics.csv", "quarantine.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
+        assert (folder / name).is_file(), name
+    assert len(list((folder / "overlays").glob("*.png"))) == 1
+    logged = set().union(*(row.keys() for row in rows_of(folder / "metrics.csv")))
+    assert {
+        "val/score",
+        "val/health/auroc",
+        "val/nodules/map50",
+        "val/organ/dice",
+        "train/organ/loss",
+        "loss_weight/organ",
+    } <= logged
+    assert yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["init_args"]["lr"] == 0.002
+
+
+def test_nothing_of_a_patient_is_in_the_run_folder(trained):
+    folder, _ = trained
+    for file in folder.rglob("*"):
+        if file.is_file():
+            assert b"secret-patient" not in file.read_bytes(), file
+
+
+def test_a_checkpoint_alone_is_enough_to_test(trained, capsys):
+    folder, _ = trained
+    before = (folder / "config.yaml").read_text()
+    assert (
+        main(["test", "--ckpt_path", str(folder / "checkpoints/best.ckpt"), "--trainer.enable_progress_bar=false"]) == 0
+    )
+    report = json.loads((folder / "test_metrics.json").read_text())
+    for key in ("auroc", "auroc_ci_low", "auroc_ci_high"):
+        assert f"test/health/{key}" in report
+    assert {"test/organ/dice", "test/organ/dice/site=north", "test/organ/dice/site=south"} <= set(report)
+    assert 0 <= report["test/organ/dice_ci_low"] <= report["test/organ/dice"] <= report["test/organ/dice_ci_high"] <= 1
+    assert not any(
+        "nodules" in k and "site=south" in k and v is not None and "n_images" not in k for k, v in report.items()
+    )
+    assert "95 % interval" in capsys.readouterr().out
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_predictions_come_back_in_the_frame_of_the_images(trained):
+    folder, _ = trained
+    arguments = ["--ckpt_path", str(folder / "checkpoints/best.ckpt"), "--trainer.enable_progress_bar=false"]
+    assert main(["predict", *arguments, "--data.image_size=[48,64]"]) == 0
+    rows = rows_of(folder / "predictions/predictions.csv")
+    masks = list((folder / "predictions/masks/organ").glob("*.png"))
+    assert len(rows) == len(masks) > 0
+    assert all(abs(float(r["health:well"]) + float(r["health:sick"]) - 1) < 2e-4 for r in rows)
+    assert np.asarray(Image.open(masks[0])).shape == (64, 64)
+    for box in json.loads((folder / "predictions/boxes.json").read_text()):
+        x, y, w, h = box["bbox"]
+        assert 0 <= x <= x + w <= 64
+        assert 0 <= y <= y + h <= 64
+
+
+def test_a_second_run_takes_a_folder_of_its_own(images, tmp_path):
+    config = write_config(small_config(images, tmp_path, max_epochs=1), tmp_path / "c.yaml")
+    assert main(["fit", "--config", config]) == 0
+    first = (tmp_path / "run/checkpoints/last.ckpt").read_bytes()
+    assert main(["fit", "--config", config]) == 0
+    assert (tmp_path / "run/checkpoints/last.ckpt").read_bytes() == first
+    assert (
+        weights_of(tmp_path / "run-2/checkpoints/last.ckpt").keys()
+        == weights_of(tmp_path / "run/checkpoints/last.ckpt").keys()
+    )
+    for name, value in weights_of(tmp_path / "run-2/checkpoints/last.ckpt").items():
+        assert torch.equal(value, weights_of(tmp_path / "run/checkpoints/last.ckpt")[name]), "same seed, same weights"
+
+
+@pytest.mark.parametrize(("epoch", "batch"), [(0, 1), (1, 2)])
+def test_ctrl_c_then_resume_is_as_if_nothing_happened(images, tmp_path, epoch, batch):
+    config = small_config(images, tmp_path, max_epochs=2)
+    whole = write_config(config, tmp_path / "whole.yaml")
+    assert main(["fit", "--config", whole]) == 0
+    config["trainer"]["default_root_dir"] = str(tmp_path / "broken")
+    file = write_config(config, tmp_path / "broken.yaml")
+    callback = f"{{class_path: test_cli.KillAt, init_args: {{epoch: {epoch}, batch: {batch}}}}}"
+    sys.modules["test_cli"] = sys.modules[__name__]
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", file, f"--trainer.callbacks=[{callback}]"])
+    assert main(["fit", "--config", file, "--ckpt_path=last"]) == 0
+    expected, resumed = (weights_of(tmp_path / run / "checkpoints/last.ckpt") for run in ("run", "broken"))
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert not (tmp_path / "broken-2").exists()
+    losses = [r["train/loss_epoch"] for r in rows_of(tmp_path / "broken/metrics.csv") if r["train/loss_epoch"]]
+    assert len(losses) == 2
+
+
+def test_the_command_line_wins_over_the_checkpoint(trained, tmp_path):
+    folder, config = trained
+    last = str(folder / "checkpoints/last.ckpt")
+    assert (
+        main(
+            [
+                "test",
+                "--config",
+                config,
+                "--ckpt_path",
+                last,
+                "--model.heads.nodules.init_args.score_threshold=0.9",
+                f"--trainer.default_root_dir={tmp_path}",
+            ]
+        )
+        == 0
+    )
+    saved = yaml.safe_load((tmp_path / "config_test.yaml").read_text())
+    assert saved["model"]["init_args"]["heads"]["nodules"]["init_args"]["score_threshold"] == 0.9
+
+
+def test_another_learning_rate_on_resume_is_an_error(trained, capsys):
+    folder, config = trained
+    arguments = ["--ckpt_path", str(folder / "checkpoints/last.ckpt"), "--trainer.max_epochs=4", "--optimizer.lr=0.5"]
+    assert main(["fit", "--config", config, *arguments]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "optimizer.lr=0.5" in message
+    assert "0.002" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model.encoder.name=pvt_v2_b9"], ["pvt_v2_b9", "pvt_v2_b5"]),
+        (["--model.heads.organ.init_args.classes=[liver]"], ["liver", "organ"]),
+        (["--model.tasks=[lungs]"], ["lungs", "health, nodules, organ"]),
+        (["--model.loss=HybridLoss", "--model.loss.weights.bones=2"], ["bones", "organ"]),
+        (["--trainer.max_epoch=3"], ["max_epoch"]),
+        (["--data.image_sise=3"], ["image_sise"]),
+        (["--ckpt_path=runs/none.ckpt"], ["runs/none.ckpt", "no such file"]),
+        (["--data.root=/nowhere"], ["/nowhere"]),
+    ],
+)
+def test_mistakes_are_told_in_one_paragraph(trained, capsys, arguments, words):
+    _, config = trained
+    assert main(["fit", "--config", config, *arguments]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    for word in words:
+        assert word in message
+    assert "Traceback" not in message
+    assert len(message) < 1500
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(trained, tmp_path, capsys):
+    _, config = trained
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "owned",))
+
+    file = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": Evil()}, file, pickle_module=pickle)
+    assert main(["test", "--config", config, "--ckpt_path", str(file)]) == 2
+    assert not (tmp_path / "owned").exists()
+    assert "evil.ckpt" in capsys.readouterr().err
+
+
+def test_single_task_and_cnn_baselines_are_one_flag_away(images, tmp_path):
+    config = write_config(small_config(images, tmp_path, max_epochs=1), tmp_path / "c.yaml")
+    assert main(["fit", "--config", config, "--model.tasks=[organ]"]) == 0
+    assert not any(k.startswith("heads.nodules") for k in weights_of(tmp_path / "run/checkpoints/last.ckpt"))
+    assert main(["fit", "--config", config, "--model.encoder.name=mtmedformer_tiny_cnn"]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--trainer.precision=bf16-mixed"],
+        ["--trainer.accumulate_grad_batches=2", "--trainer.gradient_clip_val=1.0"],
+        ["--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging"],
+        ["--model.loss=HybridLoss", "--model.loss.weighting=UncertaintyWeighting"],
+        ["--model.loss=HybridLoss", "--model.loss.weighting=DynamicWeightAverage"],
+        ["--model.loss=HybridLoss", "--model.loss.weighting=FAMOWeighting"],
+        [
+            "--model.loss=HybridLoss",
+            "--model.loss.weighting=GradientAggregation",
+            "--trainer.accumulate_grad_batches=2",
+        ],
+        ["--model.layer_decay=0.8", "--model.encoder.grad_checkpointing=true"],
+        ["--data.sampler=sqrt"],
+    ],
+)
+def test_options_train(images, tmp_path, arguments):
+    config = write_config(small_config(images, tmp_path, max_epochs=1, limit_train_batches=4), tmp_path / "c.yaml")
+    assert main(["fit", "--config", config, *arguments]) == 0
+    last = rows_of(tmp_path / "run/metrics.csv")
+    assert any(float(r["train/loss_epoch"]) > -100 for r in last if r.get("train/loss_epoch"))
+
+
+@pytest.mark.slow
+def test_torch_compile_trains(images, tmp_path):
+    config = write_config(small_config(images, tmp_path, max_epochs=1, limit_train_batches=2), tmp_path / "c.yaml")
+    assert main(["fit", "--config", config, "--model.compile=true"]) == 0
+
+
+def test_wandb_gets_config_metrics_and_overlays(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    config = write_config(small_config(images, tmp_path, max_epochs=1), tmp_path / "c.yaml")
+    logger = "{class_path: lightning.pytorch.loggers.WandbLogger, init_args: {project: test, save_dir: %s}}" % tmp_path
+    assert main(["fit", "--config", config, f"--trainer.logger={logger}"]) == 0
+    import wandb
+
+    run = wandb.run
+    assert run is not None
+    assert run.config["optimizer"]["init_args"]["lr"] == 0.002
+    assert "val/organ/dice" in run.summary
+    assert any("overlays" in p.name for p in Path(run.dir).joinpath("media").rglob("*.png"))
+    run.finish()
+    assert (tmp_path / "run/metrics.csv").is_file(), "the CSV is written whatever else is"
+
+
+def test_python_m_and_help():
+    out = subprocess.run([sys.executable, "-m", "mtmedformer", "--help"], capture_output=True, text=True, check=True)
+    for word in ("fit", "validate", "test", "predict", "fingerprint"):
+        assert word in out.stdout
