@@ -23,7 +23,14 @@ from pydicom.filereader import read_file_meta_info
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_color_lut
 from pydicom.pixels.utils import as_pixel_options
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.tag import Tag
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+)
 
 from datamodules import gdcm_process
 from datamodules.grayscale import Values, apply_chain, display_chain, number_of, white_of
@@ -36,7 +43,7 @@ MAX_BYTES = 8 * MAX_PIXELS
 """Files of more bytes than this are refused, and so are deflated DICOM files that inflate to more."""
 
 # fmt: off
-_TAGS = [
+_TAGS = [Tag(k) for k in (
     "SOPClassUID", "Modality", "PresentationIntentType", "ViewPosition", "ViewCodeSequence", "PatientOrientation",
     "ImageLaterality", "Laterality", "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "Rows",
     "Columns", "SamplesPerPixel", "PlanarConfiguration", "NumberOfFrames", "PhotometricInterpretation",
@@ -47,7 +54,7 @@ _TAGS = [
     "RedPaletteColorLookupTableData", "GreenPaletteColorLookupTableData", "BluePaletteColorLookupTableData",
     "SegmentedRedPaletteColorLookupTableData", "SegmentedGreenPaletteColorLookupTableData",
     "SegmentedBluePaletteColorLookupTableData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths", "PixelData",
-]
+)]
 # fmt: on
 
 _DECODERS = ("pylibjpeg", "pillow", "pyjpegls", "pydicom")
@@ -173,12 +180,10 @@ def _read(file: Path) -> tuple[Dataset, Values, list[str]]:
 def _parse(file: Path) -> Dataset:
     source: Any = file
     with file.open("rb") as opened:
-        if opened.read(132)[128:] == b"DICM":
-            opened.seek(132)
-            meta = read_file_meta_info(file)
-            if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-                source = _inflate(file, meta.get("FileMetaInformationGroupLength"))
-    return dcmread(source, force=True, specific_tags=list(_TAGS))
+        head = opened.read(1024)
+    if head[128:132] == b"DICM" and DeflatedExplicitVRLittleEndian.encode() in head:
+        source = _inflate(file, read_file_meta_info(file).get("FileMetaInformationGroupLength"))
+    return dcmread(source, force=True, specific_tags=_TAGS)
 
 
 def _inflate(file: Path, group_length: Any) -> io.BytesIO:
@@ -224,18 +229,13 @@ def _decode(file: Path, header: Dataset) -> tuple[Values, list[str]]:
     options: Any = {"correct_unused_bits": False, "view_only": True}  # _stored_bits corrects, and copies, where needed
     if not syntax.is_encapsulated:
         return decoder.as_array(header, index=0, **options)[0], path
-    frame = get_frame(header.PixelData, 0, number_of_frames=1)
-    size, rows, columns = _coded_size(frame), int(header.Rows), int(header.Columns)
-    if size and size != (rows, columns):
-        raise DataError(
-            f"{file.name}: Rows x Columns is {rows} x {columns} but the compressed image is {size[0]} x {size[1]}; "
-            "export it again."
-        )
-    if frame[:2] == b"\xff\xd8" and b"\xff\xd9" not in frame[-16:]:  # GDCM would fill in what is missing
-        raise DataError(f"{file.name}: PixelData ends before its JPEG stream does; copy or export the file again.")
+    if syntax != RLELossless:
+        _check_stream(file, header)
     reasons = []
     for plugin in (p for p in (*_DECODERS, "gdcm") if p in decoder.available_plugins):
         try:
+            if syntax == RLELossless and header.SamplesPerPixel == 1:  # as_array would copy once more
+                return _view_as_array(header, decoder.as_buffer(header, index=0, decoding_plugin=plugin)[0]), path
             if plugin == "gdcm":
                 return gdcm_process.decode(syntax, header.PixelData, as_pixel_options(header)), path
             return decoder.as_array(header, index=0, decoding_plugin=plugin, **options)[0], path
@@ -248,6 +248,24 @@ def _decode(file: Path, header: Dataset) -> tuple[Values, list[str]]:
         f"({'; '.join(reasons) or 'no decoder installed'}); the file is damaged, or needs `gdcmconv --raw` or "
         "`dcmdjpeg` first."
     )
+
+
+def _view_as_array(header: Dataset, buffer: Any) -> Values:
+    kind = "i" if header.PixelRepresentation else "u"
+    return np.frombuffer(buffer, f"<{kind}{header.BitsAllocated // 8}").reshape(header.Rows, header.Columns)
+
+
+def _check_stream(file: Path, header: Dataset) -> None:
+    """Compare the size a JPEG, JPEG-LS or JPEG 2000 stream claims, by which decoders allocate, with the header's."""
+    frame = get_frame(header.PixelData, 0, number_of_frames=1)
+    size, rows, columns = _coded_size(frame), int(header.Rows), int(header.Columns)
+    if size and size != (rows, columns):
+        raise DataError(
+            f"{file.name}: Rows x Columns is {rows} x {columns} but the compressed image is {size[0]} x {size[1]}; "
+            "export it again."
+        )
+    if frame[:2] == b"\xff\xd8" and b"\xff\xd9" not in frame[-16:]:  # GDCM would fill in what is missing
+        raise DataError(f"{file.name}: PixelData ends before its JPEG stream does; copy or export the file again.")
 
 
 def _stored_bits(header: Dataset, stored: Values) -> Values:

@@ -46,6 +46,7 @@ def decode(syntax: str, pixel_data: bytes, options: dict[str, Any]) -> NDArray[A
             answer, content = _receive(process.stdout)
         except (EOFError, OSError):
             process.kill()
+            process.wait()
             raise RuntimeError("GDCM crashed on this stream or did not finish") from None
         finally:
             late.cancel()

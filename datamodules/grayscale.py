@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
@@ -61,21 +62,28 @@ def display_chain(header: Dataset, stored: Values, path: list[str]) -> Step:
 
 
 def apply_chain(shown: Step, stored: Values) -> NDArray[np.float32]:
-    """Map every stored value to float32, through a table of all 8- or 16-bit values where that is the shorter way."""
-    flat = np.ascontiguousarray(stored).reshape(-1)
+    """Map every stored value to float32, through a table of all possible values where that is the shorter way."""
+    if stored.dtype.kind not in "iu" or stored.itemsize > 2 or stored.size < 1 << 8 * stored.itemsize:
+        return _by_blocks(shown, stored)
+    unsigned = np.dtype(f"u{stored.itemsize}")
+    every = np.arange(1 << 8 * stored.itemsize).astype(unsigned).view(stored.dtype)
+    used = int(stored.max()) + 1 if stored.dtype == unsigned else every.size
+    table = np.zeros(every.size, np.float32)
+    table[:used] = shown(every[:used])
+    index = np.ascontiguousarray(stored).view(unsigned)
+    try:
+        return np.asarray(cv2.LUT(index, table.reshape(1, -1)), np.float32)
+    except cv2.error:  # OpenCV before 5 looks up 8-bit values only
+        return _by_blocks(lambda x: np.take(table, x, mode="clip"), index)
+
+
+def _by_blocks(function: Step, values: Values) -> NDArray[np.float32]:
+    """Apply a function by blocks whose temporaries stay in the cache."""
+    flat, block = values.reshape(-1), 1 << 16
     out = np.empty(flat.shape, np.float32)
-    block = 1 << 16  # values a step: its temporaries stay in the cache
-    table = None
-    if flat.dtype.kind in "iu" and flat.itemsize <= 2 and flat.size > 1 << 8 * flat.itemsize:
-        unsigned = np.dtype(f"u{flat.itemsize}")
-        every = np.arange(1 << 8 * flat.itemsize).astype(unsigned).view(flat.dtype)
-        table, flat = shown(every).astype(np.float32), flat.view(unsigned)
     for i in range(0, flat.size, block):
-        if table is None:
-            out[i : i + block] = shown(flat[i : i + block])
-        else:
-            np.take(table, flat[i : i + block], out=out[i : i + block], mode="clip")
-    return out.reshape(stored.shape)
+        out[i : i + block] = function(flat[i : i + block])
+    return out.reshape(values.shape)
 
 
 def _modality(header: Dataset, path: list[str]) -> Step:

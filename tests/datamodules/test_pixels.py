@@ -26,7 +26,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from datamodules import dicom, pixels
+from datamodules import dicom, grayscale, pixels
 from datamodules.pixels import read_image, read_mask
 from mtmedformer.errors import DataError
 from tests.dicom_files import NATIVE, film, lut_item, write_dicom
@@ -190,6 +190,17 @@ def test_window_of_no_use_gives_way_to_the_range(file, window):
     assert np.array_equal(read.pixels, (RAMP / 4095).astype(np.float32))
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_without_a_16_bit_look_up_in_opencv_the_result_is_the_same(file, monkeypatch, signed):
+    def too_old(*_):
+        raise grayscale.cv2.error
+
+    write_dicom(file, film(300, 301, bits=16, signed=signed), WindowCenter=100, WindowWidth=3000)
+    expected = read_image(file).pixels
+    monkeypatch.setattr(grayscale.cv2, "LUT", too_old)
+    assert np.array_equal(read_image(file).pixels, expected)
+
+
 def test_a_window_that_only_few_pixels_reach_still_counts(file):
     stored = np.random.default_rng(0).integers(0, 1000, (600, 600)).astype(np.uint16)
     stored[301, 303] = 4000
@@ -273,7 +284,7 @@ def test_overlays_in_unused_bits_are_cleared(file, tmp_path):
     "attributes, spacing, view, side",
     [
         ({}, None, None, None),
-        ({"PixelSpacing": [0.1, 0.2], "ImagerPixelSpacing": [1, 1], "ViewPosition": "pa"}, (0.1, 0.2), "PA", None),
+        ({"PixelSpacing": [0.1, 0.2], "ImagerPixelSpacing": [1, 1], "ViewPosition": "PA"}, (0.1, 0.2), "PA", None),
         ({"PixelSpacing": [0, 0], "ImagerPixelSpacing": [0.3, 0.3], "ImageLaterality": "L"}, (0.3, 0.3), None, "L"),
         ({"NominalScannedPixelSpacing": [0.05, 0.05], "Laterality": "R"}, (0.05, 0.05), None, "R"),
         ({"ImageLaterality": "R", "Laterality": "L", "PatientOrientation": "MLO"}, None, "MLO", "R"),
