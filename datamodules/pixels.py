@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from datamodules.dicom import MAX_BYTES, MAX_PIXELS, Pixels, is_dicom, read_display, read_stored, reading
+from datamodules.dicom import Pixels, is_dicom, read_display, read_stored
+from datamodules.dicom_decoding import MAX_BYTES, MAX_PIXELS, reading
 from mtmedformer.errors import DataError
 
 __all__ = ["Pixels", "read_image", "read_mask"]

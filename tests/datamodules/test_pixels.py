@@ -26,7 +26,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from datamodules import dicom, grayscale, pixels
+from datamodules import dicom, dicom_decoding, grayscale, pixels
 from datamodules.pixels import read_image, read_mask
 from mtmedformer.errors import DataError
 from tests.dicom_files import NATIVE, film, lut_item, write_dicom
@@ -273,6 +273,8 @@ def test_overlays_in_unused_bits_are_cleared(file, tmp_path):
     clean = write_dicom(file, stored, bits=12)
     overlay = write_dicom(tmp_path / "2.dcm", stored | (np.arange(32) % 2 * 0x8000).astype(np.uint16), bits=12)
     upper = write_dicom(tmp_path / "3.dcm", stored << 4, bits=12, HighBit=15)
+    claimed = write_dicom(tmp_path / "5.dcm", stored, bits=12, HighBit=15)  # and not kept in the upper bits
+    assert np.array_equal(read_image(claimed).pixels, read_image(clean).pixels)
     signed = write_dicom(tmp_path / "4.dcm", film(bits=12, signed=True) & 0x0FFF, bits=12)
     expected = read_image(clean).pixels
     assert np.array_equal(read_image(overlay).pixels, expected)
@@ -306,8 +308,8 @@ def test_header_facts(file, attributes, spacing, view, side):
 
 
 def test_nothing_of_the_patient_is_parsed(file, monkeypatch):
-    parsed, check = [], dicom._check
-    monkeypatch.setattr(dicom, "_check", lambda path, header: (parsed.append(header), check(path, header)))
+    parsed, check = [], dicom_decoding._check
+    monkeypatch.setattr(dicom_decoding, "_check", lambda path, header: (parsed.append(header), check(path, header)))
     read_image(write_dicom(file, film(), bits=12))
     assert parsed[0].Rows == 40
     assert "PatientName" not in parsed[0]
@@ -436,7 +438,7 @@ def bad(name: str, folder: Path) -> Path:
 )
 @pytest.mark.parametrize("read", [read_image, read_mask])
 def test_bad_dicom_names_itself(tmp_path, monkeypatch, read, name, message):
-    monkeypatch.setattr(dicom, "MAX_BYTES", 1_000_000)
+    monkeypatch.setattr(dicom_decoding, "MAX_BYTES", 1_000_000)
     file = bad(name, tmp_path)
     with pytest.raises(DataError, match=message) as caught:
         read(file)
@@ -447,6 +449,15 @@ def test_bad_dicom_names_itself(tmp_path, monkeypatch, read, name, message):
 def test_too_large_a_file_is_refused_unread(file, monkeypatch):
     monkeypatch.setattr(pixels, "MAX_BYTES", 1000)
     with pytest.raises(DataError, match="more than one image needs"):
+        read_image(write_dicom(file, film(), bits=12))
+
+
+def test_an_interrupt_is_no_broken_file(file, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dicom, "apply_chain", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         read_image(write_dicom(file, film(), bits=12))
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from pydicom.pixels import get_decoder
+from torch.utils.data import DataLoader
 
 from datamodules import gdcm_process
 from datamodules.pixels import read_image, read_mask
@@ -189,6 +190,18 @@ def test_damaged_lossless_jpeg_crashes_gdcm_but_not_us(tmp_path):
             refused += "bad.dcm" in str(error)
     assert refused > 5
     assert np.array_equal(read_mask(tmp_path / "good.dcm"), stored)  # and the next file reads
+
+
+def test_forked_workers_each_have_their_own_gdcm(tmp_path):
+    """As data loader workers do; sharing the parent's pipes would mix the answers up."""
+    stored = [film(64, 48, bits=12, seed=i) for i in range(6)]
+    for i, pixels in enumerate(stored):
+        run("dcmcjpeg", "+e1", write_dicom(tmp_path / "plain.dcm", pixels, bits=12), tmp_path / f"{i}.dcm")
+    files = [tmp_path / f"{i}.dcm" for i in range(6)]
+    assert np.array_equal(read_mask(files[0]), stored[0])  # the parent's is running
+    loader = DataLoader(files, batch_size=None, num_workers=2, multiprocessing_context="fork", collate_fn=read_mask)
+    for read, expected in zip(loader, stored, strict=True):
+        assert np.array_equal(read, expected)
 
 
 def test_gdcm_that_does_not_finish_is_given_up(tmp_path, monkeypatch):
