@@ -2,6 +2,7 @@
 
 from federation.aggregators import (
     Aggregator,
+    BayesianAggregator,
     CoordinateMedian,
     Ditto,
     FedAdam,
@@ -22,6 +23,7 @@ from federation.uncertainty import tune_scale, uncertainty
 
 __all__ = [
     "Aggregator",
+    "BayesianAggregator",
     "CoordinateMedian",
     "Ditto",
     "FedAdam",

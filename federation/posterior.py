@@ -24,18 +24,18 @@ SILENT = 1e-12  # curvature of a tensor no gradient ever reached
 
 
 def relative_precision(block: BlockUpdate, key: str) -> Tensor:
-    """Return the relative precision of one tensor, brought to mean 1 and above 0; float64, a scalar 1 where none came.
+    """Return the relative precision of one tensor, brought to mean 1 and above 0; float32, a scalar 1 where none came.
 
     The server divides by the mean once more, so no site gains weight by sending larger numbers. A precision without
     differences comes back as the scalar 1, and one that is 0 throughout says as little.
     """
-    one = torch.ones((), dtype=torch.float64)
+    one = torch.ones(())
     if key not in block.precision:
         return one
-    precision = block.precision[key].double()
+    precision = block.precision[key].to(torch.float32, copy=True)
     if bool(precision.amin() == precision.amax()):
         return one
-    return (precision / precision.mean()).clamp_min_(FLOOR)
+    return precision.div_(precision.mean()).clamp_min_(FLOOR)
 
 
 @dataclass
@@ -83,10 +83,12 @@ class SiteMemory:
         for name, block in update.blocks.items():
             if block.evidence > 0 and not schema.block(name).personal:
                 curvature = {
-                    key: self._kept(relative_precision(block, key) * max(block.scale.get(key, 1.0), SILENT))
+                    key: self._kept(relative_precision(block, key).mul_(max(block.scale.get(key, 1.0), SILENT)))
                     for key in block.delta
                     if key in schema.parameters
                 }
+                # side by side: one by one they would sit in the holes large intermediates left, and waste the rest of each
+                curvature = {key: value.clone() for key, value in curvature.items()}
                 weights = {key: start[key] + delta for key, delta in block.delta.items()} if self.weights else {}
                 known[name] = Factor(block.evidence, update.round, curvature, weights)
 

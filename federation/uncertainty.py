@@ -44,8 +44,11 @@ def entropy(probability: Tensor, classes: int | None = None) -> Tensor:
         probability: Probabilities of any shape.
         classes: Dimension along which they sum to 1; it disappears. ``None``: each is a yes-or-no of its own.
     """
-    terms = torch.special.entr(probability)
-    return terms + torch.special.entr(1 - probability) if classes is None else terms.sum(classes)
+    terms: Tensor = torch.special.entr(probability)
+    if classes is None:
+        terms = terms + torch.special.entr(1 - probability)
+        return terms
+    return terms.sum(classes)
 
 
 def uncertainty(samples: Tensor, classes: int | None = None) -> Uncertainty:

@@ -1,6 +1,7 @@
 """Aggregators: from the sites' updates of a round to the next global state."""
 
 from federation.aggregators.aggregator import Aggregator, LocalRule, merge
+from federation.aggregators.bayesian import BayesianAggregator
 from federation.aggregators.ditto import Ditto
 from federation.aggregators.ends import Local, Pooled
 from federation.aggregators.fedavg import FedAvg
@@ -12,6 +13,7 @@ from federation.aggregators.scaffold import Scaffold
 
 __all__ = [
     "Aggregator",
+    "BayesianAggregator",
     "CoordinateMedian",
     "Ditto",
     "FedAdam",

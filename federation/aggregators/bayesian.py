@@ -134,7 +134,8 @@ class BayesianAggregator(FedAvg):
         count = super().weight(block, key)
         if not self.needs_precision:
             return count
-        return count * _shrunk(relative_precision(block, key), self.kappa)
+        relative = relative_precision(block, key)
+        return _shrunk(relative, self.kappa).mul_(count) if relative.ndim else count
 
     def step(self, key: str, mean: Tensor) -> Tensor:
         """Return the mean change times the length of the server's step."""
@@ -207,8 +208,8 @@ class BayesianAggregator(FedAvg):
             return None
         precision = self._precision(key, factor)
         if self.between:
-            return discount * _shrunk(1 / (1 / precision + self.variances[key]), self.kappa)
-        return discount * math.pow(factor.evidence, self.power) * _shrunk(precision / precision.mean(), self.kappa)
+            return _shrunk(1 / (1 / precision + self.variances[key]), self.kappa).mul_(discount)
+        return _shrunk(precision / precision.mean(), self.kappa).mul_(discount * math.pow(factor.evidence, self.power))
 
 
 def between_variance(changes: Sequence[Tensor], precisions: Sequence[float]) -> float:
@@ -239,5 +240,5 @@ def between_variance(changes: Sequence[Tensor], precisions: Sequence[float]) -> 
 
 
 def _shrunk(precision: Tensor, kappa: float) -> Tensor:
-    """Return precision mixed with its own mean; a scalar comes back as it went in, to the last bit."""
-    return precision if precision.ndim == 0 else (precision + kappa * precision.mean()) / (1 + kappa)
+    """Mix a precision with its own mean, in place; a scalar stays as it is, to the last bit."""
+    return precision if precision.ndim == 0 else precision.add_(kappa * precision.mean()).div_(1 + kappa)

@@ -51,18 +51,21 @@ class WeightedMeans:
             weight: Strictly positive, of a shape that broadcasts to the value's: a scalar, one number an output row
                 (rows, 1, …), or one an element.
         """
-        weight = _fitted(torch.as_tensor(weight, dtype=torch.float64), value.shape)
-        top = self._tops.get(name)
-        if top is None:
-            top = torch.zeros(value.shape, dtype=torch.float64)
-        bottom = self._bottoms.get(name, torch.zeros((), dtype=torch.float64))
-        if weight.numel() > bottom.numel():
-            bottom = bottom.expand(weight.shape).clone()
-        if bottom.ndim > 1 and bottom.shape == value.shape and bottom.shape[1:].numel() > 1:
-            top, bottom = top.float(), bottom.float()
+        if not isinstance(weight, Tensor):
+            weight = torch.tensor(weight, dtype=torch.float64)
+        weight = _fitted(weight, value.shape)
+        top, bottom = self._tops.get(name), self._bottoms.get(name, torch.zeros((), dtype=torch.float64))
+        shape = torch.broadcast_shapes(bottom.shape, weight.shape)  # type: ignore[no-untyped-call]
+        within_rows = len(shape) > 1 and shape == value.shape and shape[1:].numel() > 1
+        held = torch.float32 if within_rows else torch.float64
+        top = torch.zeros(value.shape, dtype=held) if top is None else top.to(held)
+        bottom = bottom.expand(shape).to(held, copy=shape != bottom.shape)
         for part in _parts(value):
             top[part] += value[part].double().mul_(weight[part] if weight.ndim else weight)
-        bottom += weight
+            if bottom.ndim:
+                bottom[part] += (weight[part] if weight.ndim else weight).double()
+        if not bottom.ndim:
+            bottom += weight
         self._tops[name], self._bottoms[name] = top, bottom
 
     def pop(self, name: str) -> Tensor:

@@ -1,0 +1,272 @@
+"""What every aggregator owes, whatever it does inside."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from itertools import permutations
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from federation.aggregators import (
+    Aggregator,
+    BayesianAggregator,
+    CoordinateMedian,
+    Ditto,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedBN,
+    FedProx,
+    FedYogi,
+    Local,
+    Pooled,
+    Scaffold,
+    TrimmedMean,
+    merge,
+)
+from federation.blocks import State
+from federation.precision import NoCurvature
+from tests.toy_federation import news, toy
+
+MEANS: dict[str, Callable[[], Aggregator]] = {
+    "fedavg": FedAvg,
+    "equal": lambda: FedAvg("equal"),
+    "fedprox": lambda: FedProx(0.1),
+    "fedbn": FedBN,
+    "ditto": lambda: Ditto(0.3),
+    "scaffold": Scaffold,
+    "median": CoordinateMedian,
+    "trimmed": lambda: TrimmedMean(0.3),
+    "bayesian": BayesianAggregator,
+    "bayesian-counts": lambda: BayesianAggregator(a=1, rho=1, kappa=0),
+    "bayesian-row": lambda: BayesianAggregator(granularity="row", beta=0.1),
+    "bayesian-off": lambda: BayesianAggregator(NoCurvature()),
+    "bayesian-between": lambda: BayesianAggregator(between=True, personal_models=True),
+    "bayesian-remember": lambda: BayesianAggregator(remember=True, gamma=0.5),
+}
+STEPPING: dict[str, Callable[[], Aggregator]] = {
+    "fedavgm": FedAvgM,
+    "fedadam": FedAdam,
+    "fedyogi": FedYogi,
+    "bayesian-eta": lambda: BayesianAggregator(eta=1.5),
+}
+MERGING = MEANS | STEPPING
+EVERY = MERGING | {"local": Local, "pooled": Pooled}
+KEEPS_SITES = {"median", "trimmed", "scaffold", "bayesian-between", "bayesian-remember"}
+
+
+def over(table: dict[str, Callable[[], Aggregator]]) -> Any:
+    return pytest.mark.parametrize("make", list(table.values()), ids=list(table))
+
+
+def same(one: State, other: State) -> None:
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert torch.equal(value, other[key]), key
+
+
+def tensors(thing: Any) -> Iterator[Tensor]:
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, dict):
+        for value in thing.values():
+            yield from tensors(value)
+    elif isinstance(thing, list | tuple | set):
+        for value in thing:
+            yield from tensors(value)
+    elif hasattr(thing, "__dict__"):
+        yield from tensors({name: value for name, value in vars(thing).items() if name != "_state"})
+
+
+@over(EVERY)
+def test_sites_that_learnt_nothing_change_nothing(make):
+    state, schema = toy()
+    sites = ["a"] if make is Pooled else ["a", "b", "c"]
+    updates = [news(site, state, schema, seed=i, size=0.0) for i, site in enumerate(sites)]
+    for update in updates:
+        update.counters = {}
+    same(merge(make(), state, schema, updates), state)
+
+
+@over(EVERY)
+def test_a_round_without_updates_changes_nothing(make):
+    state, schema = toy()
+    same(merge(make(), state, schema, []), state)
+
+
+@over(MEANS)
+def test_identical_sites_move_as_one(make):
+    state, schema = toy()
+    updates = [news(site, state, schema, seed=7, evidence=n) for site, n in {"a": 10, "b": 300, "c": 41}.items()]
+    aggregator = make()
+    merged = merge(aggregator, state, schema, updates)
+    for block in updates[0].blocks.values():
+        for key, delta in block.delta.items():
+            home = aggregator.personal_norms and key in schema.norms
+            torch.testing.assert_close(merged[key], state[key] if home else state[key] + delta, rtol=1e-6, atol=1e-6)
+
+
+@over(MERGING)
+def test_order_of_arrival_changes_no_bit(make):
+    state, schema = toy()
+    sizes = {"a": 10, "b": 300, "c": 41, "d": 3}
+    updates = [
+        news(site, state, schema, i, evidence=n, precision=["element", "row", None, "tensor"][i])
+        for i, (site, n) in enumerate(sizes.items())
+    ]
+    first = merge(make(), state, schema, updates)
+    for order in permutations(updates):
+        same(merge(make(), state, schema, order), first)
+
+
+@over(MERGING)
+def test_wrong_order_and_repeated_sites_are_refused(make):
+    state, schema = toy()
+    for later in ("a", "b"):
+        aggregator = make()
+        aggregator.start(state, schema)
+        aggregator.add(news("b", state, schema))
+        with pytest.raises(ValueError, match="name order"):
+            aggregator.add(news(later, state, schema))
+
+
+@over(EVERY)
+def test_a_task_nobody_labelled_stays_as_it_was(make):
+    state, schema = toy()
+    sites = ["a"] if make is Pooled else ["a", "b"]
+    merged = merge(make(), state, schema, [news(s, state, schema, i, ["finding"]) for i, s in enumerate(sites)])
+    for key in schema.block("heads.lungs").keys:
+        assert torch.equal(merged[key], state[key])
+    moved = [not torch.equal(merged[key], state[key]) for key in schema.block("heads.finding").keys]
+    assert all(moved) != (make is Local)
+
+
+@over(MEANS)
+def test_a_site_without_a_task_leaves_its_decoder_to_the_owners(make):
+    state, schema = toy()
+    owner = news("b", state, schema, seed=2, evidence=3)
+    without = [news("a", state, schema, 1, ["finding"], 1000), news("c", state, schema, 3, ["finding"], 1000)]
+    merged = merge(make(), state, schema, [*without, owner])
+    for key, delta in owner.blocks["heads.lungs"].delta.items():
+        torch.testing.assert_close(merged[key], state[key] + delta, rtol=1e-6, atol=1e-6)
+
+
+@over(EVERY)
+def test_no_evidence_and_personal_blocks_are_never_merged(make):
+    state, schema = toy()
+    update = news("a", state, schema)
+    update.blocks["heads.lungs"].evidence = 0
+    update.blocks["loss"] = copy.deepcopy(update.blocks["heads.finding"])
+    update.blocks["loss"].delta = {"loss.weights": torch.ones(2)}
+    merged = merge(make(), state, schema, [update])
+    for key in (*schema.block("heads.lungs").keys, "loss.weights"):
+        assert torch.equal(merged[key], state[key])
+
+
+@over(EVERY)
+def test_counters_take_the_largest_value(make):
+    state, schema = toy()
+    (counter,) = schema.counters
+    for values, expected in {(9, 3): 9, (2, 3): 5}.items():
+        updates = [news(site, state, schema) for site in ("a", "b")][: 1 if make is Pooled else 2]
+        for update, value in zip(updates, values, strict=False):
+            update.counters = {counter: torch.tensor(value)}
+        merged = merge(make(), state, schema, updates)
+        stays = not make().merges or make().personal_norms
+        assert merged[counter] == (5 if stays else expected)
+        assert merged[counter].dtype == torch.int64
+
+
+@over(EVERY)
+def test_every_key_shape_and_type_survives_and_the_start_is_not_written_to(make):
+    state, schema = toy()
+    state["heads.lungs.bias"] = state["heads.lungs.bias"].half()
+    before = copy.deepcopy(state)
+    aggregator = make()
+    for round in range(2):
+        sites = ["a"] if make is Pooled else ["a", "b"]
+        merged = merge(aggregator, state, schema, [news(s, state, schema, i, round=round) for i, s in enumerate(sites)])
+        assert {k: (v.shape, v.dtype) for k, v in merged.items()} == {k: (v.shape, v.dtype) for k, v in state.items()}
+    same(state, before)
+
+
+def rounds(make: Callable[[], Aggregator], restarts: bool) -> tuple[State, Aggregator]:
+    """Run four rounds with a changing set of sites; a restart keeps what weights-only loading lets through."""
+    state, schema = toy()
+    aggregator = make()
+    for number, sites in enumerate(["ab", "abc", "b", "ac"]):
+        updates = [
+            news(s, state, schema, 10 * number + i, ["finding"] if s == "b" else ["finding", "lungs"], round=number)
+            for i, s in enumerate(sites[: 1 if make is Pooled else 3])
+        ]
+        state = merge(aggregator, state, schema, updates)
+        if restarts:
+            file = io.BytesIO()
+            torch.save({"state": state, "aggregator": aggregator.state_dict()}, file)
+            file.seek(0)
+            loaded = torch.load(file, weights_only=True)
+            state, aggregator = loaded["state"], make()
+            aggregator.load_state_dict(loaded["aggregator"])
+    return state, aggregator
+
+
+@over(EVERY)
+def test_restarted_is_uninterrupted(make):
+    straight, one = rounds(make, restarts=False)
+    resumed, other = rounds(make, restarts=True)
+    same(straight, resumed)
+    parameter, start = torch.full((5, 6), 0.5), torch.zeros(5, 6)
+    for site in ("a", "b", "never seen"):
+        pulls = [a.local_rule(site).gradient("encoder.0.weight", parameter, start) for a in (one, other)]
+        assert (pulls[0] is None) == (pulls[1] is None)
+        assert pulls[0] is None or torch.equal(pulls[0], pulls[1])
+        personal = [a.personal(site, straight) for a in (one, other)]
+        assert (personal[0] is None) == (personal[1] is None)
+        if personal[0] is not None:
+            same(personal[0], personal[1])
+
+
+@over(MERGING)
+@pytest.mark.parametrize("kinds", [["zero", "zero"], ["zero", "element"], [None, "row"], ["row", "element"]])
+def test_precision_that_is_zero_missing_or_of_another_grain_gives_numbers(make, kinds):
+    state, schema = toy()
+    updates = [news("ab"[i], state, schema, i, precision=kind) for i, kind in enumerate(kinds)]
+    for update in updates:
+        for block in update.blocks.values():
+            block.scale = dict.fromkeys(block.scale, 0.0)
+    merged = merge(make(), state, schema, updates)
+    for key, value in merged.items():
+        assert value.isfinite().all(), key
+
+
+@over({name: make for name, make in MERGING.items() if name not in KEEPS_SITES})
+def test_memory_does_not_grow_with_the_number_of_sites(make):
+    state, schema = toy()
+    aggregator = make()
+    aggregator.start(state, schema)
+    held = []
+    for i in range(20):
+        aggregator.add(news(f"site{i:02}", state, schema, i))
+        held.append(sum(t.numel() * t.element_size() for t in tensors(aggregator)))
+    rows = sum(len(state[key]) for key in schema.parameters)
+    assert held[-1] - held[0] <= 4 * 19 * rows  # the site memory: one number a row, a bias and a norm
+
+
+@over(EVERY)
+def test_local_rules_are_pickled_and_fit_the_parameters(make):
+    _, aggregator = rounds(make, restarts=False)
+    state, _ = toy()
+    for rule in (aggregator.local_rule("a"), aggregator.personal_rule("a")):
+        if rule is None:
+            continue
+        copied = pickle.loads(pickle.dumps(rule))
+        for name in ("encoder.0.weight", "encoder.3.weight", "heads.lungs.bias"):
+            here, there = (r.gradient(name, state[name] + 1, state[name]) for r in (rule, copied))
+            assert (here is None) == (there is None)
+            if here is not None:
+                assert here.shape == state[name].shape
+                assert torch.equal(here, there)
