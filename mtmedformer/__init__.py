@@ -1,11 +1,17 @@
 """MTMedFormer: one transformer that classifies, detects and segments in the same medical image."""
 
-from mtmedformer.encoder import SharedEncoder
-from mtmedformer.errors import ConfigError, DataError, UserError
-from mtmedformer.heads import ClassificationHead, DetectionHead, QueryHead, SegmentationHead
-from mtmedformer.losses.hybrid import HybridLoss
-from mtmedformer.module import MultiTaskModule
-from mtmedformer.schedule import WarmupCosine
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtmedformer.encoder import SharedEncoder
+    from mtmedformer.errors import ConfigError, DataError, UserError
+    from mtmedformer.heads import ClassificationHead, DetectionHead, QueryHead, SegmentationHead
+    from mtmedformer.losses.hybrid import HybridLoss
+    from mtmedformer.module import MultiTaskModule
+    from mtmedformer.schedule import WarmupCosine
 
 __version__ = "0.1.0"
 
@@ -22,3 +28,20 @@ __all__ = [
     "UserError",
     "WarmupCosine",
 ]
+
+_HOMES = {
+    "mtmedformer.encoder": ("SharedEncoder",),
+    "mtmedformer.errors": ("ConfigError", "DataError", "UserError"),
+    "mtmedformer.heads": ("ClassificationHead", "DetectionHead", "QueryHead", "SegmentationHead"),
+    "mtmedformer.losses": ("HybridLoss",),
+    "mtmedformer.module": ("MultiTaskModule",),
+    "mtmedformer.schedule": ("WarmupCosine",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a part when it is first named, so that data tools need not wait for torch, timm and MONAI."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module 'mtmedformer' has no attribute {name!r}")

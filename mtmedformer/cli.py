@@ -6,14 +6,17 @@ The only module that imports every room of the house; importing them here is wha
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
+import re
 import sys
 import tempfile
 import textwrap
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,10 +46,26 @@ def main(argv: list[str] | None = None) -> int:
             return fingerprint(argv[1:])
         CommandLine(argv)
     except (UserError, MisconfigurationException) as error:
-        message = " ".join(str(error).split())
-        print(textwrap.fill(f"mtmedformer: {message}", width=100, break_long_words=False), file=sys.stderr)
-        return 2
+        return _mistake(str(error))
+    except ValueError as error:  # jsonargparse wraps whatever a constructor raises
+        cause = _user_error(error)
+        if cause is None:
+            raise
+        return _mistake(str(cause))
     return 0
+
+
+def _mistake(message: str) -> int:
+    text = " ".join(message.split())
+    print(textwrap.fill(f"mtmedformer: {text}", width=100, break_long_words=False), file=sys.stderr)
+    return 2
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """Return the ``UserError`` among the causes of an exception, if there is one."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 class Parser(LightningArgumentParser):
@@ -166,8 +185,13 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", r"The number of training batches .* is smaller than the logging interval")
     warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_reading)
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", module="lightning")
+
+
+def _worth_reading(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not any(word in message for word in ("litlogger", "Skipping setting a default", "TPU available"))
 
 
 def _best_and_last(folder: str) -> ModelCheckpoint:
@@ -237,8 +261,26 @@ def _existing(checkpoint: Path) -> Path:
 
 
 def _paragraph(message: str) -> str:
-    """Shorten a jsonargparse message to what a person needs: the key, the value and the choices."""
-    return " ".join(line.strip() for line in message.splitlines() if line.strip())
+    """Shorten a jsonargparse message to what a person needs: the key, what is wrong with it, and close choices."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    reasons = [line.removeprefix("- ") for line in lines if line.startswith("- ") and "NoneType" not in line]
+    key = re.search(r'[Kk]ey "([^"]+)"', message)
+    text = f"{key[1]}: {'; '.join(dict.fromkeys(reasons))}" if key and reasons else " ".join(lines)
+    text = re.split(r" Given value|\.? For help|usage:", text)[0][:900]
+    unknown = re.search(r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments: (?:--)?([\w.]+)", text)
+    if unknown and "did you mean" not in text:
+        name = (unknown[1] or unknown[2]).split(".")[-1]
+        close = get_close_matches(name, _parameters(), n=3)
+        text += f"; did you mean {' or '.join(close)}?" if close else ""
+    return text
+
+
+def _parameters() -> list[str]:
+    """Return every constructor argument that YAML can name in this project and in Lightning's Trainer."""
+    kinds: list[Any] = [Trainer, mtmedformer.MultiTaskModule, mtmedformer.SharedEncoder, mtmedformer.HybridLoss]
+    for base in (_room("datamodules").MedicalDataModule, _room("mtmedformer.heads").TaskHead):
+        kinds += [base, *base.__subclasses__()]
+    return sorted({name for kind in kinds for name in inspect.signature(kind.__init__).parameters} - {"self", "kwargs"})
 
 
 def _room(name: str) -> Any:

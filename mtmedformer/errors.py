@@ -2,12 +2,15 @@
 
 
 class UserError(Exception):
-    """Something the user can mend; the message names the file or key, the value, and the fix."""
+    """Something the user can mend; the message names the file or key, the value, and the fix.
+
+    On purpose not a ``ValueError``: jsonargparse would take those for a wrong type and bury the message.
+    """
 
 
-class ConfigError(UserError, ValueError):
+class ConfigError(UserError):
     """A configuration value that cannot work; the message names the key, the value and the valid choices."""
 
 
-class DataError(UserError, ValueError):
+class DataError(UserError):
     """A data set, table or image that cannot be used; the message names the file, the field and the fix."""

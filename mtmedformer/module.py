@@ -46,7 +46,7 @@ class MultiTaskModule(L.LightningModule):
         overlap: Overlap of neighbouring windows as a share of the window, in [0, 1).
         flip_tta: Average ``test`` and ``predict`` over each image and its left-right mirror.
         channels_last: Train in channels-last memory format (faster convolutions on GPUs).
-        compile: Compile the encoder with ``torch.compile``.
+        compile: Backend of ``torch.compile`` for the encoder, for example ``inductor``; ``None`` runs it as it is.
 
     Raises:
         ConfigError: When ``tasks`` or ``loss.weights`` names a task that has no head.
@@ -64,7 +64,7 @@ class MultiTaskModule(L.LightningModule):
         overlap: float = 0.25,
         flip_tta: bool = False,
         channels_last: bool = False,
-        compile: bool = False,
+        compile: str | None = None,
     ) -> None:
         super().__init__()
         if (
@@ -92,7 +92,7 @@ class MultiTaskModule(L.LightningModule):
         if channels_last:
             self.encoder.to(memory_format=torch.channels_last)
         if compile:
-            self.encoder.compile()
+            self.encoder.compile(backend=compile)
 
     @property
     def tasks(self) -> dict[str, Task]:

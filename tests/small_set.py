@@ -1,4 +1,4 @@
-"""A folder of small images with one table, partly labelled, and a small model's configuration, for tests of the whole."""
+"""A folder of small images with one table, partly labelled, and a small model to train on it."""
 
 import csv
 import json

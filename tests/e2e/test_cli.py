@@ -180,8 +180,8 @@ def test_another_learning_rate_on_resume_is_an_error(trained, capsys):
         (["--model.heads.organ.init_args.classes=[liver]"], ["liver", "organ"]),
         (["--model.tasks=[lungs]"], ["lungs", "health, nodules, organ"]),
         (["--model.loss=HybridLoss", "--model.loss.weights.bones=2"], ["bones", "organ"]),
-        (["--trainer.max_epoch=3"], ["max_epoch"]),
-        (["--data.image_sise=3"], ["image_sise"]),
+        (["--trainer.max_epocs=3"], ["max_epocs", "max_epochs"]),
+        (["--data.image_sise=3"], ["image_sise", "image_size"]),
         (["--ckpt_path=runs/none.ckpt"], ["runs/none.ckpt", "no such file"]),
         (["--data.root=/nowhere"], ["/nowhere"]),
     ],
@@ -234,6 +234,7 @@ def test_single_task_and_cnn_baselines_are_one_flag_away(images, tmp_path):
         ],
         ["--model.layer_decay=0.8", "--model.encoder.grad_checkpointing=true"],
         ["--data.sampler=sqrt"],
+        ["--model.compile=aot_eager", "--data.sampler=shuffle"],
     ],
 )
 def test_options_train(images, tmp_path, arguments):
@@ -243,24 +244,20 @@ def test_options_train(images, tmp_path, arguments):
     assert any(float(r["train/loss_epoch"]) > -100 for r in last if r.get("train/loss_epoch"))
 
 
-@pytest.mark.slow
-def test_torch_compile_trains(images, tmp_path):
-    config = write_config(small_config(images, tmp_path, max_epochs=1, limit_train_batches=2), tmp_path / "c.yaml")
-    assert main(["fit", "--config", config, "--model.compile=true"]) == 0
-
-
 def test_wandb_gets_config_metrics_and_overlays(images, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     config = write_config(small_config(images, tmp_path, max_epochs=1), tmp_path / "c.yaml")
-    logger = "{class_path: lightning.pytorch.loggers.WandbLogger, init_args: {project: test, save_dir: %s}}" % tmp_path
+    logger = (
+        f"{{class_path: lightning.pytorch.loggers.WandbLogger, init_args: {{project: test, save_dir: {tmp_path}}}}}"
+    )
     assert main(["fit", "--config", config, f"--trainer.logger={logger}"]) == 0
     import wandb
 
     run = wandb.run
     assert run is not None
     assert run.config["optimizer"]["init_args"]["lr"] == 0.002
-    assert "val/organ/dice" in run.summary
+    assert run.summary["val/organ/dice"] >= 0
     assert any("overlays" in p.name for p in Path(run.dir).joinpath("media").rglob("*.png"))
     run.finish()
     assert (tmp_path / "run/metrics.csv").is_file(), "the CSV is written whatever else is"
