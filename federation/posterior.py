@@ -87,7 +87,7 @@ class SiteMemory:
                     for key in block.delta
                     if key in schema.parameters
                 }
-                # side by side: one by one they would sit in the holes of large intermediates, and waste the rest of each
+                # side by side: one by one they would sit in the holes of large intermediates and waste their rest
                 curvature = {key: value.clone() for key, value in curvature.items()}
                 weights = {key: start[key] + delta for key, delta in block.delta.items()} if self.weights else {}
                 known[name] = Factor(block.evidence, update.round, curvature, weights)
