@@ -1,5 +1,6 @@
 """Lightning callbacks of MTMedFormer, one file each."""
 
+from callbacks.federation import Federation
 from callbacks.metrics_table import MetricsTable, TestReport
 from callbacks.overlays import Overlays
 from callbacks.parts_summary import PartsSummary
@@ -9,6 +10,7 @@ from callbacks.resume_point import ResumePoint
 from callbacks.run_folder import RunLogger, SaveRunConfig, claim_run_folder, latest_run_folder, run_folder_of
 
 __all__ = [
+    "Federation",
     "MetricsTable",
     "Overlays",
     "PartsSummary",

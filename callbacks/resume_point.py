@@ -26,6 +26,11 @@ class ResumePoint(Callback):
         self._stop = False
         self._handler: Any = None
 
+    @property
+    def stopping(self) -> bool:
+        """Whether Ctrl-C was pressed and the run is about to stop; what runs within a step may stop at once."""
+        return self._stop
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the starting point and listen for Ctrl-C."""
         self._stop = False

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, instantiate_class
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -88,7 +88,7 @@ class CommandLine(LightningCLI):
         self.run_folder: Path | None = None
         super().__init__(
             model_class=LightningModule,
-            datamodule_class=_room("datamodules").MedicalDataModule,
+            datamodule_class=LightningDataModule,  # a single data set, or a federation of several
             save_config_callback=_room("callbacks").SaveRunConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
@@ -104,7 +104,8 @@ class CommandLine(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Nothing to add: everything worth sweeping already has its own key."""
+        """Add the ``federation`` key, which turns ``fit`` into rounds; the other subcommands take and ignore it."""
+        parser.add_subclass_arguments(_room("callbacks").Federation, "federation", required=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with what the checkpoint was trained with as the base that the command line overrides."""
@@ -167,6 +168,8 @@ class CommandLine(LightningCLI):
                 (rooms.ResumePoint, lambda: rooms.ResumePoint(f"{folder}/checkpoints")),
                 (ModelCheckpoint, lambda: _best_and_last(f"{folder}/checkpoints")),
             ]
+        federation = self._get(self.config_init, "federation") if self.subcommand == "fit" else None
+        chosen += [federation] if federation is not None else []
         missing = [make() for kind, make in defaults if not any(isinstance(c, kind) for c in chosen)]
         loggers = self._loggers(trainer_config.get("logger"))
         return super().instantiate_trainer(callbacks=[*chosen, *missing], logger=loggers, **kwargs)
