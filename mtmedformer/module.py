@@ -247,10 +247,10 @@ class MultiTaskModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/<task>/<metric>`` and ``val/score``, the mean of the tasks' primary metrics."""
-        with warnings.catch_warnings():  # a task nobody labelled has a loss of NaN, on every process alike
+        with warnings.catch_warnings():  # what nobody labelled is NaN, on every process alike
             warnings.filterwarnings("ignore", "The ``compute`` method of metric")
             self.log_dict({f"val/{name}/loss": loss.compute() for name, loss in _metrics_of(self.val_losses).items()})
-        self._log_metrics("val", self.val_metrics)
+            self._log_metrics("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/<task>/<metric>`` and ``test/score``."""
