@@ -24,19 +24,9 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, generate_uid
 from scipy import ndimage
 
-from datamodules.phantom_images import (
-    SIDES,
-    VIEWS,
-    Bool,
-    Breast,
-    Chest,
-    Drawing,
-    Float,
-    draw_breast,
-    draw_chest,
-    sample_breast_lesions,
-    sample_opacities,
-)
+from datamodules.phantom_breast import Breast, draw_breast, sample_breast_lesions
+from datamodules.phantom_chest import Chest, draw_chest, sample_opacities
+from datamodules.phantom_drawing import SIDES, VIEWS, Bool, Drawing, Float
 from mtmedformer.batch import Task
 
 log = logging.getLogger(__name__)

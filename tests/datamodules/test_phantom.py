@@ -15,8 +15,9 @@ from datamodules import phantom_dicom
 from datamodules.labels_columns import BoxColumns, ClassColumns, MaskColumns
 from datamodules.labels_csv import LabelsCSVDataModule
 from datamodules.phantom import PRESETS, PhantomDataModule, read_catalogue, tasks_of
+from datamodules.phantom_breast import Breast, draw_breast, sample_breast_lesions
+from datamodules.phantom_chest import Chest, draw_chest, sample_opacities
 from datamodules.phantom_dicom import PhantomSite, _breasts, _chests, expose, generate, settings_key
-from datamodules.phantom_images import Breast, Chest, draw_breast, draw_chest, sample_breast_lesions, sample_opacities
 from datamodules.pixels import read_image
 from datamodules.records import BoxTruth
 from datamodules.transforms import PlainPreset

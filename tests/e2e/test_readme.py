@@ -1,0 +1,118 @@
+"""What README says, done: its commands, its table of flags, its example of a table and of a data set."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from datamodules.records import BoxTruth, MaskTruth
+from mtmedformer.cli import main
+from tests.dicom_files import film, write_dicom
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
+FLAGS = [shlex.split(cell) for cell in re.findall(r"^\| [^|`]+ \| `(--[^`]+)`", TEXT, re.MULTILINE)]
+
+
+def blocks(kind):
+    return [body for name, body in BLOCKS if name == kind]
+
+
+def commands():
+    lines = [line.split("#")[0].split("&&")[-1].strip() for body in blocks("bash") for line in body.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("mtmedformer ")]
+
+
+def here(argument):
+    return re.sub(r"(^|=)configs/", rf"\g<1>{ROOT}/configs/", argument)
+
+
+def test_the_quickstart_trains_tests_and_predicts(tmp_path):
+    fit, test, predict = commands()[:3]
+    assert (fit[0], test[0], predict[0]) == ("fit", "test", "predict")
+    sites = "{a: {patients: 12}, b: {patients: 12}}"
+    small = [
+        f"--trainer.default_root_dir={tmp_path / 'run'}",
+        f"--data.root={tmp_path / 'phantom'}",
+        f"--data.sites={sites}",
+        f"--data.cache_dir={tmp_path / 'cache'}",
+        "--data.size=96",
+        "--data.image_size=64",
+        "--data.num_workers=0",
+        "--trainer.max_epochs=1",
+        "--trainer.accelerator=cpu",
+    ]
+    assert main([*map(here, fit), *small]) == 0
+    checkpoint = str(tmp_path / "run/checkpoints/best.ckpt")
+    for command in (test, predict):
+        assert main([checkpoint if a.startswith("runs/") else a for a in command]) == 0
+    for name in ("config.yaml", "metrics.csv", "test_metrics.json", "predictions/predictions.csv"):
+        assert (tmp_path / "run" / name).is_file(), name
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=lambda f: f[0].removeprefix("--"))
+def test_every_flag_of_the_table_parses(flags, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    if flags[0] == "--ckpt_path=last":
+        pytest.skip("its meaning is tested in test_cli.py")
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", "configs/quickstart.yaml", *flags, "--print_config"])
+    assert end.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["class_path"] == "mtmedformer.MultiTaskModule"
+
+
+def test_the_table_has_flags():
+    assert len(FLAGS) >= 10
+
+
+def test_the_example_table_means_what_the_text_says(tmp_path):
+    (table,) = blocks("csv")
+    (tmp_path / "labels.csv").write_text(table)
+    for folder in ("films", "masks"):
+        (tmp_path / folder).mkdir()
+    for name in ("a", "b"):
+        write_dicom(tmp_path / f"films/{name}.dcm", film(512, 512))
+    Image.fromarray(np.arange(512 * 512, dtype=np.uint8).reshape(512, 512)).save(tmp_path / "films/c.png")
+    for name in ("a", "c"):
+        Image.fromarray(np.full((512, 512), 255, np.uint8)).save(tmp_path / f"masks/{name}.png")
+    from jsonargparse import ArgumentParser
+
+    from datamodules import MedicalDataModule
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(MedicalDataModule, "data")
+    section = yaml.safe_load(next(b for b in blocks("yaml") if b.startswith("data:")))["data"]
+    section["init_args"]["root"] = str(tmp_path)
+    data = parser.instantiate(parser.parse_object({"data": section})).data
+    a, b, c = data.catalogue().records
+    assert len(a.truth["opacities"].boxes) == 1
+    assert b.truth["opacities"] == BoxTruth(), "read, and none found: a true negative"
+    assert "lungs" not in b.truth, "not drawn: unknown"
+    assert set(c.truth) == {"lungs"}
+    assert isinstance(c.truth["lungs"], MaskTruth)
+
+
+def test_the_example_data_set_loads(tmp_path):
+    (code,) = blocks("python")
+    space: dict = {}
+    exec(compile(code, "README.md", "exec"), space)
+    for name in ("p1_a", "p1_b", "p2_a", "p3_a", "p4_a", "p5_a"):
+        write_dicom(tmp_path / f"{name}.dcm", film(64, 64))
+    data = space["MyDataModule"](tmp_path, image_size=32, num_workers=0, cache_dir=None, batch_size=2)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert batch.image.shape[1:] == (1, 32, 32)
+    assert batch.targets["finding"].present.all()
+
+
+def test_every_file_that_readme_and_docs_link_to_exists():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+            if not link.startswith(("http", "mailto")):
+                assert (page.parent / link).exists(), f"{page.name} links to {link}"
