@@ -117,6 +117,7 @@ class Federation(L.Callback):
             _show(self.holdings)
             if not getattr(trainer, "fast_dev_run", False):
                 _write(self.holdings, Path(trainer.default_root_dir))
+                self._write_quarantines(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the sites' own runs in W&B, once it is known which run the server is."""
@@ -333,6 +334,15 @@ class Federation(L.Callback):
         fast = int(getattr(trainer, "fast_dev_run", False))
         factory: Callable[..., L.Trainer] = self.client_trainer
         return partial(factory, limit_train_batches=fast, limit_val_batches=fast) if fast else factory
+
+    def _write_quarantines(self, trainer: L.Trainer) -> None:
+        """Write what each site's data set had to leave out into the site's own folder."""
+        for name, site in self._data(trainer).sites.items():
+            quarantine = getattr(site.source, "quarantine", None)
+            if quarantine is not None:
+                folder = Path(trainer.default_root_dir, "sites", name)
+                folder.mkdir(parents=True, exist_ok=True)
+                quarantine.write(folder)
 
     @staticmethod
     def _data(trainer: L.Trainer) -> FederatedDataModule:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -93,7 +95,8 @@ class FederatedDataModule(L.LightningDataModule):
                     raise ConfigError(f"site {name!r}: letters, digits, '_', '-' and '.' make a site's name")
             self._sites = {name: Site(name, sources[name], self.tasks) for name in chosen}
         for site in self._sites.values():
-            site.source.setup(stage)  # type: ignore[arg-type]
+            with site.speaking():
+                site.source.setup(stage)  # type: ignore[arg-type]
         self.tasks.update(_united({name: getattr(s.source, "tasks", {}) for name, s in self._sites.items()}))
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -182,6 +185,7 @@ class Site(L.LightningDataModule):
     def __init__(self, name: str, source: L.LightningDataModule, tasks: dict[str, Task]) -> None:
         super().__init__()
         self.site, self.source, self.tasks = name, source, tasks
+        self._said: set[str] = set()
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the site's training batches.
@@ -215,10 +219,34 @@ class Site(L.LightningDataModule):
             labels={task: sum(task in r.truth for r in train) for task in self.tasks},
         )
 
+    @contextmanager
+    def speaking(self) -> Iterator[None]:
+        """Put the site's name before what its data set logs meanwhile, and let it say each thing once, not a round."""
+
+        def named(record: logging.LogRecord) -> bool:
+            if getattr(record, "site", None) == self.site:  # another handler has had it already
+                return True
+            message = record.getMessage()
+            if message in self._said:
+                return False
+            self._said.add(message)
+            record.msg, record.args, record.site = f"site {self.site}: {message}", (), self.site
+            return True
+
+        handlers = [h for h in (*logging.getLogger().handlers, logging.lastResort) if h is not None]
+        for handler in handlers:
+            handler.addFilter(named)
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                handler.removeFilter(named)
+
     def _loader(self, kind: str) -> DataLoader[Any] | list[Any]:
         self.source.trainer = self.trainer
         try:
-            loader: DataLoader[Any] | list[Any] = getattr(self.source, kind)()
+            with self.speaking():
+                loader: DataLoader[Any] | list[Any] = getattr(self.source, kind)()
         except KeyError:  # a split without images
             return []
         finally:
