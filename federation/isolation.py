@@ -186,12 +186,16 @@ def go_on_from(trainer: L.Trainer, epochs: int, steps: int) -> None:
 def server_step(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> None:
     """Take the server's optimiser step and count it, past gradient scalers: it is no step along a gradient.
 
-    Without the count ``global_step`` would stand still, and no checkpoint would ever be written.
+    Without the count ``global_step`` would stand still, and no checkpoint would ever be written. It is kept for manual
+    and automatic optimisation alike, since the module is given back its own once the rounds are over.
     """
-    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-    progress.increment_ready()
+    loop = trainer.fit_loop.epoch_loop
+    counts = [loop.manual_optimization.optim_step_progress, loop.automatic_optimization.optim_progress.optimizer.step]
+    for progress in counts:
+        progress.increment_ready()
     optimizer.step()
-    progress.increment_completed()
+    for progress in counts:
+        progress.increment_completed()
 
 
 class SiteBar(TQDMProgressBar):

@@ -4,11 +4,14 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+import yaml
 
 from mtmedformer.cli import main
 from tests.small_set import small_config, write_config, write_small_set
@@ -127,3 +130,191 @@ def test_nothing_of_a_patient_is_in_the_run_folder(trained):
             if file.name != "quarantine.csv":
                 assert b"images/im0" not in content, file
                 assert b"im000" not in content, file
+
+
+@pytest.mark.parametrize("step", [3, 12], ids=["in the first round", "in the second"])
+def test_ctrl_c_within_a_site_then_resume_is_as_if_nothing_happened(images, trained, tmp_path, step):
+    whole, _ = trained
+    config = federated(images, tmp_path, rounds=3)
+    file = write_config(config, tmp_path / "config.yaml")
+    sys.modules["test_federation_e2e"] = sys.modules[__name__]
+    KillAt.steps = 0
+    callback = f"[{{class_path: test_federation_e2e.KillAt, init_args: {{step: {step}}}}}]"
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", file, f"--federation.client_trainer.callbacks={callback}"])
+    assert KillAt.steps == step, "it stopped at the very step"
+    assert main(["fit", "--config", file, "--ckpt_path=last"]) == 0
+    assert same(whole / "checkpoints/last.ckpt", tmp_path / "run/checkpoints/last.ckpt")
+    assert len([r for r in rows_of(tmp_path / "run/metrics.csv") if r.get("val/score")]) == 3
+
+
+def launch(config: dict, folder: Path, *arguments: str, processes: int = 1) -> Path:
+    """Train in fresh processes; return the checkpoint."""
+    file = write_config(config, folder / "config.yaml")
+    several = [f"--trainer.devices={processes}", "--trainer.strategy=ddp"] if processes > 1 else []
+    command = [sys.executable, "-m", "mtmedformer", "fit", "--config", file, *several, *arguments]
+    environment = {k: v for k, v in os.environ.items() if k not in {"LOCAL_RANK", "MTMEDFORMER_RUN_DIR"}}
+    environment["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "run" / "checkpoints" / "last.ckpt"
+
+
+def one_thread(images: Path, folder: Path, rounds: int = 2, **federation: object) -> dict:
+    folder.mkdir(exist_ok=True)
+    return federated(images, folder, rounds=rounds, **federation)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_bits_of_one_and_so_does_a_resume_from_two_to_one(images, tmp_path):
+    alone = launch(one_thread(images, tmp_path / "one"), tmp_path / "one")
+    config = one_thread(images, tmp_path / "two")
+    both = launch(config, tmp_path / "two", processes=2)
+    assert same(alone, both)
+    rows = [rows_of(p.parent.parent / "metrics.csv")[-1] for p in (alone, both)]
+    keys = {k for k in rows[0] if k.startswith(("val/", "client/")) and rows[0][k]}
+    assert {k: rows[0][k] for k in keys} == {k: rows[1][k] for k in keys}, "validation is whole on every process"
+    config["trainer"]["max_epochs"] = 3
+    config["lr_scheduler"] = {"class_path": "torch.optim.lr_scheduler.ConstantLR", "init_args": {"factor": 1.0}}
+    three = one_thread(images, tmp_path / "three", rounds=3)
+    three["lr_scheduler"] = config["lr_scheduler"]
+    expected = launch(three, tmp_path / "three")
+    part = one_thread(images, tmp_path / "part", rounds=2)
+    part["lr_scheduler"] = config["lr_scheduler"]
+    stopped = launch(part, tmp_path / "part", processes=2)
+    part["trainer"]["max_epochs"] = 3
+    assert same(expected, launch(part, tmp_path / "part", f"--ckpt_path={stopped}"))
+
+
+@pytest.mark.slow
+def test_each_site_on_all_processes_is_the_same_every_time(images, tmp_path):
+    runs = []
+    for name in ("a", "b"):
+        config = one_thread(images, tmp_path / name, rounds=1, placement="ddp")
+        runs.append(launch(config, tmp_path / name, processes=2))
+    assert same(*runs)
+    state = torch.load(runs[0], weights_only=True)["callbacks"]["Federation"]
+    alone = launch(one_thread(images, tmp_path / "one", rounds=1), tmp_path / "one")
+    reference = torch.load(alone, weights_only=True)["callbacks"]["Federation"]
+    for site in ("north", "south"):
+        blocks, expected = (s["history"][0]["sites"][site]["blocks"] for s in (state, reference))
+        assert blocks.keys() == expected.keys()
+        assert blocks["encoder"]["evidence"] == pytest.approx(expected["encoder"]["evidence"], abs=1)
+
+
+@pytest.mark.slow
+def test_one_process_may_not_pose_as_two(images, tmp_path):
+    config = one_thread(images, tmp_path / "a", rounds=1, placement="sequential")
+    file = write_config(config, tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "mtmedformer", "fit", "--config", file, "--trainer.devices=2"]
+    done = subprocess.run([*command, "--trainer.strategy=ddp"], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 2
+    assert "federation.placement=sequential" in " ".join(done.stderr.split())
+
+
+def wandb_logger(folder: Path) -> dict:
+    settings = {"project": "t", "save_dir": str(folder)}
+    return {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": settings}
+
+
+def test_wandb_has_a_run_for_the_server_and_one_for_each_site(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    started = []
+    import wandb
+
+    init = wandb.init
+
+    def watched(*args, **kwargs):
+        run = init(*args, **kwargs)
+        started.append((run.id, run.group, run.job_type, run.name))
+        return run
+
+    monkeypatch.setattr(wandb, "init", watched)
+    config = federated(images, tmp_path, rounds=1)
+    logger = {
+        "class_path": "lightning.pytorch.loggers.WandbLogger",
+        "init_args": {"project": "t", "save_dir": str(tmp_path)},
+    }
+    config["trainer"] |= {"logger": logger, "log_every_n_steps": 1}
+    assert main(["fit", "--config", write_config(config, tmp_path / "c.yaml")]) == 0
+    (server, *_), north, south = started
+    assert north == (f"{server}-north", server, "client", "north")
+    assert south == (f"{server}-south", server, "client", "south")
+    assert "val/site_worst" in wandb.run.summary, "the server's own run is untouched by the sites'"
+    assert "train/nodules/loss" not in wandb.run.summary
+    wandb.run.finish()
+
+
+def test_under_a_sweep_there_is_one_run(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.setenv("WANDB_RUN_ID", "the-only-one")
+    config = federated(images, tmp_path, rounds=1)
+    logger = {
+        "class_path": "lightning.pytorch.loggers.WandbLogger",
+        "init_args": {"project": "t", "save_dir": str(tmp_path)},
+    }
+    config["trainer"]["logger"] = logger
+    assert main(["fit", "--config", write_config(config, tmp_path / "c.yaml")]) == 0
+    import wandb
+
+    assert wandb.run.id == "the-only-one"
+    assert "client/north/train/loss_epoch" in wandb.run.summary
+    wandb.run.finish()
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--federation.aggregator=FedAverage"], ["FedAverage"]),
+        (["--federation.client_trainer.max_epoch=2"], ["max_epoch"]),
+        (["--federation.placement=everywhere"], ["everywhere", "per_rank"]),
+        (["--data.by=hospital"], ["hospital", "site"]),
+        (["--trainer.gradient_clip_val=1"], ["federation.client_trainer.gradient_clip_val"]),
+    ],
+)
+def test_mistakes_are_told_in_one_paragraph(trained, capsys, arguments, words):
+    _, config = trained
+    assert main(["fit", "--config", config, *arguments]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    for word in words:
+        assert word in message
+
+
+def test_options_reach_the_sites_from_the_command_line(images, tmp_path):
+    config = write_config(federated(images, tmp_path, rounds=1), tmp_path / "c.yaml")
+    options = [
+        "--federation.client_trainer.max_steps=2",
+        "--federation.client_trainer.gradient_clip_val=1.0",
+        "--federation.optimizer_state=keep",
+        "--federation.aggregator=BayesianAggregator",
+        "--federation.aggregator.granularity=row",
+        "--federation.validate_sites=true",
+    ]
+    assert main(["fit", "--config", config, *options]) == 0
+    state = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["callbacks"]["Federation"]
+    assert {name: site["steps"] for name, site in state["sites"].items()} == {"north": 2, "south": 2}
+    assert state["sites"]["north"]["optimizers"]
+    assert "organ/dice" in state["history"][0]["sites"]["south"]["metrics"]
+
+
+def test_the_same_data_without_the_federation_key_is_trained_on_pooled(images, tmp_path):
+    config = federated(images, tmp_path, rounds=1)
+    del config["federation"]
+    assert main(["fit", "--config", write_config(config, tmp_path / "c.yaml")]) == 0
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] > 3
+
+
+CONFIGS = sorted(Path("configs/federation").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
+def test_every_configuration_says_how_to_run_it_and_is_short(file):
+    lines = file.read_text().splitlines()
+    assert lines[0].startswith("# mtmedformer fit --config configs/federation/")
+    assert str(file) in lines[0]
+    assert len(lines) <= 60
+    assert yaml.safe_load(file.read_text())["federation"]
