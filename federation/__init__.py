@@ -18,7 +18,10 @@ from federation.aggregators import (
     TrimmedMean,
     merge,
 )
+from federation.alignment import Alignment, align, permutation_groups
 from federation.datamodule import FederatedDataModule
+from federation.fisher import Fisher
+from federation.online_newton import NewtonCurvature, OnlineNewton
 from federation.partition import Dirichlet, EqualShares, Partition
 from federation.posterior import Posterior
 from federation.precision import Curvature, NoCurvature, SquaredGradients
@@ -26,6 +29,7 @@ from federation.uncertainty import tune_scale, uncertainty
 
 __all__ = [
     "Aggregator",
+    "Alignment",
     "BayesianAggregator",
     "CoordinateMedian",
     "Curvature",
@@ -39,16 +43,21 @@ __all__ = [
     "FedProx",
     "FedYogi",
     "FederatedDataModule",
+    "Fisher",
     "Local",
     "LocalRule",
+    "NewtonCurvature",
     "NoCurvature",
+    "OnlineNewton",
     "Partition",
     "Pooled",
     "Posterior",
     "Scaffold",
     "SquaredGradients",
     "TrimmedMean",
+    "align",
     "merge",
+    "permutation_groups",
     "tune_scale",
     "uncertainty",
 ]
