@@ -6,11 +6,12 @@ from callbacks.overlays import Overlays
 from callbacks.parts_summary import PartsSummary
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.quarantine_report import QuarantineReport
-from callbacks.resume_point import ResumePoint
+from callbacks.resume_point import LastCheckpoint, ResumePoint
 from callbacks.run_folder import RunLogger, SaveRunConfig, claim_run_folder, latest_run_folder, run_folder_of
 
 __all__ = [
     "Federation",
+    "LastCheckpoint",
     "MetricsTable",
     "Overlays",
     "PartsSummary",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 
@@ -81,3 +82,17 @@ class ResumePoint(Callback):
         trainer.save_checkpoint(partial, weights_only=False)
         if trainer.is_global_zero:
             os.replace(partial, self.file)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Writes ``last.ckpt`` after every epoch.
+
+    A ``ModelCheckpoint`` that monitors a metric writes its ``save_last`` only in epochs that set a new best, so that a
+    run stopped later would resume from long ago.
+
+    Args:
+        folder: Folder of the checkpoints.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder, filename="last", enable_version_counter=False)

@@ -146,6 +146,8 @@ class CommandLine(LightningCLI):
         self.run_folder = folder
         if self.subcommand != "fit":  # the config.yaml in the folder is that of its training
             self.save_config_kwargs["config_filename"] = f"config_{self.subcommand}.yaml"
+        if "verbose" in config and not any(a.startswith("--verbose") for a in self.argv):
+            config.verbose = False  # the report's own table says it better than Lightning's list
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with the run folder's logger and the callbacks every run needs."""
@@ -166,7 +168,8 @@ class CommandLine(LightningCLI):
         if self.subcommand == "fit" and trainer_config.get("enable_checkpointing") is not False:
             defaults += [
                 (rooms.ResumePoint, lambda: rooms.ResumePoint(f"{folder}/checkpoints")),
-                (ModelCheckpoint, lambda: _best_and_last(f"{folder}/checkpoints")),
+                (ModelCheckpoint, lambda: _best(f"{folder}/checkpoints")),
+                (rooms.LastCheckpoint, lambda: rooms.LastCheckpoint(f"{folder}/checkpoints")),
             ]
         federation = self._get(self.config_init, "federation") if self.subcommand == "fit" else None
         chosen += [federation] if federation is not None else []
@@ -197,10 +200,8 @@ def _worth_reading(record: logging.LogRecord) -> bool:
     return not any(word in message for word in ("litlogger", "Skipping setting a default", "TPU available"))
 
 
-def _best_and_last(folder: str) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        folder, filename="best", monitor="val/score", mode="max", save_last=True, enable_version_counter=False
-    )
+def _best(folder: str) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename="best", monitor="val/score", mode="max", enable_version_counter=False)
 
 
 def _with_checkpoint_base(argv: list[str], stack: ExitStack) -> list[str]:

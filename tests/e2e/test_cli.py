@@ -267,3 +267,21 @@ def test_python_m_and_help():
     out = subprocess.run([sys.executable, "-m", "mtmedformer", "--help"], capture_output=True, text=True, check=True)
     for word in ("fit", "validate", "test", "predict", "fingerprint"):
         assert word in out.stdout
+
+
+class Worse(L.Callback):
+    """Makes every epoch but the first worse than the first."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module._log_metrics = lambda split, metrics: pl_module.log("val/score", 1.0 - trainer.current_epoch)
+
+
+def test_the_last_checkpoint_is_of_the_last_epoch_whatever_was_best(images, tmp_path):
+    config = write_config(small_config(images, tmp_path, max_epochs=3, limit_train_batches=2), tmp_path / "c.yaml")
+    sys.modules["test_cli"] = sys.modules[__name__]
+    assert main(["fit", "--config", config, "--trainer.callbacks+=test_cli.Worse"]) == 0
+    epochs = {
+        name: torch.load(tmp_path / f"run/checkpoints/{name}.ckpt", weights_only=True)["epoch"]
+        for name in ("best", "last")
+    }
+    assert epochs == {"best": 0, "last": 2}
