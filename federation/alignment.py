@@ -146,7 +146,7 @@ def align(
     moved: dict[str, float] = {}
     permutations: dict[str, Tensor] = {}
     for group in groups:
-        order = _matching(_score(group, state, reference, precision))
+        order = _order(group, state, reference, precision)
         moved[group.name] = 0.0
         if order is not None:
             permutations[group.name] = order
@@ -221,6 +221,14 @@ def permute_optimizer(optimizer: Optimizer, module: nn.Module, permutations: Map
                 slots[slot] = permute({name: value}, groups, permutations)[name]
 
 
+def _order(group: Group, state: State, reference: State, precision: Mapping[str, Tensor]) -> Tensor | None:
+    """Return which of the site's units comes to each place, int64 (units,); ``None`` where all stay."""
+    known = _relative(group, state, precision)
+    if not group.circuits and _settled(_rows(group, state, reference, known)):
+        return None
+    return _matching(_score(group, state, reference, known))
+
+
 def _matching(score: Tensor) -> Tensor | None:
     """Return which unit comes to each place so that the sum of scores (places, units) is largest; ``None``: stay."""
     diagonal = score.diagonal()
@@ -233,26 +241,55 @@ def _matching(score: Tensor) -> Tensor | None:
     return order if before - after > GAIN * before else None
 
 
-def _score(group: Group, state: State, reference: State, precision: Mapping[str, Tensor]) -> Tensor:
+def _score(group: Group, state: State, reference: State, known: Mapping[Part, Tensor]) -> Tensor:
     """Return minus the distance of every unit of the site from every place of the reference, float32 on the CPU."""
-    known = _relative(group, state, precision)
-    left, right = [], []  # of one matrix product over all rows
+    score = _row_score(_rows(group, state, reference, known)) if group.rows else torch.zeros(group.units, group.units)
+    for first, second in group.circuits:
+        sides = [_read_side(side, group.units, s) for s in (reference, state) for side in (first, second)]
+        means = [known[part].mean((1, 2)) for part in first + second if part in known]
+        score += _product_distance(*sides) * (torch.stack(means).mean(0) if means else 1.0)
+    return score.clamp_(max=0)
+
+
+Rows = list[tuple[Tensor, Tensor, Tensor]]
+"""For every part the reference's weights, the site's, both (units, features), and the precision of the latter."""
+
+
+def _rows(group: Group, state: State, reference: State, known: Mapping[Part, Tensor]) -> Rows:
+    """Return what is compared number by number; the precision is (units, features), or (units, 1) for all of them."""
+    rows = []
     for part in group.rows:
         place = _read(part, group.units, reference[part.key]).flatten(1)
         unit = _read(part, group.units, state[part.key]).flatten(1)
         sure = known.get(part, torch.ones(group.units, 1, 1)).flatten(1)
         if 1 < sure.shape[1] < unit.shape[1]:  # one number a row of the head
             sure = sure.repeat_interleave(unit.shape[1] // sure.shape[1], 1)
+        rows.append((place, unit, sure))
+    return rows
+
+
+def _row_score(rows: Rows) -> Tensor:
+    r"""Return $-\frac12 \sum_d s_{ld} (m_{id} - w_{ld})^2$ for all pairs, as one matrix product."""
+    left, right = [], []
+    for place, unit, sure in rows:
         square = place.square().mul_(-0.5)
         weighted = sure * unit
-        left += [place, square if sure.shape[1] > 1 else square.sum(1, keepdim=True), torch.ones(group.units, 1)]
+        left += [place, square if sure.shape[1] > 1 else square.sum(1, keepdim=True), torch.ones(len(unit), 1)]
         right += [weighted, sure, (weighted * unit).sum(1, keepdim=True).mul_(-0.5)]
-    score = torch.cat(left, 1) @ torch.cat(right, 1).T if left else torch.zeros(group.units, group.units)
-    for first, second in group.circuits:
-        sides = [_read_side(side, group.units, s) for s in (reference, state) for side in (first, second)]
-        means = [known[part].mean((1, 2)) for part in first + second if part in known]
-        score += _product_distance(*sides) * (torch.stack(means).mean(0) if means else 1.0)
-    return score.clamp_(max=0)
+    return torch.cat(left, 1) @ torch.cat(right, 1).T
+
+
+def _settled(rows: Rows) -> bool:
+    """Return whether every unit is plainly nearest to its own place: others are farther in an eighth of their weights.
+
+    Distances over some of the weights are never longer than over all, so what this shows is so; what it does not show
+    is looked at in full.
+    """
+    own = torch.stack([(sure * (place - unit).square()).sum(1) for place, unit, sure in rows]).sum(0).mul_(-0.5)
+    others = _row_score([(place[:, ::8], unit[:, ::8], sure[:, ::8]) for place, unit, sure in rows]).fill_diagonal_(
+        -torch.inf
+    )
+    return bool((own >= others.amax(1)).all() and (own >= others.amax(0)).all())
 
 
 def _product_distance(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:

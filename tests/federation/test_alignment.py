@@ -330,8 +330,23 @@ def test_the_score_is_its_definition(kind):
         "scalar": {key: v.mean() for key, v in element.items()},
     }[kind]
     for group in (mlp, heads):
-        found = alignment._score(group, state, reference, known).double().numpy()
+        found = alignment._score(group, state, reference, alignment._relative(group, state, known)).double().numpy()
         np.testing.assert_allclose(found, brute(group, state, reference, known), rtol=1e-4, atol=1e-5)
+
+
+def test_the_short_look_claims_only_what_the_long_one_confirms():
+    """From near to far: the short look claims the identity only where it is the best matching."""
+    generator = torch.Generator().manual_seed(0)
+    group, claims = Group("mlp", 12, (Part("w"), Part("b"))), 0
+    reference = {"w": torch.randn(12, 160, generator=generator), "b": torch.randn(12, generator=generator)}
+    for size in torch.linspace(0.02, 1.0, 60).tolist():
+        site = trained(reference, int(size * 1000), size)
+        precision = {key: torch.rand(value.shape, generator=generator) for key, value in site.items()}
+        known = alignment._relative(group, site, precision)
+        if alignment._settled(alignment._rows(group, site, reference, known)):
+            claims += 1
+            assert alignment._matching(alignment._score(group, site, reference, known)) is None
+    assert 5 < claims < 50
 
 
 def test_precise_weights_decide_where_weights_disagree():

@@ -1,5 +1,8 @@
 """Fisher information: against closed forms, for labelled tasks only, and without a trace on the module."""
 
+import copy
+
+import lightning as L
 import pytest
 import torch
 
@@ -190,3 +193,19 @@ def test_what_it_cannot_do_is_said(module):
         Fisher().finish(torch.nn.Linear(2, 2), [batch()])
     with pytest.raises(ConfigError, match="batches"):
         Fisher().finish(module, None)
+
+
+def test_it_works_where_a_site_calls_it_at_the_end_of_training(module):
+    class AtTheEnd(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            self.found = Fisher(samples=3).finish(pl_module, trainer.train_dataloader)
+
+    measure = AtTheEnd()
+    data = torch.utils.data.DataLoader([batch(0), batch(1)], batch_size=None, shuffle=True)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, enable_progress_bar=False, callbacks=[measure], **quiet)
+    twin = copy.deepcopy(module)
+    trainer.fit(twin, data)
+    assert measure.found.keys() == {name for name, _ in twin.named_parameters() if not name.startswith("loss")}
+    assert all(value.isfinite().all() for value in measure.found.values())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in twin.parameters())

@@ -3,12 +3,15 @@
 import copy
 import math
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
 
-from federation import NewtonCurvature, OnlineNewton
+from federation import BayesianAggregator, NewtonCurvature, OnlineNewton
+from federation.client import SiteState, train_site
 from mtmedformer.errors import ConfigError
+from tests.toy_sites import ToyModule, ToySite, toy_plan
 
 
 def run(parameters, loss, steps, **settings):
@@ -208,3 +211,32 @@ def test_the_curvature_is_the_optimisers_and_only_of_what_was_trained():
 def test_the_curvature_of_another_optimiser_is_refused():
     with pytest.raises(ConfigError, match="OnlineNewton"):
         NewtonCurvature().finish(Trained(torch.optim.SGD))
+
+
+class NewtonToy(ToyModule):
+    def configure_optimizers(self):
+        return OnlineNewton(self.parameters(), lr=0.01, betas=(0.9, 0.9))
+
+
+def test_a_site_trains_with_it_and_sends_its_curvature():
+    torch.manual_seed(0)
+    module = NewtonToy()
+
+    def trainer():
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        return L.Trainer(accelerator="cpu", max_epochs=2, enable_progress_bar=False, **quiet)
+
+    def result(granularity):
+        aggregator = BayesianAggregator(NewtonCurvature(), granularity=granularity)
+        return train_site("north", module, ToySite(), toy_plan(module), SiteState(), aggregator, trainer)
+
+    first, again = result("element"), result("element")
+    sent, twice = first.update.tensors(), again.update.tensors()
+    assert all(torch.equal(sent[key], twice[key]) for key in sent)
+    assert set(first.update.blocks) == {"encoder", "heads.left", "heads.right"}
+    for block in first.update.blocks.values():
+        trained = [key for key in block.delta if block.delta[key].any()]
+        assert trained
+        assert set(trained) <= set(block.precision)
+        assert any(len(value.unique()) > 1 for value in block.precision.values())
+        assert all(value > 0 for value in block.scale.values())
