@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from mtmedformer.cli import main
+from tests.real_data import real
 from tests.small_set import small_config, write_config, write_small_set
 
 
@@ -321,3 +322,58 @@ def test_every_configuration_says_how_to_run_it_and_is_short(file):
     assert str(file) in lines[0]
     assert len(lines) <= 60
     assert yaml.safe_load(file.read_text())["federation"]
+
+
+SMALL = [
+    "--trainer.max_epochs=1",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--federation.client_trainer.limit_train_batches=1",
+    "--data.data.image_size=64",
+    "--data.data.num_workers=0",
+]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "two_organs"])
+def test_generated_configurations_run(name, tmp_path, monkeypatch, capsys):
+    config = str(Path("configs/federation", f"{name}.yaml").resolve())
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", config, *SMALL, "--data.data.limit=48", "--data.data.size=64"]) == 0
+    assert "Sites, and what each has labelled" in capsys.readouterr().out
+    run = tmp_path / yaml.safe_load(Path(config).read_text())["trainer"]["default_root_dir"]
+    told = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["Federation"]["history"][0][
+        "sites"
+    ]
+    if name == "two_organs":
+        assert {"heads.finding", "heads.pathology"} <= {b for site in told.values() for b in site["blocks"]}
+        assert not any({"heads.finding", "heads.pathology"} <= set(site["blocks"]) for site in told.values())
+    else:
+        assert "heads.lesions" not in told["south"]["blocks"]
+        assert "heads.lungs" not in told["east"]["blocks"]
+
+
+@pytest.mark.parametrize(
+    "name, folder, sites",
+    [
+        ("chest_sites", "covid_cxr", {"eurorad", "journals", "radiopaedia", "sirm_italy"}),
+        ("mammography_sites", "mini_mias", {"tissue_D", "tissue_F", "tissue_G"}),
+    ],
+)
+def test_real_configurations_run(name, folder, sites, tmp_path, monkeypatch):
+    config, root = str(Path("configs/federation", f"{name}.yaml").resolve()), real(folder).resolve()
+    monkeypatch.chdir(tmp_path)
+    arguments = [f"--data.data.root={root}", "--data.data.limit=60"]
+    assert main(["fit", "--config", config, *SMALL, *arguments]) == 0
+    found = json.loads((tmp_path / "runs" / name / "sites.json").read_text())
+    assert {site["site"] for site in found} == sites
+
+
+@pytest.mark.slow
+def test_the_configuration_for_several_processes_runs(tmp_path):
+    configs = [str(Path("configs/federation", f"{name}.yaml").resolve()) for name in ("quickstart", "ddp")]
+    command = [sys.executable, "-m", "mtmedformer", "fit", "--config", configs[0], "--config", configs[1], *SMALL]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    more = ["--trainer.devices=2", "--data.data.limit=48", "--data.data.size=64"]
+    done = subprocess.run([*command, *more], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "runs/federation_ddp/checkpoints/last.ckpt").is_file()
