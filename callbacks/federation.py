@@ -54,6 +54,8 @@ class Federation(L.Callback):
             schedule runs over the whole federation either way.
         participation: Share of the sites that take part in a round, drawn with the seed (1 for all); or a list of
             rounds, each a list of site names, that is gone through again and again.
+        align: Bring hidden units and attention heads of a site that changed places home to those of the global model
+            before its update leaves. In an ordinary round none do, and it costs little.
         validate_sites: Also validate each site's own model on its own data, as ``client/<site>/val/…``. Done in any
             case where sites keep something for themselves (norms, personal models).
 
@@ -70,12 +72,13 @@ class Federation(L.Callback):
         placement: Literal["auto", "sequential", "per_rank", "ddp"] = "auto",
         optimizer_state: Literal["reset", "keep"] = "reset",
         participation: float | list[list[str]] = 1.0,
+        align: bool = True,
         validate_sites: bool = False,
     ) -> None:
         self.aggregator = aggregator or BayesianAggregator()
         self.client_trainer = client_trainer
         self.placement, self.optimizer_state, self.participation = placement, optimizer_state, participation
-        self.validate_sites = validate_sites
+        self.align, self.validate_sites = align, validate_sites
         if isinstance(participation, float | int) and not 0 < participation <= 1:
             raise ConfigError(f"federation.participation is {participation}; give a share in (0, 1], or lists of sites")
         if participation == []:
@@ -101,6 +104,7 @@ class Federation(L.Callback):
         self._check(trainer)
         self._template = copy_module(pl_module)
         self._schema = schema_of(pl_module)
+        self._symmetries = permutation_groups(pl_module) if self.align and self.aggregator.merges else ()
         keep_metrics_home(pl_module)  # every process validates everything, so that all decide alike
         pl_module.automatic_optimization = False
         for name, method in (
@@ -149,6 +153,7 @@ class Federation(L.Callback):
             seed=self._seed,
             keep_optimizer=self.optimizer_state == "keep",
             distributed=self._placed(trainer) == "ddp",
+            symmetries=self._symmetries,
         )
         self.aggregator.start(state, self._schema)
         told: dict[str, Any] = {}
@@ -156,7 +161,7 @@ class Federation(L.Callback):
             site = result.update.site
             self.aggregator.add(result.update)
             self.sites[site] = result.state
-            told[site] = summary(result.update)
+            told[site] = {**summary(result.update), "moved": result.moved}
             logged = {f"client/{site}/{key}": value for key, value in result.logged.items()}
             pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
         self._target = self.aggregator.finish()

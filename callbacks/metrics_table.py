@@ -15,6 +15,9 @@ from mtmedformer.metrics.task_metrics import TaskMetrics
 HIDDEN = ("sensitivity_at_", "map75", "n_")
 """Metrics that are logged and written but would crowd the table on screen."""
 
+HEADLINES = ("auroc", "balanced_accuracy", "map50", "froc", "dice", "hd95")
+"""Metrics that the table by site and view shows."""
+
 
 class MetricsTable(Callback):
     """Prints each task's metrics after ``fit`` (the best epoch) and after ``validate``.
@@ -84,7 +87,9 @@ class TestReport(Callback):
 
 
 def print_metrics(metrics: dict[str, float], split: str, title: str) -> None:
-    """Print a table a task: a row a metric; a column for all classes, its interval, and a column a class and site.
+    """Print a table a task: a row a metric; a column for all classes, its interval, and a column a class.
+
+    Where there are values by site and view, a second table has a row for each of them.
 
     Args:
         metrics: Values by ``<split>/<task>/<metric>[/<class> or /site=<site> or /view=<view>]``, with intervals under
@@ -95,9 +100,10 @@ def print_metrics(metrics: dict[str, float], split: str, title: str) -> None:
     console = Console()
     console.print(f"\n[bold]{title}[/bold]")
     for task in dict.fromkeys(k.split("/")[1] for k in metrics if k.count("/") > 1):
-        console.print(
-            _task_table(task, {k.split("/", 2)[2]: v for k, v in metrics.items() if k.startswith(f"{split}/{task}/")})
-        )
+        values = {k.split("/", 2)[2]: v for k, v in metrics.items() if k.startswith(f"{split}/{task}/")}
+        console.print(_task_table(task, {k: v for k, v in values.items() if "=" not in k}))
+        if any("=" in k for k in values):
+            console.print(_group_table(task, values))
     if f"{split}/score" in metrics:
         console.print(f"score (mean of the tasks' primary metrics): [bold]{_number(metrics[f'{split}/score'])}[/bold]")
 
@@ -110,13 +116,27 @@ def _task_table(task: str, values: dict[str, float]) -> Table:
     table = Table(pad_edge=False, header_style="bold")
     table.add_column(task, style="bold")
     for column in ("all", *(["95 % interval"] if intervals else []), *groups):
-        table.add_column(column.removeprefix("site=").removeprefix("view="), justify="right")
+        table.add_column(column, justify="right")
     for row in rows:
         cells = [_number(plain.get(row))]
         if intervals:
             low, high = values.get(f"{row}_ci_low"), values.get(f"{row}_ci_high")
             cells.append("" if low is None or high is None else f"{_number(low)} to {_number(high)}")
         table.add_row(row, *cells, *(_number(plain.get(f"{row}/{group}")) for group in groups))
+    return table
+
+
+def _group_table(task: str, values: dict[str, float]) -> Table:
+    groups = list(dict.fromkeys(k.split("/", 1)[1] for k in values if "=" in k and k.count("/") == 1))
+    rows = [k for k in dict.fromkeys(k.split("/")[0] for k in values if "=" in k) if not k.startswith(HIDDEN)]
+    shown = [row for row in rows if row in HEADLINES] or rows[:4]
+    table = Table(pad_edge=False, header_style="bold")
+    table.add_column(f"{task} by", style="bold")
+    for column in ("images", *shown):
+        table.add_column(column, justify="right")
+    for group in groups:
+        cells = [_number(values.get(f"{row}/{group}")) for row in shown]
+        table.add_row(group.replace("=", " "), f"{values.get(f'n_images/{group}', math.nan):.0f}", *cells)
     return table
 
 

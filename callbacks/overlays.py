@@ -25,7 +25,7 @@ class Overlays(Callback):
         score: Boxes below this score are not drawn.
     """
 
-    def __init__(self, folder: str | None = None, images: int = 4, every_n_epochs: int = 5, score: float = 0.3) -> None:
+    def __init__(self, folder: str | None = None, images: int = 4, every_n_epochs: int = 5, score: float = 0.4) -> None:
         self.folder = folder
         self.images, self.every_n_epochs, self.score = images, every_n_epochs, score
         self._kept: list[tuple[float, Batch]] = []

@@ -35,7 +35,7 @@ def palette(tasks: dict[str, Task]) -> dict[tuple[str, str], str]:
 
 
 def overlay_figure(
-    images: Sequence[Batch], predictions: Sequence[dict[str, Any]], tasks: dict[str, Task], score: float = 0.3
+    images: Sequence[Batch], predictions: Sequence[dict[str, Any]], tasks: dict[str, Task], score: float = 0.4
 ) -> Figure:
     """Draw one row an image: the image, its truth and the predictions.
 

@@ -1,4 +1,4 @@
-"""Classes of the whole image, by attention over the coarse tokens of the pyramid."""
+"""Classes of the whole image, by attention over the coarse tokens of the pyramid and by their strongest signals."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ class ClassificationHead(TaskHead):
     r"""Pools pyramid tokens by gated attention and classifies the pool.
 
     Each attention head scores token $h$ with $w^\top(\tanh(V h) \odot \sigma(U h))$, takes the softmax over the tokens
-    of all its levels and pools its share of the channels.
+    of all its levels and pools its share of the channels. Beside it each channel's maximum over the tokens is kept
+    (``peak``): a lesion of one token in a thousand would otherwise reach the classifier, and be reached by its
+    gradient, as a thousandth of what it is. The attention map does not show what the peaks contribute.
 
     Args:
         classes: Class names in channel order.
@@ -41,6 +43,7 @@ class ClassificationHead(TaskHead):
         strides: Strides of the pyramid levels whose tokens are pooled.
         width: Channels of the tokens; ``None`` is the pyramid's.
         num_heads: Attention heads; divides ``width``.
+        peak: Classify the channels' maxima too; off, the attention map tells all that the classifier saw.
         dropout: Dropout on the pooled features, in [0, 1).
 
     Raises:
@@ -57,9 +60,10 @@ class ClassificationHead(TaskHead):
         classes: Sequence[str],
         multi_label: bool = False,
         terms: dict[str, ClassLoss] | None = None,
-        strides: tuple[int, ...] = (16, 32),
+        strides: tuple[int, ...] = (8, 16, 32),
         width: int | None = None,
         num_heads: int = 4,
+        peak: bool = True,
         dropout: float = 0.0,
     ) -> None:
         super().__init__(classes)
@@ -71,6 +75,7 @@ class ClassificationHead(TaskHead):
         self.strides = tuple(sorted(strides))
         self.width = width
         self.num_heads = num_heads
+        self.peak = peak
         self.dropout = dropout
         default: dict[str, ClassLoss] = {"cross_entropy": BinaryCrossEntropy() if multi_label else CrossEntropy()}
         self.terms = nn.ModuleDict(terms or default)
@@ -87,8 +92,9 @@ class ClassificationHead(TaskHead):
         self.norm = nn.ModuleList(nn.LayerNorm(width) for _ in self.levels)
         self.gate = nn.Linear(width, 2 * (width // 2))
         self.score = nn.Linear(width // 2, self.num_heads)
+        features = 2 * width if self.peak else width
         self.classifier = nn.Sequential(
-            nn.LayerNorm(width), nn.Dropout(self.dropout), nn.Linear(width, len(self.classes))
+            nn.LayerNorm(features), nn.Dropout(self.dropout), nn.Linear(features, len(self.classes))
         )
 
     def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> ClassificationOutputs:
@@ -105,7 +111,8 @@ class ClassificationHead(TaskHead):
         attention = self.score(content.tanh() * gate.sigmoid()).float().softmax(dim=1)
         values = tokens.view(*tokens.shape[:2], self.num_heads, -1)
         pooled = (attention.to(values.dtype).unsqueeze(3) * values).sum(1).flatten(1)
-        return ClassificationOutputs(self.classifier(pooled), self._attention_map(attention.mean(2), maps))
+        features = torch.cat([pooled, tokens.amax(dim=1)], dim=1) if self.peak else pooled
+        return ClassificationOutputs(self.classifier(features), self._attention_map(attention.mean(2), maps))
 
     def loss(self, outputs: ClassificationOutputs, target: Target) -> dict[str, Tensor]:
         """Return the weighted terms over labelled images; see ``TaskHead.loss``."""

@@ -70,7 +70,7 @@ class TaskHead(nn.Module, ABC):
 
     @abstractmethod
     def metrics(self) -> TaskMetrics:
-        """Return a fresh metric: ``update(predictions, target, meta)``, then ``compute()`` gives a flat dict of scalars."""
+        """Return a fresh metric: ``update(predictions, target, meta)``, then ``compute()``, a flat dict of scalars."""
 
     def task(self, name: str) -> Task:
         """Return the task this head answers, under the given name."""

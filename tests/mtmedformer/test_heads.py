@@ -138,7 +138,7 @@ def decode(outputs: DetectionOutputs) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [(64, 128), (37, 101)], ids=str)
 def test_attention_sums_to_one_on_the_finest_pooled_grid(size):
-    head = build(ClassificationHead(("a", "b")))
+    head = build(ClassificationHead(("a", "b"), strides=(16, 32)))
     attention = head(pyramid(size), size).attention
     assert attention.shape == (2, -(-size[0] // 16), -(-size[1] // 16))
     torch.testing.assert_close(attention.sum((1, 2)), torch.ones(2))
@@ -146,7 +146,7 @@ def test_attention_sums_to_one_on_the_finest_pooled_grid(size):
 
 
 def test_attention_falls_where_the_evidence_lies():
-    head = build(ClassificationHead(("a", "b")))
+    head = build(ClassificationHead(("a", "b"), strides=(16, 32), peak=False))
     torch.nn.init.zeros_(head.score.weight)
     size = (64, 128)
     even = head(pyramid(size), size).attention
@@ -165,6 +165,27 @@ def test_attention_falls_where_the_evidence_lies():
         optimizer.step()
     attention = head(features, size).attention
     assert (attention.flatten(1).argmax(1) == 1 * 8 + 5).all()
+
+
+def test_peaks_let_one_token_among_many_decide():
+    size, g = (64, 128), torch.Generator().manual_seed(1)
+    losses = {}
+    for peak in (True, False):
+        torch.manual_seed(0)
+        head = build(ClassificationHead(("a", "b"), strides=(8, 16, 32), peak=peak))
+        optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
+        for _ in range(40):
+            features = [0.1 * torch.randn(8, CHANNELS, -(-64 // s), -(-128 // s), generator=g) for s in STRIDES]
+            sick = torch.arange(8) % 2
+            place = int(torch.randint(0, 16, (1,), generator=g))
+            features[1][:, 0, 3, place] += 3.0 * sick  # one of 168 tokens, anywhere along a row
+            optimizer.zero_grad()
+            loss = F.cross_entropy(head(features, size).logits, sick)
+            loss.backward()
+            optimizer.step()
+        losses[peak] = float(loss)
+    assert losses[True] < 0.1
+    assert losses[True] < losses[False]
 
 
 # Boxes --------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,59 @@
+"""What is printed and written for a person: tables, predictions in the original frame."""
+
+import math
+
+import numpy as np
+import pytest
+
+from callbacks.metrics_table import print_metrics
+from callbacks.prediction_writer import mask_to_original, to_original
+from datamodules.transforms import BreastPreset, PlainPreset, warp
+from mtmedformer.batch import Meta
+
+VALUES = {
+    "test/lungs/dice": 0.91,
+    "test/lungs/dice_ci_low": 0.88,
+    "test/lungs/dice_ci_high": 0.93,
+    "test/lungs/dice/lung": 0.91,
+    "test/lungs/dice/site=north": 0.95,
+    "test/lungs/n_images/site=north": 12,
+    "test/lungs/hd95": math.nan,
+    "test/score": 0.91,
+}
+
+
+def test_a_table_fits_a_terminal_and_says_what_is_unknown(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    print_metrics(VALUES, "test", "Test")
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    for word in ("lungs", "0.910", "0.880 to 0.930", "site north", "12", "–", "score"):
+        assert word in out
+    assert "nan" not in out
+
+
+def meta(frame, shape):
+    return Meta("im", "p", to_original=tuple(frame.to_original), original_size=shape)
+
+
+@pytest.mark.parametrize(
+    "preset", [PlainPreset(), BreastPreset(crop=False, flip_to="L")], ids=lambda p: type(p).__name__
+)
+def test_masks_and_boxes_return_to_where_they_were(preset):
+    height, width = 120, 90
+    image = np.zeros((height, width), np.float32)
+    image[:, 45:] = 0.4  # a breast against the right edge, so that a flip happens
+    mask = np.zeros((height, width), np.uint8)
+    mask[30:70, 50:80] = 1
+    frame = preset.frame(image, (160, 160), "R")
+    inside = warp(mask.astype(np.float32), frame)
+    back = mask_to_original(inside, meta(frame, (height, width))) >= 0.5
+    assert (back & (mask > 0)).sum() / (back | (mask > 0)).sum() > 0.95
+    rows, columns = np.nonzero(inside >= 0.5)
+    box = np.array([[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]])
+    np.testing.assert_allclose(to_original(box, meta(frame, (height, width))), [[50, 30, 80, 70]], atol=1.0)
+
+
+def test_boxes_outside_the_image_are_clipped_to_it():
+    boxes = to_original(np.array([[-5.0, -5.0, 500.0, 10.0]]), Meta("im", "p", original_size=(20, 30)))
+    np.testing.assert_array_equal(boxes, [[0, 0, 30, 10]])

@@ -1,0 +1,44 @@
+"""Run folders are claimed once, found again, and their CSV goes on where the interrupted run left it."""
+
+import csv
+from pathlib import Path
+
+from callbacks import RunLogger, claim_run_folder, latest_run_folder, run_folder_of
+
+
+def test_each_run_claims_a_folder_of_its_own(tmp_path):
+    root = tmp_path / "runs" / "chest"
+    assert [claim_run_folder(root).name for _ in range(3)] == ["chest", "chest-2", "chest-3"]
+    assert latest_run_folder(root).name == "chest-3"
+
+
+def test_a_folder_without_a_run_in_it_is_taken(tmp_path):
+    (tmp_path / "chest").mkdir()
+    (tmp_path / "chest" / "notes.txt").write_text("mine")
+    assert claim_run_folder(tmp_path / "chest") == tmp_path / "chest"
+
+
+def test_processes_launched_by_a_run_take_its_folder(tmp_path, monkeypatch):
+    first = claim_run_folder(tmp_path / "chest")
+    claim_run_folder(tmp_path / "chest")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("MTMEDFORMER_RUN_DIR", str(first))
+    assert claim_run_folder(tmp_path / "chest") == first
+
+
+def test_the_run_folder_of_a_checkpoint():
+    assert run_folder_of(Path("runs/a/checkpoints/best.ckpt")) == Path("runs/a")
+    assert run_folder_of(Path("weights/best.ckpt")) is None
+
+
+def test_a_resumed_csv_keeps_its_rows_and_takes_new_columns(tmp_path):
+    first = RunLogger(str(tmp_path))
+    first.log_metrics({"a": 1.0}, step=0)
+    first.save()
+    second = RunLogger(str(tmp_path))
+    second.log_metrics({"a": 2.0, "b": 3.0}, step=1)
+    second.save()
+    with (tmp_path / "metrics.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [r["a"] for r in rows] == ["1.0", "2.0"]
+    assert [r["b"] for r in rows] == ["", "3.0"]
