@@ -25,6 +25,7 @@ from torch import Tensor
 from callbacks.site_loggers import SiteLoggers
 from federation.aggregators.aggregator import Aggregator
 from federation.aggregators.bayesian import BayesianAggregator
+from federation.alignment import permutation_groups
 from federation.blocks import State, schema_of, state_hash
 from federation.client import Interrupted, RoundPlan, SiteResult, SiteState, state_of, train_site, validate_site
 from federation.datamodule import FederatedDataModule, Site

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from federation.aggregators.aggregator import Aggregator, LocalRule
+from federation.alignment import PermutationGroups, align, permute_optimizer
 from federation.blocks import Schema, State
 from federation.isolation import copy_module, go_on_from, hushed, seeded, solo
 from federation.precision import Curvature, NoCurvature
@@ -40,6 +41,8 @@ class RoundPlan:
         seed: Seed of the run.
         keep_optimizer: Whether a site's optimiser goes on with its moments of the last round.
         distributed: Whether all processes train each site together.
+        symmetries: Groups of the module's units that are aligned to the global model before an update leaves; none
+            leaves every unit where it is.
     """
 
     round: int
@@ -50,6 +53,7 @@ class RoundPlan:
     seed: int = 0
     keep_optimizer: bool = False
     distributed: bool = False
+    symmetries: PermutationGroups = ()
 
 
 @dataclass
@@ -79,11 +83,19 @@ class SiteState:
 
 @dataclass
 class SiteResult:
-    """What comes of a site's round: what it sends, what it keeps, and what it logs."""
+    """What comes of a site's round.
+
+    Attributes:
+        update: What the site sends.
+        state: What it keeps.
+        logged: Its training metrics.
+        moved: Share of units that were brought home, by group of units, where any were.
+    """
 
     update: Update
     state: SiteState
     logged: dict[str, float]
+    moved: dict[str, float] = field(default_factory=dict)
 
 
 def train_site(
@@ -147,7 +159,7 @@ def train_site(
     extra = rule.extra(after, start, update.steps, training.mean_rate())
     update.extra = {key: value for key, value in extra.items() if key in sent or key not in start}
     logged = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("train/")}
-    return SiteResult(update, kept, logged)
+    return SiteResult(update, kept, logged, training.moved)
 
 
 def validate_site(
@@ -197,6 +209,7 @@ class LocalTraining(L.Callback):
         images: Training images with at least one label.
         labelled: Training images by the task they are labelled for.
         curvatures: Curvature by parameter, once training is over.
+        moved: Share of units that were brought home, by group of units, where any were.
     """
 
     def __init__(
@@ -216,6 +229,7 @@ class LocalTraining(L.Callback):
         self.curvatures: dict[str, Tensor] = {}
         self.schedulers: list[dict[str, Any]] = []
         self.optimizers: list[dict[str, Any]] = []
+        self.moved: dict[str, float] = {}
         self._rates: list[float] = []
         self._start: State = {}
 
@@ -262,6 +276,7 @@ class LocalTraining(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Finish the measurement, and keep the optimiser and the schedule for the next round."""
         self.curvatures = self.curvature.finish(pl_module, trainer.train_dataloader)
+        self._align(trainer, pl_module)
         self.schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
         if self.plan.keep_optimizer:
             self.optimizers = [_on_cpu(optimizer.state_dict()) for optimizer in trainer.optimizers]
@@ -270,6 +285,18 @@ class LocalTraining(L.Callback):
             counts = torch.tensor([self.images, *(self.labelled[n] for n in names)], device=pl_module.device)
             total = [int(n) for n in trainer.strategy.reduce(counts, reduce_op="sum").tolist()]
             self.images, self.labelled = total[0], Counter(dict(zip(names, total[1:], strict=True)))
+
+    def _align(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Bring units that changed places home to those of the global model, curvature and moments along with them."""
+        if not self.plan.symmetries:
+            return
+        found = align(state_of(pl_module), self.plan.state, self.plan.symmetries, self.curvatures)
+        if found.permutations:
+            pl_module.load_state_dict(found.state)
+            self.curvatures = dict(found.precision)
+            self.moved = {name: share for name, share in found.moved.items() if share > 0}
+            for optimizer in trainer.optimizers:
+                permute_optimizer(optimizer, pl_module, found.permutations)
 
     def evidence(self, task: str | None) -> int:
         """Return the labelled samples that reached a block of this task; of every task's with ``None``."""

@@ -3,16 +3,18 @@
 import lightning as L
 import pytest
 import torch
+from timm.layers import Mlp
 from torch import Tensor
 
 from federation.aggregators import FedAvg, FedBN, FedProx, Local, LocalRule
 from federation.aggregators.bayesian import BayesianAggregator
+from federation.alignment import permutation_groups, shuffle
 from federation.client import Interrupted, SiteState, home_keys, train_site, validate_site
 from federation.datamodule import Site
 from federation.isolation import site_trainer
 from federation.precision import SquaredGradients
 from mtmedformer.errors import ConfigError
-from tests.toy_sites import TASKS, ToySite, toy_module, toy_plan
+from tests.toy_sites import TASKS, ToyModule, ToySite, toy_module, toy_plan
 
 
 def make(**settings):
@@ -242,3 +244,48 @@ def test_a_site_is_validated_on_its_own_data():
     outer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     found = validate_site(module, site(), state, lambda: site_trainer(L.Trainer, outer, validates=True))
     assert found["score"] < 0
+
+
+class Shuffle(L.Callback):
+    """Gives the units of a site other places, before or after its training, which changes no output."""
+
+    def __init__(self, groups, when):
+        self.groups, self.when = groups, when
+
+    def on_train_start(self, trainer, module):
+        if self.when == "before":
+            shuffle(module, self.groups, seed=3)
+
+    def on_train_end(self, trainer, module):
+        if self.when == "after":
+            shuffle(module, self.groups, seed=3)
+
+
+class Blocks(ToyModule):
+    """The toy with a transformer's MLP in its encoder."""
+
+    def __init__(self):
+        super().__init__(momentum=0.9)
+        self.encoder.append(Mlp(6, 12))
+
+
+@pytest.mark.parametrize("aggregator, when", [(FedAvg, "after"), (FedAvg, "before"), (BayesianAggregator, "before")])
+def test_a_site_whose_units_changed_places_sends_the_same_update(aggregator, when):
+    torch.manual_seed(0)
+    module = Blocks()
+    groups = permutation_groups(module)
+    assert len(groups) == 1
+    home, other = make(), make(callbacks=[Shuffle(groups, when)])
+    plain = trained(module, aggregator=aggregator(), trainer=home, symmetries=groups, keep_optimizer=True)
+    shuffled = trained(module, aggregator=aggregator(), trainer=other, symmetries=groups, keep_optimizer=True)
+    astray = trained(module, aggregator=aggregator(), trainer=other, keep_optimizer=True)
+    assert plain.moved == {}
+    assert shuffled.moved[groups[0].name] > 0.5
+    if when == "after":
+        assert equal(plain.update.tensors(), shuffled.update.tensors())
+    else:  # its own sums ran in another order
+        torch.testing.assert_close(shuffled.update.tensors(), plain.update.tensors(), atol=1e-5, rtol=1e-3)
+        buffers = [r.state.optimizers[0]["state"] for r in (plain, shuffled)]
+        torch.testing.assert_close(buffers[1], buffers[0], atol=1e-5, rtol=1e-3)
+    wrong = (astray.update.tensors()[k] - v for k, v in plain.update.tensors().items() if k.endswith("fc1.weight"))
+    assert max(float(d.abs().max()) for d in wrong) > 0.1, "without alignment it would not be the same"
