@@ -175,6 +175,8 @@ class CommandLine(LightningCLI):
         chosen += [federation] if federation is not None else []
         missing = [make() for kind, make in defaults if not any(isinstance(c, kind) for c in chosen)]
         loggers = self._loggers(trainer_config.get("logger"))
+        if federation is not None and (checkpoint := self._get(self.config, "ckpt_path")):
+            federation.loggers.resume_server(loggers, checkpoint)
         return super().instantiate_trainer(callbacks=[*chosen, *missing], logger=loggers, **kwargs)
 
     def _loggers(self, configured: Any) -> list[Logger] | bool:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import lightning as L
@@ -204,6 +205,40 @@ def test_each_site_on_all_processes_is_the_same_every_time(images, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("placement", ["per_rank", "ddp"])
+def test_sigterm_within_a_site_ends_every_process_soon_and_the_run_can_be_resumed(images, tmp_path, placement):
+    config = one_thread(images, tmp_path / "a", rounds=40, placement=placement)
+    file = write_config(config, tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "mtmedformer", "fit", "--config", file, "--trainer.devices=2"]
+    environment = {k: v for k, v in os.environ.items() if k not in {"LOCAL_RANK", "MTMEDFORMER_RUN_DIR"}}
+    log = (tmp_path / "log.txt").open("w")
+    process = subprocess.Popen(
+        [*command, "--trainer.strategy=ddp"], env=environment | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
+    )
+    last = tmp_path / "a/run/checkpoints/last.ckpt"
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline and "round 2/40" not in (tmp_path / "log.txt").read_text():
+        time.sleep(0.2)
+    process.terminate()
+    began = time.monotonic()
+    try:
+        process.wait(timeout=60)
+    finally:
+        process.kill()
+    assert time.monotonic() - began < 45
+    assert process.returncode != 0
+    left = subprocess.run(["pgrep", "-f", str(tmp_path / "config.yaml")], capture_output=True, text=True).stdout
+    assert left == "", "no process is left behind"
+    done = torch.load(last, weights_only=True)["epoch"] + 1
+    assert done >= 2
+    config["trainer"]["max_epochs"] = done + 1
+    config["lr_scheduler"] = None
+    config["federation"]["init_args"]["optimizer_state"] = "reset"
+    assert main(["fit", "--config", write_config(config, tmp_path / "more.yaml"), f"--ckpt_path={last}"]) == 0
+    assert torch.load(last, weights_only=True)["global_step"] == done + 1
+
+
+@pytest.mark.slow
 def test_one_process_may_not_pose_as_two(images, tmp_path):
     config = one_thread(images, tmp_path / "a", rounds=1, placement="sequential")
     file = write_config(config, tmp_path / "config.yaml")
@@ -246,6 +281,11 @@ def test_wandb_has_a_run_for_the_server_and_one_for_each_site(images, tmp_path, 
     seen = set(wandb.run.summary.keys())
     assert "val/site_worst" in seen
     assert "train/nodules/loss" not in seen, "the server's own run is untouched by the sites'"
+    wandb.run.finish()
+    started.clear()
+    config["trainer"]["max_epochs"] = 2
+    assert main(["fit", "--config", write_config(config, tmp_path / "c.yaml"), "--ckpt_path=last"]) == 0
+    assert [run for run, *_ in started] == [server, f"{server}-north", f"{server}-south"], "a resume goes on with them"
     wandb.run.finish()
 
 
