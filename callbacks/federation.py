@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,15 @@ from federation.blocks import State, schema_of, state_hash
 from federation.client import Interrupted, RoundPlan, SiteResult, SiteState, state_of, train_site, validate_site
 from federation.datamodule import FederatedDataModule, Site
 from federation.exchange import share
-from federation.isolation import SiteBar, budget, copy_module, keep_metrics_home, server_step, site_trainer
+from federation.isolation import (
+    SiteBar,
+    budget,
+    copy_module,
+    keep_metrics_home,
+    note_sigterm_alone,
+    server_step,
+    site_trainer,
+)
 from federation.partition import Holding, picture
 from federation.update import summary
 from mtmedformer.errors import ConfigError
@@ -103,6 +112,8 @@ class Federation(L.Callback):
         if stage != "fit":
             return
         self._check(trainer)
+        note_sigterm_alone(trainer)
+        warnings.filterwarnings("ignore", r"It is recommended to use `self.log\(.*sync_dist=True")  # equal on all
         self._template = copy_module(pl_module)
         self._schema = schema_of(pl_module)
         self._symmetries = permutation_groups(pl_module) if self.align and self.aggregator.merges else ()

@@ -270,7 +270,10 @@ class LocalTraining(L.Callback):
             self.images += int(known.any(dim=0).sum())
         else:
             self.images += len(batch[0]) if isinstance(batch, list | tuple) else len(batch)
-        if self.stop():
+        stop = self.stop()
+        if trainer.world_size > 1:  # the processes that train a site together leave it together
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop:
             raise Interrupted
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

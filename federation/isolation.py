@@ -148,6 +148,23 @@ def _strategy(server: L.Trainer, distributed: bool) -> Strategy:
     return DDPStrategy(timeout=server.strategy._timeout, **server.strategy._ddp_kwargs)
 
 
+def note_sigterm_alone(trainer: L.Trainer) -> None:
+    """Let each process note SIGTERM for itself and pass it on to those it launched, before handlers are registered.
+
+    Lightning's own handler broadcasts from within the signal handler. Where it interrupts processes between different
+    collectives, as it does in the middle of training, each then waits for another's broadcast for ever.
+    """
+    connector = trainer._signal_connector
+
+    def note(signum: int, frame: Any) -> None:
+        launcher = trainer.strategy.launcher
+        if launcher is not None and not connector.received_sigterm:
+            launcher.kill(signum)
+        connector.received_sigterm = True
+
+    connector._sigterm_notifier_fn = note  # type: ignore[method-assign, assignment]
+
+
 def budget(trainer: L.Trainer) -> tuple[int, int]:
     """Return the epochs and optimiser steps of one round, -1 where there is no such limit; one epoch if neither is set.
 

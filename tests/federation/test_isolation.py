@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 from torchmetrics import SumMetric
 
@@ -23,6 +24,7 @@ from federation.isolation import (
     go_on_from,
     hushed,
     keep_metrics_home,
+    note_sigterm_alone,
     seeded,
     server_step,
     site_trainer,
@@ -161,6 +163,27 @@ def test_the_servers_signal_handlers_stay_in_charge():
     trainer.callbacks.append(Look())
     trainer.fit(toy_module(), datamodule=site())
     assert seen == [handlers]
+
+
+def test_sigterm_is_noted_without_a_word_to_the_group(monkeypatch):
+    told = []
+
+    class Kill(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx == 1:
+                with monkeypatch.context() as group_of_two:
+                    group_of_two.setattr(type(trainer), "world_size", 2)
+                    group_of_two.setattr(torch.distributed, "is_initialized", lambda: True)
+                    group_of_two.setattr(torch.distributed, "broadcast", lambda *a, **k: told.append(a))
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(0.01)
+
+    trainer = server(max_epochs=1, callbacks=[Kill()], enable_progress_bar=False, enable_model_summary=False)
+    note_sigterm_alone(trainer)
+    with pytest.raises(SIGTERMException):
+        trainer.fit(toy_module(), datamodule=site())
+    assert trainer.received_sigterm
+    assert told == []
 
 
 @pytest.mark.parametrize(
