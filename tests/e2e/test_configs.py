@@ -79,11 +79,13 @@ def test_table_configurations_train(name, tmp_path):
     config = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())["data"]["init_args"]
     root = write_small_set(tmp_path / "set")
     rows = list(csv.DictReader((root / "labels.csv").open(newline="")))
-    (label,) = config["classification"].values()
+    labels = config["classification"].values()
     (boxes,) = config["detection"].values()
     for n, row in enumerate(rows):  # the table of the small set, told in the words of this configuration
-        row["label"] = label["classes"][n // 2 % 3]
-        row[label["flag"]] = 1
+        for label in labels:
+            row[label["column"]] = label["classes"][n // 2 % 3]
+            if "flag" in label:
+                row[label["flag"]] = 1
         kind = boxes["classes"][n % len(boxes["classes"])]
         row["box_labels"] = row["box_labels"].replace("nodule", kind)
         row[boxes["flag"]] = row.pop("has_det")
