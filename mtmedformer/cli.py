@@ -27,6 +27,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, instantiate_class
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import mtmedformer
 from mtmedformer.errors import ConfigError, UserError
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         if cause is None:
             raise
         return _mistake(str(cause))
+    except SIGTERMException:  # a SystemExit that would pass for success
+        return 1
     return 0
 
 
