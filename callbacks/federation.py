@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import warnings
@@ -18,12 +17,11 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
 from callbacks.site_loggers import SiteLoggers
+from callbacks.site_matrix import show_sites, write_sites
 from federation.aggregators.aggregator import Aggregator
 from federation.aggregators.bayesian import BayesianAggregator
 from federation.alignment import permutation_groups
@@ -40,7 +38,7 @@ from federation.isolation import (
     server_step,
     site_trainer,
 )
-from federation.partition import Holding, picture
+from federation.partition import Holding
 from federation.update import summary
 from mtmedformer.errors import ConfigError
 from mtmedformer.metrics.task_metrics import TaskMetrics
@@ -130,9 +128,9 @@ class Federation(L.Callback):
             self._overridden.append(name)
         self.holdings = self._data(trainer).holdings()
         if trainer.is_global_zero:
-            _show(self.holdings)
+            show_sites(self.holdings)
             if not getattr(trainer, "fast_dev_run", False):
-                _write(self.holdings, Path(trainer.default_root_dir))
+                write_sites(self.holdings, Path(trainer.default_root_dir))
                 self._write_quarantines(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -443,27 +441,3 @@ def _say(trainer: L.Trainer, line: str) -> None:
         bar.print(line)
     else:
         print(line, flush=True)
-
-
-def _show(holdings: list[Holding]) -> None:
-    """Print who holds what."""
-    table = Table("site", "patients", "images", "validation", pad_edge=False, title="Sites, and what each has labelled")
-    tasks = list(holdings[0].labels) if holdings else []
-    for task in tasks:
-        table.add_column(task)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for h in holdings:
-        counts = [str(h.labels[t] or "–") for t in tasks]
-        table.add_row(h.site, str(h.patients), str(h.images), str(h.validation), *counts)
-    Console().print(table)
-
-
-def _write(holdings: list[Holding], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    plain = [
-        {"site": h.site, "patients": h.patients, "images": h.images, "validation": h.validation, "labels": h.labels}
-        for h in holdings
-    ]
-    (folder / "sites.json").write_text(json.dumps(plain, indent=1) + "\n")
-    picture(holdings).savefig(folder / "sites.png", dpi=110)
