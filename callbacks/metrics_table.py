@@ -102,8 +102,9 @@ def print_metrics(metrics: dict[str, float], split: str, title: str) -> None:
     for task in dict.fromkeys(k.split("/")[1] for k in metrics if k.count("/") > 1):
         values = {k.split("/", 2)[2]: v for k, v in metrics.items() if k.startswith(f"{split}/{task}/")}
         console.print(_task_table(task, {k: v for k, v in values.items() if "=" not in k}))
-        if any("=" in k for k in values):
-            console.print(_group_table(task, values))
+        groups = _groups(values)
+        if groups:
+            console.print(_group_table(task, groups, values))
     if f"{split}/score" in metrics:
         console.print(f"score (mean of the tasks' primary metrics): [bold]{_number(metrics[f'{split}/score'])}[/bold]")
 
@@ -126,8 +127,14 @@ def _task_table(task: str, values: dict[str, float]) -> Table:
     return table
 
 
-def _group_table(task: str, values: dict[str, float]) -> Table:
+def _groups(values: dict[str, float]) -> list[str]:
+    """Return the sites and views there is more than one of."""
     groups = list(dict.fromkeys(k.split("/", 1)[1] for k in values if "=" in k and k.count("/") == 1))
+    kinds = [group.split("=")[0] for group in groups]
+    return [group for group in groups if kinds.count(group.split("=")[0]) > 1]
+
+
+def _group_table(task: str, groups: list[str], values: dict[str, float]) -> Table:
     rows = [k for k in dict.fromkeys(k.split("/")[0] for k in values if "=" in k) if not k.startswith(HIDDEN)]
     shown = [row for row in rows if row in HEADLINES] or rows[:4]
     table = Table(pad_edge=False, header_style="bold")

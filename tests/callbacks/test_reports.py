@@ -17,6 +17,9 @@ VALUES = {
     "test/lungs/dice/lung": 0.91,
     "test/lungs/dice/site=north": 0.95,
     "test/lungs/n_images/site=north": 12,
+    "test/lungs/dice/site=south": 0.85,
+    "test/lungs/n_images/site=south": 7,
+    "test/lungs/dice/view=PA": 0.91,
     "test/lungs/hd95": math.nan,
     "test/score": 0.91,
 }
@@ -30,6 +33,7 @@ def test_a_table_fits_a_terminal_and_says_what_is_unknown(capsys, monkeypatch):
     for word in ("lungs", "0.910", "0.880 to 0.930", "site north", "12", "–", "score"):
         assert word in out
     assert "nan" not in out
+    assert "view PA" not in out, "one view is no comparison"
 
 
 def meta(frame, shape):
