@@ -46,6 +46,7 @@ class MetricsTable(Callback):
         """Print the best epoch's metrics and where everything lies."""
         if self._best and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             print_metrics(self._best, "val", f"Validation, best epoch ({self._epoch} of {trainer.current_epoch})")
+            Console().print(f"Run folder: {trainer.log_dir or trainer.default_root_dir}")
 
     def state_dict(self) -> dict[str, object]:
         """Return the best epoch so far, so that a resumed run remembers it."""

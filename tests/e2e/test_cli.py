@@ -95,6 +95,26 @@ def test_a_checkpoint_alone_is_enough_to_test(trained, capsys):
     assert (folder / "config.yaml").read_text() == before
 
 
+def test_validate_prints_the_table(trained, capsys):
+    folder, _ = trained
+    checkpoint = str(folder / "checkpoints/best.ckpt")
+    assert main(["validate", "--ckpt_path", checkpoint, "--trainer.enable_progress_bar=false"]) == 0
+    out = capsys.readouterr().out
+    for word in ("Validation", "health", "nodules", "organ", "dice", "score"):
+        assert word in out
+
+
+def test_fingerprint_reads_the_same_configuration(trained, tmp_path, capsys):
+    _, config = trained
+    assert main(["fingerprint", "--config", config, "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "fingerprint.json").read_text())
+    assert (tmp_path / "fingerprint.png").is_file()
+    text = json.dumps(found)
+    assert "north" in text
+    assert "secret-patient" not in text
+    assert "nodules" in capsys.readouterr().out
+
+
 def test_predictions_come_back_in_the_frame_of_the_images(trained):
     folder, _ = trained
     arguments = ["--ckpt_path", str(folder / "checkpoints/best.ckpt"), "--trainer.enable_progress_bar=false"]
