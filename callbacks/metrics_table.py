@@ -46,7 +46,7 @@ class MetricsTable(Callback):
         """Print the best epoch's metrics and where everything lies."""
         if self._best and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             print_metrics(self._best, "val", f"Validation, best epoch ({self._epoch} of {trainer.current_epoch})")
-            Console().print(f"Run folder: {trainer.log_dir or trainer.default_root_dir}")
+            Console().print(f"Run folder: {trainer.default_root_dir}")
 
     def state_dict(self) -> dict[str, object]:
         """Return the best epoch so far, so that a resumed run remembers it."""
@@ -79,7 +79,7 @@ class TestReport(Callback):
             values = metric.report(replicates=self.replicates, seed=self.seed)
             report.update({f"test/{task}/{key}": value for key, value in values.items()})
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            file = Path(self.folder or trainer.log_dir or trainer.default_root_dir, "test_metrics.json")
+            file = Path(self.folder or trainer.default_root_dir, "test_metrics.json")
             file.parent.mkdir(parents=True, exist_ok=True)
             finite = {key: None if math.isnan(value) else value for key, value in report.items()}  # JSON has no NaN
             file.write_text(json.dumps(finite, indent=2, sort_keys=True) + "\n")

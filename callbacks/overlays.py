@@ -19,7 +19,7 @@ class Overlays(Callback):
     """Draws the first validation images with truth and predictions after every few validations.
 
     Args:
-        folder: The run folder; pictures go to ``overlays/`` in it. ``None`` is the trainer's log folder.
+        folder: The run folder; pictures go to ``overlays/`` in it. ``None`` is the trainer's ``default_root_dir``.
         images: How many images a picture shows; 0 turns the callback off.
         every_n_epochs: Draw after every so many epochs, and after the last one.
         score: Boxes below this score are not drawn.
@@ -67,7 +67,7 @@ class Overlays(Callback):
     def _save(
         self, trainer: Trainer, images: list[Batch], predictions: list[dict[str, Any]], tasks: dict[str, Task]
     ) -> None:
-        folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir, "overlays")
+        folder = Path(self.folder or trainer.default_root_dir, "overlays")
         folder.mkdir(parents=True, exist_ok=True)
         with mpl.rc_context({"backend": "agg"}):
             figure = overlay_figure(images, predictions, tasks, self.score)

@@ -293,7 +293,7 @@ def test_config_starts_with_its_command_and_parses(dataset):
     file = CONFIGS / f"{dataset.name}.yaml"
     first, second = file.read_text().splitlines()[:2]
     assert first.startswith("# mtmedformer fit --config configs/")
-    assert first.endswith(f"--config configs/data/{dataset.name}.yaml")
+    assert f"--config configs/data/{dataset.name}.yaml" in first
     assert second.startswith("# ")
     parser = ArgumentParser()
     parser.add_subclass_arguments(MedicalDataModule, "data")
