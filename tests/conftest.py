@@ -1,6 +1,7 @@
 """Fixtures for every test: no W&B server, no leaked seeds, no leaked process group, real data by its own folder."""
 
 import os
+import signal
 
 import pytest
 
@@ -16,6 +17,7 @@ LEAKS = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "MTMEDFORMER_RUN_DIR", "LOCAL_RANK
 def _no_leaks(monkeypatch, tmp_path):
     """Give back the environment, the rank and the number of threads a test may have changed."""
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background passes on that it is ignored
     before = {name: os.environ.get(name) for name in LEAKS}
     yield
     for name, value in before.items():
