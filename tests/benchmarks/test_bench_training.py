@@ -18,18 +18,19 @@ from mtmedformer.batch import Batch, ClassificationTarget, DetectionTarget, Meta
 SIZE, IMAGES, STEPS = 128, 4, 24
 
 
-def heads():
+def heads(width=32):
     return {
         "finding": ClassificationHead(["clear", "opacity"]),
-        "lesions": DetectionHead(["opacity"]),
+        "lesions": DetectionHead(["opacity"], width=width),
         "lungs": SegmentationHead(["lung"]),
     }
 
 
-def model(name=None):
+def model(name=None, encoder="mtmedformer_tiny", channels=64, width=32):
+    """Build the quickstart's model, or another; only the head called ``name`` if there is one."""
     torch.manual_seed(0)
-    kept = {k: h for k, h in heads().items() if name in (None, k)}
-    return MultiTaskModule(SharedEncoder("mtmedformer_tiny", channels=64), kept)
+    kept = {k: h for k, h in heads(width).items() if name in (None, k)}
+    return MultiTaskModule(SharedEncoder(encoder, channels=channels), kept)
 
 
 def batches(n=STEPS):
@@ -113,8 +114,14 @@ def test_a_step_through_lightning_against_one_by_hand(benchmark):
     assert all(a > 0 and b > 0 for a, b in pairs)
 
 
-def test_one_joint_forward_against_three_single_ones(benchmark):
-    joint, singles = model().eval(), [model(name).eval() for name in heads()]
+@pytest.mark.parametrize(
+    ("encoder", "channels", "width"),
+    [("mtmedformer_tiny", 64, 32), ("pvt_v2_b2", 128, None)],
+    ids=["quickstart", "real-work"],
+)
+def test_one_joint_forward_against_three_single_ones(benchmark, encoder, channels, width):
+    joint = model(None, encoder, channels, width).eval()
+    singles = [model(name, encoder, channels, width).eval() for name in heads()]
     image = torch.rand(IMAGES, 1, SIZE, SIZE)
     pairs = []
 
