@@ -1,4 +1,4 @@
-"""Says before training how large the shared encoder and each head are."""
+"""Says before training how large the shared encoder and each head are, and what a file of weights filled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class PartsSummary(ModelSummary):
-    """Prints one line for the encoder and one for each head: kind, classes and parameters."""
+    """Prints one line for the encoder and one for each head: kind, classes and parameters; then reports of weights."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table on the first process."""
@@ -26,6 +26,9 @@ class PartsSummary(ModelSummary):
             table.add_row(name, what, f"{_size(head):,}")
         table.add_row("all", "", f"{_size(pl_module):,}")
         Console().print(table)
+        for report in (getattr(encoder, "report", None), getattr(pl_module, "weights_report", None)):
+            if report is not None:
+                print(report)  # what ``encoder.checkpoint_path`` and ``init_weights`` filled, and what not
 
 
 def _size(module: nn.Module) -> int:

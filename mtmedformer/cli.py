@@ -155,6 +155,7 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with the run folder's logger and the callbacks every run needs."""
         rooms, folder = _room("callbacks"), str(self.run_folder)
+        checkpoints = f"{folder}/checkpoints"
         trainer_config = self._get(self.config_init, "trainer")
         chosen = list(trainer_config.get("callbacks") or [])
         defaults: list[tuple[type[Callback], Callable[[], Callback]]] = [
@@ -170,9 +171,9 @@ class CommandLine(LightningCLI):
             defaults += [(rooms.Overlays, lambda: rooms.Overlays(folder)), (rooms.MetricsTable, rooms.MetricsTable)]
         if self.subcommand == "fit" and trainer_config.get("enable_checkpointing") is not False:
             defaults += [
-                (rooms.ResumePoint, lambda: rooms.ResumePoint(f"{folder}/checkpoints")),
-                (ModelCheckpoint, lambda: _best(f"{folder}/checkpoints")),
-                (rooms.LastCheckpoint, lambda: rooms.LastCheckpoint(f"{folder}/checkpoints")),
+                (rooms.ResumePoint, lambda: rooms.ResumePoint(checkpoints)),
+                (ModelCheckpoint, lambda: _best(checkpoints)),
+                (rooms.LastCheckpoint, lambda: rooms.LastCheckpoint(checkpoints)),
             ]
         federation = self._get(self.config_init, "federation") if self.subcommand == "fit" else None
         chosen += [federation] if federation is not None else []

@@ -16,12 +16,7 @@ import yaml
 from PIL import Image
 
 from mtmedformer.cli import main
-from tests.small_set import small_config, write_config, write_small_set
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_small_set(tmp_path_factory.mktemp("set"))
+from tests.small_set import small_config, write_config
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +224,16 @@ def test_a_checkpoint_that_would_run_code_is_refused(trained, tmp_path, capsys):
     assert main(["test", "--config", config, "--ckpt_path", str(file)]) == 2
     assert not (tmp_path / "owned").exists()
     assert "evil.ckpt" in capsys.readouterr().err
+
+
+def test_weights_to_start_from_are_reported(trained, tmp_path, capsys):
+    folder, config = trained
+    weights = folder / "checkpoints/best.ckpt"
+    arguments = [f"--model.init_weights={weights}", f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    assert main(["fit", "--config", config, *arguments, "--trainer.max_epochs=1"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "best.ckpt: " in out
+    assert "tensors filled" in out
 
 
 def test_single_task_and_cnn_baselines_are_one_flag_away(images, tmp_path):

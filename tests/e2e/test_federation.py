@@ -16,7 +16,7 @@ import yaml
 
 from mtmedformer.cli import main
 from tests.real_data import real
-from tests.small_set import small_config, write_config, write_small_set
+from tests.small_set import small_config, write_config
 
 
 def federated(images: Path, runs: Path, rounds: int = 2, **federation: object) -> dict:
@@ -59,11 +59,6 @@ class KillAt(L.Callback):
         KillAt.steps += 1
         if KillAt.steps == self.step:
             os.kill(os.getpid(), signal.SIGINT)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_small_set(tmp_path_factory.mktemp("set"))
 
 
 @pytest.fixture(scope="module")
