@@ -33,6 +33,7 @@ import mtmedformer
 from mtmedformer.errors import ConfigError, UserError
 
 COMMANDS = ("fit", "validate", "test", "predict")
+TOOLS = {"fingerprint": "mtmedformer.fingerprint"}  # everything else: the module whose main(argv) runs it
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,10 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     _quieten()
     try:
         _check_rooms()
-        if argv[:1] == ["fingerprint"]:
-            from mtmedformer.fingerprint import main as fingerprint
-
-            return fingerprint(argv[1:])
+        if argv and argv[0] in TOOLS:
+            exit_code: int = importlib.import_module(TOOLS[argv[0]]).main(argv[1:])
+            return exit_code
         CommandLine(argv)
     except (UserError, MisconfigurationException) as error:
         return _mistake(str(error))
