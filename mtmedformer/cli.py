@@ -5,6 +5,7 @@ The only module that imports every room of the house; importing them here is wha
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import logging
@@ -37,7 +38,11 @@ TOOLS = {"fingerprint": "mtmedformer.fingerprint"}  # everything else: the modul
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 1 interrupted, 2 a mistake the message explains."""
+    """Run the command line and return its exit code.
+
+    0 done; 1 failed or interrupted, go on with ``--ckpt_path=last``; 2 a mistake the message explains; 3 done, but not
+    with everything: a callback says so by its ``exit_code``.
+    """
     argv = sys.argv[1:] if argv is None else argv
     _quieten()
     try:
@@ -45,23 +50,27 @@ def main(argv: list[str] | None = None) -> int:
         if argv and argv[0] in TOOLS:
             exit_code: int = importlib.import_module(TOOLS[argv[0]]).main(argv[1:])
             return exit_code
-        CommandLine(argv)
+        trainer = CommandLine(argv).trainer
+        return max((getattr(callback, "exit_code", 0) for callback in trainer.callbacks), default=0)  # type: ignore[attr-defined]
     except (UserError, MisconfigurationException) as error:
-        return _mistake(str(error))
+        return _mistake(str(error), getattr(error, "exit_code", 2))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        return _mistake(f"no space left to write ({error}); make room and go on with --ckpt_path=last", 1)
     except ValueError as error:  # jsonargparse wraps whatever a constructor raises
         cause = _user_error(error)
         if cause is None:
             raise
-        return _mistake(str(cause))
+        return _mistake(str(cause), cause.exit_code)
     except SIGTERMException:  # a SystemExit that would pass for success
         return 1
-    return 0
 
 
-def _mistake(message: str) -> int:
+def _mistake(message: str, exit_code: int) -> int:
     text = " ".join(message.split())
     print(textwrap.fill(f"mtmedformer: {text}", width=100, break_long_words=False), file=sys.stderr)
-    return 2
+    return exit_code
 
 
 def _user_error(error: BaseException | None) -> UserError | None:

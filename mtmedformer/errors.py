@@ -5,7 +5,12 @@ class UserError(Exception):
     """Something the user can mend; the message names the file or key, the value, and the fix.
 
     On purpose not a ``ValueError``: jsonargparse would take those for a wrong type and bury the message.
+
+    Attributes:
+        exit_code: What the command line returns where it ends by this error.
     """
+
+    exit_code = 2
 
 
 class ConfigError(UserError):
