@@ -28,6 +28,7 @@ from federation.alignment import permutation_groups
 from federation.blocks import State, schema_of, state_hash
 from federation.client import Interrupted, RoundPlan, SiteResult, SiteState, state_of, train_site, validate_site
 from federation.datamodule import FederatedDataModule, Site
+from federation.drift import Drift
 from federation.exchange import share
 from federation.isolation import (
     SiteBar,
@@ -167,14 +168,18 @@ class Federation(L.Callback):
         )
         self.aggregator.start(state, self._schema)
         told: dict[str, Any] = {}
+        drift = Drift(self.aggregator, self._schema)
         for result in self._results(trainer, plan):
             site = result.update.site
+            drift.add(result.update)
             self.aggregator.add(result.update)
             self.sites[site] = result.state
             told[site] = {**summary(result.update), "moved": result.moved}
             logged = {f"client/{site}/{key}": value for key, value in result.logged.items()}
             pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
         self._target = self.aggregator.finish()
+        for site, found in drift.finish(state, self._target).items():
+            told[site] |= found
         self.history.append({"round": plan.round, "sites": told, "seconds": time.perf_counter() - self._began})
         self._validate_own(trainer, pl_module)
 
