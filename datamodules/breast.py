@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from datamodules.frames import Floats, Frame, warp
+from mtmedformer.frames import Floats, Frame, warp
 
 
 def breast_region(pixels: Floats, side: int = 256) -> tuple[NDArray[np.bool_], float]:

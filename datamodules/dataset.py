@@ -12,11 +12,11 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from datamodules.cache import Cache
 from datamodules.entries import Recipe
-from datamodules.frames import Affine, Floats, compose
 from datamodules.records import ClassTruth, Record, hash_patient
 from datamodules.rendering import Rendered
 from datamodules.sampling import TaskSampler
 from mtmedformer.batch import IGNORE, Boxes, Meta, Sample, Task
+from mtmedformer.frames import Affine, Floats, compose
 
 Key = tuple[int, int, int]
 """``(epoch, turn, index)``: turn counts how often the record was drawn before in that epoch."""

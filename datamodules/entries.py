@@ -21,11 +21,12 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from datamodules import breast, dicom, frames, pixels, rendering, shapes
+from datamodules import breast, dicom, pixels, rendering, shapes
 from datamodules.quarantine import Issue
 from datamodules.records import BoxTruth, MaskTruth, Record
 from datamodules.rendering import Rendered, Report, render
 from datamodules.transforms import Preset
+from mtmedformer import frames
 
 WHOLE_BYTES = 4 * 2**20
 """Files up to this size are digested whole."""

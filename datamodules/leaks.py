@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, ndimage
 
-from datamodules.frames import Floats, Frame, warp
 from datamodules.records import Record, Split
 from mtmedformer.errors import DataError
+from mtmedformer.frames import Floats, Frame, warp
 
 SIDE = 64
 """Height and width of a thumbnail in pixels."""

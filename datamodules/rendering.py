@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules.frames import Affine, Bytes, Floats, Frame, Ints, boxes_to_frame, compose, warp, warp_mask
 from datamodules.pixels import Pixels, read_image, read_mask
 from datamodules.quarantine import IMAGE, Issue
 from datamodules.records import BoxTruth, MaskSource, MaskTruth, Record
@@ -20,6 +19,7 @@ from datamodules.shapes import Mask, fill_disc, fill_polygon, mask_boxes
 from datamodules.transforms import Preset
 from mtmedformer.batch import IGNORE
 from mtmedformer.errors import DataError
+from mtmedformer.frames import Affine, Bytes, Floats, Frame, Ints, boxes_to_frame, compose, warp, warp_mask
 
 ASPECT_TOLERANCE = 0.01
 """How far the aspect ratios of a mask and its image may differ, relative; more is a mask of something else."""

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from datamodules.frames import Floats, Ints, invert, map_boxes
 from datamodules.leaks import thumbnail
 from datamodules.records import Record, Split
+from mtmedformer.frames import Floats, Ints, invert, map_boxes
 
 if TYPE_CHECKING:
     from datamodules.dataset import CachedDataset

@@ -1,7 +1,7 @@
 """How images of one kind are framed for the network and varied in training: one preset per kind of image.
 
 albumentations (unmaintained upstream) is used for intensities alone and imported in one function, so that it can be
-replaced; geometry is `datamodules.frames`.
+replaced; geometry is `mtmedformer.frames`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from datamodules.breast import breast_region, breast_side
-from datamodules.frames import (
+from mtmedformer.batch import IGNORE
+from mtmedformer.frames import (
     IDENTITY,
     Affine,
     Bytes,
@@ -34,7 +35,6 @@ from datamodules.frames import (
     warp,
     warp_mask,
 )
-from mtmedformer.batch import IGNORE
 
 __all__ = [
     "IDENTITY",

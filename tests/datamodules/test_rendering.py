@@ -8,7 +8,7 @@ import pytest
 from matplotlib.path import Path as Outline
 from PIL import Image, ImageDraw
 
-from datamodules.frames import Frame, boxes_to_original, letterbox
+from mtmedformer.frames import Frame, boxes_to_original, letterbox
 from datamodules.pixels import Pixels
 from datamodules.records import BoxTruth, MaskSource, MaskTruth, Record
 from datamodules.rendering import CLIPPED, OTHER_SIDE, RESIZED, Canvas, Rendered, UnusableError, draw, render

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from mtmedformer.batch import IGNORE
+from mtmedformer.batch import IGNORE, Meta
 
 cv2.setNumThreads(0)  # DataLoader workers are the parallelism; OpenCV's own threads would fight them
 
@@ -27,6 +27,9 @@ Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int64]
 
 IDENTITY: Affine = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+BLOCK = 512
+"""Rows of the original image that a mask is brought back to at once."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,36 @@ def boxes_to_frame(boxes: NDArray[Any], frame: Frame) -> NDArray[Any]:
 def boxes_to_original(boxes: NDArray[Any], frame: Frame) -> NDArray[Any]:
     """Map boxes (N, 4) xyxy of the input back into the original image; not clipped."""
     return map_boxes(frame.to_original, boxes)
+
+
+def boxes_in_original(boxes: NDArray[Any], meta: Meta) -> NDArray[np.float64]:
+    """Map predicted boxes (N, 4) xyxy of the input back into the original image, clipped to it."""
+    height, width = meta.original_size
+    mapped = map_boxes(meta.to_original, np.asarray(boxes, np.float64).reshape(-1, 4))
+    return mapped.clip(0, (width, height, width, height))
+
+
+def mask_in_original(probabilities: Floats, meta: Meta, threshold: float = 0.5) -> Bytes:
+    """Bring a predicted mask back into the original image.
+
+    Works through a few rows at a time, so that a mask of a large film costs one byte a pixel and little more.
+
+    Args:
+        probabilities: float (h, w) of the network's input, in [0, 1].
+        meta: Where that input lies.
+        threshold: Probability from which a pixel belongs to the mask.
+
+    Returns:
+        uint8 (H, W) of 0 and 1; 0 where the input does not reach.
+    """
+    height, width = meta.original_size
+    to_input = invert(meta.to_original)
+    mask = np.zeros((height, width), np.uint8)
+    for top in range(0, height, BLOCK):
+        rows = min(BLOCK, height - top)
+        block = Frame(compose(to_input, (1.0, 0.0, 0.0, 0.0, 1.0, float(top))), (rows, width))
+        mask[top : top + rows] = warp(probabilities, block) >= threshold
+    return mask
 
 
 def letterbox(
