@@ -5,44 +5,36 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import save_file
 from torch import Tensor
 
+from callbacks.federation_checks import check_server, federated_data
+from callbacks.server_step import Server
 from callbacks.site_loggers import SiteLoggers
 from callbacks.site_matrix import show_sites, write_sites
+from callbacks.site_validation import mean_and_worst, mean_known, metrics_by_site, validate_own
 from federation.aggregators.aggregator import Aggregator
 from federation.aggregators.bayesian import BayesianAggregator
 from federation.alignment import permutation_groups
 from federation.blocks import State, schema_of, state_hash
-from federation.client import Interrupted, RoundPlan, SiteResult, SiteState, state_of, train_site, validate_site
-from federation.datamodule import FederatedDataModule, Site
-from federation.drift import Drift
-from federation.exchange import share
-from federation.isolation import (
-    SiteBar,
-    budget,
-    copy_module,
-    keep_metrics_home,
-    note_sigterm_alone,
-    server_step,
-    site_trainer,
-)
+from federation.client import Interrupted, RoundPlan, SiteResult, SiteState, state_of, train_site
+from federation.datamodule import Site
+from federation.gathering import Gathering, Group, Late
+from federation.isolation import SiteBar, copy_module, keep_metrics_home, note_sigterm_alone, site_trainer
 from federation.partition import Holding
-from federation.update import summary
-from mtmedformer.errors import ConfigError
-from mtmedformer.metrics.task_metrics import TaskMetrics
+from federation.rounds import Policy, plain
+from federation.run_state import RunState, write_state
+from mtmedformer.errors import ConfigError, UserError
 
 
 class Federation(L.Callback):
@@ -53,12 +45,16 @@ class Federation(L.Callback):
     share the work. The server step is the Trainer's own optimiser step: validation, checkpoints, early stopping,
     progress bars, loggers and ``--ckpt_path`` count rounds. A checkpoint holds the plain module.
 
+    A site that raises, is late or sends what cannot be used is left out of the round and told of, as ``policy`` says;
+    ``run_state.json`` in the run folder always says whether the run is running, degraded, failed or finished, and why.
+
     Args:
         aggregator: How updates become the next global weights; ``null`` is the Bayesian aggregator.
         client_trainer: The Trainer of a site. Its ``max_epochs`` (or ``max_steps``) is the budget of one round, by
             default one epoch; gradient clipping, accumulation and limits of training belong here too.
         placement: ``sequential``: one process trains all sites; ``per_rank``: every process trains some; ``ddp``: all
-            processes train each site together. ``auto`` is ``per_rank`` where there are several processes.
+            processes train each site together, and a site that fails on one of them ends the run. ``auto`` is
+            ``per_rank`` where there are several processes.
         optimizer_state: Whether a site's optimiser starts every round anew or keeps its moments. The learning-rate
             schedule runs over the whole federation either way.
         participation: Share of the sites that take part in a round, drawn with the seed (1 for all); or a list of
@@ -67,6 +63,7 @@ class Federation(L.Callback):
             before its update leaves. In an ordinary round none do, and it costs little.
         validate_sites: Also validate each site's own model on its own data, as ``client/<site>/val/…``. Done in any
             case where sites keep something for themselves (norms, personal models).
+        policy: What is done about sites that fail: quorum, deadline, retries, outliers.
 
     Raises:
         ConfigError: When a value cannot be.
@@ -83,11 +80,12 @@ class Federation(L.Callback):
         participation: float | list[list[str]] = 1.0,
         align: bool = True,
         validate_sites: bool = False,
+        policy: Policy = Policy(),  # noqa: B008 (frozen)
     ) -> None:
         self.aggregator = aggregator or BayesianAggregator()
         self.client_trainer = client_trainer
         self.placement, self.optimizer_state, self.participation = placement, optimizer_state, participation
-        self.align, self.validate_sites = align, validate_sites
+        self.align, self.validate_sites, self.policy = align, validate_sites, policy
         if isinstance(participation, float | int) and not 0 < participation <= 1:
             raise ConfigError(f"federation.participation is {participation}; give a share in (0, 1], or lists of sites")
         if participation == []:
@@ -96,9 +94,15 @@ class Federation(L.Callback):
         self.history: list[dict[str, Any]] = []
         self.holdings: list[Holding] = []
         self.loggers = SiteLoggers()
+        self.state: RunState | None = None
         self._target: State = {}
-        self._overridden: list[str] = []
+        self._server: Server | None = None
         self._began = 0.0
+
+    @property
+    def exit_code(self) -> int:
+        """What the command line returns at the end: 0 finished, 1 failed, 3 degraded."""
+        return self.state.exit_code if self.state else 0
 
     # --- set up -------------------------------------------------------------------------------------------------------
 
@@ -110,24 +114,15 @@ class Federation(L.Callback):
         """
         if stage != "fit":
             return
-        self._check(trainer)
+        check_server(trainer, self.placement, self.policy, self._factory(trainer))
         note_sigterm_alone(trainer)
         warnings.filterwarnings("ignore", r"It is recommended to use `self.log\(.*sync_dist=True")  # equal on all
         self._template = copy_module(pl_module)
         self._schema = schema_of(pl_module)
         self._symmetries = permutation_groups(pl_module) if self.align and self.aggregator.merges else ()
         keep_metrics_home(pl_module)  # every process validates everything, so that all decide alike
-        pl_module.automatic_optimization = False
-        for name, method in (
-            ("configure_optimizers", lambda module: ServerStep(module, self)),
-            ("training_step", lambda module, batch, batch_idx: server_step(trainer, trainer.optimizers[0])),
-            ("on_train_batch_end", _nothing),
-            ("on_train_epoch_end", _nothing),
-            ("on_before_optimizer_step", _nothing),
-        ):
-            setattr(pl_module, name, MethodType(method, pl_module))
-            self._overridden.append(name)
-        self.holdings = self._data(trainer).holdings()
+        self._server = Server(trainer, pl_module, self.target)
+        self.holdings = federated_data(trainer).holdings()
         if trainer.is_global_zero:
             show_sites(self.holdings)
             if not getattr(trainer, "fast_dev_run", False):
@@ -141,18 +136,23 @@ class Federation(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note the seed of the run, from which every site draws its own."""
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**31))
-        names = list(self._data(trainer).sites)
+        names = list(federated_data(trainer).sites)
         if isinstance(self.participation, list):
             unknown = sorted({name for names_of_round in self.participation for name in names_of_round} - set(names))
             if unknown:
                 raise ConfigError(f"federation.participation: no site is called {', '.join(unknown)}")
+        self._say_state(trainer, f"{len(names)} sites")
 
     # --- a round ------------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Train the sites and merge their updates; the step that follows puts the result in place."""
+        """Train the sites and merge their updates; the step that follows puts the result in place.
+
+        Raises:
+            RoundError: When the policy does not let the round count.
+        """
         self._began = time.perf_counter()
         state = state_of(pl_module)
         plan = RoundPlan(
@@ -166,39 +166,40 @@ class Federation(L.Callback):
             distributed=self._placed(trainer) == "ddp",
             symmetries=self._symmetries,
         )
-        self.aggregator.start(state, self._schema)
-        told: dict[str, Any] = {}
-        drift = Drift(self.aggregator, self._schema)
-        for result in self._results(trainer, plan):
-            site = result.update.site
-            drift.add(result.update)
-            self.aggregator.add(result.update)
-            self.sites[site] = result.state
-            told[site] = {**summary(result.update), "moved": result.moved}
-            logged = {f"client/{site}/{key}": value for key, value in result.logged.items()}
-            pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
-        self._target = self.aggregator.finish()
-        for site, found in drift.finish(state, self._target).items():
-            told[site] |= found
-        self.history.append({"round": plan.round, "sites": told, "seconds": time.perf_counter() - self._began})
+        folder = None if getattr(trainer, "fast_dev_run", False) else Path(trainer.default_root_dir)
+        gathering = Gathering(plan, self.policy, self._group(trainer), folder)
+        try:
+            self._gather(trainer, plan, gathering)
+            self._merge(pl_module, plan, gathering)
+        finally:
+            gathering.close()
         self._validate_own(trainer, pl_module)
 
-    def _results(self, trainer: L.Trainer, plan: RoundPlan) -> Iterator[SiteResult]:
-        """Yield the results of the round's sites in the order of their names, each on every process."""
-        data = self._data(trainer)
+    def _gather(self, trainer: L.Trainer, plan: RoundPlan, gathering: Gathering) -> None:
+        """Train the sites of the round, each on the processes it is placed on."""
+        data = federated_data(trainer)
         sites = {"pooled": data.pooled()} if self.aggregator.pooled else data.sites
         names = list(sites) if self.aggregator.pooled else self.participants(plan.round, list(sites))
-        rank, world, placed = trainer.global_rank, trainer.world_size, self._placed(trainer)
-        owners = {name: i % world if placed == "per_rank" else 0 for i, name in enumerate(names)}
-        mine = [name for name in names if placed != "per_rank" or owners[name] == rank]
-        done: dict[str, SiteResult] = {}
-        if placed == "per_rank":  # all of mine first: nobody waits for a process that is still at work for another site
-            done = {name: self._train(trainer, plan, sites[name]) for name in mine}
-        for name in names:
-            result = done.pop(name, None)
-            if result is None and name in mine:
-                result = self._train(trainer, plan, sites[name])
-            yield share(result, owners[name], trainer.strategy.root_device) if world > 1 else _known(result)
+        apart = self._placed(trainer) == "per_rank"
+        owners = {name: i % trainer.world_size if apart else 0 for i, name in enumerate(names)}
+        mine = [name for name in names if not apart or owners[name] == trainer.global_rank]
+        gathering.run(owners, lambda name: self._train(trainer, plan, sites[name]), mine)
+
+    def _merge(self, pl_module: L.LightningModule, plan: RoundPlan, gathering: Gathering) -> None:
+        """Add what was admitted, and keep what the sites keep and what there is to tell."""
+        self.aggregator.start(plan.state, self._schema)
+        for update in gathering.updates():
+            self.aggregator.add(update)
+        self._target = self.aggregator.finish()
+        told: dict[str, Any] = {}
+        for site, arrival in gathering.arrivals.items():
+            if arrival.fault is None and arrival.state is not None:
+                self.sites[site] = arrival.state
+                told[site] = arrival.told
+                logged = {f"client/{site}/{key}": value for key, value in arrival.logged.items()}
+                pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
+        entry = {"round": plan.round, "sites": told, "faults": plain(gathering.faults)}
+        self.history.append({**entry, "seconds": time.perf_counter() - self._began})
 
     def _train(self, trainer: L.Trainer, plan: RoundPlan, site: Site) -> SiteResult:
         bar = None
@@ -206,6 +207,11 @@ class Federation(L.Callback):
             bar = SiteBar(f"  {site.site}")
         make = partial(site_trainer, self._factory(trainer), trainer, distributed=plan.distributed)
         stopping = [c for c in trainer.callbacks if hasattr(c, "stopping")]  # type: ignore[attr-defined]
+        deadline = time.monotonic() + self.policy.deadline if self.policy.deadline else float("inf")
+
+        def asked_to_stop() -> bool:
+            return trainer.received_sigterm or any(callback.stopping for callback in stopping)
+
         try:
             return train_site(
                 site.site,
@@ -215,9 +221,14 @@ class Federation(L.Callback):
                 self.sites.get(site.site, SiteState()),
                 self.aggregator,
                 lambda: make(self.loggers.get(trainer, site.site), bar),
-                lambda: trainer.received_sigterm or any(c.stopping for c in stopping),
+                lambda: asked_to_stop() or time.monotonic() > deadline,
             )
         except Interrupted:
+            stops = asked_to_stop()
+            if plan.distributed:
+                stops = trainer.strategy.reduce_boolean_decision(stops, all=False)
+            if not stops:
+                raise Late from None
             raise (SIGTERMException if trainer.received_sigterm else KeyboardInterrupt) from None
 
     def participants(self, round: int, names: list[str]) -> list[str]:
@@ -235,25 +246,17 @@ class Federation(L.Callback):
 
     def _validate_own(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate each site's own model on its own data, where it has one or where that was asked for."""
-        own = self.aggregator.personal_norms or self.aggregator.personal_models or not self.aggregator.merges
+        own = self._sites_have_their_own()
         if not (own or self.validate_sites) or self.aggregator.pooled:
             return
-        world, rank, scores = trainer.world_size, trainer.global_rank, []
-        for i, (name, site) in enumerate(self._data(trainer).sites.items()):
-            found: dict[str, float] | None = None
-            if i % world == rank and site.val_dataloader():
-                make = partial(site_trainer, self._factory(trainer), trainer, validates=True)
-                found = validate_site(self._template, site, self.model_of(name), make)
-            if world > 1:
-                found = share(found, i % world, trainer.strategy.root_device)
-            if found:
-                logged = {f"client/{name}/val/{key}": value for key, value in found.items()}
-                pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
-                self.history[-1]["sites"].setdefault(name, {})["metrics"] = found
-                scores.append(found.get("score", float("nan")))
-        if own and scores:
-            mean = {"client/mean_score": float(np.nanmean(scores)), "client/worst_score": float(np.nanmin(scores))}
-            pl_module.log_dict(mean, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
+        make = partial(site_trainer, self._factory(trainer), trainer, validates=True)
+        sites = federated_data(trainer).sites
+        found = validate_own(sites, self._template, self._group(trainer), self.model_of, make)
+        logged = {f"client/{site}/val/{key}": v for site, values in found.items() for key, v in values.items()}
+        logged |= mean_and_worst(found) if own else {}
+        pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
+        for site, values in found.items():
+            self.history[-1]["sites"].setdefault(site, {})["metrics"] = values
 
     def model_of(self, site: str) -> State:
         """Return the weights that a site would use now: the global ones, with what it keeps for itself."""
@@ -267,22 +270,7 @@ class Federation(L.Callback):
         """Log every metric by site too, and the mean and the worst site, which a checkpoint may monitor."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        primary: dict[str, list[float]] = {}
-        logged: dict[str, float] = {}
-        for task, metric in getattr(pl_module, "val_metrics", {}).items():
-            if not isinstance(metric, TaskMetrics):
-                continue
-            images = metric.seen()
-            for site in sorted(set(images.sites)):
-                rows = images.rows[[other == site for other in images.sites]]
-                values = metric.overall(rows)
-                primary.setdefault(site, []).append(values.get(metric.primary, float("nan")))
-                logged |= {f"val/{task}/{k}/site={site}": v for k, v in values.items() if "/" not in k}
-        scores = {site: _mean(values) for site, values in primary.items()}
-        logged |= {f"client/{site}/val/score": score for site, score in scores.items()}
-        known = [score for score in scores.values() if score == score]
-        if known:
-            logged |= {"val/site_mean": sum(known) / len(known), "val/site_worst": min(known)}
+        logged = metrics_by_site(pl_module)
         pl_module.log_dict({key: value for key, value in logged.items() if value == value})
         if self.history:
             self.history[-1]["validation"] = logged
@@ -290,38 +278,49 @@ class Federation(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say in one line how the round went."""
         self._target = {}
-        if not trainer.is_global_zero or not self.history:
+        if not self.history:
             return
         last = self.history[-1]
         words = [f"round {trainer.current_epoch + 1}/{trainer.max_epochs}", f"{len(last['sites'])} sites"]
+        words += [f"without {fault['site']} ({fault['fault']})" for fault in last["faults"]]
         scores = {k.split("/")[1]: v for k, v in last.get("validation", {}).items() if k.endswith("/val/score")}
         known = {site: score for site, score in scores.items() if score == score}
         if known:
             worst = min(known, key=lambda site: known[site])
-            words.append(f"score {_mean(list(known.values())):.3f}, worst {worst} {known[worst]:.3f}")
+            words.append(f"score {mean_known(list(known.values())):.3f}, worst {worst} {known[worst]:.3f}")
         words.append(f"{time.perf_counter() - self._began:.1f} s")
-        _say(trainer, " · ".join(words))
+        if trainer.is_global_zero:
+            _say(trainer, " · ".join(words))
+        self._say_state(trainer, self._how_it_goes())
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export the sites' own models, where they have any; each loads with ``model.init_weights``."""
-        own = self.aggregator.personal_norms or self.aggregator.personal_models or not self.aggregator.merges
-        if not own or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+        self._say_state(trainer, self._how_it_goes(), ended=True)
+        if not self._sites_have_their_own() or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
         self._target = state_of(pl_module)
-        for name in self._data(trainer).sites:
+        for name in federated_data(trainer).sites:
             folder = Path(trainer.default_root_dir, "sites", name)
             folder.mkdir(parents=True, exist_ok=True)
             state = {key: value.contiguous().clone() for key, value in self.model_of(name).items()}
             save_file(state, folder / "model.partial")
             os.replace(folder / "model.partial", folder / "model.safetensors")
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Say that the run failed, and why, in words that hold nothing of a patient."""
+        if self._server is None:
+            return
+        told = str(exception) if isinstance(exception, UserError) else f"{type(exception).__name__}"
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            told = "interrupted"
+        done = len(self.history) if trainer.state.fn == "fit" else 0
+        self._say_state(trainer, f"{told}, after {done} rounds", ended=True, failed=True)
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the module its own methods back."""
-        for name in self._overridden:
-            delattr(pl_module, name)
-        if self._overridden:
-            pl_module.automatic_optimization = True
-        self._overridden = []
+        if self._server is not None:
+            self._server.release()
+            self._server = None
         self.loggers.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -346,6 +345,33 @@ class Federation(L.Callback):
         """Return the next global value of a weight, or ``None`` where no round has been run."""
         return self._target.get(key)
 
+    def _sites_have_their_own(self) -> bool:
+        return self.aggregator.personal_norms or self.aggregator.personal_models or not self.aggregator.merges
+
+    def _how_it_goes(self) -> str:
+        """Return the faults of the run in a sentence."""
+        counts: dict[str, int] = {}
+        for entry in self.history:
+            for fault in entry.get("faults", []):
+                counts[fault["site"]] = counts.get(fault["site"], 0) + 1
+        told = ", ".join(f"{site} in {count}" for site, count in sorted(counts.items()))
+        return f"{len(self.history)} rounds; missing: {told}" if told else f"{len(self.history)} rounds, no fault"
+
+    def _say_state(self, trainer: L.Trainer, reason: str, ended: bool = False, failed: bool = False) -> None:
+        """Write ``run_state.json``; every process knows the state, for its exit code."""
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        missing = bool(self.history and self.history[-1].get("faults"))
+        word: Any = "failed" if failed else "degraded" if missing else "finished" if ended else "running"
+        done, rounds = len(self.history), int(trainer.max_epochs or 1)
+        if trainer.is_global_zero:
+            self.state = write_state(Path(trainer.default_root_dir), word, reason, done, rounds, ended)
+        else:
+            self.state = RunState(word, reason, done, rounds, ended)
+
+    def _group(self, trainer: L.Trainer) -> Group:
+        return Group(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)
+
     def _placed(self, trainer: L.Trainer) -> str:
         several = trainer.world_size > 1
         return ("per_rank" if several else "sequential") if self.placement == "auto" or not several else self.placement
@@ -357,87 +383,17 @@ class Federation(L.Callback):
 
     def _write_quarantines(self, trainer: L.Trainer) -> None:
         """Write what each site's data set had to leave out into the site's own folder."""
-        for name, site in self._data(trainer).sites.items():
+        for name, site in federated_data(trainer).sites.items():
             quarantine = getattr(site.source, "quarantine", None)
             if quarantine is not None:
                 folder = Path(trainer.default_root_dir, "sites", name)
                 folder.mkdir(parents=True, exist_ok=True)
                 quarantine.write(folder)
 
-    @staticmethod
-    def _data(trainer: L.Trainer) -> FederatedDataModule:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, FederatedDataModule):
-            raise ConfigError(
-                f"federation: the data is a {type(data).__name__}; make it a federation.FederatedDataModule with the "
-                "data set of each site under data.sites, or one data set under data.data and what cuts it under data.by"
-            )
-        return data
-
-    def _check(self, trainer: L.Trainer) -> None:
-        self._data(trainer)
-        for name, value, neutral in (
-            ("gradient_clip_val", trainer.gradient_clip_val, (None, 0, 0.0)),
-            ("accumulate_grad_batches", trainer.accumulate_grad_batches, (1,)),
-            ("max_steps", trainer.max_steps, (-1,)),
-            ("limit_train_batches", trainer.limit_train_batches, (1, 1.0)),
-        ):
-            if value not in neutral and not getattr(trainer, "fast_dev_run", False):
-                raise ConfigError(
-                    f"trainer.{name}={value} means nothing to rounds; set federation.client_trainer.{name} instead"
-                )
-        if trainer.max_epochs in (None, -1):
-            raise ConfigError("trainer.max_epochs counts the rounds; set it to 1 or more")
-        if self.placement == "sequential" and trainer.world_size > 1:
-            raise ConfigError(
-                f"federation.placement=sequential, but trainer.devices starts {trainer.world_size} processes; choose "
-                "per_rank or ddp, or one device"
-            )
-        if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
-            raise ConfigError(
-                f"trainer.strategy: {type(trainer.strategy).__name__} cannot hold a federation; choose ddp"
-            )
-        budget(site_trainer(self._factory(trainer), trainer))
-
-
-class ServerStep(torch.optim.Optimizer):
-    """Puts the merged weights in place, bit for bit, as the server's optimiser step.
-
-    Args:
-        module: The server's module.
-        federation: Holds the next global weights.
-    """
-
-    def __init__(self, module: L.LightningModule, federation: Federation) -> None:
-        super().__init__([p for p in module.parameters()], {"lr": 1.0})
-        self.module, self.federation = module, federation
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Copy every merged weight and buffer."""
-        for key, value in self.module.state_dict().items():
-            merged = self.federation.target(key)
-            if merged is not None:
-                value.copy_(merged)
-
 
 def round_half_up(number: float) -> int:
     """Return the nearest whole number; a half goes up."""
     return int(number + 0.5)
-
-
-def _nothing(module: L.LightningModule, *args: Any) -> None:
-    """Take the place of a hook that belongs to training on images, of which the server has none."""
-
-
-def _known(result: SiteResult | None) -> SiteResult:
-    assert result is not None
-    return result
-
-
-def _mean(values: list[float]) -> float:
-    known = [v for v in values if v == v]
-    return sum(known) / len(known) if known else float("nan")
 
 
 def _say(trainer: L.Trainer, line: str) -> None:
