@@ -29,6 +29,7 @@ from federation.alignment import permutation_groups
 from federation.blocks import State, schema_of, state_hash
 from federation.client import Interrupted, RoundPlan, SiteResult, SiteState, state_of, train_site
 from federation.datamodule import Site
+from federation.drift import Drift
 from federation.gathering import Gathering, Group, Late
 from federation.isolation import SiteBar, copy_module, keep_metrics_home, note_sigterm_alone, site_trainer
 from federation.partition import Holding
@@ -188,14 +189,17 @@ class Federation(L.Callback):
     def _merge(self, pl_module: L.LightningModule, plan: RoundPlan, gathering: Gathering) -> None:
         """Add what was admitted, and keep what the sites keep and what there is to tell."""
         self.aggregator.start(plan.state, self._schema)
+        drift = Drift(self.aggregator, self._schema)
         for update in gathering.updates():
+            drift.add(update)
             self.aggregator.add(update)
         self._target = self.aggregator.finish()
+        pulls = drift.finish(plan.state, self._target)
         told: dict[str, Any] = {}
         for site, arrival in gathering.arrivals.items():
             if arrival.fault is None and arrival.state is not None:
                 self.sites[site] = arrival.state
-                told[site] = arrival.told
+                told[site] = arrival.told | pulls.get(site, {})
                 logged = {f"client/{site}/{key}": value for key, value in arrival.logged.items()}
                 pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
         entry = {"round": plan.round, "sites": told, "faults": plain(gathering.faults)}
