@@ -30,7 +30,8 @@ from federation.blocks import State, schema_of, state_hash
 from federation.client import Interrupted, RoundPlan, SiteResult, SiteState, state_of, train_site
 from federation.datamodule import Site
 from federation.drift import Drift
-from federation.gathering import Gathering, Group, Late
+from federation.gathering import Gathering, Group
+from federation.isolated import Late, train_isolated
 from federation.isolation import SiteBar, copy_module, keep_metrics_home, note_sigterm_alone, site_trainer
 from federation.partition import Holding
 from federation.rounds import Policy, plain
@@ -53,9 +54,11 @@ class Federation(L.Callback):
         aggregator: How updates become the next global weights; ``null`` is the Bayesian aggregator.
         client_trainer: The Trainer of a site. Its ``max_epochs`` (or ``max_steps``) is the budget of one round, by
             default one epoch; gradient clipping, accumulation and limits of training belong here too.
-        placement: ``sequential``: one process trains all sites; ``per_rank``: every process trains some; ``ddp``: all
+        placement: ``sequential``: one process trains all sites; ``isolated``: each site's round has a process of its
+            own, of one thread, whose death is the site's alone (not on GPUs); ``per_rank``: every process trains some; ``ddp``: all
             processes train each site together, and a site that fails on one of them ends the run. ``auto`` is
             ``per_rank`` where there are several processes.
+        sites_at_once: Isolated sites that train at the same time.
         optimizer_state: Whether a site's optimiser starts every round anew or keeps its moments. The learning-rate
             schedule runs over the whole federation either way.
         participation: Share of the sites that take part in a round, drawn with the seed (1 for all); or a list of
@@ -76,7 +79,8 @@ class Federation(L.Callback):
         self,
         aggregator: Aggregator | None = None,
         client_trainer: Callable[[], L.Trainer] = L.Trainer,
-        placement: Literal["auto", "sequential", "per_rank", "ddp"] = "auto",
+        placement: Literal["auto", "sequential", "isolated", "per_rank", "ddp"] = "auto",
+        sites_at_once: int = 1,
         optimizer_state: Literal["reset", "keep"] = "reset",
         participation: float | list[list[str]] = 1.0,
         align: bool = True,
@@ -86,9 +90,14 @@ class Federation(L.Callback):
         self.aggregator = aggregator or BayesianAggregator()
         self.client_trainer = client_trainer
         self.placement, self.optimizer_state, self.participation = placement, optimizer_state, participation
-        self.align, self.validate_sites, self.policy = align, validate_sites, policy
+        self.sites_at_once, self.align, self.validate_sites, self.policy = sites_at_once, align, validate_sites, policy
         if isinstance(participation, float | int) and not 0 < participation <= 1:
             raise ConfigError(f"federation.participation is {participation}; give a share in (0, 1], or lists of sites")
+        if sites_at_once < 1 or (sites_at_once > 1 and placement != "isolated"):
+            raise ConfigError(
+                f"federation.sites_at_once is {sites_at_once}; sites train at the same time with placement: isolated, "
+                "or in several processes with placement: per_rank and trainer.devices"
+            )
         if participation == []:
             raise ConfigError("federation.participation is an empty list; give a list of site names for each round")
         self.sites: dict[str, SiteState] = {}
@@ -171,7 +180,7 @@ class Federation(L.Callback):
         gathering = Gathering(plan, self.policy, self._group(trainer), folder)
         try:
             self._gather(trainer, plan, gathering)
-            self._merge(pl_module, plan, gathering)
+            self._merge(trainer, pl_module, plan, gathering)
         finally:
             gathering.close()
         self._validate_own(trainer, pl_module)
@@ -184,9 +193,9 @@ class Federation(L.Callback):
         apart = self._placed(trainer) == "per_rank"
         owners = {name: i % trainer.world_size if apart else 0 for i, name in enumerate(names)}
         mine = [name for name in names if not apart or owners[name] == trainer.global_rank]
-        gathering.run(owners, lambda name: self._train(trainer, plan, sites[name]), mine)
+        gathering.run(owners, lambda name: self._train(trainer, plan, sites[name]), mine, self.sites_at_once)
 
-    def _merge(self, pl_module: L.LightningModule, plan: RoundPlan, gathering: Gathering) -> None:
+    def _merge(self, trainer: L.Trainer, pl_module: L.LightningModule, plan: RoundPlan, gathering: Gathering) -> None:
         """Add what was admitted, and keep what the sites keep and what there is to tell."""
         self.aggregator.start(plan.state, self._schema)
         drift = Drift(self.aggregator, self._schema)
@@ -199,6 +208,8 @@ class Federation(L.Callback):
         for site, arrival in gathering.arrivals.items():
             if arrival.fault is None and arrival.state is not None:
                 self.sites[site] = arrival.state
+                if self._placed(trainer) == "isolated" and (logger := self.loggers.get(trainer, site)) is not None:
+                    logger.log_metrics(arrival.logged, arrival.state.steps)
                 told[site] = arrival.told | pulls.get(site, {})
                 logged = {f"client/{site}/{key}": value for key, value in arrival.logged.items()}
                 pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
@@ -206,27 +217,17 @@ class Federation(L.Callback):
         self.history.append({**entry, "seconds": time.perf_counter() - self._began})
 
     def _train(self, trainer: L.Trainer, plan: RoundPlan, site: Site) -> SiteResult:
-        bar = None
-        if trainer.progress_bar_callback is not None and trainer.is_global_zero:
-            bar = SiteBar(f"  {site.site}")
-        make = partial(site_trainer, self._factory(trainer), trainer, distributed=plan.distributed)
         stopping = [c for c in trainer.callbacks if hasattr(c, "stopping")]  # type: ignore[attr-defined]
-        deadline = time.monotonic() + self.policy.deadline if self.policy.deadline else float("inf")
+        deadline = time.monotonic() + (self.policy.deadline or float("inf"))
 
         def asked_to_stop() -> bool:
             return trainer.received_sigterm or any(callback.stopping for callback in stopping)
 
         try:
-            return train_site(
-                site.site,
-                self._template,
-                site,
-                plan,
-                self.sites.get(site.site, SiteState()),
-                self.aggregator,
-                lambda: make(self.loggers.get(trainer, site.site), bar),
-                lambda: asked_to_stop() or time.monotonic() > deadline,
-            )
+            if self._placed(trainer) == "isolated":
+                work = partial(self._train_here, trainer, plan, site, quiet=True)
+                return train_isolated(work, None, self.policy.deadline, asked_to_stop)
+            return self._train_here(trainer, plan, site, lambda: asked_to_stop() or time.monotonic() > deadline)
         except Interrupted:
             stops = asked_to_stop()
             if plan.distributed:
@@ -234,6 +235,25 @@ class Federation(L.Callback):
             if not stops:
                 raise Late from None
             raise (SIGTERMException if trainer.received_sigterm else KeyboardInterrupt) from None
+
+    def _train_here(
+        self, trainer: L.Trainer, plan: RoundPlan, site: Site, stop: Callable[[], bool], quiet: bool = False
+    ) -> SiteResult:
+        """Train a site in this process, in a Trainer of its own; a quiet one has no bar and no logger."""
+        bar = None
+        if trainer.progress_bar_callback is not None and trainer.is_global_zero and not quiet:
+            bar = SiteBar(f"  {site.site}")
+        make = partial(site_trainer, self._factory(trainer), trainer, distributed=plan.distributed)
+        return train_site(
+            site.site,
+            self._template,
+            site,
+            plan,
+            self.sites.get(site.site, SiteState()),
+            self.aggregator,
+            lambda: make(None if quiet else self.loggers.get(trainer, site.site), bar),
+            stop,
+        )
 
     def participants(self, round: int, names: list[str]) -> list[str]:
         """Return the sites that take part in a round, in the order of their names; at least one.
@@ -377,8 +397,9 @@ class Federation(L.Callback):
         return Group(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)
 
     def _placed(self, trainer: L.Trainer) -> str:
-        several = trainer.world_size > 1
-        return ("per_rank" if several else "sequential") if self.placement == "auto" or not several else self.placement
+        if trainer.world_size > 1:
+            return "per_rank" if self.placement == "auto" else self.placement
+        return "isolated" if self.placement == "isolated" else "sequential"
 
     def _factory(self, trainer: L.Trainer) -> Callable[..., L.Trainer]:
         fast = int(getattr(trainer, "fast_dev_run", False))

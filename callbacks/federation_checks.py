@@ -48,6 +48,11 @@ def check_server(trainer: L.Trainer, placement: str, policy: Policy, client_trai
             )
     if trainer.max_epochs in (None, -1):
         raise ConfigError("trainer.max_epochs counts the rounds; set it to 1 or more")
+    if placement == "isolated" and trainer.strategy.root_device.type != "cpu":
+        raise ConfigError(
+            "federation.placement=isolated forks a process for each site, which a GPU does not survive; choose "
+            "sequential or per_rank, or trainer.accelerator=cpu"
+        )
     if trainer.world_size > 1:
         _check_group(trainer, placement, policy)
     budget(site_trainer(client_trainer, trainer))

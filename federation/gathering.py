@@ -17,19 +17,12 @@ import torch
 
 from federation.client import Interrupted, RoundPlan, SiteResult, SiteState
 from federation.exchange import share
+from federation.isolated import Died, Late, Raised
 from federation.rounds import Fault, Policy, norms_of, outliers, refusal
 from federation.update import Update, load_update, save_update, summary
 from mtmedformer.errors import ConfigError
 
 T = TypeVar("T")
-
-
-class Late(Exception):  # noqa: N818 (nothing went wrong; it took too long)
-    """A site was not done by the deadline."""
-
-
-class Died(Exception):  # noqa: N818
-    """The process of a site ended; the message says how."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +195,8 @@ def _kind(error: Exception) -> str:
         return "not done by the deadline"
     if isinstance(error, Died):
         return f"its process ended ({error})"
-    words = str(error).lower()
-    short = any(w in words for w in ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate"))
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and short):
+    kind, words = (error.kind, error.words) if isinstance(error, Raised) else (type(error).__name__, str(error))
+    short = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+    if kind in ("MemoryError", "OutOfMemoryError") or (kind == "RuntimeError" and any(w in words for w in short)):
         return "out of memory"
-    return f"raised {type(error).__name__}"
+    return f"raised {kind}"
