@@ -1,6 +1,7 @@
 """Lightning callbacks of MTMedFormer, one file each."""
 
 from callbacks.federation import Federation
+from callbacks.federation_report import FederationReport
 from callbacks.metrics_table import MetricsTable, TestReport
 from callbacks.overlays import Overlays
 from callbacks.parts_summary import PartsSummary
@@ -11,6 +12,7 @@ from callbacks.run_folder import RunLogger, SaveRunConfig, claim_run_folder, lat
 
 __all__ = [
     "Federation",
+    "FederationReport",
     "LastCheckpoint",
     "MetricsTable",
     "Overlays",

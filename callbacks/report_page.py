@@ -92,7 +92,7 @@ td.s { padding-right: .6rem;
   border-left: 2px solid var(--paper); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; margin: .6rem 0; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem; margin: 1.2rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.6rem, 1fr)); gap: .8rem; margin: 1.2rem 0; }
 .tile { background: var(--wash); border-radius: .5rem; padding: .7rem .9rem; }
 .tile b { display: block; font-size: 1.35rem; line-height: 1.25; font-weight: 600; font-variant-numeric: tabular-nums;
   overflow-wrap: anywhere; }
@@ -111,6 +111,9 @@ footer { font-size: .82rem; padding-top: 2rem; padding-bottom: 2.5rem; }
   figure, tr, .tile { break-inside: avoid; } h2 { break-after: avoid; } .wide { overflow: visible; }
   pre { white-space: pre-wrap; } }
 """
+
+QUANTITY = re.compile(r"[\u2212-]?[\d.\u202f]+ ?(%|s|min|h|bytes|kB|MB|GB)?")
+"""Text that stands on the right of a table's column, as numbers do."""
 
 
 class Html(str):
@@ -180,7 +183,7 @@ def table(rows: Iterable[Sequence[Any]], columns: Sequence[str], caption: str = 
     if not filled:
         return Html("")
     plain = [[cell.value if isinstance(cell, Cell) else cell for cell in row] for row in filled]
-    numeric = [any(_is_number(row[i]) for row in plain if i < len(row)) for i in range(len(columns))]
+    numeric = [any(_looks_like_number(row[i]) for row in plain if i < len(row)) for i in range(len(columns))]
     head = "".join(
         f'<th scope="col"{_n(i > 0 and numeric[i])}>{escape(c)}</th>' if c else "<td></td>"
         for i, c in enumerate(columns)
@@ -295,6 +298,13 @@ def size_of(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
 
 
+def duration(seconds: float) -> str:
+    """Return a time for people, such as ``2.5 min``."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def escape(value: Any) -> str:
     """Return text fit for HTML; ``Html`` is left as it is."""
     return value if isinstance(value, Html) else html.escape(str(value))
@@ -316,6 +326,10 @@ def _cell(cell: Any, numeric: bool, digits: int) -> str:
 
 def _n(numeric: bool) -> str:
     return ' class="n"' if numeric else ""
+
+
+def _looks_like_number(value: Any) -> bool:
+    return _is_number(value) or (isinstance(value, str) and bool(QUANTITY.fullmatch(value)))
 
 
 def _is_number(value: Any) -> bool:

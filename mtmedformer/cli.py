@@ -185,7 +185,9 @@ class CommandLine(LightningCLI):
                 (rooms.LastCheckpoint, lambda: rooms.LastCheckpoint(checkpoints)),
             ]
         federation = self._get(self.config_init, "federation") if self.subcommand == "fit" else None
-        chosen += [federation] if federation is not None else []
+        if federation is not None:
+            chosen.append(federation)
+            defaults.append((rooms.FederationReport, lambda: rooms.FederationReport(folder)))
         missing = [make() for kind, make in defaults if not any(isinstance(c, kind) for c in chosen)]
         loggers = self._loggers(trainer_config.get("logger"))
         if federation is not None and (checkpoint := self._get(self.config, "ckpt_path")):
