@@ -7,6 +7,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -18,6 +19,7 @@ from torch.optim import AdamW, Optimizer
 from torchmetrics import MeanMetric, Metric
 
 from mtmedformer.batch import Batch, Task
+from mtmedformer.calibration import TaskCalibration, plain, restored
 from mtmedformer.encoder import SharedEncoder
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.head import TaskHead
@@ -84,6 +86,7 @@ class MultiTaskModule(L.LightningModule):
         self.scheduler_factory: SchedulerFactory | None = None
         self.val_metrics, self.test_metrics = self._metrics(), self._metrics()
         self.val_losses = nn.ModuleDict({name: MeanMetric() for name in self.heads})
+        self.calibration: dict[str, TaskCalibration] = {}
         self._reached: set[str] = set()
         self._seed = 0
         self._configured: list[tuple[float, float]] = []
@@ -104,17 +107,33 @@ class MultiTaskModule(L.LightningModule):
         pyramid = self._pyramid(image)
         return {name: head(pyramid, _size(image)) for name, head in self._heads().items()}
 
-    def predict(self, image: Tensor) -> dict[str, Any]:
-        """Return each head's predictions (see ``TaskHead.predict``) for ``image`` float (B, C, H, W) in [0, 1]."""
-        outputs = self(image)
-        return {name: head.predict(outputs[name], _size(image)) for name, head in self._heads().items()}
+    def predict(self, image: Tensor, raw: bool = False) -> dict[str, Any]:
+        """Return each head's predictions (see ``TaskHead.predict``) for ``image`` float (B, C, H, W) in [0, 1].
 
-    def predict_whole(self, image: Tensor) -> dict[str, Any]:
-        """Predict with the sliding window and flips this module was configured with."""
+        Probabilities are calibrated where ``calibration`` has a temperature for the task; ``raw`` adds what they would
+        be without, as ``raw/<task>``.
+        """
+        outputs = self(image)
+        predictions = {}
+        for name, head in self._heads().items():
+            temperature = self.calibration[name].temperature if name in self.calibration else None
+            scaled = outputs[name] if temperature is None else head.scaled(outputs[name], temperature)
+            predictions[name] = head.predict(scaled, _size(image))
+            if raw and temperature is not None:
+                predictions[f"raw/{name}"] = head.predict(outputs[name], _size(image))
+        return predictions
+
+    def predict_whole(self, image: Tensor, raw: bool = False) -> dict[str, Any]:
+        """Predict as ``predict`` does, with the sliding window and flips this module was configured with."""
+        predict = partial(self.predict, raw=raw)
         if self.tile is None and not self.flip_tta:
-            return self.predict(image)
+            return predict(image)
+        tasks = self.tasks
+        if raw:
+            calibrated = [name for name, one in self.calibration.items() if one.temperature is not None]
+            tasks |= {f"raw/{name}": tasks[name] for name in calibrated if name in tasks}
         tile = self.tile or _size(image)
-        return predict_tiled(self.predict, image, self.tasks, tile, overlap=self.overlap, flip_tta=self.flip_tta)
+        return predict_tiled(predict, image, tasks, tile, overlap=self.overlap, flip_tta=self.flip_tta)
 
     def task_losses(
         self, outputs: dict[str, Any], batch: Batch
@@ -168,13 +187,20 @@ class MultiTaskModule(L.LightningModule):
         own = [p for p in self.heads.parameters() if p.requires_grad]
         self.loss.backward(losses, present, shared, own, scale=1.0 / self.trainer.accumulate_grad_batches)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the calibration of these weights beside them, where there is one."""
+        if self.calibration:
+            checkpoint["calibration"] = plain(self.calibration)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture in words.
+        """Refuse a checkpoint of another architecture in words; take its calibration, unless training goes on.
 
         Raises:
             ConfigError: Names or shapes of the weights differ.
         """
         _check_weights(self.state_dict(), checkpoint["state_dict"])
+        trains_on = self._trainer is not None and self._trainer.state.fn == "fit"
+        self.calibration = {} if trains_on else restored(checkpoint.get("calibration", {}))
 
     def on_train_start(self) -> None:
         """Keep the seed of the run, from which every step draws its own; refuse to change the optimiser on resume.
@@ -215,8 +241,11 @@ class MultiTaskModule(L.LightningModule):
                     head.zero_grad(set_to_none=True)
         self._reached.clear()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the validation metrics and losses of every task it is labelled for."""
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Add a batch to the validation metrics and losses of every task it is labelled for; return the raw outputs.
+
+        Validation never uses a calibration, which is fitted on it.
+        """
         outputs = self(batch.image)
         losses, _, present = self.task_losses(outputs, batch)
         for name, head in self._heads().items():
@@ -224,12 +253,17 @@ class MultiTaskModule(L.LightningModule):
                 _metrics_of(self.val_losses)[name].update(losses[name], weight=present[name])
                 predictions = head.predict(outputs[name], _size(batch.image))
                 self._metric(self.val_metrics, name).update(predictions, batch.targets[name], batch.meta)
+        return dict(outputs)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the test metrics of every task it is labelled for."""
-        predictions = self.predict_whole(batch.image)
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Add a batch to the test metrics of every task it is labelled for; return its predictions.
+
+        Where a task is calibrated its raw predictions are returned too, as ``raw/<task>``.
+        """
+        predictions = self.predict_whole(batch.image, raw=True)
         for name in self.heads:
             self._metric(self.test_metrics, name).update(predictions[name], batch.targets[name], batch.meta)
+        return predictions
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Return the predictions of a batch by task, in pixels of the network's input."""

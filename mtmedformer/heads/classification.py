@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -125,6 +125,14 @@ class ClassificationHead(TaskHead):
         """Return float32 (B, K) probabilities, summing to 1 over exclusive classes; see ``TaskHead.predict``."""
         logits = outputs.logits.float()
         return logits.sigmoid() if self.multi_label else logits.softmax(dim=1)
+
+    def class_logits(self, outputs: ClassificationOutputs, size: tuple[int, int]) -> Tensor:
+        """Return the logits (B, K); see ``TaskHead.class_logits``."""
+        return outputs.logits.float()
+
+    def scaled(self, outputs: ClassificationOutputs, temperature: float) -> ClassificationOutputs:
+        """Return the outputs with logits divided by a temperature; see ``TaskHead.scaled``."""
+        return replace(outputs, logits=outputs.logits.float() / temperature)
 
     def metrics(self) -> TaskMetrics:
         """Return AUROC and its companions; see ``TaskHead.metrics``."""

@@ -160,6 +160,10 @@ class DetectionHead(TaskHead):
         boxes = clip_boxes_to_image(decode_boxes(outputs.distances.float(), outputs.anchors), size)
         return [self._select(s, b, outputs.per_level) for s, b in zip(scores, boxes, strict=True)]
 
+    def class_score(self, outputs: DetectionOutputs, label: int) -> Tensor:
+        """Return the class logit of the location that is surest of it; see ``TaskHead.class_score``."""
+        return outputs.logits[..., label].float().amax(1)
+
     def metrics(self) -> TaskMetrics:
         """Return mAP, FROC and their companions; see ``TaskHead.metrics``."""
         from mtmedformer.metrics import DetectionMetrics

@@ -68,6 +68,41 @@ class TaskHead(nn.Module, ABC):
             list of B dicts with ``boxes`` (N, 4) xyxy, ``scores`` (N,) sorted downwards, ``labels`` (N,) in 0..K-1.
         """
 
+    def class_logits(self, outputs: Any, size: tuple[int, int]) -> Tensor | None:
+        """Return the logits behind ``predict``'s probabilities, (B, C) or (B, C, H, W), which a temperature divides.
+
+        C is the number of classes, or one more (channel 0, background) where they exclude each other pixel by pixel.
+        ``None``, the default: the predictions are no probabilities (boxes), and calibration leaves them alone.
+        """
+        return None
+
+    def scaled(self, outputs: Any, temperature: float) -> Any:
+        """Return the outputs with the logits of ``class_logits`` divided by a temperature.
+
+        Raises:
+            NotImplementedError: The head gives class logits and does not say how they are scaled.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives class logits, but not how they are scaled")
+
+    def class_score(self, outputs: Any, label: int) -> Tensor:
+        """Return one number an image, (B,), that is the larger the surer the head is of a class; Grad-CAM follows it.
+
+        By default the class logit of the image, or the mean logit of the pixels that are of the class (all of them
+        where none is).
+
+        Raises:
+            NotImplementedError: The head gives no class logits and does not say what else to follow.
+        """
+        logits = self.class_logits(outputs, (1 << 30, 1 << 30))  # no size to crop to: the whole grid
+        if logits is None:
+            raise NotImplementedError(f"{type(self).__name__} does not say how sure it is of a class")
+        channel = logits[:, label + (logits.shape[1] - len(self.classes))]
+        if channel.ndim == 1:
+            return channel
+        inside = channel > 0 if logits.shape[1] == len(self.classes) else logits.argmax(1) == label + 1
+        inside = inside | ~inside.flatten(1).any(1)[:, None, None]
+        return (channel * inside).sum((1, 2)) / inside.sum((1, 2))
+
     @abstractmethod
     def metrics(self) -> TaskMetrics:
         """Return a fresh metric: ``update(predictions, target, meta)``, then ``compute()``, a flat dict of scalars."""

@@ -161,6 +161,10 @@ class QueryHead(TaskHead):
             predictions.append({"boxes": box[order], "scores": score[order], "labels": label[order]})
         return predictions
 
+    def class_score(self, outputs: QueryOutputs, label: int) -> Tensor:
+        """Return the log-probability of the query that is surest of the class; see ``TaskHead.class_score``."""
+        return outputs.logits[:, -1].float().log_softmax(-1)[..., label].amax(1)
+
     def metrics(self) -> TaskMetrics:
         """Return mAP, FROC and their companions; see ``TaskHead.metrics``."""
         from mtmedformer.metrics import DetectionMetrics

@@ -106,6 +106,14 @@ class SegmentationHead(TaskHead):
         """Return float32 (B, K, H, W) probabilities without background; see ``TaskHead.predict``."""
         return probabilities(self._to_image(outputs.float(), size), len(self.classes))
 
+    def class_logits(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the logits (B, C, H, W) in the image's grid; see ``TaskHead.class_logits``."""
+        return self._to_image(outputs.float(), size)
+
+    def scaled(self, outputs: Tensor, temperature: float) -> Tensor:
+        """Return the logits divided by a temperature; see ``TaskHead.scaled``."""
+        return outputs.float() / temperature
+
     def metrics(self) -> TaskMetrics:
         """Return Dice and its companions; see ``TaskHead.metrics``."""
         from mtmedformer.metrics import SegmentationMetrics

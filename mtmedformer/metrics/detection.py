@@ -112,6 +112,18 @@ class DetectionMetrics(TaskMetrics):
 
         return evaluate
 
+    def findings(self, rows: NDArray[np.int64]) -> list[Findings]:
+        """Return the lesions and false alarms of each class, as FROC counts them.
+
+        Args:
+            rows: Rows of the states to use, an image each.
+        """
+        found, true = self._split(rows)
+        return [
+            self._findings([f[f[:, 5] == k] for f in found], [t[t[:, 4] == k] for t in true])
+            for k in range(len(self.classes))
+        ]
+
     def _split(self, rows: NDArray[np.int64]) -> tuple[list[Floats], list[Floats]]:
         counts = self.table("counts").numpy()
         tables = (self.table("found").numpy(), self.table("true").numpy())

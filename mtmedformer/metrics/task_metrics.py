@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -151,9 +152,7 @@ class TaskMetrics(Metric):
             with fewer than two patients), and, where there is ground truth, ``<metric>/site=<site>`` and
             ``<metric>/view=<view>`` with the number of images as ``n_images/site=<site>``.
         """
-        with self.sync_context(
-            dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
-        ):
+        with self.gathered():
             images = self.seen()
             overall = self.overall(images.rows)
             evaluate = self.prepare(images.rows)
@@ -166,6 +165,14 @@ class TaskMetrics(Metric):
             low, high = interval(samples, level)
             report |= {name: value, f"{name}_ci_low": low, f"{name}_ci_high": high}
         return report | _subgroups(images, evaluate)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Hold the rows of all processes within the context; every process has to enter it."""
+        with self.sync_context(
+            dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
+        ):
+            yield
 
     def seen(self) -> Images:
         """Return the distinct labelled images, ordered by identity."""
