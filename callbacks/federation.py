@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ from federation.gathering import Gathering, Group
 from federation.isolated import Late, train_isolated
 from federation.isolation import SiteBar, copy_module, keep_metrics_home, note_sigterm_alone, site_trainer
 from federation.partition import Holding
+from federation.privacy import PrivacyPolicy, by_site
 from federation.rounds import Policy, plain
 from federation.run_state import RunState, write_state
 from mtmedformer.errors import ConfigError, UserError
@@ -68,6 +70,8 @@ class Federation(L.Callback):
         validate_sites: Also validate each site's own model on its own data, as ``client/<site>/val/…``. Done in any
             case where sites keep something for themselves (norms, personal models).
         policy: What is done about sites that fail: quorum, deadline, retries, outliers.
+        privacy: What sites do to their updates before they leave: one policy for all, or one by site name; a site
+            without one sends all there is. See ``docs/privacy.md``.
 
     Raises:
         ConfigError: When a value cannot be.
@@ -86,6 +90,7 @@ class Federation(L.Callback):
         align: bool = True,
         validate_sites: bool = False,
         policy: Policy = Policy(),  # noqa: B008 (frozen)
+        privacy: PrivacyPolicy | dict[str, PrivacyPolicy] | None = None,
     ) -> None:
         self.aggregator = aggregator or BayesianAggregator()
         self.client_trainer = client_trainer
@@ -100,6 +105,8 @@ class Federation(L.Callback):
             )
         if participation == []:
             raise ConfigError("federation.participation is an empty list; give a list of site names for each round")
+        self.privacy = privacy
+        self._privacy: dict[str, PrivacyPolicy] = {}
         self.sites: dict[str, SiteState] = {}
         self.history: list[dict[str, Any]] = []
         self.holdings: list[Holding] = []
@@ -129,6 +136,9 @@ class Federation(L.Callback):
         warnings.filterwarnings("ignore", r"It is recommended to use `self.log\(.*sync_dist=True")  # equal on all
         self._template = copy_module(pl_module)
         self._schema = schema_of(pl_module)
+        self._privacy = by_site(self.privacy, list(federated_data(trainer).sites))
+        for privacy in self._privacy.values():
+            privacy.check(pl_module, self._schema, self.aggregator, self._placed(trainer) == "ddp")
         self._symmetries = permutation_groups(pl_module) if self.align and self.aggregator.merges else ()
         keep_metrics_home(pl_module)  # every process validates everything, so that all decide alike
         self._server = Server(trainer, pl_module, self.target)
@@ -213,6 +223,8 @@ class Federation(L.Callback):
                 told[site] = arrival.told | pulls.get(site, {})
                 logged = {f"client/{site}/{key}": value for key, value in arrival.logged.items()}
                 pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
+            elif arrival.state is not None:  # refused, but it has left the site, whose policy must not forget that
+                self.sites[site] = replace(self.sites.get(site, SiteState()), privacy=arrival.state.privacy)
         entry = {"round": plan.round, "sites": told, "faults": plain(gathering.faults)}
         self.history.append({**entry, "seconds": time.perf_counter() - self._began})
 
@@ -253,6 +265,7 @@ class Federation(L.Callback):
             self.aggregator,
             lambda: make(None if quiet else self.loggers.get(trainer, site.site), bar),
             stop,
+            self._privacy.get(site.site),
         )
 
     def participants(self, round: int, names: list[str]) -> list[str]:
@@ -370,7 +383,8 @@ class Federation(L.Callback):
         return self._target.get(key)
 
     def _sites_have_their_own(self) -> bool:
-        return self.aggregator.personal_norms or self.aggregator.personal_models or not self.aggregator.merges
+        own = self.aggregator.personal_norms or self.aggregator.personal_models or not self.aggregator.merges
+        return own or any(privacy.blocks is not None for privacy in self._privacy.values())
 
     def _how_it_goes(self) -> str:
         """Return the faults of the run in a sentence."""

@@ -85,8 +85,7 @@ def schema_of(module: nn.Module, personal: Sequence[str] = ("loss",)) -> Schema:
     grouped: dict[str, list[str]] = {}
     for key, value in state.items():
         if value.is_floating_point():
-            parts = key.split(".")
-            grouped.setdefault(".".join(parts[:2]) if parts[0] == "heads" else parts[0], []).append(key)
+            grouped.setdefault(block_of(key), []).append(key)
     blocks = tuple(
         Block(name, tuple(keys), name.removeprefix("heads.") if name.startswith("heads.") else None, name in personal)
         for name, keys in grouped.items()
@@ -104,6 +103,12 @@ def schema_of(module: nn.Module, personal: Sequence[str] = ("loss",)) -> Schema:
         norms=frozenset(norms & state.keys()),
         counters=tuple(key for key, value in state.items() if not value.is_floating_point()),
     )
+
+
+def block_of(key: str) -> str:
+    """Return the name of the block that a key of the ``state_dict`` belongs to."""
+    parts = key.split(".")
+    return ".".join(parts[:2]) if parts[0] == "heads" else parts[0]
 
 
 def state_hash(state: State) -> str:

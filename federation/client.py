@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import lightning as L
 
 from federation.aggregators.aggregator import Aggregator, LocalRule
-from federation.blocks import Schema, State
+from federation.blocks import Schema, State, block_of
 from federation.isolation import copy_module, go_on_from, hushed, seeded, solo
+from federation.leaving import Leaving
 from federation.local_training import Interrupted, LocalTraining, RoundPlan, SiteState, state_of
-from federation.precision import NoCurvature
+from federation.precision import Curvature, NoCurvature
+from federation.privacy import PrivacyPolicy
 from federation.update import BlockUpdate, Update
 
 __all__ = [
@@ -37,12 +40,14 @@ class SiteResult:
         state: What it keeps.
         logged: Its training metrics.
         moved: Share of units that were brought home, by group of units, where any were.
+        privacy: What its privacy policy says has left, as plain JSON values; empty where it has none.
     """
 
     update: Update
     state: SiteState
     logged: dict[str, float]
     moved: dict[str, float] = field(default_factory=dict)
+    privacy: dict[str, Any] = field(default_factory=dict)
 
 
 def train_site(
@@ -54,6 +59,7 @@ def train_site(
     aggregator: Aggregator,
     make_trainer: Callable[[], L.Trainer],
     stop: Callable[[], bool] = lambda: False,
+    privacy: PrivacyPolicy | None = None,
 ) -> SiteResult:
     """Train one site for one round and return its update; nothing it is given is changed.
 
@@ -66,19 +72,24 @@ def train_site(
         aggregator: Says what the site does differently and what it measures.
         make_trainer: Builds a fresh, configured Trainer.
         stop: Asked after every batch whether to give the round up.
+        privacy: What the site does to its update before it leaves.
 
     Raises:
         Interrupted: When ``stop`` said so.
     """
     began = time.perf_counter()
-    home = home_keys(plan.schema, aggregator)
+    home = home_keys(plan.schema, aggregator, privacy)
     start = plan.state | memory.home
     module = copy_module(template)
     module.load_state_dict(start)
-    curvature = aggregator.curvature if aggregator.needs_precision else None
+    measures = aggregator.needs_precision and (privacy is None or privacy.sends_precision)
+    curvature: Curvature = aggregator.curvature.fresh() if measures and aggregator.curvature else NoCurvature()
     rule = aggregator.local_rule(site)
-    training = LocalTraining(plan, memory, rule, curvature.fresh() if curvature else NoCurvature(), home, stop)
-    trainer = _fit(module, datamodule, make_trainer(), training, plan, memory, (plan.seed, plan.round, site))
+    training = LocalTraining(plan, memory, rule, curvature, home, stop)
+    leaving = Leaving(privacy, site, plan, memory)
+    trainer = make_trainer()
+    leaving.protect(module, trainer)
+    _fit(module, datamodule, trainer, training, plan, memory, (plan.seed, plan.round, site))
     after = state_of(module)
     kept = SiteState(
         epochs=trainer.current_epoch,
@@ -106,7 +117,10 @@ def train_site(
     extra = rule.extra(after, start, update.steps, training.mean_rate())
     update.extra = {key: value for key, value in extra.items() if key in sent or key not in start}
     logged = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("train/")}
-    return SiteResult(update, kept, logged, training.moved)
+    update, kept.privacy, told = leaving.passed(update, module)
+    if privacy is not None and privacy.guarantees:  # what training logs is computed from images, and no noise covers it
+        return SiteResult(update, kept, {}, {}, told)
+    return SiteResult(update, kept, logged, training.moved, told)
 
 
 def validate_site(
@@ -123,11 +137,15 @@ def validate_site(
     return {key.removeprefix("val/"): float(value) for found in results for key, value in found.items()}
 
 
-def home_keys(schema: Schema, aggregator: Aggregator) -> frozenset[str]:
-    """Return the names that never leave a site: personal blocks, norms if the aggregator says so, or everything."""
+def home_keys(schema: Schema, aggregator: Aggregator, privacy: PrivacyPolicy | None = None) -> frozenset[str]:
+    """Return the names that never leave a site.
+
+    Personal blocks and those the site's policy holds back, norms if the aggregator says so, or everything.
+    """
     if not aggregator.merges:
         return frozenset(schema.shapes)
-    return personal_keys(schema) | (schema.norms if aggregator.personal_norms else frozenset())
+    held = frozenset(key for key in schema.shapes if privacy is not None and not privacy.may_leave(block_of(key)))
+    return personal_keys(schema) | held | (schema.norms if aggregator.personal_norms else frozenset())
 
 
 def personal_keys(schema: Schema) -> frozenset[str]:

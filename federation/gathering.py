@@ -174,9 +174,11 @@ class Gathering:
         if update.site != site:
             reason = "update of another site"
         if reason:
-            return Arrival(site, Fault(site, f"refused: {reason}"))
+            return Arrival(site, Fault(site, f"refused: {reason}"), state=result.state)
         save_update(update, self._file(site))
         told = {**summary(update), "moved": result.moved}
+        if result.privacy:
+            told["privacy"] = result.privacy
         return Arrival(site, None, "", result.state, result.logged, norms_of(update), told)
 
     def _note(self, site: str, text: str) -> None:

@@ -95,7 +95,7 @@ def _run(work: Callable[[Callable[[], bool]], SiteResult], box: Path, server: in
     try:
         result = work(lambda: os.getppid() != server)
         save_update(result.update, box / "update.safetensors")
-        rest = {"logged": result.logged, "moved": result.moved}
+        rest = {"logged": result.logged, "moved": result.moved, "privacy": result.privacy}
         torch.save({"state": result.state.plain(), "rest": rest}, box / "kept.pt")
     except BaseException as error:
         told = {"kind": type(error).__name__, "words": str(error), "text": traceback.format_exc()}

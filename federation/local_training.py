@@ -64,6 +64,7 @@ class SiteState:
         schedulers: State of the learning-rate schedules, which run over the whole federation.
         optimizers: State of the optimisers, where it is kept.
         own: The site's personal model, where it trains one.
+        privacy: What its privacy policy keeps (``federation.accounting.PrivacyMemory``).
     """
 
     epochs: int = 0
@@ -72,6 +73,7 @@ class SiteState:
     schedulers: list[dict[str, Any]] = field(default_factory=list)
     optimizers: list[dict[str, Any]] = field(default_factory=list)
     own: State = field(default_factory=dict)
+    privacy: dict[str, Any] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain containers of tensors and numbers, as a checkpoint may hold."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -9,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from federation.rounding import Rounding, decoded, encoded
 from mtmedformer.errors import DataError
+
+FACTS = ("site", "round", "base", "schema", "metrics", "samples", "steps", "seconds", "rounding")
+"""What the header of an update says besides its blocks."""
 
 
 @dataclass
@@ -27,12 +33,15 @@ class BlockUpdate:
             broadcasts to the weights': a scalar, one number an output row (rows, 1, …), or one an element. Empty where
             the aggregator asked for none.
         scale: By key, the mean curvature the relative precision was divided by.
+        step: By key, what a change is divided by before it is rounded on its way (``federation.rounding``); the change
+            in memory is float32 in any case, and one that fits its step crosses without further loss.
     """
 
     evidence: int
     delta: dict[str, Tensor]
     precision: dict[str, Tensor] = field(default_factory=dict)
     scale: dict[str, float] = field(default_factory=dict)
+    step: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -51,6 +60,7 @@ class Update:
         steps: Optimiser steps taken in this round.
         seconds: Wall time of the local training.
         extra: Further tensors an aggregator asked for (control variates, for example), by name.
+        rounding: In which form changes that have a step cross the network.
     """
 
     site: str
@@ -64,25 +74,27 @@ class Update:
     steps: int = 0
     seconds: float = 0.0
     extra: dict[str, Tensor] = field(default_factory=dict)
+    rounding: Rounding = "none"
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return every array of the update under a flat name; what crosses the network."""
+        """Return every array of the update under a flat name, in the form in which it crosses the network."""
         flat: dict[str, Tensor] = {}
         for name, block in self.blocks.items():
-            flat |= {f"delta|{name}|{k}": v for k, v in block.delta.items()}
-            flat |= {f"precision|{name}|{k}": v for k, v in block.precision.items()}
+            for key, value in block.delta.items():
+                rounds = key in block.step
+                flat[f"delta|{name}|{key}"] = encoded(value, block.step[key], self.rounding) if rounds else value
+            for key, value in block.precision.items():
+                flat[f"precision|{name}|{key}"] = value.half() if key in block.step else value
         flat |= {f"counter||{k}": v for k, v in self.counters.items()}
         return flat | {f"extra||{k}": v for k, v in self.extra.items()}
 
     def header(self) -> dict[str, Any]:
         """Return everything that is not an array, as plain JSON values."""
-        plain = {
-            k: getattr(self, k) for k in ("site", "round", "base", "schema", "metrics", "samples", "steps", "seconds")
-        }
-        return plain | {"blocks": {n: {"evidence": b.evidence, "scale": b.scale} for n, b in self.blocks.items()}}
+        blocks = {n: {"evidence": b.evidence, "scale": b.scale, "step": b.step} for n, b in self.blocks.items()}
+        return {name: getattr(self, name) for name in FACTS} | {"blocks": blocks}
 
     def nbytes(self) -> int:
-        """Return the bytes of its arrays."""
+        """Return the bytes of its arrays, as they cross the network."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
 
@@ -111,19 +123,35 @@ def load_update(file: Path) -> Update:
 
 def assemble(header: dict[str, Any], tensors: dict[str, Tensor]) -> Update:
     """Build an update from its header and its flat arrays (the inverse of ``header`` and ``tensors``)."""
-    blocks = {n: BlockUpdate(int(b["evidence"]), {}, {}, dict(b["scale"])) for n, b in header["blocks"].items()}
+    blocks = {
+        n: BlockUpdate(int(b["evidence"]), {}, {}, dict(b["scale"]), dict(b["step"]))
+        for n, b in header["blocks"].items()
+    }
     counters: dict[str, Tensor] = {}
     extra: dict[str, Tensor] = {}
     for name, value in tensors.items():
         kind, block, key = name.split("|", 2)
         if kind == "delta":
-            blocks[block].delta[key] = value
+            step = blocks[block].step.get(key)
+            blocks[block].delta[key] = value if step is None else decoded(value, step)
         elif kind == "precision":
-            blocks[block].precision[key] = value
+            blocks[block].precision[key] = value.float()
         else:
             (counters if kind == "counter" else extra)[key] = value
-    facts = {k: header[k] for k in ("site", "round", "base", "schema", "metrics", "samples", "steps", "seconds")}
-    return Update(blocks=blocks, counters=counters, extra=extra, **facts)
+    return Update(blocks=blocks, counters=counters, extra=extra, **{name: header[name] for name in FACTS})
+
+
+def sha256(update: Update) -> str:
+    """Return the SHA-256 of all that crosses the network: the header, and every array's name, type, shape and bits.
+
+    Sender and receiver compute the same one, so each can show the other what was sent.
+    """
+    digest = hashlib.sha256(json.dumps(update.header(), sort_keys=True).encode())
+    for name, value in sorted(update.tensors().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def summary(update: Update) -> dict[str, Any]:
