@@ -1,5 +1,6 @@
 """Lightning callbacks of MTMedFormer, one file each."""
 
+from callbacks.calibration import Calibrate, ReliabilityReport
 from callbacks.federation import Federation
 from callbacks.federation_report import FederationReport
 from callbacks.metrics_table import MetricsTable, TestReport
@@ -11,6 +12,7 @@ from callbacks.resume_point import LastCheckpoint, ResumePoint
 from callbacks.run_folder import RunLogger, SaveRunConfig, claim_run_folder, latest_run_folder, run_folder_of
 
 __all__ = [
+    "Calibrate",
     "Federation",
     "FederationReport",
     "LastCheckpoint",
@@ -19,6 +21,7 @@ __all__ = [
     "PartsSummary",
     "PredictionWriter",
     "QuarantineReport",
+    "ReliabilityReport",
     "ResumePoint",
     "RunLogger",
     "SaveRunConfig",

@@ -170,6 +170,7 @@ class CommandLine(LightningCLI):
         defaults: list[tuple[type[Callback], Callable[[], Callback]]] = [
             (rooms.QuarantineReport, lambda: rooms.QuarantineReport(folder)),
             (rooms.TestReport, lambda: rooms.TestReport(folder)),
+            (rooms.ReliabilityReport, lambda: rooms.ReliabilityReport(folder)),
             (rooms.PredictionWriter, lambda: rooms.PredictionWriter(folder)),
         ]
         if trainer_config.get("enable_model_summary") is not False:
