@@ -41,7 +41,7 @@ def federation_page(told: Facts) -> str:
         ("Scores", _scores(told)),
         ("Faults", _faults(told)),
         ("Drift", drift(told)),
-        ("Say of each site", shares(told)),
+        ("Weight of each site", shares(told)),
         ("Units moved", moved(told)),
         ("Time and traffic", cost(told)),
         ("What left each site", privacy(told)),
@@ -59,7 +59,10 @@ def best_round(told: Facts) -> Facts | None:
 
 def site_scores(entry: Facts) -> dict[str, float]:
     """Return each site's score in a round, mean of its tasks' primary metrics: of the model the site would use."""
-    found = {key.split("/")[1]: value for key, value in _validation(entry).items() if key.endswith("/val/score")}
+    said = {
+        key.removeprefix("client/"): value for key, value in _validation(entry).items() if key.startswith("client/")
+    }
+    found = {key.removesuffix("/val/score"): value for key, value in said.items() if key.endswith("/val/score")}
     own = {site: told.get("metrics", {}).get("score") for site, told in entry["sites"].items()}
     own = {site: score for site, score in own.items() if score is not None}
     return found | own
@@ -89,6 +92,10 @@ def _summary(told: Facts) -> Html:
             f"({number(scores[worst])}). A score is the mean of the tasks' main metrics, from 0 to 1, on images that "
             "the sites kept for validation."
         )
+        if len({tuple(site["labels"][t] > 0 for t in site["labels"]) for site in told["sites"]}) > 1:
+            words.append(
+                "Sites have labels for different tasks: compare them task by task, below, rather than by score."
+            )
     return join(tiles(boxes), *words)
 
 
@@ -100,10 +107,11 @@ def _matrix(told: Facts) -> Html:
     for site in sites:
         cells = [Cell(site["labels"][t] or "none", site["labels"][t] / most) for t in tasks]
         rows.append([site["site"], site["patients"], site["images"], *cells, site["validation"]])
-    without = [f"{s['site']} has no labels for {t}" for s in sites for t in tasks if not s["labels"][t]]
-    said = f"{'; '.join(without)}. What is not labelled is unknown, never negative." if 0 < len(without) <= 12 else ""
+    without = {s["site"]: ", ".join(t for t in tasks if not s["labels"][t]) for s in sites}
+    said = [f"{site} has no labels for {names}" for site, names in without.items() if names]
+    text = f"{'; '.join(said)}. What is not labelled is unknown, never negative." if 0 < len(said) <= 12 else ""
     columns = ["site", "patients", "training images", *tasks, "validation images"]
-    return join(table(rows, columns, "Training images with labels, by site and task"), paragraph(said, "note"))
+    return join(table(rows, columns, "Training images with labels, by site and task"), paragraph(text, "note"))
 
 
 def _scores(told: Facts) -> Html:
@@ -121,11 +129,9 @@ def _scores(told: Facts) -> Html:
     if not panels:
         return paragraph("No site has validation images, so nothing is known of how well the model does.")
     drawn = curves(panels, "all sites together")
-    text = (
-        "The same global model, judged on each site's validation images after every round; black is all sites together."
-    )
-    if any(one.get("metrics") for entry in history for one in entry["sites"].values()):
-        text = text.replace("the global model", "the model each site would use")
+    own = any(one.get("metrics") for entry in history for one in entry["sites"].values())
+    model = "the model the site would use" if own else "the global model"
+    text = f"Each site's validation images after every round, by {model}; the thick line is all sites together."
     return join(
         figure(drawn, text, "Validation scores by round, one line a site"),
         _score_table(told),

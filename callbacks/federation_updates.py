@@ -45,7 +45,7 @@ def shares(told: Facts) -> Html:
         rows.append([site, *cells])
     text = (
         "Each site's part in the weights of the merge, mean over rounds. It follows the evidence (labelled images) and "
-        "the precision of what the site learnt. A site without labels for a task has no say in that task's head."
+        "the precision of what the site learnt. A site without labels for a task has no part in that task's head."
     )
     return join(paragraph(text), table(rows, ["site", *blocks]))
 
@@ -87,7 +87,7 @@ def cost(told: Facts) -> Html:
     columns = ["site", "rounds", "steps", "training", "sent", "sent a round"]
     return join(
         figure(
-            drawn, "Local training and update of each site; the dark line is the whole round.", "Seconds and megabytes"
+            drawn, "Local training and update of each site; the thick line is the whole round.", "Seconds and megabytes"
         ),
         table(rows, columns),
     )

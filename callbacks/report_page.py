@@ -84,7 +84,7 @@ a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: un
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding-bottom: .3rem; caption-side: top; }
 th, td { padding: .28rem .9rem .28rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-thead th { font-weight: 600; border-bottom-color: var(--soft); vertical-align: bottom; }
+thead th, thead td { font-weight: 600; border-bottom-color: var(--soft); vertical-align: bottom; }
 tbody th { font-weight: 500; }
 td.n, th.n { text-align: right; white-space: nowrap; padding-left: .6rem; }
 td.s { padding-right: .6rem;
@@ -97,7 +97,7 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .tile b { display: block; font-size: 1.35rem; line-height: 1.25; font-weight: 600; font-variant-numeric: tabular-nums;
   overflow-wrap: anywhere; }
 .tile span { display: block; font-size: .84rem; color: var(--soft); }
-figure { margin: 1rem 0 1.4rem; } figcaption { max-width: 44rem; margin-top: .3rem; }
+figure { margin: 1rem 0 1.4rem; overflow-x: auto; } figcaption { max-width: 44rem; margin-top: .3rem; }
 figure svg { display: block; max-width: 100%; height: auto; }
 figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif
   !important; }
@@ -106,8 +106,10 @@ pre { background: var(--wash); border-radius: .4rem; padding: .8rem 1rem; overfl
   line-height: 1.45; }
 details { margin: .6rem 0; } summary { cursor: pointer; color: var(--accent); }
 footer { font-size: .82rem; padding-top: 2rem; padding-bottom: 2.5rem; }
-@media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; } h1 { font-size: 1.4rem; } }
-@media print { nav { display: none; } header, main, footer { max-width: none; } body { font-size: 11pt; }
+@media (max-width: 40rem) { figure svg { max-width: none; } dl { grid-template-columns: 1fr; }
+  dd { margin-bottom: .4rem; } h1 { font-size: 1.4rem; } }
+@media print { figure { overflow: visible; } nav { display: none; }
+  header, main, footer { max-width: none; } body { font-size: 11pt; }
   figure, tr, .tile { break-inside: avoid; } h2 { break-after: avoid; } .wide { overflow: visible; }
   pre { white-space: pre-wrap; } }
 """
