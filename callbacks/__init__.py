@@ -1,6 +1,7 @@
 """Lightning callbacks of MTMedFormer, one file each."""
 
 from callbacks.calibration import Calibrate, ReliabilityReport
+from callbacks.atomic_checkpoints import AtomicCheckpoints
 from callbacks.federation import Federation
 from callbacks.federation_report import FederationReport
 from callbacks.metrics_table import MetricsTable, TestReport
@@ -12,6 +13,7 @@ from callbacks.resume_point import LastCheckpoint, ResumePoint
 from callbacks.run_folder import RunLogger, SaveRunConfig, claim_run_folder, latest_run_folder, run_folder_of
 
 __all__ = [
+    "AtomicCheckpoints",
     "Calibrate",
     "Federation",
     "FederationReport",

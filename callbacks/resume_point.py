@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ class ResumePoint(Callback):
         # Lightning gives the loader its state back only if nothing (such as the schedule) has asked for it before
         trainer.fit_loop._load_combined_loader_states()
         if not getattr(trainer, "fast_dev_run", False) and trainer.global_step == 0:
-            self._save(trainer)
+            trainer.save_checkpoint(self.file, weights_only=False)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
 
@@ -51,7 +50,7 @@ class ResumePoint(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Save and stop where Ctrl-C was pressed during this step; after an epoch's last step, validate first."""
         if self._stop and not trainer.is_last_batch:
-            self._save(trainer)
+            trainer.save_checkpoint(self.file, weights_only=False)
             self._restore_handler()
             raise KeyboardInterrupt
 
@@ -76,12 +75,6 @@ class ResumePoint(Callback):
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
             self._handler = None
-
-    def _save(self, trainer: Trainer) -> None:
-        partial = self.file.with_suffix(".partial")
-        trainer.save_checkpoint(partial, weights_only=False)
-        if trainer.is_global_zero:
-            os.replace(partial, self.file)
 
 
 class LastCheckpoint(ModelCheckpoint):

@@ -28,13 +28,17 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, instantiate_class
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import mtmedformer
 from mtmedformer.errors import ConfigError, UserError
 
 COMMANDS = ("fit", "validate", "test", "predict")
-TOOLS = {"fingerprint": "mtmedformer.fingerprint"}  # everything else: the module whose main(argv) runs it
+TOOLS = {  # everything else: the module whose main(argv) runs it
+    "compare": "mtmedformer.compare.command",
+    "fingerprint": "mtmedformer.fingerprint",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -193,6 +197,10 @@ class CommandLine(LightningCLI):
         loggers = self._loggers(trainer_config.get("logger"))
         if federation is not None and (checkpoint := self._get(self.config, "ckpt_path")):
             federation.loggers.resume_server(loggers, checkpoint)
+        plugins = trainer_config.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, rooms.AtomicCheckpoints()]
         return super().instantiate_trainer(callbacks=[*chosen, *missing], logger=loggers, **kwargs)
 
     def _loggers(self, configured: Any) -> list[Logger] | bool:
