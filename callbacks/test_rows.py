@@ -1,0 +1,67 @@
+"""Keeps what ``test`` and ``validate`` saw of each image, for comparisons of runs patient by patient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from mtmedformer.batch import Batch
+from mtmedformer.metrics.calibration import CalibrationMetrics
+from mtmedformer.metrics.rows import save_rows
+from mtmedformer.metrics.task_metrics import TaskMetrics
+
+
+class TestRows(Callback):
+    """Writes ``test_rows.npz`` after ``test`` and ``val_rows.npz`` after ``validate`` into the run folder.
+
+    The files hold scores and keyed hashes, neither pixels nor names; ``mtmedformer.metrics.rows`` reads them. After
+    ``test`` there are also, of every task with probabilities, the bins and likelihoods of what was predicted
+    (``<task>~calibration``) and, where a temperature was applied, of what it would have been without (``<task>~raw``).
+
+    Args:
+        salt: Key of the hashes of images and patients; runs to be compared need the same.
+        folder: Where the files go; ``None`` is the trainer's ``default_root_dir``.
+    """
+
+    __test__ = False  # not a pytest class
+
+    def __init__(self, salt: str = "", folder: str | None = None) -> None:
+        self.salt, self.folder = salt, folder
+        self._calibration: dict[str, CalibrationMetrics] = {}
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start with empty tables."""
+        self._calibration = {}
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *args: Any
+    ) -> None:
+        """Keep how likely the truth was held, image by image."""
+        for name, task in getattr(pl_module, "tasks", {}).items():
+            for key, found in ((f"{name}~calibration", name), (f"{name}~raw", f"raw/{name}")):
+                if task.kind != "detection" and isinstance(outputs, dict) and found in outputs:
+                    metric = self._calibration.setdefault(key, CalibrationMetrics(task))
+                    metric.update(outputs[found], batch.targets[name], batch.meta)  # type: ignore[arg-type]
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the rows of the test images."""
+        metrics: Mapping[str, Any] = pl_module.test_metrics  # type: ignore[assignment]
+        self._write(trainer, "test", {**dict(metrics.items()), **self._calibration})
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the rows of the validation images, under ``validate`` alone."""
+        if trainer.state.fn == "validate":
+            self._write(trainer, "val", pl_module.val_metrics)  # type: ignore[arg-type]
+
+    def _write(self, trainer: Trainer, split: str, metrics: Mapping[str, Any]) -> None:
+        """Gather the rows of all processes, and write them on the first."""
+        known = {task: metric for task, metric in metrics.items() if isinstance(metric, TaskMetrics)}
+        with ExitStack() as stack:
+            for metric in known.values():
+                stack.enter_context(metric.gathered())
+            if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+                save_rows(known, Path(self.folder or trainer.default_root_dir, f"{split}_rows.npz"), self.salt)

@@ -1,0 +1,213 @@
+"""Runs cells side by side, each in a process of its own, and says how long it will take."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+
+from mtmedformer.compare.cells import Cell, Split
+
+GRACE = 60.0
+"""Seconds a cell has to save itself after Ctrl-C."""
+
+
+@dataclass
+class Running:
+    """A cell at work.
+
+    Attributes:
+        cell: The cell.
+        process: Its process.
+        slot: Place among the parallel ones, which decides its GPU.
+        began: When it was started, in seconds of the monotonic clock.
+    """
+
+    cell: Cell
+    process: subprocess.Popen[bytes]
+    slot: int
+    began: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class Progress:
+    """How far a study is, and how long the rest will take.
+
+    Attributes:
+        total: Cells to run.
+        jobs: How many run at once.
+        done: Seconds of each cell that has ended.
+    """
+
+    total: int
+    jobs: int
+    done: list[float] = field(default_factory=list)
+
+    def left(self, running: Sequence[tuple[float, float]]) -> float | None:
+        """Return the seconds left, or ``None`` where nothing can be said yet.
+
+        Args:
+            running: Of each running cell the seconds it has run, and the share of its epochs that is done.
+        """
+        guesses = [elapsed / share for elapsed, share in running if share > 0.05]
+        if not (self.done or guesses):
+            return None
+        whole = median(self.done or guesses)
+        waiting = self.total - len(self.done) - len(running)
+        rest = sum(max(whole - elapsed, 0.0) for elapsed, _ in running) + waiting * whole
+        return rest / max(1, min(self.jobs, waiting + len(running)))
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    jobs: int,
+    split: Split,
+    console: Console,
+    gpus: int = 0,
+    any_code: bool = False,
+    environment: Callable[[Cell], dict[str, str]] = lambda cell: {},
+) -> list[Cell]:
+    """Run cells, ``jobs`` at a time, and return those that failed; the others go on.
+
+    The first Ctrl-C lets the running cells save themselves, the second ends them at once; either way the cells are
+    taken up again by the next start of the study.
+
+    Args:
+        cells: Cells to run, in this order, prepared.
+        jobs: How many run at once.
+        split: What they are judged on.
+        console: Where progress is told.
+        gpus: GPUs that the cells are dealt out to; 0 leaves the choice to the configuration.
+        any_code: See ``cells_of``.
+        environment: Further environment variables of a cell.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C, when no cell is left running.
+    """
+    waiting, failed = list(cells), list[Cell]()
+    running: list[Running] = []
+    progress = Progress(len(cells), jobs)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    try:
+        with console.status("") as status:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    slot = min(set(range(jobs)) - {one.slot for one in running})
+                    running.append(_start(waiting.pop(0), slot, split, threads, gpus, any_code, environment))
+                time.sleep(0.2)
+                for one in [r for r in running if r.process.poll() is not None]:
+                    running.remove(one)
+                    progress.done.append(time.monotonic() - one.began)
+                    failed += [] if one.cell.finished(split) else [one.cell]
+                    console.print(_told(one, progress, split), highlight=False, markup=False)
+                status.update(_status(running, progress))
+    except KeyboardInterrupt:
+        console.print("\nCtrl-C: the running cells save themselves. Press again to stop at once.")
+        _stop(running)
+        raise
+    return failed
+
+
+def _start(
+    cell: Cell,
+    slot: int,
+    split: Split,
+    threads: int,
+    gpus: int,
+    any_code: bool,
+    environment: Callable[[Cell], dict[str, str]],
+) -> Running:
+    command = [sys.executable, "-m", "mtmedformer.compare.work", str(cell.folder), f"--split={split}"]
+    here = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), "PYTHONUNBUFFERED": "1"}
+    if gpus:
+        here["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+    inherited = {k: v for k, v in os.environ.items() if k not in {"LOCAL_RANK", "MTMEDFORMER_RUN_DIR"}}
+    home = str(Path(__file__).resolve().parents[2])
+    inherited["PYTHONPATH"] = os.pathsep.join([p for p in (home, inherited.get("PYTHONPATH")) if p])
+    with (cell.folder / "log.txt").open("ab") as log:
+        process = subprocess.Popen(
+            [*command, *(["--any-code"] if any_code else [])],
+            env={**inherited, **here, **environment(cell)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches the study alone, which passes it on
+        )
+    return Running(cell, process, slot)
+
+
+def _stop(running: Sequence[Running]) -> None:
+    """Pass Ctrl-C on and wait; after a second one, or the grace, end what is left."""
+    for one in running:
+        if one.process.poll() is None:
+            one.process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + GRACE
+    try:
+        while any(one.process.poll() is None for one in running) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for one in running:
+            if one.process.poll() is None:
+                os.killpg(one.process.pid, signal.SIGKILL)
+                one.process.wait()
+
+
+def _status(running: Sequence[Running], progress: Progress) -> str:
+    now = time.monotonic()
+    shares = [epochs_done(one.cell) for one in running]
+    left = progress.left([(now - one.began, share) for one, share in zip(running, shares, strict=True)])
+    at_work = ", ".join(
+        f"{one.cell.variant} {one.cell.run} {share:.0%}" for one, share in zip(running, shares, strict=True)
+    )
+    time_left = "" if left is None else f" · about {duration(left)} left"
+    return f"{len(progress.done)}/{progress.total} cells{time_left} · {at_work}"
+
+
+def _told(one: Running, progress: Progress, split: Split) -> str:
+    left = progress.left([])
+    words = [f"{len(progress.done)}/{progress.total}", f"{one.cell.variant} {one.cell.run}"]
+    words.append(duration(progress.done[-1]))
+    if not one.cell.finished(split):
+        words.append(f"FAILED ({one.process.returncode}): {last_words(one.cell)}; see {one.cell.folder / 'log.txt'}")
+    if left and progress.total > len(progress.done):
+        words.append(f"about {duration(left)} left")
+    return " · ".join(words)
+
+
+def last_words(cell: Cell) -> str:
+    """Return the last line that a cell wrote, or the paragraph of its mistake."""
+    file = cell.folder / "log.txt"
+    text = file.read_text(errors="replace") if file.is_file() else ""
+    mistake = text.rfind("mtmedformer: ")
+    lines = text.strip().splitlines()
+    return " ".join(text[mistake:].split())[:400] if mistake >= 0 else lines[-1].strip()[:400] if lines else "no word"
+
+
+def epochs_done(cell: Cell) -> float:
+    """Return the share of a cell's epochs that it has logged."""
+    file = cell.folder / "run/metrics.csv"
+    total = cell.config["trainer"].get("max_epochs") or 0
+    if total <= 0 or not file.is_file():
+        return 0.0
+    with file.open(newline="") as lines:
+        epochs = [int(row["epoch"]) for row in csv.DictReader(lines) if row.get("epoch", "").isdigit()]
+    return min(1.0, (max(epochs) + 1) / total) if epochs else 0.0
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people: ``45 s``, ``3 min``, ``2 h 05 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
