@@ -11,6 +11,8 @@ from federation.aggregators import (
     FedBN,
     FedProx,
     FedYogi,
+    FisherMerging,
+    InverseVariance,
     Local,
     LocalRule,
     Pooled,
@@ -20,11 +22,13 @@ from federation.aggregators import (
 )
 from federation.alignment import Alignment, align, permutation_groups
 from federation.datamodule import FederatedDataModule
+from federation.example_privacy import ExamplePrivacy
 from federation.fisher import Fisher
 from federation.online_newton import NewtonCurvature, OnlineNewton
 from federation.partition import Dirichlet, EqualShares, Partition
 from federation.posterior import Posterior
 from federation.precision import Curvature, NoCurvature, SquaredGradients
+from federation.privacy import PrivacyPolicy
 from federation.uncertainty import tune_scale, uncertainty
 
 __all__ = [
@@ -36,6 +40,7 @@ __all__ = [
     "Dirichlet",
     "Ditto",
     "EqualShares",
+    "ExamplePrivacy",
     "FedAdam",
     "FedAvg",
     "FedAvgM",
@@ -44,6 +49,8 @@ __all__ = [
     "FedYogi",
     "FederatedDataModule",
     "Fisher",
+    "FisherMerging",
+    "InverseVariance",
     "Local",
     "LocalRule",
     "NewtonCurvature",
@@ -52,6 +59,7 @@ __all__ = [
     "Partition",
     "Pooled",
     "Posterior",
+    "PrivacyPolicy",
     "Scaffold",
     "SquaredGradients",
     "TrimmedMean",

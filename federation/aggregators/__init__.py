@@ -8,6 +8,8 @@ from federation.aggregators.fedavg import FedAvg
 from federation.aggregators.fedbn import FedBN
 from federation.aggregators.fedopt import FedAdam, FedAvgM, FedYogi
 from federation.aggregators.fedprox import FedProx
+from federation.aggregators.fisher_merging import FisherMerging
+from federation.aggregators.inverse_variance import InverseVariance
 from federation.aggregators.robust import CoordinateMedian, TrimmedMean
 from federation.aggregators.scaffold import Scaffold
 
@@ -22,6 +24,8 @@ __all__ = [
     "FedBN",
     "FedProx",
     "FedYogi",
+    "FisherMerging",
+    "InverseVariance",
     "Local",
     "LocalRule",
     "Pooled",

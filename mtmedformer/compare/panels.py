@@ -17,7 +17,7 @@ from mtmedformer.errors import ConfigError
 from mtmedformer.metrics.rows import TaskRows, load_rows
 
 CALIBRATION = ("nll", "ece")
-"""Metrics that are there only where probabilities were kept; ``nll_raw`` and ``ece_raw`` are those before a temperature."""
+"""Metrics there are where probabilities were kept; ``nll_raw`` and ``ece_raw`` are those before a temperature."""
 
 CHUNK = 64
 """Resamples evaluated at once."""

@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 GOOD, BAD, EVEN = "#2f7d53", "#c2536b", "#8b929c"
 
@@ -35,6 +36,7 @@ def forest(told: Mapping[str, Any], metric: str, reference: str, style: Mapping[
             ax.axvline(0, color=ink, linewidth=1)
             ax.set_title("On average" if of == "mean" else "At the worst site")
             ax.set_xlabel(f"{metric}, difference from {reference}")
+            ax.xaxis.set_major_locator(MaxNLocator(4))
             ax.grid(visible=False, axis="y")
             ax.margins(y=0.5 / max(1, len(names)))
         axes[0].set_yticks(range(len(names)), names)

@@ -97,26 +97,15 @@ def _metric(comparison: Mapping[str, Any], name: str, deciding: bool, page: Any)
     drawing = dots(told, name, page.COLOURS, page.STYLE, page.INK)
     parts.append(page.figure(drawing, "", f"{name} of every run at every site"))
     pairs = page.table(
-        _pairs(told), ["row minus column", *list(told["values"])[1:]], "Every pair; * after correction for all pairs"
+        _pairs(told), ["row minus column", *list(told["values"])[1:]], "* after correction for all pairs"
     )
     parts.append(page.join(page.heading("Every pair"), pairs) if deciding else page.details("Every pair", pairs))
     return page.join(*parts)
 
 
 def _columns(reference: str) -> list[str]:
-    return [
-        "variant",
-        "mean",
-        "95 % interval",
-        "worst site",
-        "",
-        f"difference from {reference}",
-        "95 % interval",
-        "p (Holm)",
-        "verdict",
-        "worst site: difference",
-        "verdict ",
-    ]
+    difference = f"difference from {reference}"
+    return ["variant", "mean", "worst site", difference, "p (Holm)", "verdict", "at the worst site"]
 
 
 def _rows(comparison: Mapping[str, Any], told: Mapping[str, Any], page: Any) -> list[list[Any]]:
@@ -124,20 +113,17 @@ def _rows(comparison: Mapping[str, Any], told: Mapping[str, Any], page: Any) -> 
     for name, value in told["values"].items():
         difference = told["differences"].get(name, {})
         mean, worst = difference.get("mean", {}), difference.get("worst", {})
-        mark = " (each site's own model)" if comparison["variants"][name]["judged"] == "own" else ""
+        mark = " (sites' own models)" if comparison["variants"][name]["judged"] == "own" else ""
+        site = f" {value['worst_site']}" if value["worst_site"] and len(value["by_site"]) > 1 else ""
         rows.append(
             [
                 f"{name}{mark}",
                 value["mean"]["value"],
-                _interval(value["mean"], page),
-                value["worst"]["value"],
-                value["worst_site"] or "–",
-                mean.get("value"),
+                f"{page.number(value['worst']['value'])}{site}",
                 _interval(mean, page),
                 _p(mean.get("p_holm")),
                 mean.get("verdict", "reference"),
-                worst.get("value"),
-                worst.get("verdict", ""),
+                ", ".join(filter(None, (_interval(worst, page) if worst else "", worst.get("verdict", "")))),
             ]
         )
     return rows
@@ -192,8 +178,12 @@ def _method(comparison: Mapping[str, Any], page: Any) -> Any:
 
 
 def _interval(told: Mapping[str, Any], page: Any) -> str:
-    low, high = told.get("low", math.nan), told.get("high", math.nan)
-    return "–" if not math.isfinite(low) else f"{page.number(low)} to {page.number(high)}"
+    """Return a difference with its interval."""
+    if not told or not math.isfinite(told["value"]):
+        return "–"
+    low, high = told["low"], told["high"]
+    between = f" ({page.number(low)} to {page.number(high)})" if math.isfinite(low) else ""
+    return f"{page.number(told['value'])}{between}"
 
 
 def _p(value: float | None) -> str:
