@@ -1,130 +1,205 @@
-"""Writes predictions of ``mtmedformer predict`` in the frame of the original images: CSV, COCO JSON, mask PNG."""
+"""Writes predictions of ``mtmedformer predict`` in the frame of the original images, as they come."""
 
 from __future__ import annotations
 
-import csv
-import json
-import re
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from PIL import Image
-from scipy.ndimage import affine_transform
-from torch import Tensor
 
-from mtmedformer.batch import Batch, Meta, Task
+import mtmedformer
+from callbacks.dicom_identity import Identity
+from callbacks.dicom_outputs import DicomOutputs
+from callbacks.image_outputs import ImageOutputs, Source
+from callbacks.prediction_files import PredictionFolder
+from mtmedformer.batch import Batch, Task
+from mtmedformer.calibration import plain
+from mtmedformer.digests import weights_digest
+from mtmedformer.findings import NOTE, findings
+
+log = logging.getLogger(__name__)
+
+LEAST = 0.4
+"""Score from which a box counts where nothing says better."""
 
 
 class PredictionWriter(Callback):
-    """Writes each batch's predictions as they come, so that memory does not grow with the data set.
+    """Writes each image's predictions as they come, and goes on where an earlier run was interrupted.
 
-    ``predictions.csv`` has one row an image (class probabilities, number of boxes, mask areas in pixels and, where the
-    spacing is known, in mm²), ``boxes.json`` the boxes as COCO results, ``masks/<task>/`` one PNG an image and class.
+    ``masks/<task>/`` has one PNG an image and class, ``overlays/`` one picture an image, ``dicom/`` one DICOM
+    segmentation and one report an image, ``images/`` one JSON an image, written last. ``predictions.csv`` (class
+    probabilities, numbers of boxes, areas, uncertainty), ``boxes.json`` (COCO) and ``failed.csv`` are made of the JSON
+    files at the end, after an interruption too.
+
+    Images are skipped as done where the data set can leave them out (as ``--images`` has it); otherwise the folder's
+    earlier predictions are replaced.
 
     Args:
-        folder: The run folder; everything goes to ``predictions/`` in it.
-        score: Boxes below this score are neither counted in the CSV nor written to JSON.
+        folder: Where everything goes; ``null`` is ``predictions`` in the run folder.
+        score: Boxes below this score are left out altogether.
+        threshold: Score from which a box counts in the CSV and the report, and is drawn. ``null`` takes for each class
+            what the checkpoint's calibration found best (F1), or 0.4 where it says nothing.
+        operating_point: The calibration's operating point at which a class counts as found in the CSV.
+        overlays: Draw a picture an image.
+        dicom: Write a segmentation and a report for images that are DICOM files.
+        codes: Codes of classes in DICOM objects, ``{class: [value, scheme, meaning]}``, besides those known.
+
+    Attributes:
+        exit_code: What the command line returns: 1 where an image failed.
     """
 
-    def __init__(self, folder: str | None = None, score: float = 0.05) -> None:
-        self.root, self.score = folder, score
-        self._rows: list[dict[str, Any]] = []
-        self._boxes: list[dict[str, Any]] = []
+    def __init__(
+        self,
+        folder: str | None = None,
+        score: float = 0.05,
+        threshold: float | None = None,
+        operating_point: str = "youden",
+        overlays: bool = False,
+        dicom: bool = False,
+        codes: dict[str, tuple[str, str, str]] | None = None,
+    ) -> None:
+        self.root, self.score, self.threshold, self.operating_point = folder, score, threshold, operating_point
+        self.overlays, self.dicom, self.codes = overlays, dicom, codes or {}
+        self.exit_code = 0
+        self._tasks: dict[str, Task] = {}
+        self._files: dict[str, Path] = {}
+        self._told = 0
+        self._outputs: ImageOutputs | None = None
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start with empty tables."""
-        self._rows, self._boxes = [], []
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the folder ready and have the data set leave out what is done.
+
+        Raises:
+            ConfigError: The folder holds predictions of another model, or made in another way.
+        """
+        if stage != "predict":
+            return
+        data = getattr(trainer, "datamodule", None)
+        weights, calibration = _stored(trainer, pl_module)
+        self._tasks = dict(cast("Mapping[str, Task]", pl_module.tasks))
+        self._outputs = outputs = self._prepared(trainer, weights, calibration)
+        self._files = dict(getattr(data, "files", {}))
+        self.exit_code = self._told = 0
+        resumes = hasattr(data, "leave_out")
+        if trainer.is_global_zero:
+            outputs.folder.prepare(self._about(outputs, pl_module, data, calibration), resumes)
+        trainer.strategy.barrier("predictions prepared")
+        if resumes:
+            done = outputs.folder.finished(self._files)
+            cast("Any", data).leave_out(done)
+            if done and trainer.is_global_zero:
+                log.warning("%d of %d images are done already", len(done), len(self._files))
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *args: Any
     ) -> None:
-        """Map a batch's predictions to the original frames and write its masks."""
-        tasks: dict[str, Task] = pl_module.tasks  # type: ignore[assignment]
+        """Write a batch's predictions, and list what could not be read meanwhile."""
+        assert self._outputs is not None
         for i, meta in enumerate(batch.meta):
-            row: dict[str, Any] = {"image": meta.id, "site": meta.site, "note": "research use only"}
-            for name, task in tasks.items():
-                if task.kind == "classification":
-                    probabilities = outputs[name][i].float().tolist()
-                    row |= {f"{name}:{c}": f"{p:.4f}" for c, p in zip(task.classes, probabilities, strict=True)}
-                elif task.kind == "detection":
-                    row[f"{name}:boxes"] = self._keep_boxes(outputs[name][i], meta, name, task)
-                else:
-                    row |= self._write_masks(trainer, outputs[name][i], meta, name, task)
-            self._rows.append(row)
+            found = findings(outputs, i, meta, self._tasks, self.score)
+            image = batch.image[i].float().mean(dim=0).cpu().numpy()
+            self._outputs.write(found, image, self._source(trainer, meta.id))
+        self._list_failures(trainer)
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the tables."""
-        if not self._rows:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the tables, once every process is through."""
+        if stage == "predict" and self._outputs is not None:
+            self._list_failures(trainer)
+            trainer.strategy.barrier("predictions written")
+            self._make_tables(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Make the tables of what is there so far."""
+        if self._outputs is not None:
+            self._make_tables(trainer)
+
+    def _prepared(self, trainer: Trainer, weights: Mapping[str, torch.Tensor], calibration: Any) -> ImageOutputs:
+        model = weights_digest(weights)
+        boxes = {
+            (name, c): LEAST if self.threshold is None else self.threshold
+            for name, task in self._tasks.items()
+            for c in task.classes
+            if task.kind == "detection"
+        }
+        if self.threshold is None:
+            boxes |= _thresholds(calibration, "f1", boxes)
+        classes = {
+            (name, c): 0.5 for name, task in self._tasks.items() for c in task.classes if task.kind == "classification"
+        }
+        return ImageOutputs(
+            folder=PredictionFolder(Path(self.root or Path(trainer.default_root_dir, "predictions"))),
+            model=model,
+            tasks=self._tasks,
+            least=boxes,
+            thresholds=_thresholds(calibration, self.operating_point, classes),
+            overlays=self.overlays,
+            dicom=DicomOutputs(Identity(model, self.codes), boxes) if self.dicom else None,
+        )
+
+    def _about(self, outputs: ImageOutputs, pl_module: LightningModule, data: Any, calibration: Any) -> dict[str, Any]:
+        """Return what these predictions are known by: with other settings they would be others."""
+        ways = {key: getattr(pl_module, key, None) for key in ("tile", "overlap", "flip_tta")}
+        own = {
+            "score": self.score,
+            "threshold": {f"{task}: {c}": value for (task, c), value in outputs.least.items()},
+            "operating_point": self.operating_point,
+            "overlays": self.overlays,
+            "dicom": self.dicom,
+            "codes": self.codes,
+        }
+        return {
+            "note": NOTE,
+            "software": f"MTMedFormer {mtmedformer.__version__}",
+            "model": outputs.model,
+            "tasks": {name: asdict(task) for name, task in self._tasks.items()},
+            "settings": own | ways | getattr(data, "settings", {}) | {"calibration": calibration},
+        }
+
+    def _source(self, trainer: Trainer, image: str) -> Source | None:
+        data: Any = getattr(trainer, "datamodule", None)
+        file = self._files.get(image)
+        return Source(file, data.is_dicom(file), data.original) if file is not None and file.is_file() else None
+
+    def _list_failures(self, trainer: Trainer) -> None:
+        """Note images that could not be read since the last call, so that the tables list them."""
+        assert self._outputs is not None
+        failures = getattr(getattr(trainer, "datamodule", None), "failures", [])
+        for issue in failures[self._told :]:
+            about = {"failed": issue.reason, "detail": issue.detail, "note": NOTE}
+            self._outputs.folder.finish(issue.id, {"image": issue.id, "files": [], **about})
+        self._told = len(failures)
+
+    def _make_tables(self, trainer: Trainer) -> None:
+        assert self._outputs is not None
+        if not trainer.is_global_zero:
             return
-        folder, rank = self._folder(trainer), f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
-        with (folder / f"predictions{rank}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(self._rows[0]))
-            writer.writeheader()
-            writer.writerows(self._rows)
-        (folder / f"boxes{rank}.json").write_text(json.dumps(self._boxes, indent=1) + "\n")
-
-    def _folder(self, trainer: Trainer) -> Path:
-        folder = Path(self.root or trainer.default_root_dir, "predictions")
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def _keep_boxes(self, found: dict[str, Tensor], meta: Meta, name: str, task: Task) -> int:
-        kept = found["scores"] >= self.score
-        boxes = to_original(found["boxes"][kept].cpu().numpy(), meta)
-        for box, score, label in zip(
-            boxes, found["scores"][kept].tolist(), found["labels"][kept].tolist(), strict=True
-        ):
-            x0, y0, x1, y1 = (round(float(v), 2) for v in box)
-            self._boxes.append(
-                {
-                    "image_id": meta.id,
-                    "task": name,
-                    "category_id": int(label) + 1,
-                    "category": task.classes[int(label)],
-                    "bbox": [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)],
-                    "score": round(float(score), 4),
-                }
-            )
-        return len(boxes)
-
-    def _write_masks(self, trainer: Trainer, masks: Tensor, meta: Meta, name: str, task: Task) -> dict[str, Any]:
-        folder = self._folder(trainer) / "masks" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        row: dict[str, Any] = {}
-        for c, channel in zip(task.classes, masks.float().cpu().numpy(), strict=True):
-            mask = mask_to_original(channel, meta) >= 0.5
-            file = re.sub(r"[^\w.-]+", "_", f"{meta.id}_{c}") + ".png"
-            Image.fromarray(mask.astype(np.uint8) * 255).save(folder / file)
-            row[f"{name}:{c}:pixels"] = int(mask.sum())
-            if meta.spacing:
-                row[f"{name}:{c}:mm2"] = f"{mask.sum() * meta.spacing[0] * meta.spacing[1]:.1f}"
-        return row
+        folder = self._outputs.folder
+        failed = folder.write_tables({name: asdict(task) for name, task in self._tasks.items()})
+        if failed:
+            self.exit_code = 1
+            log.warning("%d images failed; %s says which and why", failed, folder.root / "failed.csv")
 
 
-def to_original(boxes: npt.NDArray[Any], meta: Meta) -> npt.NDArray[np.float64]:
-    """Map boxes (N, 4) xyxy from the network's input to the original frame, clipped to it."""
-    a, b, c, d, e, f = meta.to_original
-    height, width = meta.original_size
-    corners = boxes.astype(np.float64).reshape(-1, 2, 2)
-    x = a * corners[..., 0] + b * corners[..., 1] + c
-    y = d * corners[..., 0] + e * corners[..., 1] + f
-    lower, upper = np.stack([x.min(1), y.min(1)], axis=1), np.stack([x.max(1), y.max(1)], axis=1)
-    limit = np.array([width, height], dtype=np.float64)
-    return np.concatenate([lower.clip(0, limit), upper.clip(0, limit)], axis=1)
+def _stored(trainer: Trainer, pl_module: LightningModule) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
+    """Return the weights that predict and their calibration; the checkpoint is loaded only after ``setup``."""
+    if trainer.ckpt_path:
+        stored = torch.load(trainer.ckpt_path, weights_only=True, map_location="cpu", mmap=True)
+        return stored["state_dict"], stored.get("calibration", {})
+    return pl_module.state_dict(), plain(getattr(pl_module, "calibration", {}))
 
 
-def mask_to_original(channel: npt.NDArray[np.float32], meta: Meta) -> npt.NDArray[np.float32]:
-    """Resample a probability map (h, w) of the network's input into the original frame (H, W), zero outside."""
-    a, b, c, d, e, f = meta.to_original
-    forward = np.array([[a, b, c], [d, e, f], [0, 0, 1]])
-    inverse = np.linalg.inv(forward)  # original corner coordinates -> input corner coordinates
-    swap = np.array([[0, 1, 0], [1, 0, 0], [0, 0, 1]])
-    half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # pixel index -> corner coordinate of its centre
-    rows = swap @ np.linalg.inv(half) @ inverse @ half @ swap
-    out: npt.NDArray[np.float32] = affine_transform(
-        channel, rows[:2, :2], offset=rows[:2, 2], output_shape=meta.original_size, order=1, mode="constant"
-    )
-    return out
+def _thresholds(
+    calibration: Mapping[str, Any], point: str, wanted: Mapping[tuple[str, str], float]
+) -> dict[tuple[str, str], float]:
+    """Return the calibration's thresholds at an operating point, for those tasks and classes it has any for."""
+    found = {
+        (task, c): points[point]
+        for task, one in calibration.items()
+        for c, points in one["thresholds"].items()
+        if point in points
+    }
+    return {key: value for key, value in found.items() if key in wanted}

@@ -7,6 +7,7 @@ from datamodules.cbis_ddsm import CBISDDSMDataModule as CBISDDSMDataModule
 from datamodules.cmmd import CMMDDataModule as CMMDDataModule
 from datamodules.covid_chestxray import CovidChestXrayDataModule as CovidChestXrayDataModule
 from datamodules.covid_qu_ex import CovidQuExDataModule as CovidQuExDataModule
+from datamodules.image_folder import ImageFolderDataModule as ImageFolderDataModule
 from datamodules.inbreast import INbreastDataModule as INbreastDataModule
 from datamodules.kermany import KermanyDataModule as KermanyDataModule
 from datamodules.labels_csv import LabelsCSVDataModule as LabelsCSVDataModule

@@ -69,7 +69,7 @@ class CachedDataset(Dataset[Sample]):
         epoch, turn, index = (0, 0, key) if isinstance(key, int) else key
         record = self.records[index]
         entry = self.cache.fetch(self.keys[index], record, self.recipe)
-        image: Floats = np.divide(entry.image, np.iinfo(entry.image.dtype).max, dtype=np.float32)
+        image = pixels_of(entry)
         masks = {n: entry.masks[n] for n in self._known(record, "segmentation") if n in entry.masks}
         boxes = {n: (entry.boxes[n], entry.labels[n]) for n in self._known(record, "detection") if n in entry.boxes}
         to_original = entry.to_original
@@ -93,23 +93,31 @@ class CachedDataset(Dataset[Sample]):
         truth |= {n: torch.from_numpy(np.ascontiguousarray(m)) for n, m in masks.items() if (m != IGNORE).any()}
         truth |= {n: Boxes(torch.from_numpy(b), torch.from_numpy(i)) for n, (b, i) in boxes.items()}
         return Sample(
-            torch.from_numpy(np.ascontiguousarray(image))[None], truth, self._meta(record, entry, to_original)
-        )
-
-    def _meta(self, record: Record, entry: Rendered, to_original: Affine) -> Meta:
-        return Meta(
-            id=record.id,
-            patient=hash_patient(record.patient, self.salt),
-            site=record.site,
-            view=record.view or entry.view,
-            laterality=record.laterality or entry.laterality,
-            to_original=to_original,
-            original_size=entry.original_size,
-            spacing=entry.spacing,
+            torch.from_numpy(np.ascontiguousarray(image))[None], truth, meta_of(record, entry, to_original, self.salt)
         )
 
     def _known(self, record: Record, kind: str) -> list[str]:
         return [name for name, task in self.tasks.items() if task.kind == kind and name in record.truth]
+
+
+def meta_of(record: Record, entry: Rendered, to_original: Affine, salt: str) -> Meta:
+    """Return what a batch says of an image besides its pixels; the table's word goes before the header's."""
+    return Meta(
+        id=record.id,
+        patient=hash_patient(record.patient, salt),
+        site=record.site,
+        view=record.view or entry.view,
+        laterality=record.laterality or entry.laterality,
+        to_original=to_original,
+        original_size=entry.original_size,
+        spacing=entry.spacing,
+    )
+
+
+def pixels_of(entry: Rendered) -> Floats:
+    """Return the image of an entry as float32 (H, W) in [0, 1]."""
+    pixels: Floats = np.divide(entry.image, np.iinfo(entry.image.dtype).max, dtype=np.float32)
+    return pixels
 
 
 class EpochSampler(DistributedSampler[Key]):

@@ -19,6 +19,7 @@ from datamodules.cache import Cache
 from datamodules.catalogue import advice, check_catalogue, choose_tasks, select, some_patients
 from datamodules.dataset import CachedDataset, EpochSampler
 from datamodules.entries import Recipe
+from datamodules.originals import Originals
 from datamodules.quarantine import IMAGE, Quarantine
 from datamodules.records import Catalogue, Record, Split
 from datamodules.rendering import Report
@@ -35,7 +36,7 @@ STAGES: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("v
 """The splits a stage of the Trainer reads; ``predict`` reads ``predict_split``."""
 
 
-class MedicalDataModule(L.LightningDataModule, ABC):
+class MedicalDataModule(Originals, L.LightningDataModule, ABC):
     """Images with the truth of several tasks, split by patient, decoded once and served in batches.
 
     A data set implements ``catalogue`` and nothing else. Splits are made for the whole catalogue, before ``tasks`` and
@@ -185,6 +186,12 @@ class MedicalDataModule(L.LightningDataModule, ABC):
         else:
             needed = ("train", "val", "test") if stage is None else STAGES[stage]
             self._build({split: split for split in map(self._serving, needed)})
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a report says of the data, once set up, in counts and plain words."""
+        from datamodules.description import describe  # which looks at data modules
+
+        return describe(self)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training batches, in the sampler's order, augmented.

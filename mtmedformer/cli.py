@@ -33,6 +33,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import mtmedformer
 from mtmedformer.errors import ConfigError, UserError
+from mtmedformer.predict_arguments import with_images
 
 COMMANDS = ("fit", "validate", "test", "predict")
 TOOLS = {  # everything else: the module whose main(argv) runs it
@@ -44,8 +45,9 @@ TOOLS = {  # everything else: the module whose main(argv) runs it
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0 done; 1 failed or interrupted, go on with ``--ckpt_path=last``; 2 a mistake the message explains; 3 done, but not
-    with everything: a callback says so by its ``exit_code``.
+    0 done; 1 failed or interrupted, go on with ``--ckpt_path=last`` (``predict --images``: some images failed, go on
+    with the same command); 2 a mistake the message explains; 3 done, but not with everything: a callback says so by its
+    ``exit_code``.
     """
     argv = sys.argv[1:] if argv is None else argv
     _quieten()
@@ -54,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         if argv and argv[0] in TOOLS:
             exit_code: int = importlib.import_module(TOOLS[argv[0]]).main(argv[1:])
             return exit_code
-        trainer = CommandLine(argv).trainer
+        with ExitStack() as stack:
+            trainer = CommandLine(with_images(argv, stack)).trainer
         return max((getattr(callback, "exit_code", 0) for callback in trainer.callbacks), default=0)  # type: ignore[attr-defined]
     except (UserError, MisconfigurationException) as error:
         return _mistake(str(error), getattr(error, "exit_code", 2))
@@ -112,7 +115,8 @@ class CommandLine(LightningCLI):
             parser_class=Parser,
             parser_kwargs={
                 "description": "Train one transformer on several tasks in the same medical image.",
-                "epilog": "Also: 'mtmedformer fingerprint --config …' describes a data set before you train on it.",
+                "epilog": "Also: 'mtmedformer fingerprint --config …' describes a data set before you train on it; "
+                "'mtmedformer predict --ckpt_path … --images DIR --output DIR' predicts plain files.",
                 "version": mtmedformer.__version__,
             },
             subclass_mode_model=True,
@@ -162,6 +166,8 @@ class CommandLine(LightningCLI):
         self.run_folder = folder
         if self.subcommand != "fit":  # the config.yaml in the folder is that of its training
             self.save_config_kwargs["config_filename"] = f"config_{self.subcommand}.yaml"
+        if self.subcommand == "predict" and not any(a.startswith("--return_predictions") for a in self.argv):
+            config.return_predictions = False  # they are written as they come; memory must not grow with them
         if "verbose" in config and not any(a.startswith("--verbose") for a in self.argv):
             config.verbose = False  # the report's own table says it better than Lightning's list
 
@@ -175,7 +181,8 @@ class CommandLine(LightningCLI):
             (rooms.QuarantineReport, lambda: rooms.QuarantineReport(folder)),
             (rooms.TestReport, lambda: rooms.TestReport(folder)),
             (rooms.ReliabilityReport, lambda: rooms.ReliabilityReport(folder)),
-            (rooms.PredictionWriter, lambda: rooms.PredictionWriter(folder)),
+            (rooms.ModelReport, lambda: rooms.ModelReport(folder)),
+            (rooms.PredictionWriter, lambda: rooms.PredictionWriter(f"{folder}/predictions")),
         ]
         if trainer_config.get("enable_model_summary") is not False:
             defaults.append((ModelSummary, rooms.PartsSummary))
@@ -223,7 +230,7 @@ def _quieten() -> None:
 
 def _worth_reading(record: logging.LogRecord) -> bool:
     message = record.getMessage()
-    return not any(word in message for word in ("litlogger", "Skipping setting a default", "TPU available"))
+    return not any(word in message for word in ("litlogger", "litmodels", "Skipping setting a", "TPU available"))
 
 
 def _best(folder: str) -> ModelCheckpoint:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from callbacks.metrics_table import print_metrics
-from callbacks.prediction_writer import mask_to_original, to_original
 from datamodules.transforms import BreastPreset, PlainPreset, warp
 from mtmedformer.batch import Meta
+from mtmedformer.frames import boxes_in_original, mask_in_original
 
 VALUES = {
     "test/lungs/dice": 0.91,
@@ -51,13 +51,13 @@ def test_masks_and_boxes_return_to_where_they_were(preset):
     mask[30:70, 50:80] = 1
     frame = preset.frame(image, (160, 160), "R")
     inside = warp(mask.astype(np.float32), frame)
-    back = mask_to_original(inside, meta(frame, (height, width))) >= 0.5
+    back = mask_in_original(inside, meta(frame, (height, width))) > 0
     assert (back & (mask > 0)).sum() / (back | (mask > 0)).sum() > 0.95
     rows, columns = np.nonzero(inside >= 0.5)
     box = np.array([[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]])
-    np.testing.assert_allclose(to_original(box, meta(frame, (height, width))), [[50, 30, 80, 70]], atol=1.0)
+    np.testing.assert_allclose(boxes_in_original(box, meta(frame, (height, width))), [[50, 30, 80, 70]], atol=1.0)
 
 
 def test_boxes_outside_the_image_are_clipped_to_it():
-    boxes = to_original(np.array([[-5.0, -5.0, 500.0, 10.0]]), Meta("im", "p", original_size=(20, 30)))
+    boxes = boxes_in_original(np.array([[-5.0, -5.0, 500.0, 10.0]]), Meta("im", "p", original_size=(20, 30)))
     np.testing.assert_array_equal(boxes, [[0, 0, 30, 10]])

@@ -119,7 +119,7 @@ def test_predictions_come_back_in_the_frame_of_the_images(trained):
     assert len(rows) == len(masks) > 0
     assert all(abs(float(r["health:well"]) + float(r["health:sick"]) - 1) < 2e-4 for r in rows)
     assert np.asarray(Image.open(masks[0])).shape == (64, 64)
-    for box in json.loads((folder / "predictions/boxes.json").read_text()):
+    for box in json.loads((folder / "predictions/boxes.json").read_text())["annotations"]:
         x, y, w, h = box["bbox"]
         assert 0 <= x <= x + w <= 64
         assert 0 <= y <= y + h <= 64

@@ -1,0 +1,207 @@
+"""A folder of predictions: every file whole or not there, one JSON an image that says it is done, tables made of those.
+
+A run that was interrupted, killed or out of disk goes on with the images that lack their JSON.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mtmedformer.digests import file_digest
+from mtmedformer.errors import ConfigError
+from mtmedformer.findings import ABOUT, NOTE
+
+Json = dict[str, Any]
+
+IMAGES = "images"
+"""Folder of the JSON files, one an image."""
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """Yield a path to write to, which becomes ``file`` only once all is written."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name[-80:]}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def safe_name(name: str) -> str:
+    """Return an image's id as a relative path that is fit for any disk, different for different ids."""
+    parts = [re.sub(r"[^\w.-]+", "_", part).lstrip(".")[:100] for part in name.split("/")]
+    safe = "/".join(part or "_" for part in parts)
+    return safe if safe == name else f"{safe}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
+
+
+class PredictionFolder:
+    """A folder of predictions of one model.
+
+    Args:
+        root: The folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, kind: str, image: str, ending: str) -> Path:
+        """Return where a file of an image lies: ``<root>/<kind>/<image><ending>``."""
+        return self.root / kind / f"{safe_name(image)}{ending}"
+
+    def prepare(self, about: Json, resume: bool) -> None:
+        """Make the folder ready; what an interrupted run left half-written goes, and so do its failures.
+
+        Args:
+            about: The model and how it predicts, as JSON.
+            resume: Keep what is finished; otherwise everything predicted before is removed.
+
+        Raises:
+            ConfigError: The finished predictions are of another model, or were made in another way.
+        """
+        file = self.root / ABOUT
+        if file.is_file():
+            if resume:
+                _refuse_to_mix(self.root, json.loads(file.read_text(encoding="utf-8")), about)
+            for part in self.root.rglob(".*.part"):
+                part.unlink(missing_ok=True)
+            for marker in self._markers():
+                entry = _read(marker)
+                if not resume or entry is None or "failed" in entry:
+                    self._remove(marker, entry or {})
+        with whole(file) as part:
+            part.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+    def finished(self, files: Mapping[str, Path]) -> set[str]:
+        """Return the images that are done: predicted from this very file, and all that was written is still there."""
+        return {image for image, file in files.items() if self._is_finished(image, file)}
+
+    def finish(self, image: str, entry: Json) -> None:
+        """Write the JSON of an image, after all its other files."""
+        with whole(self.path(IMAGES, image, ".json")) as part:
+            part.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+
+    def entries(self) -> Iterator[Json]:
+        """Yield the JSON of every image that was predicted or failed, one at a time, in order of their paths."""
+        for marker in self._markers():
+            entry = _read(marker)
+            if entry is not None:
+                yield entry
+
+    def write_tables(self, tasks: Json) -> int:
+        """Write ``predictions.csv``, ``boxes.json`` and ``failed.csv`` from the images' JSON.
+
+        Args:
+            tasks: Kind and classes of each task, in the order of the columns.
+
+        Returns:
+            How many images failed.
+        """
+        columns: dict[str, None] = {}
+        for entry in self.entries():
+            columns |= dict.fromkeys(entry.get("row", {}))
+        with whole(self.root / "predictions.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(columns))
+            writer.writeheader()
+            writer.writerows(entry["row"] for entry in self.entries() if "row" in entry)
+        with whole(self.root / "boxes.json") as part:
+            self._write_coco(part, tasks)
+        failed = [entry for entry in self.entries() if "failed" in entry]
+        with whole(self.root / "failed.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(["image", "reason", "detail", "note"])
+            rows.writerows([e["image"], e["failed"], e.get("detail", ""), NOTE] for e in failed)
+        return len(failed)
+
+    def _write_coco(self, part: Path, tasks: Json) -> None:
+        """Write all boxes in COCO's format, an image at a time; a box has its ``score`` and its ``task``."""
+        classes = [(name, c) for name, task in tasks.items() if task["kind"] == "detection" for c in task["classes"]]
+        category = {key: number for number, key in enumerate(classes, start=1)}
+        with part.open("w", encoding="utf-8") as file:
+            head = {
+                "info": {"description": f"MTMedFormer predictions, {NOTE}"},
+                "categories": [{"id": n, "name": c, "supercategory": task} for (task, c), n in category.items()],
+            }
+            file.write(json.dumps(head)[:-1] + ', "images": [')
+            for number, entry in enumerate(self._predicted(), start=1):
+                height, width = entry["size"]
+                image = {"id": number, "file_name": entry["image"], "width": width, "height": height}
+                file.write(("\n" if number == 1 else ",\n") + json.dumps(image))
+            file.write('], "annotations": [')
+            count = 0
+            for number, entry in enumerate(self._predicted(), start=1):
+                for task, boxes in entry["boxes"].items():
+                    for box in boxes:
+                        count += 1
+                        found = {"id": count, "image_id": number, "category_id": category[task, box["class"]]}
+                        file.write(("\n" if count == 1 else ",\n") + json.dumps(found | _coco(box) | {"task": task}))
+            file.write("]}\n")
+
+    def _predicted(self) -> Iterator[Json]:
+        return (entry for entry in self.entries() if "row" in entry)
+
+    def _is_finished(self, image: str, file: Path) -> bool:
+        entry = _read(self.path(IMAGES, image, ".json"))
+        if entry is None or "failed" in entry or entry["image"] != image:
+            return False
+        if not all((self.root / name).is_file() for name in entry["files"]):
+            return False
+        known, now = entry["input"], file.stat()
+        if (known["bytes"], known["modified"]) == (now.st_size, now.st_mtime_ns):
+            return True
+        return bool(known["bytes"] == now.st_size and known["sha256"] == file_digest(file))
+
+    def _markers(self) -> list[Path]:
+        return sorted((self.root / IMAGES).rglob("*.json"))
+
+    def _remove(self, marker: Path, entry: Json) -> None:
+        for name in entry.get("files", []):
+            (self.root / name).unlink(missing_ok=True)
+        marker.unlink(missing_ok=True)
+
+
+def _coco(box: Json) -> Json:
+    x0, y0, x1, y1 = box["xyxy"]
+    sides = [round(x1 - x0, 2), round(y1 - y0, 2)]
+    return {
+        "bbox": [x0, y0, *sides],
+        "area": round(sides[0] * sides[1], 2),
+        "iscrowd": 0,
+        "score": box["score"],
+        "category": box["class"],
+    }
+
+
+def _read(marker: Path) -> Json | None:
+    """Return the JSON of an image; ``None`` where it is not there or was damaged, so that the image is done again."""
+    try:
+        entry = json.loads(marker.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return entry if isinstance(entry, dict) and "image" in entry else None
+
+
+def _refuse_to_mix(root: Path, there: Json, about: Json) -> None:
+    """Refuse to put predictions of two models, or made in two ways, into one table."""
+    if there.get("model") != about["model"]:
+        raise ConfigError(
+            f"--output={root} holds predictions of model {there.get('model')}, and this is model {about['model']}; "
+            "choose another folder"
+        )
+    now = json.loads(json.dumps(about))  # as it reads once written
+    differing = [key for key in now["settings"] if now["settings"][key] != there.get("settings", {}).get(key)]
+    if differing or now["tasks"] != there.get("tasks"):
+        what = ", ".join(differing) or "tasks"
+        raise ConfigError(
+            f"--output={root} holds predictions that were made otherwise ({what} differ); choose another folder, or "
+            f"the settings of {root / ABOUT}"
+        )

@@ -1,0 +1,162 @@
+"""Images without labels, to be predicted: files and folder trees as they are, read one by one and kept nowhere."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.dataset import meta_of, pixels_of
+from datamodules.entries import Recipe
+from datamodules.image_files import find_images
+from datamodules.originals import Originals
+from datamodules.quarantine import IMAGE, Issue
+from datamodules.records import Record
+from datamodules.transforms import ChestPreset, PlainPreset, Preset
+from mtmedformer.batch import Batch, Sample, collate
+from mtmedformer.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class ImageFolderDataModule(Originals, L.LightningDataModule):
+    """Images to predict, without a table and without labels.
+
+    Each image is read when its turn comes, on the road training images take (display chain, frame, size), and let go
+    after it: memory does not grow with their number, nothing is cached, and results come at once. An image that cannot
+    be read is listed in ``failures`` and the rest goes on.
+
+    Args:
+        images: Files and folder trees; DICOM, PNG, JPEG, TIFF and what else ``datamodules.pixels`` reads.
+        image_size: ``[height, width]`` of the network's input in pixels, or one number for both; as in training.
+        preset: How images are framed; as in training. ``null`` for the whole image.
+        batch_size: Images a batch.
+        num_workers: Processes that read; 0 reads in this process.
+
+    Attributes:
+        records: The images, once set up, less those left out.
+        failures: Images that could not be used, with reasons, so far as they have been read.
+    """
+
+    def __init__(
+        self,
+        images: list[Path],
+        image_size: int | tuple[int, int] = 256,
+        preset: Preset | None = ChestPreset(),  # noqa: B008  presets have no state
+        batch_size: int = 1,
+        num_workers: int = 2,
+    ) -> None:
+        super().__init__()
+        self.images = images
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.preset = preset
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        if len(self.image_size) != 2 or min(self.image_size) < 16:
+            raise ConfigError(f"data.init_args.image_size is {image_size}; give [height, width], at least 16 each")
+        if batch_size < 1 or num_workers < 0:
+            raise ConfigError(f"data: batch_size={batch_size} must be at least 1 and num_workers={num_workers} 0")
+        self.recipe = Recipe(preset or PlainPreset(), (self.image_size[0], self.image_size[1]))
+        self.records: list[Record] = []
+        self.failures: list[Issue] = []
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides how an image is prepared, as text and numbers."""
+        preset = self.recipe.preset
+        plain = {k: v for k, v in vars(preset).items() if isinstance(v, str | int | float | None)}
+        return {"image_size": list(self.image_size), "preset": {"name": type(preset).__name__, **plain}}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find the images; nothing is read yet.
+
+        Raises:
+            DataError: There is none, or a path is not there.
+            ConfigError: The Trainer wants to do anything but predict.
+        """
+        if getattr(stage, "value", stage) not in ("predict", None):
+            raise ConfigError("ImageFolderDataModule has no labels: it serves predict alone")
+        found, notes = find_images(self.images)
+        for note in notes:
+            _tell(note)
+        self.records = [Record(id=name, file=file, patient=name) for name, file in found.items()]
+
+    def leave_out(self, ids: Collection[str]) -> None:
+        """Leave out images that are done, by their ids."""
+        left = set(ids)
+        self.records = [record for record in self.records if record.id not in left]
+
+    def predict_dataloader(self) -> ImageBatches:
+        """Return the batches; several processes share the images."""
+        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        reader = _Reader(self.records[rank::ranks], self.recipe)
+        return ImageBatches(reader, self.batch_size, self.num_workers, self.failures)
+
+
+class ImageBatches:
+    """Batches of what can be read; what cannot goes into a list of failures.
+
+    Args:
+        reader: Reads an image, or says why it cannot.
+        batch_size: Images a batch.
+        num_workers: Processes that read.
+        failures: Where failures are added.
+    """
+
+    def __init__(self, reader: _Reader, batch_size: int, num_workers: int, failures: list[Issue]) -> None:
+        self.reader, self.batch_size, self.failures = reader, batch_size, failures
+        self.num_workers = min(num_workers, len(reader)) if len(reader) > 1 else 0
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.reader) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader: Any = DataLoader(self.reader, batch_size=None, num_workers=self.num_workers, collate_fn=_as_is)
+        waiting: list[Sample] = []
+        for item in loader:
+            if isinstance(item, Issue):
+                self.failures.append(item)
+                continue
+            waiting.append(item)
+            if len(waiting) == self.batch_size:
+                yield collate(waiting, {})
+                waiting = []
+        if waiting:
+            yield collate(waiting, {})
+
+
+class _Reader(Dataset[Sample | Issue]):
+    """Reads and frames one image an item."""
+
+    def __init__(self, records: list[Record], recipe: Recipe) -> None:
+        self.records, self.recipe = records, recipe
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample | Issue:
+        record = self.records[index]
+        try:
+            made = self.recipe.render(record)
+        except Exception as error:  # a fault of ours in one image must not end a night's work; it is told and listed
+            log.exception("%s could not be prepared", record.file.name)
+            return Issue(record.id, record.file.name, IMAGE, "image cannot be prepared", f"{type(error).__name__}")
+        if isinstance(made, Issue):
+            return made
+        return Sample(torch.from_numpy(pixels_of(made))[None], {}, meta_of(record, made, made.to_original, ""))
+
+
+def _as_is(item: object) -> object:
+    return item
+
+
+@rank_zero_only
+def _tell(message: str) -> None:
+    log.warning(message)

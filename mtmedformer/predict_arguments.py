@@ -1,0 +1,123 @@
+"""``predict --images … --output …``: short for a data set of plain files, prepared as in training, and for where to."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from mtmedformer.errors import ConfigError
+
+USAGE = "mtmedformer predict --ckpt_path CKPT --images DIR|FILE… --output DIR [--dicom=false] [--overlays=false]"
+
+PREPARATION = ("image_size", "preset")
+"""Arguments of a data set that decide how an image is prepared for the network."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"predict: {message}; usage: {USAGE}")
+
+
+def with_images(argv: list[str], stack: ExitStack) -> list[str]:
+    """Turn ``--images``, ``--output``, ``--dicom`` and ``--overlays`` into a configuration; other arguments stay.
+
+    How images are prepared is taken from ``config.yaml`` of the run the checkpoint lies in. Whatever else is on the
+    command line comes after and wins, ``--data.image_size`` for one.
+
+    Args:
+        argv: The command line, the subcommand first.
+        stack: Keeps the configuration's file until it is closed.
+
+    Raises:
+        ConfigError: An argument is missing or contradicts another, or it is unknown how images are to be prepared.
+    """
+    if argv[:1] != ["predict"]:
+        return argv
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--images", nargs="+", action="extend")
+    parser.add_argument("--output")
+    parser.add_argument("--dicom", type=_flag)
+    parser.add_argument("--overlays", type=_flag)
+    given, rest = parser.parse_known_args(argv[1:])
+    if given.images is None:
+        stray = [f"--{name}" for name in ("output", "dicom", "overlays") if getattr(given, name) is not None]
+        if stray:
+            raise ConfigError(f"predict: {', '.join(stray)} needs --images; usage: {USAGE}")
+        return argv
+    if given.output is None:
+        raise ConfigError(f"predict: --images needs --output, the folder for the results; usage: {USAGE}")
+    outer = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    outer.add_argument("--ckpt_path")
+    outer.add_argument("--data")
+    known, _ = outer.parse_known_args(rest)
+    if known.ckpt_path is None or known.ckpt_path in {"last", "best"}:
+        raise ConfigError("predict --images: --ckpt_path must name a checkpoint's file")
+    if known.data is not None:
+        raise ConfigError(f"predict: --images and --data={known.data} exclude each other")
+    configuration = {
+        "data": {
+            "class_path": "datamodules.ImageFolderDataModule",
+            "init_args": {"images": given.images, **_preparation(Path(known.ckpt_path), rest)},
+        },
+        "trainer": {"callbacks": [_writer(given)], "default_root_dir": given.output},
+    }
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    (folder / "images.yaml").write_text(yaml.safe_dump(configuration), encoding="utf-8")
+    return ["predict", "--config", str(folder / "images.yaml"), *rest, f"--trainer.default_root_dir={given.output}"]
+
+
+def preparation(data: Any) -> dict[str, Any]:
+    """Return how a run's data section prepares images, looking through a federation to its data sets.
+
+    Args:
+        data: The section ``data`` of a run's ``config.yaml``.
+
+    Returns:
+        ``image_size`` and ``preset``, as far as the section says.
+
+    Raises:
+        ConfigError: Two sites prepare them differently.
+    """
+    arguments = data.get("init_args", {}) if isinstance(data, dict) else {}
+    sites = arguments.get("sites")
+    nested = [arguments.get("data"), *(sites.values() if isinstance(sites, dict) else ())]
+    ways = [preparation(one) for one in nested if isinstance(one, dict) and "class_path" in one]
+    ways = ways or [{name: arguments[name] for name in PREPARATION if name in arguments}]
+    if any(way != ways[0] for way in ways):
+        raise ConfigError(
+            "predict --images: the sites of this run prepare images differently; say which way is meant with "
+            "--data.image_size=[HEIGHT,WIDTH] and --data.preset=datamodules.ChestPreset (or another)"
+        )
+    return ways[0]
+
+
+def _preparation(checkpoint: Path, rest: list[str]) -> dict[str, Any]:
+    """Return the preparation of the run a checkpoint lies in, unless the command line says all of it."""
+    said = [name for name in PREPARATION if any(a.split("=")[0].startswith(f"--data.{name}") for a in rest)]
+    if len(said) == len(PREPARATION) or not checkpoint.is_file():  # a missing checkpoint is told of later
+        return {}
+    file = checkpoint.parent.parent / "config.yaml"
+    found = preparation(yaml.safe_load(file.read_text(encoding="utf-8")).get("data")) if file.is_file() else {}
+    if "image_size" not in found and "image_size" not in said:
+        raise ConfigError(
+            f"predict --images: {file} does not say how images were prepared in training; say it with "
+            "--data.image_size=[HEIGHT,WIDTH] and, for mammograms cropped to the breast, "
+            "--data.preset=datamodules.BreastPreset"
+        )
+    return {name: value for name, value in found.items() if name not in said or name == "preset"}
+
+
+def _writer(given: argparse.Namespace) -> dict[str, Any]:
+    outputs = {name: True if getattr(given, name) is None else getattr(given, name) for name in ("dicom", "overlays")}
+    return {"class_path": "callbacks.PredictionWriter", "init_args": {"folder": given.output, **outputs}}
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in {"true", "false"}:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
