@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from safetensors.torch import save_file
 from torch import Tensor
 
 from callbacks.federation_checks import check_server, federated_data
+from callbacks.round_words import faults_in_words, round_line, say
 from callbacks.server_step import Server
+from callbacks.site_files import write_model, write_quarantine
 from callbacks.site_loggers import SiteLoggers
 from callbacks.site_matrix import show_sites, write_sites
-from callbacks.site_validation import mean_and_worst, mean_known, metrics_by_site, validate_own
+from callbacks.site_validation import mean_and_worst, metrics_by_site, validate_own
 from federation.aggregators.aggregator import Aggregator
 from federation.aggregators.bayesian import BayesianAggregator
 from federation.alignment import permutation_groups
@@ -34,6 +33,7 @@ from federation.drift import Drift
 from federation.gathering import Gathering, Group
 from federation.isolated import Late, train_isolated
 from federation.isolation import SiteBar, copy_module, keep_metrics_home, note_sigterm_alone, site_trainer
+from federation.participation import Participation, check_participation, taking_part
 from federation.partition import Holding
 from federation.privacy import PrivacyPolicy, by_site
 from federation.rounds import Policy, plain
@@ -57,9 +57,9 @@ class Federation(L.Callback):
         client_trainer: The Trainer of a site. Its ``max_epochs`` (or ``max_steps``) is the budget of one round, by
             default one epoch; gradient clipping, accumulation and limits of training belong here too.
         placement: ``sequential``: one process trains all sites; ``isolated``: each site's round has a process of its
-            own, of one thread, whose death is the site's alone (not on GPUs); ``per_rank``: every process trains some; ``ddp``: all
-            processes train each site together, and a site that fails on one of them ends the run. ``auto`` is
-            ``per_rank`` where there are several processes.
+            own, of one thread, whose death is the site's alone (not on GPUs); ``per_rank``: every process trains some;
+            ``ddp``: all processes train each site together, and a site that fails on one of them ends the run.
+            ``auto`` is ``per_rank`` where there are several processes.
         sites_at_once: Isolated sites that train at the same time.
         optimizer_state: Whether a site's optimiser starts every round anew or keeps its moments. The learning-rate
             schedule runs over the whole federation either way.
@@ -86,7 +86,7 @@ class Federation(L.Callback):
         placement: Literal["auto", "sequential", "isolated", "per_rank", "ddp"] = "auto",
         sites_at_once: int = 1,
         optimizer_state: Literal["reset", "keep"] = "reset",
-        participation: float | list[list[str]] = 1.0,
+        participation: Participation = 1.0,
         align: bool = True,
         validate_sites: bool = False,
         policy: Policy = Policy(),  # noqa: B008 (frozen)
@@ -96,15 +96,12 @@ class Federation(L.Callback):
         self.client_trainer = client_trainer
         self.placement, self.optimizer_state, self.participation = placement, optimizer_state, participation
         self.sites_at_once, self.align, self.validate_sites, self.policy = sites_at_once, align, validate_sites, policy
-        if isinstance(participation, float | int) and not 0 < participation <= 1:
-            raise ConfigError(f"federation.participation is {participation}; give a share in (0, 1], or lists of sites")
+        check_participation(participation)
         if sites_at_once < 1 or (sites_at_once > 1 and placement != "isolated"):
             raise ConfigError(
                 f"federation.sites_at_once is {sites_at_once}; sites train at the same time with placement: isolated, "
                 "or in several processes with placement: per_rank and trainer.devices"
             )
-        if participation == []:
-            raise ConfigError("federation.participation is an empty list; give a list of site names for each round")
         self.privacy = privacy
         self._privacy: dict[str, PrivacyPolicy] = {}
         self.sites: dict[str, SiteState] = {}
@@ -147,7 +144,8 @@ class Federation(L.Callback):
             show_sites(self.holdings)
             if not getattr(trainer, "fast_dev_run", False):
                 write_sites(self.holdings, Path(trainer.default_root_dir))
-                self._write_quarantines(trainer)
+                for name, site in federated_data(trainer).sites.items():
+                    write_quarantine(Path(trainer.default_root_dir), name, site)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the sites' own runs in W&B, once it is known which run the server is."""
@@ -157,10 +155,7 @@ class Federation(L.Callback):
         """Note the seed of the run, from which every site draws its own."""
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**31))
         names = list(federated_data(trainer).sites)
-        if isinstance(self.participation, list):
-            unknown = sorted({name for names_of_round in self.participation for name in names_of_round} - set(names))
-            if unknown:
-                raise ConfigError(f"federation.participation: no site is called {', '.join(unknown)}")
+        check_participation(self.participation, names)
         self._say_state(trainer, f"{len(names)} sites")
 
     # --- a round ------------------------------------------------------------------------------------------------------
@@ -199,7 +194,11 @@ class Federation(L.Callback):
         """Train the sites of the round, each on the processes it is placed on."""
         data = federated_data(trainer)
         sites = {"pooled": data.pooled()} if self.aggregator.pooled else data.sites
-        names = list(sites) if self.aggregator.pooled else self.participants(plan.round, list(sites))
+        names = (
+            list(sites)
+            if self.aggregator.pooled
+            else taking_part(self.participation, plan.round, list(sites), self._seed)
+        )
         apart = self._placed(trainer) == "per_rank"
         owners = {name: i % trainer.world_size if apart else 0 for i, name in enumerate(names)}
         mine = [name for name in names if not apart or owners[name] == trainer.global_rank]
@@ -268,19 +267,6 @@ class Federation(L.Callback):
             self._privacy.get(site.site),
         )
 
-    def participants(self, round: int, names: list[str]) -> list[str]:
-        """Return the sites that take part in a round, in the order of their names; at least one.
-
-        Args:
-            round: Number of the round, from 0.
-            names: All sites.
-        """
-        if isinstance(self.participation, list):
-            return sorted(self.participation[round % len(self.participation)])
-        count = max(1, round_half_up(self.participation * len(names)))
-        drawn = np.random.default_rng([self._seed, round]).permutation(len(names))[:count]
-        return [names[i] for i in sorted(drawn)]
-
     def _validate_own(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate each site's own model on its own data, where it has one or where that was asked for."""
         own = self._sites_have_their_own()
@@ -315,33 +301,18 @@ class Federation(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say in one line how the round went."""
         self._target = {}
-        if not self.history:
-            return
-        last = self.history[-1]
-        words = [f"round {trainer.current_epoch + 1}/{trainer.max_epochs}", f"{len(last['sites'])} sites"]
-        words += [f"without {fault['site']} ({fault['fault']})" for fault in last["faults"]]
-        scores = {k.split("/")[1]: v for k, v in last.get("validation", {}).items() if k.endswith("/val/score")}
-        known = {site: score for site, score in scores.items() if score == score}
-        if known:
-            worst = min(known, key=lambda site: known[site])
-            words.append(f"score {mean_known(list(known.values())):.3f}, worst {worst} {known[worst]:.3f}")
-        words.append(f"{time.perf_counter() - self._began:.1f} s")
-        if trainer.is_global_zero:
-            _say(trainer, " · ".join(words))
-        self._say_state(trainer, self._how_it_goes())
+        if self.history and trainer.is_global_zero:
+            say(trainer, round_line(self.history[-1], int(trainer.max_epochs or 1), time.perf_counter() - self._began))
+        self._say_state(trainer, faults_in_words(self.history))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export the sites' own models, where they have any; each loads with ``model.init_weights``."""
-        self._say_state(trainer, self._how_it_goes(), ended=True)
+        self._say_state(trainer, faults_in_words(self.history), ended=True)
         if not self._sites_have_their_own() or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
         self._target = state_of(pl_module)
         for name in federated_data(trainer).sites:
-            folder = Path(trainer.default_root_dir, "sites", name)
-            folder.mkdir(parents=True, exist_ok=True)
-            state = {key: value.contiguous().clone() for key, value in self.model_of(name).items()}
-            save_file(state, folder / "model.partial")
-            os.replace(folder / "model.partial", folder / "model.safetensors")
+            write_model(Path(trainer.default_root_dir), name, self.model_of(name))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Say that the run failed, and why, in words that hold nothing of a patient."""
@@ -386,15 +357,6 @@ class Federation(L.Callback):
         own = self.aggregator.personal_norms or self.aggregator.personal_models or not self.aggregator.merges
         return own or any(privacy.blocks is not None for privacy in self._privacy.values())
 
-    def _how_it_goes(self) -> str:
-        """Return the faults of the run in a sentence."""
-        counts: dict[str, int] = {}
-        for entry in self.history:
-            for fault in entry.get("faults", []):
-                counts[fault["site"]] = counts.get(fault["site"], 0) + 1
-        told = ", ".join(f"{site} in {count}" for site, count in sorted(counts.items()))
-        return f"{len(self.history)} rounds; missing: {told}" if told else f"{len(self.history)} rounds, no fault"
-
     def _say_state(self, trainer: L.Trainer, reason: str, ended: bool = False, failed: bool = False) -> None:
         """Write ``run_state.json``; every process knows the state, for its exit code."""
         if getattr(trainer, "fast_dev_run", False):
@@ -419,25 +381,3 @@ class Federation(L.Callback):
         fast = int(getattr(trainer, "fast_dev_run", False))
         factory: Callable[..., L.Trainer] = self.client_trainer
         return partial(factory, limit_train_batches=fast, limit_val_batches=fast) if fast else factory
-
-    def _write_quarantines(self, trainer: L.Trainer) -> None:
-        """Write what each site's data set had to leave out into the site's own folder."""
-        for name, site in federated_data(trainer).sites.items():
-            quarantine = getattr(site.source, "quarantine", None)
-            if quarantine is not None:
-                folder = Path(trainer.default_root_dir, "sites", name)
-                folder.mkdir(parents=True, exist_ok=True)
-                quarantine.write(folder)
-
-
-def round_half_up(number: float) -> int:
-    """Return the nearest whole number; a half goes up."""
-    return int(number + 0.5)
-
-
-def _say(trainer: L.Trainer, line: str) -> None:
-    bar = trainer.progress_bar_callback
-    if isinstance(bar, ProgressBar):
-        bar.print(line)
-    else:
-        print(line, flush=True)

@@ -50,8 +50,8 @@ def train_isolated(
 ) -> SiteResult:
     """Train a site in a process forked for it, wait no longer than its deadline, and return what it made.
 
-    The process inherits all it needs and computes on one thread; files come back, safetensors and a pickle of tensors and plain values that cannot
-    run code. It ends by itself where the server's process is gone.
+    The process inherits all it needs and computes on one thread. Files come back: safetensors, and a pickle of tensors
+    and plain values that cannot run code. It ends by itself where the server's process is gone.
 
     Args:
         work: Trains the site, given what says after every batch whether to give up.

@@ -29,6 +29,7 @@ from federation import (
     Scaffold,
     TrimmedMean,
 )
+from federation.participation import taking_part
 from mtmedformer.errors import ConfigError
 from tests.toy_sites import ToySite, toy_module
 
@@ -186,15 +187,13 @@ def test_participation(tmp_path, participation, expected):
     assert [list(entry["sites"]) for entry in federation.history] == expected
 
 
-def test_a_fraction_of_the_sites_is_drawn_anew_every_round_by_the_seed(tmp_path):
-    federation = Federation(FedAvg(), participation=0.5)
-    federation._seed = 3
+def test_a_fraction_of_the_sites_is_drawn_anew_every_round_by_the_seed():
     names = [f"s{i}" for i in range(10)]
-    drawn = [federation.participants(r, names) for r in range(40)]
+    drawn = [taking_part(0.5, r, names, seed=3) for r in range(40)]
     assert all(len(d) == 5 and d == sorted(d) for d in drawn)
     assert len({tuple(d) for d in drawn}) > 20
-    assert drawn == [federation.participants(r, names) for r in range(40)]
-    assert len(federation.participants(0, ["only"])) == 1
+    assert drawn == [taking_part(0.5, r, names, seed=3) for r in range(40)]
+    assert len(taking_part(0.5, 0, ["only"], seed=3)) == 1
 
 
 def test_the_budget_may_be_steps(tmp_path):
@@ -280,7 +279,7 @@ def test_settings_that_mean_nothing_to_rounds_are_refused(tmp_path, settings, wo
         run(tmp_path, **settings)
 
 
-@pytest.mark.parametrize("participation", [0.0, 1.5, []])
+@pytest.mark.parametrize("participation", [0.0, 1.5, [], [["a"], []]])
 def test_a_participation_that_cannot_be_is_refused(participation):
     with pytest.raises(ConfigError, match="participation"):
         Federation(participation=participation)

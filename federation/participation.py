@@ -1,0 +1,48 @@
+"""Which sites take part in a round: a share drawn with the seed, or a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mtmedformer.errors import ConfigError
+
+Participation = float | list[list[str]]
+
+
+def check_participation(participation: Participation, names: Sequence[str] | None = None) -> None:
+    """Refuse a share or a schedule that cannot be.
+
+    Args:
+        participation: Share of the sites in (0, 1], or a list of rounds, each a list of site names.
+        names: All sites, once they are known.
+
+    Raises:
+        ConfigError: When the share is out of range, the schedule is empty or it names a site that is not there.
+    """
+    if not isinstance(participation, list):
+        if not 0 < participation <= 1:
+            raise ConfigError(f"federation.participation is {participation}; give a share in (0, 1], or lists of sites")
+        return
+    if not participation or not all(participation):
+        raise ConfigError("federation.participation has no site for some round; give a list of names for each round")
+    unknown = sorted({name for listed in participation for name in listed} - set(names or ()))
+    if names is not None and unknown:
+        raise ConfigError(f"federation.participation: no site is called {', '.join(unknown)}")
+
+
+def taking_part(participation: Participation, round: int, names: Sequence[str], seed: int) -> list[str]:
+    """Return the sites that take part in a round, in the order of their names; at least one.
+
+    Args:
+        participation: Share of the sites, drawn anew every round; or a schedule that is gone through again and again.
+        round: Number of the round, from 0.
+        names: All sites.
+        seed: Seed of the run.
+    """
+    if isinstance(participation, list):
+        return sorted(participation[round % len(participation)])
+    count = max(1, int(participation * len(names) + 0.5))
+    drawn = np.random.default_rng([seed, round]).permutation(len(names))[:count]
+    return [names[i] for i in sorted(drawn)]
