@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any
@@ -46,6 +47,7 @@ class PrivacyMemory:
         updates: Updates that were sent, by the noise on them.
         examples: Gradients that were taken during local training, by the noise on them.
         norms: Norm of every update before it was clipped, which tells what to set ``clip`` to.
+        unit: Whose data ``examples`` is about; empty before there were any.
     """
 
     key: str = ""
@@ -53,6 +55,7 @@ class PrivacyMemory:
     updates: Releases = field(default_factory=list)
     examples: Releases = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    unit: str = ""
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain containers of tensors and numbers, as a checkpoint may hold."""
@@ -61,7 +64,7 @@ class PrivacyMemory:
     def twin(self) -> PrivacyMemory:
         """Return a copy that can be changed; tensors are shared, and replaced rather than changed."""
         updates, examples = [list(pair) for pair in self.updates], [list(pair) for pair in self.examples]
-        return PrivacyMemory(self.key, dict(self.residual), updates, examples, list(self.norms))
+        return PrivacyMemory(self.key, dict(self.residual), updates, examples, list(self.norms), self.unit)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class PrivacyReport:
         sha256: ``federation.update.sha256`` of the update as sent.
         norm: L2 norm of the whole change before clipping; ``None`` under noise, which it would betray.
         clipped: The same after clipping, before noise and rounding; ``None`` under noise.
-        sent: The same as sent.
+        norms: L2 norm of the change as sent, by block.
         site: What noise on updates guarantees so far; ``None`` without it.
         example: What noise on gradients guarantees so far; ``None`` without it.
     """
@@ -84,13 +87,15 @@ class PrivacyReport:
     sha256: str
     norm: float | None
     clipped: float | None
-    sent: float
+    norms: dict[str, float]
     site: Guarantee | None
     example: Guarantee | None
 
     def plain(self) -> dict[str, Any]:
-        """Return it as plain JSON values."""
-        return asdict(self)
+        """Return it as plain JSON values, with unit, ε and δ of the widest guarantee in front of both."""
+        widest = self.site or self.example
+        spent = asdict(widest) if widest else {"unit": None, "epsilon": None, "delta": None}
+        return {**{name: spent[name] for name in ("unit", "epsilon", "delta")}, **asdict(self)}
 
 
 def add(releases: Releases, noise_multiplier: float, number: int = 1) -> None:
@@ -109,7 +114,7 @@ def guarantee(releases: Releases, unit: str, delta: float) -> Guarantee:
 
 
 def epsilon(releases: Releases, delta: float, distance: float = 1.0) -> float | None:
-    r"""Return the ε at δ of Gaussian releases that follow one another, or ``None`` where one had no noise.
+    r"""Return the ε at δ of Gaussian releases that follow one another, or ``None`` where one had no noise to speak of.
 
     Every release is taken to include the unit (sampling rate 1): who takes part in a round is known to the server and
     the order of training is a shuffle, so no amplification by sampling is claimed.
@@ -132,7 +137,8 @@ def epsilon(releases: Releases, delta: float, distance: float = 1.0) -> float | 
     accountant = RDPAccountant()
     accountant.history = [(noise / distance, 1.0, int(number)) for noise, number in releases]
     orders = [*FLATTER, *RDPAccountant.DEFAULT_ALPHAS, *STEEPER]  # its own end where much or very little noise is best
-    return float(accountant.get_epsilon(delta, alphas=orders))
+    found = float(accountant.get_epsilon(delta, alphas=orders))
+    return found if math.isfinite(found) else None
 
 
 def require_accountant() -> None:

@@ -11,6 +11,7 @@ from federation.example_privacy import PrivateGradients
 from federation.local_training import RoundPlan, SiteState
 from federation.privacy import PrivacyPolicy
 from federation.update import Update
+from mtmedformer.errors import ConfigError
 
 
 class Leaving:
@@ -21,6 +22,9 @@ class Leaving:
         site: Name of the site.
         plan: What the server says of the round.
         memory: What the site kept from its earlier rounds.
+
+    Raises:
+        ConfigError: When gradients were noised for another unit before.
     """
 
     def __init__(self, policy: PrivacyPolicy | None, site: str, plan: RoundPlan, memory: SiteState) -> None:
@@ -28,6 +32,9 @@ class Leaving:
         self.memory = PrivacyMemory(**memory.privacy).twin()
         self.gradients: PrivateGradients | None = None
         if policy is not None and policy.examples is not None:
+            before, self.memory.unit = self.memory.unit, policy.examples.unit
+            if before not in ("", policy.examples.unit):
+                raise ConfigError(f"privacy.examples.unit was {before} when this federation was begun; keep it")
             label = f"gradient|{site}|{plan.round}|{plan.base}"
             self.gradients = PrivateGradients(policy.examples, policy.key(self.memory), label)
 

@@ -15,6 +15,7 @@ from federation.blocks import Schema, State, block_of
 from federation.example_privacy import ExamplePrivacy, refuse_batch_norm, refuse_coupled_losses
 from federation.keystream import key_of, new_key, normals
 from federation.rounding import Rounding, decoded, encoded, step_of
+from federation.rounds import norms_of
 from federation.update import BlockUpdate, Update, sha256
 from mtmedformer.errors import ConfigError, DataError
 
@@ -148,7 +149,7 @@ class PrivacyPolicy:
             DataError: When a change is not finite.
         """
         memory, sent = memory.twin(), self._held_back(update, trained)
-        norm = _norm(sent)
+        norm = math.hypot(*norms_of(sent).values())
         if not math.isfinite(norm):
             raise DataError(f"site {update.site}: the change of the weights is not finite: its training has diverged")
         scale = 1.0 if self.clip is None or norm <= self.clip else self.clip / norm
@@ -163,7 +164,7 @@ class PrivacyPolicy:
             sha256=sha256(sent),
             norm=None if self.guarantees else norm,
             clipped=None if self.guarantees else norm * scale,
-            sent=_norm(sent),
+            norms=norms_of(sent),
             site=guarantee(memory.updates, "site", self.delta) if self.noise_multiplier > 0 else None,
             example=guarantee(memory.examples, self.examples.unit, self.delta) if self.examples else None,
         )
@@ -235,9 +236,3 @@ def by_site(privacy: PrivacyPolicy | dict[str, PrivacyPolicy] | None, sites: Seq
     if unknown:
         raise ConfigError(f"federation.privacy: no site is called {', '.join(unknown)}; there are {', '.join(sites)}")
     return dict(privacy)
-
-
-def _norm(update: Update) -> float:
-    """Return the L2 norm of the whole change, all blocks together, summed in float64."""
-    squares = [d.double().square().sum() for block in update.blocks.values() for d in block.delta.values()]
-    return math.sqrt(math.fsum(float(square) for square in squares))

@@ -2,8 +2,8 @@ r"""Sums over sites of which the server learns the total and no summand: secure 
 
 After Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, CCS 2017, with its terms:
 
-- *Fixed-point encoding modulo $2^{64}$*: $x \mapsto \lfloor x\, 2^{32} \rceil \bmod 2^{64}$, where masks can be uniform and
-  sums are exact.
+- *Fixed-point encoding modulo $2^{64}$*: $x \mapsto \lfloor x\, 2^{32} \rceil \bmod 2^{64}$, where masks can
+  be uniform and sums are exact.
 - *Pairwise masks*: every two sites share a seed; one adds the stream that comes of it and of the session, the other
   subtracts it.
 - *Self masks*: each site adds a stream of its own seed, which hides an update that arrives after the server took its
