@@ -5,6 +5,7 @@ from callbacks.atomic_checkpoints import AtomicCheckpoints
 from callbacks.federation import Federation
 from callbacks.federation_report import FederationReport
 from callbacks.metrics_table import MetricsTable, TestReport
+from callbacks.model_report import ModelReport
 from callbacks.overlays import Overlays
 from callbacks.parts_summary import PartsSummary
 from callbacks.prediction_writer import PredictionWriter
@@ -19,6 +20,7 @@ __all__ = [
     "FederationReport",
     "LastCheckpoint",
     "MetricsTable",
+    "ModelReport",
     "Overlays",
     "PartsSummary",
     "PredictionWriter",

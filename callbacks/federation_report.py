@@ -6,17 +6,15 @@ import inspect
 import json
 import math
 import os
-import platform
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-import mtmedformer
+from callbacks.environment import versions
 from callbacks.federation import Federation
 from callbacks.federation_page import federation_page
 from callbacks.report_page import write_page
@@ -115,17 +113,6 @@ class FederationReport(L.Callback):
         except (OSError, ValueError):
             return {}
         return {} if said.get("state") in (None, "running") else {k: str(said.get(k, "")) for k in ("state", "reason")}
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that matter for a repeat of the run."""
-    return {
-        "MTMedFormer": mtmedformer.__version__,
-        "Python": platform.python_version(),
-        "PyTorch": str(torch.__version__),
-        "Lightning": L.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
-    }
 
 
 def _described(part: object) -> Facts:

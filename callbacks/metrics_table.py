@@ -70,6 +70,8 @@ class TestReport(Callback):
 
     def __init__(self, folder: str | None = None, replicates: int = 1000, seed: int = 0) -> None:
         self.folder, self.replicates, self.seed = folder, replicates, seed
+        self.values: dict[str, float] = {}
+        """What the file holds, once a test has ended."""
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the report on every process, print and write it on the first."""
@@ -78,6 +80,7 @@ class TestReport(Callback):
         for task, metric in metrics.items():
             values = metric.report(replicates=self.replicates, seed=self.seed)
             report.update({f"test/{task}/{key}": value for key, value in values.items()})
+        self.values = report
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             file = Path(self.folder or trainer.default_root_dir, "test_metrics.json")
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -95,6 +95,8 @@ class PhantomDataModule(MedicalDataModule):
         ConfigError: A site's dial is out of range or names an unknown task.
     """
 
+    generated = True
+
     def __init__(
         self,
         root: Path = Path(".cache/phantom"),

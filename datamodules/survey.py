@@ -98,7 +98,7 @@ def _look(split: Split, dataset: CachedDataset, index: int) -> Facts:
     pixels: Floats = np.divide(entry.image, np.iinfo(entry.image.dtype).max, dtype=np.float32)
     a, b, _, d, e, _ = entry.to_original
     scale = math.sqrt(abs(a * e - b * d))
-    left, top, right, bottom = _content(entry, pixels.shape)
+    left, top, right, bottom = content_of(entry, pixels.shape)
     inside = pixels[top:bottom, left:right]
     counts = np.histogram(inside, BINS, (0, 1))[0]
     return Facts(
@@ -115,7 +115,7 @@ def _look(split: Split, dataset: CachedDataset, index: int) -> Facts:
     )
 
 
-def _content(entry: Rendered, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+def content_of(entry: Rendered, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     """Return the part of the frame that shows the original image: left, top, right, bottom; at least one pixel."""
     height, width = entry.original_size
     box = map_boxes(invert(entry.to_original), np.array([[0.0, 0.0, width, height]]))[0]

@@ -127,6 +127,11 @@ class FederatedDataModule(L.LightningDataModule):
         """Return what each site holds, once set up for ``fit``."""
         return [site.holding() for site in self._sites.values()]
 
+    def describe(self) -> dict[str, Any]:
+        """Return, as ``parts`` by site, what a report says of each site's data, where its data set describes itself."""
+        sources: dict[str, Any] = {name: site.source for name, site in self._sites.items()}
+        return {"parts": {name: source.describe() for name, source in sources.items() if hasattr(source, "describe")}}
+
     def _united(self, kind: str) -> DataLoader[Any] | list[Any]:
         loaders = {name: getattr(site.source, kind)() for name, site in self._sites.items()}
         loaders = {name: loader for name, loader in loaders.items() if isinstance(loader, DataLoader)}
