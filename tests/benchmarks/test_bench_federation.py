@@ -147,5 +147,5 @@ def test_against_flowers_simulation(benchmark, tmp_path):
     print(f"\nours {seconds['ours']:.1f} s, Flower {seconds['flower']:.1f} s from start to finish")
 
 
-def test_the_work_is_the_same(tmp_path):
+def test_the_work_is_the_same():
     assert FedAvg().power == 1, "Flower's FedAvg weighs by samples, as ours does by default"

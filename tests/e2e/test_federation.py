@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from federation.run_state import read_state
 from mtmedformer.cli import main
 from tests.real_data import real
 from tests.small_set import small_config, write_config
@@ -59,6 +60,26 @@ class KillAt(L.Callback):
         KillAt.steps += 1
         if KillAt.steps == self.step:
             os.kill(os.getpid(), signal.SIGINT)
+
+
+class FailAt(L.Callback):
+    """Lets one site fail in its training, by an error or by the end of its process, while a file is there."""
+
+    def __init__(self, site: str, switch: str, kill: bool = False) -> None:
+        self.site, self.switch, self.kill = site, Path(switch), kill
+
+    def on_train_start(self, trainer, pl_module):
+        if trainer.datamodule.site == self.site and self.switch.exists():
+            if self.kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("secret-patient-007.png cannot be read")
+
+
+def fail_at(site: str, switch: Path, kill: bool = False) -> str:
+    """Return the option that lets a site fail while the switch is on."""
+    sys.modules["test_federation_e2e"] = sys.modules[__name__]
+    arguments = json.dumps({"site": site, "switch": str(switch), "kill": kill})
+    return f"--federation.client_trainer.callbacks=[{{class_path: test_federation_e2e.FailAt, init_args: {arguments}}}]"
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +164,25 @@ def test_ctrl_c_within_a_site_then_resume_is_as_if_nothing_happened(images, trai
     assert main(["fit", "--config", file, "--ckpt_path=last"]) == 0
     assert same(whole / "checkpoints/last.ckpt", tmp_path / "run/checkpoints/last.ckpt")
     assert len([r for r in rows_of(tmp_path / "run/metrics.csv") if r.get("val/score")]) == 3
+
+
+def test_the_exit_code_and_the_state_tell_of_a_site_that_stayed_away(images, tmp_path, capsys):
+    file = write_config(federated(images, tmp_path, rounds=2), tmp_path / "config.yaml")
+    switch = tmp_path / "switch"
+    switch.touch()
+    assert main(["fit", "--config", file, fail_at("south", switch)]) == 3
+    told = capsys.readouterr()
+    assert "without south (raised RuntimeError)" in told.out
+    said = json.loads((tmp_path / "run/run_state.json").read_text())
+    assert (said["state"], said["round"]) == ("degraded", 2)
+    assert main(["fit", "--config", file, fail_at("south", switch), "--federation.policy.quorum=2"]) == 1
+    told = capsys.readouterr()
+    assert "1 of 2 sites were admitted and federation.policy.quorum asks for 2" in " ".join(told.err.split())
+    assert "secret-patient" not in told.out + told.err
+    assert json.loads((tmp_path / "run-2/run_state.json").read_text())["state"] == "failed"
+    switch.unlink()
+    assert main(["fit", "--config", file, "--ckpt_path=last"]) == 0, "the site is back"
+    assert json.loads((tmp_path / "run-2/run_state.json").read_text())["state"] == "finished"
 
 
 def launch(config: dict, folder: Path, *arguments: str, processes: int = 1) -> Path:
@@ -233,6 +273,42 @@ def test_sigterm_within_a_site_ends_every_process_soon_and_the_run_can_be_resume
     config["federation"]["init_args"]["optimizer_state"] = "reset"
     assert main(["fit", "--config", write_config(config, tmp_path / "more.yaml"), f"--ckpt_path={last}"]) == 0
     assert torch.load(last, weights_only=True)["global_step"] == done + 1
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_run_soon_and_it_goes_on_to_the_same_bits(images, trained, tmp_path):
+    whole, _ = trained
+    config = federated(images, tmp_path, rounds=3)
+    code = (
+        "import sys, test_federation as t; sys.modules['test_federation_e2e'] = t; from mtmedformer.cli import main; "
+    )
+    script = tmp_path / "fit.py"
+    script.write_text(code + "sys.exit(main())")
+    switch = tmp_path / "switch"
+    file = write_config(config, tmp_path / "config.yaml")
+    options = [fail_at("south", switch, kill=True), "--trainer.devices=2", "--trainer.strategy=ddp"]
+    environment = {k: v for k, v in os.environ.items() if k not in {"LOCAL_RANK", "MTMEDFORMER_RUN_DIR"}}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{Path.cwd()}:{Path(__file__).parent}"}
+    with (tmp_path / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, script, "fit", "--config", file, *options], env=environment, stderr=log, stdout=log
+        )
+        began = time.monotonic()
+        while time.monotonic() - began < 150 and "round 1/3" not in (tmp_path / "log.txt").read_text():
+            time.sleep(0.1)
+        switch.touch()  # the second process, which trains the south, is killed in its next round
+        try:
+            assert process.wait(timeout=100) != 0
+        finally:
+            process.kill()
+    search = ["pgrep", "-f", str(tmp_path / "config.yaml")]
+    while (left := subprocess.run(search, capture_output=True, text=True).stdout) and time.monotonic() - began < 250:
+        time.sleep(0.2)
+    assert left == "", "no process is left behind"
+    said = read_state(tmp_path / "run")
+    assert said.state == "failed", said
+    assert main(["fit", "--config", file, "--ckpt_path=last"]) == 0
+    assert same(whole / "checkpoints/last.ckpt", tmp_path / "run/checkpoints/last.ckpt")
 
 
 @pytest.mark.slow
