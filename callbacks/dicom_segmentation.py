@@ -45,6 +45,8 @@ def segmentation(header: Dataset, found: Findings, identity: Identity) -> Datase
         for number, (task, c, _) in enumerate(named, start=1)
     ]
     spacing = found.meta.spacing
+    if spacing is None and "PixelSpacing" in header and "ImageOrientationPatient" not in header:
+        del header.PixelSpacing  # of no use to the reader; highdicom would take it over and then not read it back
     made = hd.seg.Segmentation(
         source_images=[header],
         pixel_array=masks,
