@@ -226,7 +226,7 @@ def _body_size(arch: str, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _padded(size: tuple[int, int]) -> tuple[int, int]:
-    return -(-size[0] // 32) * 32, -(-size[1] // 32) * 32
+    return (size[0] + 31) // 32 * 32, (size[1] + 31) // 32 * 32  # no negative numbers: ONNX rounds those towards zero
 
 
 def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:

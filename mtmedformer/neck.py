@@ -46,7 +46,7 @@ class Neck(nn.Module):
         levels = OrderedDict()
         for s in LEVELS:
             level = maps[s] if s in maps else self.resample[str(s)](maps[self.source[s]])
-            levels[str(s)] = level[..., : -(-size[0] // s), : -(-size[1] // s)]
+            levels[str(s)] = level[..., : (size[0] + s - 1) // s, : (size[1] + s - 1) // s]
         return list(self.fpn(levels).values())
 
 

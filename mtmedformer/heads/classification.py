@@ -126,6 +126,10 @@ class ClassificationHead(TaskHead):
         logits = outputs.logits.float()
         return logits.sigmoid() if self.multi_label else logits.softmax(dim=1)
 
+    def exported(self, outputs: ClassificationOutputs, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Return the probabilities, and ``attention`` beside them; see ``TaskHead.exported``."""
+        return {"": self.predict(outputs, size), "attention": outputs.attention.float()}
+
     def class_logits(self, outputs: ClassificationOutputs, size: tuple[int, int]) -> Tensor:
         """Return the logits (B, K); see ``TaskHead.class_logits``."""
         return outputs.logits.float()
@@ -143,7 +147,7 @@ class ClassificationHead(TaskHead):
     def _attention_map(self, attention: Tensor, maps: list[Tensor]) -> Tensor:
         """Spread every level's attention (B, T) over the cells of the finest one, keeping its sum of 1."""
         (h, w), finest = maps[0].shape[-2:], self.strides[0]
-        total = attention.new_zeros(len(attention), h, w)
+        total = attention.new_zeros(attention.shape[0], h, w)
         parts = torch.split(attention, [m.shape[-2] * m.shape[-1] for m in maps], dim=1)
         for part, level, stride in zip(parts, maps, self.strides, strict=True):
             repeat = stride // finest

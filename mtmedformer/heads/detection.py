@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -156,9 +157,20 @@ class DetectionHead(TaskHead):
 
         A score is the geometric mean of class probability and centerness.
         """
+        return self.decoded(self.exported(outputs, size), size)
+
+    def exported(self, outputs: DetectionOutputs, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Return ``scores`` (B, A, K) and ``boxes`` (B, A, 4) of every location, nothing suppressed yet."""
         scores = (outputs.logits.float().sigmoid() * outputs.centrality.float().sigmoid().unsqueeze(2)).sqrt()
-        boxes = clip_boxes_to_image(decode_boxes(outputs.distances.float(), outputs.anchors), size)
-        return [self._select(s, b, outputs.per_level) for s, b in zip(scores, boxes, strict=True)]
+        return {
+            "scores": scores,
+            "boxes": clip_boxes_to_image(decode_boxes(outputs.distances.float(), outputs.anchors), size),
+        }
+
+    def decoded(self, exported: dict[str, Tensor], size: tuple[int, int]) -> list[dict[str, Tensor]]:
+        """Return each image's boxes after suppression; see ``TaskHead.decoded``."""
+        per_level = [math.ceil(size[0] / s) * math.ceil(size[1] / s) for s in self.strides]
+        return [self._select(s, b, per_level) for s, b in zip(exported["scores"], exported["boxes"], strict=True)]
 
     def class_score(self, outputs: DetectionOutputs, label: int) -> Tensor:
         """Return the class logit of the location that is surest of it; see ``TaskHead.class_score``."""

@@ -103,6 +103,18 @@ class TaskHead(nn.Module, ABC):
         inside = inside | ~inside.flatten(1).any(1)[:, None, None]
         return (channel * inside).sum((1, 2)) / inside.sum((1, 2))
 
+    def exported(self, outputs: Any, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Return what a graph that leaves Python computes, from which ``decoded`` makes the predictions.
+
+        Tensors by name, their first axis the batch, none of whose shapes depends on what is in the image. By default
+        the predictions themselves, under the empty name; a head whose predictions are no tensor says what comes before.
+        """
+        return {"": self.predict(outputs, size)}
+
+    def decoded(self, exported: dict[str, Tensor], size: tuple[int, int]) -> Any:
+        """Return what ``predict`` gives, from what ``exported`` gave."""
+        return exported[""]
+
     @abstractmethod
     def metrics(self) -> TaskMetrics:
         """Return a fresh metric: ``update(predictions, target, meta)``, then ``compute()``, a flat dict of scalars."""

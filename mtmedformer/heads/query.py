@@ -127,7 +127,7 @@ class QueryHead(TaskHead):
             ],
             dim=1,
         )
-        x = self.query.weight.expand(len(memory), -1, -1)
+        x = self.query.weight.expand(memory.shape[0], -1, -1)
         states = []
         for layer in self.layers:
             x = layer(x, memory)
@@ -150,11 +150,20 @@ class QueryHead(TaskHead):
 
     def predict(self, outputs: QueryOutputs, size: tuple[int, int]) -> list[dict[str, Tensor]]:
         """Return each query's likeliest class and box, best first, within the image; see ``TaskHead.predict``."""
-        scores, labels = outputs.logits[:, -1].float().softmax(-1)[..., :-1].max(-1)
+        return self.decoded(self.exported(outputs, size), size)
+
+    def exported(self, outputs: QueryOutputs, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Return ``scores`` (B, Q, K) and ``boxes`` (B, Q, 4) of every query; see ``TaskHead.exported``."""
         corners = box_convert(outputs.boxes[:, -1].float(), "cxcywh", "xyxy")
-        boxes = clip_boxes_to_image(corners * _whwh(size, corners), size)
+        whwh = torch.stack([torch.as_tensor(side, device=corners.device) for side in (size[1], size[0]) * 2])
+        scores = outputs.logits[:, -1].float().softmax(-1)[..., :-1]
+        return {"scores": scores, "boxes": clip_boxes_to_image(corners * whwh, size)}
+
+    def decoded(self, exported: dict[str, Tensor], size: tuple[int, int]) -> list[dict[str, Tensor]]:
+        """Return the boxes worth keeping, best first; see ``TaskHead.decoded``."""
+        scores, labels = exported["scores"].max(-1)
         predictions = []
-        for score, label, box in zip(scores, labels, boxes, strict=True):
+        for score, label, box in zip(scores, labels, exported["boxes"], strict=True):
             order = score.argsort(descending=True)
             order = order[score[order] > self.score_threshold]
             order = order[remove_small_boxes(box[order], 1e-2)]
