@@ -77,7 +77,7 @@ def _part(name: str, part: Facts, tasks: list[str]) -> str:
     ]
     return "\n\n".join(
         [
-            f"### {_text(f'{name}: ' if name else '')}{_text(part['dataset'])}",
+            f"### {_text(f'{name}: ' * bool(name) + part['dataset'])}",
             _table(["split", "patients", "images", *(f"labelled: {t}" for t in tasks)], rows),
             _table(["site", "training", "validation", "test"], sites),
             _text(leak_words(part)),
