@@ -35,9 +35,10 @@ from federation.isolated import Late, train_isolated
 from federation.isolation import SiteBar, copy_module, keep_metrics_home, note_sigterm_alone, site_trainer
 from federation.participation import Participation, check_participation, taking_part
 from federation.partition import Holding
-from federation.privacy import PrivacyPolicy, by_site
+from federation.privacy import PrivacyPolicy
 from federation.rounds import Policy, plain
 from federation.run_state import RunState, write_state
+from federation.site_policies import by_site
 from mtmedformer.errors import ConfigError, UserError
 
 
@@ -133,7 +134,7 @@ class Federation(L.Callback):
         warnings.filterwarnings("ignore", r"It is recommended to use `self.log\(.*sync_dist=True")  # equal on all
         self._template = copy_module(pl_module)
         self._schema = schema_of(pl_module)
-        self._privacy = by_site(self.privacy, list(federated_data(trainer).sites))
+        self._privacy = by_site(self.privacy, list(federated_data(trainer).sites), self.aggregator)
         for privacy in self._privacy.values():
             privacy.check(pl_module, self._schema, self.aggregator, self._placed(trainer) == "ddp")
         self._symmetries = permutation_groups(pl_module) if self.align and self.aggregator.merges else ()

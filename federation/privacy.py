@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from federation.accounting import PrivacyMemory, PrivacyReport, add, guarantee, require_accountant
 from federation.aggregators.aggregator import Aggregator, LocalRule
+from federation.aggregators.bayesian import BayesianAggregator
 from federation.blocks import Schema, State, block_of
 from federation.example_privacy import ExamplePrivacy, refuse_batch_norm, refuse_coupled_losses
 from federation.keystream import key_of, new_key, normals
@@ -116,6 +116,12 @@ class PrivacyPolicy:
             raise ConfigError(
                 "privacy: the Pooled aggregator puts all data in one place; choose another, or no privacy"
             )
+        leans = isinstance(aggregator, BayesianAggregator) and (aggregator.between or aggregator.personal_models)
+        if leans and not self.sends_precision:
+            raise ConfigError(
+                "privacy: aggregator.between and personal_models need the sites' curvature and evidence, which this "
+                "policy keeps at the site; switch them off"
+            )
         if self.noise_multiplier > 0:
             if type(aggregator.local_rule("")).extra is not LocalRule.extra:
                 raise ConfigError(
@@ -218,21 +224,3 @@ class PrivacyPolicy:
                 residual[key] = wanted - block.delta[key]
             for key, value in block.precision.items():
                 block.precision[key] = value.clamp(LEAST, 1 / LEAST).half().float()
-
-
-def by_site(privacy: PrivacyPolicy | dict[str, PrivacyPolicy] | None, sites: Sequence[str]) -> dict[str, PrivacyPolicy]:
-    """Return each site's policy by its name; sites without one are absent.
-
-    Args:
-        privacy: One policy for all sites, or one by site.
-        sites: Names of all sites.
-
-    Raises:
-        ConfigError: When a name is no site's.
-    """
-    if not isinstance(privacy, dict):
-        return {} if privacy is None else dict.fromkeys(sites, privacy)
-    unknown = sorted(set(privacy) - set(sites))
-    if unknown:
-        raise ConfigError(f"federation.privacy: no site is called {', '.join(unknown)}; there are {', '.join(sites)}")
-    return dict(privacy)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -198,3 +199,18 @@ def test_yaml_says_it_for_all_sites_or_by_name(text, expected):
     federation = parser.instantiate(parser.parse_object(yaml.safe_load(given))).federation
     assert federation.privacy == expected
     assert copy.deepcopy(federation).privacy == expected
+
+
+def test_the_yaml_of_the_documentation_is_what_it_says():
+    page = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text()
+    found = [yaml.safe_load(part.split("```")[0]) for part in page.split("```yaml")[1:]]
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(Federation, "federation")
+    built = [parser.instantiate(parser.parse_object(given)).federation.privacy for given in found]
+    assert built == [
+        PrivacyPolicy(clip=1.0, rounding="int8"),
+        {
+            "north": PrivacyPolicy(blocks=["encoder"], precision=False),
+            "west": PrivacyPolicy(delta=1e-4, examples=ExamplePrivacy(1.0, 1.5, "patient")),
+        },
+    ]

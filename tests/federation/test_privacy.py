@@ -15,13 +15,14 @@ from torch import nn
 from federation import BayesianAggregator, FedAvg, FedBN, Pooled, PrivacyPolicy, Scaffold, accounting
 from federation.accounting import PrivacyMemory, epsilon
 from federation.blocks import schema_of
-from federation.privacy import by_site
 from federation.rounding import decoded, encoded, step_of
 from federation.rounds import norms_of, refusal
+from federation.site_policies import by_site
 from federation.update import load_update, save_update, sha256
 from mtmedformer.errors import ConfigError, DataError
 from tests.toy_federation import Toy, news, toy
 
+NOISE = {"clip": 1.0, "noise_multiplier": 1.0}
 TRAINED = frozenset(name for name, _ in Toy().named_parameters())
 
 
@@ -351,11 +352,21 @@ def test_noise_without_opacus_is_refused_with_the_way_to_install_it(monkeypatch)
 
 def test_sites_are_called_by_their_names():
     one, other = PrivacyPolicy(clip=1.0), PrivacyPolicy(clip=2.0)
-    assert by_site(None, ["a", "b"]) == {}
-    assert by_site(one, ["a", "b"]) == {"a": one, "b": one}
-    assert by_site({"b": other}, ["a", "b"]) == {"b": other}
+    assert by_site(None, ["a", "b"], FedAvg()) == {}
+    assert by_site(one, ["a", "b"], FedAvg()) == {"a": one, "b": one}
+    assert by_site({"b": other}, ["a", "b"], FedAvg()) == {"b": other}
     with pytest.raises(ConfigError, match=r"federation.privacy: no site is called z; there are a, b"):
-        by_site({"z": one}, ["a", "b"])
+        by_site({"z": one}, ["a", "b"], FedAvg())
+
+
+def test_a_site_that_must_not_send_its_evidence_is_not_drowned_by_those_that_do():
+    guarded = PrivacyPolicy(**NOISE)
+    for aggregator in (FedAvg(), BayesianAggregator(a=0.5)):
+        with pytest.raises(ConfigError, match="b would weigh as one image"):
+            by_site({"b": guarded}, ["a", "b"], aggregator)
+        by_site({"a": guarded, "b": guarded}, ["a", "b"], aggregator)
+    for aggregator in (FedAvg("equal"), BayesianAggregator()):
+        by_site({"b": guarded}, ["a", "b"], aggregator)
 
 
 class Plain(nn.Module):
@@ -365,15 +376,14 @@ class Plain(nn.Module):
         self.heads = nn.ModuleDict({"lungs": nn.Linear(3, 1)})
 
 
-NOISE = {"clip": 1.0, "noise_multiplier": 1.0}
-
-
 @pytest.mark.parametrize(
     "policy, module, aggregator, words",
     [
         ({"blocks": ["heads.heart"]}, Plain, FedAvg, "no block is called heads.heart; there are encoder, heads.lungs"),
         ({"clip": 1.0}, Plain, Pooled, "all data in one place"),
         (NOISE, Plain, Scaffold, "Scaffold sends more than the change"),
+        (NOISE, Plain, lambda: BayesianAggregator(between=True), "need the sites' curvature"),
+        ({"precision": False}, Plain, lambda: BayesianAggregator(personal_models=True), "need the sites' curvature"),
         (NOISE, Toy, FedAvg, r"encoder.2 is a BatchNorm1d"),
     ],
 )
