@@ -25,6 +25,17 @@ IMAGES = "images"
 """Folder of the JSON files, one an image."""
 
 
+def predictions_root(trainer: Any, given: str | None = None) -> Path:
+    """Return where predictions of a run go: the folder given, that of the run's writer, or ``predictions`` in the run.
+
+    Args:
+        trainer: A Lightning Trainer.
+        given: The folder a callback was configured with, if any.
+    """
+    of_writer = (getattr(callback, "predictions_root", None) for callback in trainer.callbacks)
+    return Path(given or next(filter(None, of_writer), None) or Path(trainer.default_root_dir, "predictions"))
+
+
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
     """Yield a path to write to, which becomes ``file`` only once all is written."""

@@ -15,7 +15,7 @@ import mtmedformer
 from callbacks.dicom_identity import Identity
 from callbacks.dicom_outputs import DicomOutputs
 from callbacks.image_outputs import ImageOutputs, Source
-from callbacks.prediction_files import PredictionFolder
+from callbacks.prediction_files import PredictionFolder, predictions_root
 from mtmedformer.batch import Batch, Task
 from mtmedformer.calibration import plain
 from mtmedformer.digests import weights_digest
@@ -62,7 +62,8 @@ class PredictionWriter(Callback):
         dicom: bool = False,
         codes: dict[str, tuple[str, str, str]] | None = None,
     ) -> None:
-        self.root, self.score, self.threshold, self.operating_point = folder, score, threshold, operating_point
+        self.predictions_root, self.score, self.threshold = folder, score, threshold
+        self.operating_point = operating_point
         self.overlays, self.dicom, self.codes = overlays, dicom, codes or {}
         self.exit_code = 0
         self._tasks: dict[str, Task] = {}
@@ -131,7 +132,7 @@ class PredictionWriter(Callback):
             (name, c): 0.5 for name, task in self._tasks.items() for c in task.classes if task.kind == "classification"
         }
         return ImageOutputs(
-            folder=PredictionFolder(Path(self.root or Path(trainer.default_root_dir, "predictions"))),
+            folder=PredictionFolder(predictions_root(trainer, self.predictions_root)),
             model=model,
             tasks=self._tasks,
             least=boxes,
@@ -142,7 +143,7 @@ class PredictionWriter(Callback):
 
     def _about(self, outputs: ImageOutputs, pl_module: LightningModule, data: Any, calibration: Any) -> dict[str, Any]:
         """Return what these predictions are known by: with other settings they would be others."""
-        ways = {key: getattr(pl_module, key, None) for key in ("tile", "overlap", "flip_tta")}
+        ways = {key: getattr(pl_module, key, None) for key in ("tile", "overlap", "flip_tta", "sampling")}
         own = {
             "score": self.score,
             "threshold": {f"{task}: {c}": value for (task, c), value in outputs.least.items()},

@@ -200,6 +200,7 @@ class CommandLine(LightningCLI):
         if federation is not None:
             chosen.append(federation)
             defaults.append((rooms.FederationReport, lambda: rooms.FederationReport(folder)))
+        chosen.sort(key=lambda callback: isinstance(callback, rooms.PredictionWriter))  # writes what others add
         missing = [make() for kind, make in defaults if not any(isinstance(c, kind) for c in chosen)]
         loggers = self._loggers(trainer_config.get("logger"))
         if federation is not None and (checkpoint := self._get(self.config, "ckpt_path")):
@@ -224,6 +225,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", r"The number of training batches .* is smaller than the logging interval")
     warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
+    warnings.filterwarnings("ignore", r"Total length of `ImageBatches` across ranks is zero")  # all is done already
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_reading)
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", module="lightning")
 

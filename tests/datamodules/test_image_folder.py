@@ -1,0 +1,126 @@
+"""Finding images by what is in them, and serving them without labels."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydicom.uid import BasicTextSRStorage, GrayscaleSoftcopyPresentationStateStorage, MediaStorageDirectoryStorage
+
+from datamodules.image_files import find_images
+from datamodules.image_folder import ImageFolderDataModule
+from mtmedformer.errors import ConfigError, DataError
+from mtmedformer.findings import ABOUT
+from tests.dicom_files import film, write_dicom
+
+
+@pytest.fixture
+def tree(tmp_path):
+    root = tmp_path / "tree"
+    (root / "study/series").mkdir(parents=True)
+    write_dicom(root / "study/series/0001", film(), bits=12)
+    write_dicom(root / "study/series/0002", film(), bits=12, preamble=False)
+    Image.fromarray(film(bits=8)).save(root / "one.PNG")
+    return root
+
+
+def test_images_are_known_by_content_and_by_name(tree):
+    (tree / "notes.txt").write_text("no image")
+    (tree / "broken.jpg").write_bytes(b"meant to be one")
+    found, notes = find_images([tree])
+    assert list(found) == ["broken.jpg", "one.PNG", "study/series/0001", "study/series/0002"]
+    assert notes == ["Passed over what is no image: 1 × .txt file"]
+
+
+@pytest.mark.parametrize(
+    "kind", [BasicTextSRStorage, GrayscaleSoftcopyPresentationStateStorage, MediaStorageDirectoryStorage]
+)
+def test_other_dicom_objects_are_passed_over(tree, kind):
+    write_dicom(tree / "other", film(), SOPClassUID=kind, PixelData=None)
+    found, notes = find_images([tree])
+    assert "other" not in found
+    assert "1 × DICOM" in notes[0]
+
+
+def test_litter_and_predictions_are_passed_over(tree):
+    (tree / "__MACOSX").mkdir()
+    (tree / "out/overlays").mkdir(parents=True)
+    for name in ("._one.PNG", "__MACOSX/one.png", "out/overlays/one.png"):
+        (tree / name).write_bytes((tree / "one.PNG").read_bytes())
+    (tree / "out" / ABOUT).write_text("{}")
+    assert list(find_images([tree])[0]) == ["one.PNG", "study/series/0001", "study/series/0002"]
+
+
+def test_files_are_taken_as_they_are_and_each_once(tree):
+    (tree / "notes.txt").write_text("no image")
+    found, _ = find_images([tree / "notes.txt", tree / "one.PNG", tree / "one.PNG"])
+    assert list(found) == ["notes.txt", "one.PNG"], "a file that is named is meant"
+    found, _ = find_images([tree / "one.PNG", tree])
+    assert list(found) == ["one.PNG", "tree/study/series/0001", "tree/study/series/0002"]
+    other = tree.parent / "other/tree"
+    other.mkdir(parents=True)
+    (other / "one.PNG").write_bytes(b"")
+    assert list(find_images([tree, other])[0])[-1] == "tree/one.PNG_2"
+
+
+def test_nothing_to_predict_is_told(tmp_path):
+    with pytest.raises(DataError, match="there is no such file"):
+        find_images([tmp_path / "absent"])
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(DataError, match=r"no image found \(1 × \.txt file\)"):
+        find_images([tmp_path])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_hold_what_can_be_read_and_failures_the_rest(tree, workers):
+    for name in ("a.png", "z.png"):
+        (tree / name).write_bytes(b"broken")
+    data = ImageFolderDataModule([tree], image_size=[32, 48], batch_size=2, num_workers=workers)
+    data.setup("predict")
+    batches = list(data.predict_dataloader())
+    assert [[meta.id for meta in batch.meta] for batch in batches] == [
+        ["one.PNG", "study/series/0001"],
+        ["study/series/0002"],
+    ]
+    assert batches[0].image.shape == (2, 1, 32, 48)
+    assert batches[0].targets == {}
+    assert sorted(issue.id for issue in data.failures) == ["a.png", "z.png"]
+    assert all("secret" not in meta.patient.lower() for batch in batches for meta in batch.meta)
+
+
+def test_a_fault_in_one_image_does_not_end_the_rest(tree, monkeypatch, caplog):
+    render = type(ImageFolderDataModule([tree]).recipe).render
+
+    def faulty(self, record):
+        if record.id == "one.PNG":
+            raise ZeroDivisionError("a fault of ours")
+        return render(self, record)
+
+    data = ImageFolderDataModule([tree], image_size=32, num_workers=0)
+    monkeypatch.setattr(type(data.recipe), "render", faulty)
+    data.setup("predict")
+    assert len(list(data.predict_dataloader())) == 2
+    assert (data.failures[0].id, data.failures[0].detail) == ("one.PNG", "ZeroDivisionError")
+    assert "could not be prepared" in caplog.text
+
+
+def test_done_images_are_left_out(tree):
+    data = ImageFolderDataModule([tree], image_size=32, num_workers=0)
+    data.setup("predict")
+    data.leave_out({"one.PNG"})
+    assert set(data.files) == {"study/series/0001", "study/series/0002"}
+    assert len(data.predict_dataloader()) == 2
+
+
+def test_originals_are_shown_as_they_are_read(tree):
+    data = ImageFolderDataModule([tree], image_size=32)
+    data.setup("predict")
+    pixels = data.original(data.files["one.PNG"])
+    assert pixels.shape == film().shape
+    np.testing.assert_allclose(pixels, film(bits=8) / 255, atol=1e-6)
+    assert [data.is_dicom(file) for file in data.files.values()] == [False, True, True]
+
+
+def test_it_serves_predict_alone(tree):
+    with pytest.raises(ConfigError, match="predict alone"):
+        ImageFolderDataModule([tree]).setup("fit")
+    with pytest.raises(ConfigError, match="image_size"):
+        ImageFolderDataModule([tree], image_size=(8, 8))
