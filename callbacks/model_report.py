@@ -109,10 +109,11 @@ class ModelReport(Callback):
 
     def _pictures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Html]:
         """Return the cases of every task as pictures; images are read and predicted once more."""
-        loaders: Any = trainer.test_dataloaders
-        loader = loaders[0] if isinstance(loaders, list) else loaders
-        order = [index for indices in loader.batch_sampler for index in indices]
+        loader: Any = trainer.test_dataloaders
         shown: dict[str, Html] = {}
+        if getattr(loader, "batch_sampler", None) is None:  # several loaders, or a stream: no place leads to an image
+            return shown
+        order = [index for indices in loader.batch_sampler for index in indices]
         for name, task in _tasks(pl_module).items():
             picked = chosen(self._cases.get(name, []))
             if not picked:

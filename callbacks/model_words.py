@@ -18,7 +18,7 @@ WORDS = {
 
 JUDGED_BY = {"classification": "auroc", "detection": "sensitivity_at_1fp", "segmentation": "dice"}
 
-FEW_PATIENTS, FEW_IMAGES = 100, 10
+FEW_PATIENTS, VERY_FEW_PATIENTS, FEW_IMAGES = 100, 20, 10
 GAP = 0.05
 """How far below all together a site or view may lie before it is pointed out."""
 
@@ -59,6 +59,7 @@ def _ability(told: Facts, task: str) -> str:
     where = ""
     if f"{task}/n_images" in values:
         where = f" on {values[f'{task}/n_images']:.0f} images of {values[f'{task}/n_patients']:.0f} patients"
+        where += ", too few to be sure" if values[f"{task}/n_patients"] < VERY_FEW_PATIENTS else ""
     if about["kind"] == "classification":
         several = len(about["classes"]) > 1
         what = f"ranks images by {classes} {how}" if several else f"ranks images by how likely {classes} is {how}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -20,6 +21,8 @@ from mtmedformer.metrics.task_metrics import TaskMetrics
 Facts = dict[str, Any]
 FALSE_ALARMS = 8.0
 """False alarms an image up to which a FROC curve is drawn."""
+MOST_POINTS = 1000
+"""Points of a curve; of more, as many are kept at even distances, the first and the last among them."""
 
 
 def curves_of(metric: TaskMetrics) -> Facts:
@@ -41,9 +44,10 @@ def curves_of(metric: TaskMetrics) -> Facts:
             found["counts"][name] = len(lesions)
             if len(lesions):
                 scores = np.unique(np.concatenate([lesions[np.isfinite(lesions)], alarms]))[::-1]
-                rate = np.array([0.0, *((alarms >= s).sum() / len(rows) for s in scores)])
-                share = np.array([0.0, *((lesions >= s).mean() for s in scores)])
-                found["froc"][name] = [rate.tolist(), share.tolist()]
+                rate = np.searchsorted(-np.sort(alarms)[::-1], -scores, side="right") / len(rows)
+                share = np.searchsorted(-np.sort(lesions)[::-1], -scores, side="right") / len(lesions)
+                near = rate <= FALSE_ALARMS
+                found["froc"][name] = _thinned([0.0, *rate[near]], [0.0, *share[near]])
         return found
     if isinstance(metric, SegmentationMetrics):
         scores = metric.table("scores").numpy()[rows][:, :, 0]
@@ -66,14 +70,20 @@ def _classification(metric: ClassificationMetrics, rows: Any) -> Facts:
             order, ends = operating_points(probabilities[known, k])
             tp = counts_above(truth[order][None].astype(np.float64), ends)[0]
             fp = counts_above((~truth[order])[None].astype(np.float64), ends)[0]
-            found["roc"][name] = [(fp / fp[-1]).tolist(), (tp / tp[-1]).tolist()]
-            found["pr"][name] = [(tp[1:] / tp[-1]).tolist(), (tp[1:] / (tp[1:] + fp[1:])).tolist()]
+            found["roc"][name] = _thinned(fp / fp[-1], tp / tp[-1])
+            found["pr"][name] = _thinned(tp[1:] / tp[-1], tp[1:] / (tp[1:] + fp[1:]))
     if not metric.multi_label:
         known = ~np.isnan(labels).any(axis=1)
         table = np.zeros((len(metric.classes), len(metric.classes)), np.int64)
         np.add.at(table, (labels[known].argmax(axis=1), probabilities[known].argmax(axis=1)), 1)
         found["confusion"] = table.tolist()
     return found
+
+
+def _thinned(x: Sequence[float] | Floats, y: Sequence[float] | Floats) -> list[list[float]]:
+    """Return a curve of no more than ``MOST_POINTS`` points, as plain numbers."""
+    kept = np.unique(np.linspace(0, len(x) - 1, min(len(x), MOST_POINTS)).round().astype(int))
+    return [[float(values[k]) for k in kept] for values in (x, y)]
 
 
 def task_figure(curves: Facts, reliability: Facts, classes: list[str]) -> Figure | None:

@@ -82,7 +82,7 @@ nav { margin: 1rem 0 0; font-size: .9rem; } nav a { margin-right: 1.1rem; white-
 a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
 .wide { overflow-x: auto; margin: .8rem 0 1.2rem; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding-bottom: .3rem; caption-side: top; }
+caption { text-align: left; padding-bottom: .3rem; caption-side: top; white-space: nowrap; }
 th, td { padding: .28rem .9rem .28rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 thead th, thead td { font-weight: 600; border-bottom-color: var(--soft); vertical-align: bottom; }
 tbody th { font-weight: 500; }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -172,3 +173,12 @@ def test_a_page_is_written_whole(tmp_path):
     write_page(tmp_path / "new" / "report.html", "é")
     assert [f.name for f in (tmp_path / "new").iterdir()] == ["report.html"]
     assert (tmp_path / "new" / "report.html").read_text(encoding="utf-8") == "é"
+
+
+def test_the_example_in_the_docs_makes_a_page(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "reports.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], {})
+    reader = read((tmp_path / "mine.html").read_text())
+    assert reader.mistakes == []
+    assert "0.910" in reader.text

@@ -84,6 +84,17 @@ def test_froc_counts_lesions_and_false_alarms():
     assert told["froc"] == {"nodule": [[0.0, 0.0, 0.5, 1.0], [0.0, 0.5, 0.5, 0.5]]}
 
 
+def test_a_long_curve_is_thinned_and_keeps_its_ends():
+    metric = ClassificationMetrics(["a"])
+    p = torch.linspace(0, 1, 5000)[:, None]
+    labels = (torch.arange(5000) % 3 == 0).float()[:, None]
+    target = ClassificationTarget(labels=labels, present=torch.ones(5000, dtype=torch.bool))
+    metric.update(p, target, [Meta(str(i), str(i)) for i in range(5000)])
+    x, y = curves_of(metric)["roc"]["a"]
+    assert len(x) == len(y) == 1000
+    assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
+
+
 def test_every_kind_of_curve_is_drawn(ranked):
     metric, _, _ = ranked
     bins = {
@@ -214,6 +225,7 @@ def test_what_a_model_can_do_is_said_in_words():
         "organ: outlines organ moderately, Dice 0.700 on 200 images of 120 patients.",
     ]
     assert judged(facts(values={"organ/dice": math.nan}), "organ") is None
+    assert "of 12 patients, too few to be sure" in abilities(facts(values={"organ/n_patients": 12}))[1]
 
 
 def test_a_good_test_has_no_reproach_but_the_standing_one():
