@@ -1,0 +1,90 @@
+"""Draws where the model looked, beside the predictions of ``mtmedformer predict``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from callbacks.prediction_files import PredictionFolder, whole
+from mtmedformer.batch import Batch
+from mtmedformer.errors import ConfigError
+from mtmedformer.explanation import attention_map, grad_cam
+from mtmedformer.heads.head import TaskHead
+from mtmedformer.map_picture import HeatMap, maps_figure
+from mtmedformer.module import MultiTaskModule
+
+
+class Explanations(Callback):
+    """Writes ``explanations/<image>.png`` an image: attention of every head that has it, Grad-CAM where asked for.
+
+    The image goes through the model once more, whole, whatever windows the predictions are made with.
+
+    Args:
+        attention: Draw the maps of heads that pool by attention.
+        grad_cam: Heads of which each class gets a Grad-CAM map; costs a backward pass of the head a class.
+        folder: Folder of the predictions; ``null`` is ``predictions`` in the run folder.
+
+    Raises:
+        ConfigError: When nothing is left to draw.
+    """
+
+    def __init__(self, attention: bool = True, grad_cam: list[str] | None = None, folder: str | None = None) -> None:
+        self.attention, self.grad_cam, self.root = attention, list(grad_cam or []), folder
+        if not attention and not grad_cam:
+            raise ConfigError("Explanations: attention is off and grad_cam names no head; nothing is left to draw")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse heads that are not there.
+
+        Raises:
+            ConfigError: When one is asked for.
+        """
+        if stage != "predict":
+            return
+        if not isinstance(pl_module, MultiTaskModule):
+            raise ConfigError(f"Explanations: a {type(pl_module).__name__} has no heads to explain")
+        unknown = sorted(set(self.grad_cam) - set(pl_module.heads))
+        if unknown:
+            raise ConfigError(f"Explanations.grad_cam: no head is called {', '.join(unknown)}; heads are "
+                              f"{', '.join(pl_module.heads)}")  # fmt: skip
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *args: Any
+    ) -> None:
+        """Draw a batch's maps."""
+        assert isinstance(pl_module, MultiTaskModule)
+        maps = self.maps(pl_module, batch.image)
+        folder = PredictionFolder(Path(self.root or Path(trainer.default_root_dir, "predictions")))
+        for i, meta in enumerate(batch.meta):
+            drawn = {title: HeatMap(values[i].float().cpu().numpy()) for title, values in maps.items()}
+            if drawn:
+                grey = batch.image[i].float().mean(dim=0).cpu().numpy()
+                footer = "brightest is the strongest place of this image, in each map for itself"
+                with whole(folder.path("explanations", meta.id, ".png")) as file:
+                    maps_figure(grey, drawn, meta, footer).savefig(file, dpi=110, format="png")
+
+    def maps(self, module: MultiTaskModule, image: Tensor) -> dict[str, Tensor]:
+        """Return every map of a batch, float32 (B, H, W) in [0, 1], by what it shows.
+
+        Args:
+            module: The model.
+            image: float (B, C, H, W) in [0, 1].
+        """
+        size = (int(image.shape[-2]), int(image.shape[-1]))
+        found: dict[str, Tensor] = {}
+        if self.attention:
+            with torch.no_grad():
+                outputs = module(image)
+            for name, head in module.heads.items():
+                assert isinstance(head, TaskHead)
+                values = attention_map(head, outputs[name], size)
+                if values is not None:
+                    found[f"{name}: attention"] = values
+        for name in self.grad_cam:
+            for label, c in enumerate(module.tasks[name].classes):
+                found[f"{name}: {c} (Grad-CAM)"] = grad_cam(module, image, name, label)
+        return found
