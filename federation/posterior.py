@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +156,15 @@ class Posterior:
         precision: By parameter, $S$ in 1/weight²; broadcasts to the parameter. Parameters without one are certain.
         blocks: Keys of every block by its name.
         sites: Evidence and age of each site's factor by site and block.
+        tuning: How to draw from it, once validation has said so (see ``callbacks.TunePosterior``): ``blocks``, ``seed``
+            and, by task, ``scale``, ``message`` and the ``nll`` at every scale tried; empty before.
     """
 
     mean: State
     precision: State
     blocks: dict[str, tuple[str, ...]]
     sites: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    tuning: dict[str, Any] = field(default_factory=dict)
 
     def sample(self, seed: int, scale: float = 1.0, blocks: Sequence[str] | None = None, damping: float = 0.1) -> State:
         r"""Draw a state: $\mu + s\,\varepsilon / \sqrt{S + d\,\bar S}$ with $\bar S$ the mean of $S$ over the tensor.
@@ -196,7 +199,7 @@ class Posterior:
     def save(self, file: Path) -> None:
         """Write the posterior as safetensors, whole or not at all."""
         tensors = {f"{kind}|{k}": v for kind in ("mean", "precision") for k, v in getattr(self, kind).items()}
-        facts = {name: value for name, value in asdict(self).items() if name in ("blocks", "sites")}
+        facts = {"blocks": self.blocks, "sites": self.sites, "tuning": self.tuning}
         partial = file.with_suffix(".partial")
         save_file(
             {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
@@ -219,7 +222,8 @@ class Posterior:
                 for name in opened.keys():  # noqa: SIM118 (not a dict)
                     kind, key = name.split("|", 1)
                     states[kind][key] = opened.get_tensor(name)
-            return cls(**states, blocks={name: tuple(k) for name, k in facts["blocks"].items()}, sites=facts["sites"])
+            blocks = {name: tuple(keys) for name, keys in facts["blocks"].items()}
+            return cls(**states, blocks=blocks, sites=facts["sites"], tuning=facts.get("tuning", {}))
         except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{file.name}: not a posterior ({type(error).__name__}: {error})") from error
 

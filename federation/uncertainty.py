@@ -14,6 +14,9 @@ from federation.blocks import State
 from federation.posterior import Posterior
 from mtmedformer.errors import ConfigError
 
+LEAST_LOG = 100.0
+"""What the log likelihood of the impossible is taken for, below zero, as in torch's binary cross-entropy."""
+
 
 @dataclass(frozen=True)
 class Uncertainty:
@@ -107,13 +110,45 @@ def nll_sums(
         blocks: Blocks that are sampled; ``None`` samples all.
     """
     known = ~target.isnan()
-    sums = []
+    true = target[known].double()
+
+    def likelihood(state: State) -> dict[str, Tensor]:
+        p = predict(state)[known].double()
+        return {"": p * true + (1 - p) * (1 - true)}
+
+    return likelihood_sums(posterior, likelihood, grid, samples, seed, blocks)[""]
+
+
+def likelihood_sums(
+    posterior: Posterior,
+    likelihood: Callable[[State], Mapping[str, Tensor]],
+    grid: Sequence[float],
+    samples: int = 8,
+    seed: int = 0,
+    blocks: Sequence[str] | None = None,
+) -> dict[str, tuple[list[float], int]]:
+    """Return a site's negative log likelihoods by task, summed, one a scale, and the count of labels.
+
+    Args:
+        posterior: The global posterior.
+        likelihood: From a state to the probability it gives to what is so, by task: one number a label, always in the
+            same order.
+        grid: Scales of the posterior; 0 is the mean model.
+        samples: Posterior samples averaged at each scale above 0.
+        seed: Seed of the samples, the same for every scale.
+        blocks: Blocks that are sampled; ``None`` samples all.
+    """
+    found: dict[str, tuple[list[float], int]] = {}
     for scale in grid:
-        draws = range(samples if scale else 1)
-        states = (posterior.sample(seed + draw, scale, blocks) for draw in draws)
-        mean = torch.stack([predict(state)[known].double() for state in states]).mean(0)
-        sums.append(float(torch.nn.functional.binary_cross_entropy(mean, target[known].double(), reduction="sum")))
-    return sums, int(known.sum())
+        totals: dict[str, Tensor] = {}
+        draws = samples if scale else 1
+        for draw in range(draws):
+            for task, values in likelihood(posterior.sample(seed + draw, scale, blocks)).items():
+                totals[task] = totals[task] + values.double() if task in totals else values.double()
+        for task, total in totals.items():
+            surprise = -(total / draws).log().clamp_min(-LEAST_LOG)
+            found.setdefault(task, ([], total.numel()))[0].append(float(surprise.sum()))
+    return found
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def entropies(
             value = -torch.special.xlogy(p, p).sum() if exclusive else _binary(p).mean()
         elif task.kind == "segmentation":
             p = predictions[name][i].float().cpu()
-            value = _binary(p)[:, _inside(meta, (p.shape[-2], p.shape[-1]))].mean()
+            value = _binary(p)[:, inside_original(meta, (p.shape[-2], p.shape[-1]))].mean()
         else:
             continue
         found[name] = {"entropy": max(0.0, float(value))}
@@ -115,7 +115,7 @@ def _binary(p: Tensor) -> Tensor:
     return entropy
 
 
-def _inside(meta: Meta, size: tuple[int, int]) -> Tensor:
+def inside_original(meta: Meta, size: tuple[int, int]) -> Tensor:
     """Return bool (h, w): which pixels of the input have their centre in the original image; all where none has."""
     a, b, c, d, e, f = meta.to_original
     x, y = np.arange(size[1]) + 0.5, (np.arange(size[0]) + 0.5)[:, None]

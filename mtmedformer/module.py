@@ -87,6 +87,7 @@ class MultiTaskModule(L.LightningModule):
         self.val_metrics, self.test_metrics = self._metrics(), self._metrics()
         self.val_losses = nn.ModuleDict({name: MeanMetric() for name in self.heads})
         self.calibration: dict[str, TaskCalibration] = {}
+        self.sampling: dict[str, Any] | None = None  # how a callback draws predictions, where one does
         self._reached: set[str] = set()
         self._seed = 0
         self._configured: list[tuple[float, float]] = []

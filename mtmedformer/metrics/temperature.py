@@ -51,7 +51,7 @@ class TemperatureSums(TaskMetrics):
         rows = self.register(meta, target.present)
         if not rows:
             return
-        logits, truth = _places(predictions.detach()[rows]), _places(truth_of(self.task, target)[rows])
+        logits, truth = some_places(predictions.detach()[rows]), some_places(truth_of(self.task, target)[rows])
         curve, decisions = likelihood_curve(logits, truth, not self.task.multi_label and len(self.task.classes) > 1)
         self.curve.append(curve.cpu())
         self.decisions.append(decisions.cpu())
@@ -133,7 +133,7 @@ def likelihood_curve(logits: Tensor, truth: Tensor, exclusive: bool) -> tuple[Te
     return curve, (known.any(1) if exclusive else known).flatten(1).sum(1).double()
 
 
-def _places(values: Tensor) -> Tensor:
+def some_places(values: Tensor) -> Tensor:
     """Return (B, C, P): the one place of an image's classes, or pixels of its masks, which are many and much alike."""
     if values.ndim == 2:
         return values[:, :, None]

@@ -155,6 +155,7 @@ def test_the_curve_and_its_slope_are_those_of_autograd():
 
 
 def test_scaling_changes_neither_the_winner_nor_the_order():
+    torch.manual_seed(0)
     logits, _ = planted(1.0, n=200)
     head = ClassificationHead(["a", "b", "c"])
     head.build(8, (4, 8, 16, 32, 64))
@@ -169,7 +170,7 @@ def test_scaling_changes_neither_the_winner_nor_the_order():
     masks = torch.randn(2, 1, 8, 8)
     plainly, scaled = lungs.predict(masks, (30, 30)), lungs.predict(lungs.scaled(masks, 2.0), (30, 30))
     assert torch.equal(plainly > 0.5, scaled > 0.5)
-    assert torch.equal(plainly.flatten().argsort(), scaled.flatten().argsort())
+    assert (scaled.flatten()[plainly.flatten().argsort()].diff() >= -1e-6).all()
     np.testing.assert_allclose(tempered(plainly.numpy(), 2.0, False), scaled.numpy(), atol=1e-6)
     assert lungs.class_logits(masks, (30, 30)).shape == (2, 1, 30, 30)
 
