@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from mtmedformer.encoder import SharedEncoder
     from mtmedformer.errors import ConfigError, DataError, UserError
     from mtmedformer.heads import ClassificationHead, DetectionHead, QueryHead, SegmentationHead
+    from mtmedformer.loading import Prediction, Predictor, load
     from mtmedformer.losses.hybrid import HybridLoss
     from mtmedformer.module import MultiTaskModule
     from mtmedformer.schedule import WarmupCosine
@@ -22,17 +23,21 @@ __all__ = [
     "DetectionHead",
     "HybridLoss",
     "MultiTaskModule",
+    "Prediction",
+    "Predictor",
     "QueryHead",
     "SegmentationHead",
     "SharedEncoder",
     "UserError",
     "WarmupCosine",
+    "load",
 ]
 
 _HOMES = {
     "mtmedformer.encoder": ("SharedEncoder",),
     "mtmedformer.errors": ("ConfigError", "DataError", "UserError"),
     "mtmedformer.heads": ("ClassificationHead", "DetectionHead", "QueryHead", "SegmentationHead"),
+    "mtmedformer.loading": ("Prediction", "Predictor", "load"),
     "mtmedformer.losses": ("HybridLoss",),
     "mtmedformer.module": ("MultiTaskModule",),
     "mtmedformer.schedule": ("WarmupCosine",),

@@ -38,6 +38,7 @@ from mtmedformer.predict_arguments import with_images
 COMMANDS = ("fit", "validate", "test", "predict")
 TOOLS = {  # everything else: the module whose main(argv) runs it
     "compare": "mtmedformer.compare.command",
+    "export": "mtmedformer.export",
     "fingerprint": "mtmedformer.fingerprint",
 }
 
