@@ -68,7 +68,7 @@ class RunLogger(CSVLogger):
         with warnings.catch_warnings():  # the folder is not empty: it holds this very run's config and lock
             warnings.filterwarnings("ignore", "Experiment logs directory")
             writer = super().experiment
-        if fresh and self._earlier:
+        if fresh and self._earlier and self._experiment is not None:  # the first process alone has a writer
             writer.metrics = [*self._earlier, *writer.metrics]
             self._earlier = []
         return writer

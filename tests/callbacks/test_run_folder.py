@@ -3,6 +3,8 @@
 import csv
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from callbacks import RunLogger, claim_run_folder, latest_run_folder, run_folder_of
 
 
@@ -42,3 +44,13 @@ def test_a_resumed_csv_keeps_its_rows_and_takes_new_columns(tmp_path):
         rows = list(csv.DictReader(lines))
     assert [r["a"] for r in rows] == ["1.0", "2.0"]
     assert [r["b"] for r in rows] == ["", "3.0"]
+
+
+def test_other_processes_write_no_rows_and_do_not_mind_those_there_are(tmp_path, monkeypatch):
+    (tmp_path / "metrics.csv").write_text("epoch,loss\n0,1.5\n")
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    logger = RunLogger(str(tmp_path))
+    logger.log_metrics({"loss": 1.0}, 1)
+    logger.experiment.log_metrics({"loss": 1.0})
+    logger.save()
+    assert (tmp_path / "metrics.csv").read_text() == "epoch,loss\n0,1.5\n"
