@@ -42,8 +42,8 @@ def grad_cam(module: MultiTaskModule, image: Tensor, task: str, label: int) -> T
     Gradient times activation, summed over the channels of every level $A^l$ of the pyramid,
     $\mathrm{ReLU}(\sum_l \sum_c \partial s / \partial A^l_c \odot A^l_c)$, each level's share spread over the pixels
     its cells cover. The score $s$ is ``TaskHead.class_score``. This is Grad-CAM place by place (HiResCAM): Grad-CAM
-    itself averages the gradient over the image first, which suits heads that average features and none of these: of the
-    phantoms' lesions it found none.
+    itself averages the gradient over the image first, which suits heads that average features and none of these: on
+    phantoms it met lesions no more often than chance.
 
     Works within ``torch.inference_mode``; only the head is gone through backwards, and no weight gets a gradient.
 
