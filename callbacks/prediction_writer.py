@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 import mtmedformer
@@ -72,28 +71,16 @@ class PredictionWriter(Callback):
         self._outputs: ImageOutputs | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the folder ready and have the data set leave out what is done.
+        """Have the data set ask for what is done, once the weights are loaded; that is only after all ``setup``."""
+        self._outputs = None
+        data: Any = getattr(trainer, "datamodule", None)
+        if stage == "predict" and hasattr(data, "ask_for_done"):
+            data.ask_for_done(lambda files: self._done(trainer, pl_module, files))
 
-        Raises:
-            ConfigError: The folder holds predictions of another model, or made in another way.
-        """
-        if stage != "predict":
-            return
-        data = getattr(trainer, "datamodule", None)
-        weights, calibration = _stored(trainer, pl_module)
-        self._tasks = dict(cast("Mapping[str, Task]", pl_module.tasks))
-        self._outputs = outputs = self._prepared(trainer, weights, calibration)
-        self._files = dict(getattr(data, "files", {}))
-        self.exit_code = self._told = 0
-        resumes = hasattr(data, "leave_out")
-        if trainer.is_global_zero:
-            outputs.folder.prepare(self._about(outputs, pl_module, data, calibration), resumes)
-        trainer.strategy.barrier("predictions prepared")
-        if resumes:
-            done = outputs.folder.finished(self._files)
-            cast("Any", data).leave_out(done)
-            if done and trainer.is_global_zero:
-                log.warning("%d of %d images are done already", len(done), len(self._files))
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Replace what the folder holds, where the data set does not ask for what is done."""
+        if self._outputs is None:
+            self._prepare(trainer, pl_module, resume=False)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *args: Any
@@ -118,8 +105,31 @@ class PredictionWriter(Callback):
         if self._outputs is not None:
             self._make_tables(trainer)
 
-    def _prepared(self, trainer: Trainer, weights: Mapping[str, torch.Tensor], calibration: Any) -> ImageOutputs:
-        model = weights_digest(weights)
+    def _done(self, trainer: Trainer, pl_module: LightningModule, files: Mapping[str, Path]) -> set[str]:
+        outputs = self._prepare(trainer, pl_module, resume=True)
+        done = outputs.folder.finished(files)
+        if done and trainer.is_global_zero:
+            log.warning("%d of %d images are done already", len(done), len(files))
+        return done
+
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule, resume: bool) -> ImageOutputs:
+        """Make the folder ready.
+
+        Raises:
+            ConfigError: It is to go on with predictions of another model, or made in another way.
+        """
+        data: Any = getattr(trainer, "datamodule", None)
+        calibration = plain(getattr(pl_module, "calibration", {}))
+        self._tasks = dict(cast("Mapping[str, Task]", pl_module.tasks))
+        self._outputs = self._made(trainer, weights_digest(pl_module.state_dict()), calibration)
+        self._files = dict(getattr(data, "files", {}))
+        self.exit_code = self._told = 0
+        if trainer.is_global_zero:
+            self._outputs.folder.prepare(self._about(self._outputs, pl_module, data, calibration), resume)
+        trainer.strategy.barrier("predictions prepared")
+        return self._outputs
+
+    def _made(self, trainer: Trainer, model: str, calibration: Any) -> ImageOutputs:
         boxes = {
             (name, c): LEAST if self.threshold is None else self.threshold
             for name, task in self._tasks.items()
@@ -183,14 +193,6 @@ class PredictionWriter(Callback):
         if failed:
             self.exit_code = 1
             log.warning("%d images failed; %s says which and why", failed, folder.root / "failed.csv")
-
-
-def _stored(trainer: Trainer, pl_module: LightningModule) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
-    """Return the weights that predict and their calibration; the checkpoint is loaded only after ``setup``."""
-    if trainer.ckpt_path:
-        stored = torch.load(trainer.ckpt_path, weights_only=True, map_location="cpu", mmap=True)
-        return stored["state_dict"], stored.get("calibration", {})
-    return pl_module.state_dict(), plain(getattr(pl_module, "calibration", {}))
 
 
 def _thresholds(

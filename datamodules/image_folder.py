@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class ImageFolderDataModule(Originals, L.LightningDataModule):
         num_workers: Processes that read; 0 reads in this process.
 
     Attributes:
-        records: The images, once set up, less those left out.
+        records: The images, once set up.
         failures: Images that could not be used, with reasons, so far as they have been read.
     """
 
@@ -66,6 +66,7 @@ class ImageFolderDataModule(Originals, L.LightningDataModule):
         self.recipe = Recipe(preset or PlainPreset(), (self.image_size[0], self.image_size[1]))
         self.records: list[Record] = []
         self.failures: list[Issue] = []
+        self._done: Callable[[Mapping[str, Path]], Collection[str]] = lambda files: ()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -88,16 +89,23 @@ class ImageFolderDataModule(Originals, L.LightningDataModule):
             _tell(note)
         self.records = [Record(id=name, file=file, patient=name) for name, file in found.items()]
 
-    def leave_out(self, ids: Collection[str]) -> None:
-        """Leave out images that are done, by their ids."""
-        left = set(ids)
-        self.records = [record for record in self.records if record.id not in left]
+    def ask_for_done(self, done: Callable[[Mapping[str, Path]], Collection[str]]) -> None:
+        """Leave out images that are done.
+
+        Args:
+            done: Takes the image files by id and returns the ids of those that are done. It is called when batches are
+                asked for, which is after the model's weights are loaded.
+        """
+        self._done = done
 
     def predict_dataloader(self) -> ImageBatches:
-        """Return the batches; several processes share the images."""
+        """Return the batches of what is not done; several processes share the images."""
+        left = set(self._done(self.files))
+        records = [record for record in self.records if record.id not in left]
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        reader = _Reader(self.records[rank::ranks], self.recipe)
-        return ImageBatches(reader, self.batch_size, self.num_workers, self.failures)
+        return ImageBatches(
+            _Reader(records[rank::ranks], self.recipe), self.batch_size, self.num_workers, self.failures
+        )
 
 
 class ImageBatches:

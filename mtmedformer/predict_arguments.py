@@ -57,6 +57,8 @@ def with_images(argv: list[str], stack: ExitStack) -> list[str]:
     known, _ = outer.parse_known_args(rest)
     if known.ckpt_path is None or known.ckpt_path in {"last", "best"}:
         raise ConfigError("predict --images: --ckpt_path must name a checkpoint's file")
+    if not Path(known.ckpt_path).is_file():
+        raise ConfigError(f"--ckpt_path={known.ckpt_path}: no such file")
     if known.data is not None:
         raise ConfigError(f"predict: --images and --data={known.data} exclude each other")
     configuration = {
@@ -99,7 +101,7 @@ def preparation(data: Any) -> dict[str, Any]:
 def _preparation(checkpoint: Path, rest: list[str]) -> dict[str, Any]:
     """Return the preparation of the run a checkpoint lies in, unless the command line says all of it."""
     said = [name for name in PREPARATION if any(a.split("=")[0].startswith(f"--data.{name}") for a in rest)]
-    if len(said) == len(PREPARATION) or not checkpoint.is_file():  # a missing checkpoint is told of later
+    if len(said) == len(PREPARATION):
         return {}
     file = checkpoint.parent.parent / "config.yaml"
     found = preparation(yaml.safe_load(file.read_text(encoding="utf-8")).get("data")) if file.is_file() else {}
