@@ -96,6 +96,9 @@ def _summary(told: Facts) -> Html:
             words.append(
                 "Sites have labels for different tasks: compare them task by task, below, rather than by score."
             )
+    last = told["pooled"][-1]["metrics"].get("val/score") if told["pooled"] else None
+    if best and last is not None and last < best["metrics"]["val/score"] - 0.02:
+        words.append(f"Later rounds did worse, the last one {number(last)}; best.ckpt holds round {best['round'] + 1}.")
     return join(tiles(boxes), *words)
 
 

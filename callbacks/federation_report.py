@@ -89,6 +89,7 @@ class FederationReport(L.Callback):
             "primary": self.primary,
             "sites": [asdict(holding) for holding in federation.holdings],
             "history": [_slim(entry) for entry in federation.history],
+            "arrays": _names(federation.history),
             "pooled": [{"round": r, "metrics": m} for r, m in sorted(self.pooled.items()) if r in done],
             "seed": os.environ.get("PL_GLOBAL_SEED"),
             "versions": versions(),
@@ -125,13 +126,23 @@ def _described(part: object) -> Facts:
 
 
 def _slim(entry: Facts) -> Facts:
-    """Return a round without the curvature of every single tensor, which nobody reads."""
-    sites = {
-        name: {k: v for k, v in told.items() if k not in ("blocks", "base", "schema")}
-        | {"evidence": {block: held["evidence"] for block, held in told.get("blocks", {}).items()}}
-        for name, told in entry["sites"].items()
-    }
+    """Return a round without the curvature and the name of every single tensor, which a page has no room for."""
+    sites = {}
+    for name, told in entry["sites"].items():
+        kept = {k: v for k, v in told.items() if k not in ("blocks", "base", "schema")}
+        kept["evidence"] = {block: held["evidence"] for block, held in told.get("blocks", {}).items()}
+        if told.get("privacy"):
+            kept["privacy"] = {k: len(v) if k == "names" else v for k, v in told["privacy"].items()}
+        sites[name] = kept
     return {**entry, "sites": sites}
+
+
+def _names(history: list[Facts]) -> dict[str, list[str]]:
+    """Return the names of the arrays that last left each site that has a privacy policy."""
+    found: dict[str, list[str]] = {}
+    for entry in history:
+        found |= {s: told["privacy"]["names"] for s, told in entry["sites"].items() if told.get("privacy")}
+    return found
 
 
 def _finite(value: Any) -> Any:

@@ -5,7 +5,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from callbacks.report_page import Cell, Html, duration, figure, heading, join, paragraph, size_of, table
+from callbacks.report_page import (
+    Cell,
+    Html,
+    details,
+    duration,
+    figure,
+    heading,
+    join,
+    paragraph,
+    points,
+    size_of,
+    table,
+)
 from callbacks.round_curves import Panel, by_site, curves, line_of
 
 Facts = dict[str, Any]
@@ -22,8 +34,8 @@ def drift(told: Facts) -> Html:
         return Html("")
     text = (
         "Left: how far a site moved the weights in a round. Right: whether it pulled where all went together; 1 is the "
-        "same direction, 0 none in common. A site whose line lies apart from the others holds different data, or "
-        "something is wrong with it."
+        "same direction, 0 none in common. A site whose line lies apart from the others holds different data, "
+        "adds noise, or has something wrong with it."
     )
     return figure(curves(panels, ""), text, "Norm of each site's update and its cosine to the merged change, by round")
 
@@ -102,15 +114,7 @@ def privacy(told: Facts) -> Html:
         "An update holds changes of weights, their precision, counts of labelled images and training metrics; no "
         "image, no name, no identifier."
     )
-    noised = {s: t["privacy"] for entry in history for s, t in entry["sites"].items() if t.get("privacy")}
-    rows = []
-    for site, last in sorted(noised.items()):
-        sent = sum(e["sites"].get(site, {}).get("privacy", {}).get("bytes", 0) for e in history)
-        epsilon, delta = last.get("epsilon"), last.get("delta")
-        spent = "none" if epsilon is None else f"({epsilon:.3g}, {delta or 0:.1g})"
-        rows.append([site, spent, size_of(sent), _brief(last.get("norms")), str(last.get("sha256", ""))[:16]])
-    columns = ["site", "(ε, δ) spent", "sent", "last norm by block", "last SHA-256"]
-    policy = table(rows, columns, "After each site's own privacy policy") or paragraph(
+    policy = _policies(told) or paragraph(
         "No site had a privacy policy: updates left as they were, without clipping or noise."
     )
     last = history[-1]
@@ -132,10 +136,29 @@ def privacy(told: Facts) -> Html:
     )
 
 
+def _policies(told: Facts) -> Html:
+    """Return what each site's privacy policy did and what it has spent, for the sites that have one."""
+    history = told["history"]
+    guarded = {s: t["privacy"] for entry in history for s, t in entry["sites"].items() if t.get("privacy")}
+    rows = []
+    for site, last in sorted(guarded.items()):
+        sent = sum(e["sites"].get(site, {}).get("privacy", {}).get("bytes", 0) for e in history)
+        epsilon, delta = last.get("epsilon"), last.get("delta")
+        spent = "no noise" if epsilon is None else f"({epsilon:.3g}, {delta or 0:.1g})"
+        before, after = last.get("norm"), last.get("clipped")
+        clipped = "not told" if before is None or after is None else f"{before:.3g} to {after:.3g}"
+        rows.append([site, spent, last.get("unit") or "–", clipped, size_of(sent), str(last.get("sha256", ""))[:16]])
+    columns = ["site", "(ε, δ) spent", "protects a", "last norm, clipped", "sent in all", "last SHA-256"]
+    lists = (f"{site}: {', '.join(names)}" for site, names in told.get("arrays", {}).items())
+    hides = any(last.get("epsilon") is not None for last in guarded.values())
+    said = "A site that promises (ε, δ) tells neither its counts nor its times: its evidence is 1, its seconds are 0."
+    return join(
+        table(rows, columns, "After each site's own privacy policy"),
+        paragraph(said, "note") if hides else Html(""),
+        details("Names of the arrays that left", points(lists)) if told.get("arrays") else Html(""),
+    )
+
+
 def _norm(told: Facts) -> float | None:
     norms = told.get("norms", {}).values()
     return math.sqrt(sum(norm**2 for norm in norms)) if norms else None
-
-
-def _brief(norms: Facts | None) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in (norms or {}).items() if value is not None)

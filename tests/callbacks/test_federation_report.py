@@ -166,7 +166,17 @@ def facts_of(**changes):
         "share": {"encoder": 0.75, "heads.lungs": 1.0}, "moved": {"blocks.0": 0.125}, "metrics": {},
         "evidence": {"encoder": 40, "heads.lungs": 20},
     }  # fmt: skip
-    private = {"epsilon": 1.75, "delta": 1e-5, "bytes": 1_000_000, "sha256": "ab" * 32, "norms": {"encoder": 1.0}}
+    private = {
+        "unit": "site",
+        "names": 3,
+        "norm": 9.0,
+        "clipped": 1.0,
+        "epsilon": 1.75,
+        "delta": 1e-5,
+        "bytes": 1_000_000,
+        "sha256": "ab" * 32,
+        "norms": {"encoder": 1.0},
+    }
     first = {hostile: {**site, "privacy": private}, "west": {**site, "cosine": None, "moved": {}}}
     faults = [{"site": "west", "fault": "not done by the deadline", "action": "left out of this round"}]
     history = [
@@ -184,6 +194,7 @@ def facts_of(**changes):
             {"site": "west", "patients": 3, "images": 10, "validation": 2, "labels": {"lungs": 0}},
         ],
         "history": history,
+        "arrays": {hostile: ["delta|encoder|w"]},
         "pooled": [{"round": 0, "metrics": {"val/score": 0.625, "val/lungs/dice": 0.625}}],
         "seed": "3",
         "versions": {"MTMedFormer": "0"},
@@ -196,6 +207,9 @@ def test_the_page_shows_faults_privacy_and_units_moved():
     assert "The run is degraded: west was not admitted" in said
     assert "2 west not done by the deadline left out of this round" in said
     assert "(1.75, 1e-05)" in said
+    assert "(1.75, 1e-05) site 9 to 1" in said
+    assert "delta|encoder|w" in said
+    assert "tells neither its counts nor its times" in said
     assert "abababababababab" in said
     assert "1 <b>east</b>&$x blocks.0 12.5 %" in said
     assert "west has no labels for lungs" in said
@@ -214,6 +228,9 @@ def test_scores_of_a_sites_own_model_go_before_those_of_the_global_one():
 def test_the_best_round_is_that_of_the_pooled_score():
     pooled = [{"round": r, "metrics": {"val/score": s}} for r, s in ((0, 0.5), (1, None), (2, 0.75), (3, 0.6))]
     assert best_round(facts_of(pooled=pooled))["round"] == 2
+    assert "Later rounds did worse, the last one 0.600; best.ckpt holds round 3" in federation_page(
+        facts_of(pooled=pooled)
+    )
     assert best_round(facts_of(pooled=[])) is None
 
 
