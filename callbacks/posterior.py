@@ -27,7 +27,8 @@ from mtmedformer.errors import ConfigError
 from mtmedformer.module import MultiTaskModule
 
 FILE = "posterior.safetensors"
-GRID = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
+GRID = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
+"""Squared gradients of batches say little of how far a weight may move: useful scales lie far below 1."""
 
 
 class TunePosterior(Callback):
@@ -41,6 +42,8 @@ class TunePosterior(Callback):
         grid: Scales that are tried; 0, the mean model, must be one.
         samples: Samples averaged at each scale.
         blocks: Blocks that are sampled, for example ``[encoder]``; ``null`` samples all.
+        least_gain: Share by which the negative log likelihood must fall for sampling to be worth its passes; less, as
+            where a scale is so small that nothing changes, is refused.
         images: Most validation images of a site that are looked at; they are held in memory, a site at a time.
         checkpoint: Whether the posterior is that of the best round's checkpoint, where there is one, or of the last.
         seed: Seed of the samples.
@@ -54,12 +57,14 @@ class TunePosterior(Callback):
         grid: list[float] | None = None,
         samples: int = 8,
         blocks: list[str] | None = None,
+        least_gain: float = 0.01,
         images: int = 256,
         checkpoint: str = "best",
         seed: int = 0,
     ) -> None:
         self.grid = sorted(GRID if grid is None else grid)
-        self.samples, self.blocks, self.images, self.checkpoint, self.seed = samples, blocks, images, checkpoint, seed
+        self.samples, self.blocks, self.least_gain = samples, blocks, least_gain
+        self.images, self.checkpoint, self.seed = images, checkpoint, seed
         if 0 not in self.grid or self.grid[0] < 0 or samples < 1 or images < 1:
             raise ConfigError(
                 f"TunePosterior: grid={self.grid} needs 0, the mean model, and no negative scale; samples={samples} "
@@ -147,6 +152,7 @@ class TunePosterior(Callback):
                 {site: sums[task][0] for site, sums in told.items() if task in sums},
                 {site: sums[task][1] for site, sums in told.items() if task in sums},
                 self.grid,
+                self.least_gain,
             )
             for task in tasks
         }

@@ -171,13 +171,16 @@ class Tuning:
         return self.scale == 0
 
 
-def tune_scale(sums: Mapping[str, Sequence[float]], counts: Mapping[str, int], grid: Sequence[float]) -> Tuning:
+def tune_scale(
+    sums: Mapping[str, Sequence[float]], counts: Mapping[str, int], grid: Sequence[float], least_gain: float = 0.0
+) -> Tuning:
     """Choose the scale of the posterior from sums that sites may share.
 
     Args:
         sums: By site, the sum of negative log likelihoods at each scale of the grid (``nll_sums``).
         counts: By site, the number of labels behind the sums.
         grid: The scales; 0, the mean model, must be one of them.
+        least_gain: Share by which the negative log likelihood must fall below the mean model's; less is refused.
 
     Raises:
         ConfigError: When the grid lacks 0, a site's sums are not one a scale, or no site has a label.
@@ -194,14 +197,12 @@ def tune_scale(sums: Mapping[str, Sequence[float]], counts: Mapping[str, int], g
     usable = {scale: value for scale, value in means.items() if math.isfinite(value)}
     best = min(usable, key=lambda scale: (usable[scale], scale), default=0.0)
     plain = means[0]
-    if best == 0:
+    if best == 0 or means[best] > (1 - least_gain) * plain:
         tried = {scale: value for scale, value in usable.items() if scale}
         close = min(tried.values(), default=math.nan)
-        return Tuning(
-            0.0,
-            means,
-            f"posterior sampling refused: best negative log likelihood {close:.4f} a label, {plain:.4f} without it",
-        )
+        wish = f"; {100 * least_gain:g} % less is asked for" if close < plain else ""
+        told = f"best negative log likelihood {close:.4f} a label, {plain:.4f} without it{wish}"
+        return Tuning(0.0, means, f"posterior sampling refused: {told}")
     edge = f"; {best:g} is the largest scale tried" if best == max(grid) else ""
     return Tuning(
         best, means, f"posterior scale {best:g}: negative log likelihood {means[best]:.4f}, {plain:.4f} without{edge}"

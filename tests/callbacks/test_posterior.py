@@ -94,7 +94,7 @@ def test_the_posterior_is_that_of_the_best_round_and_tuned_from_the_sites_sums(f
         sums[name] = likelihood_sums(posterior, likelihood, tune.grid, 3)
     for task in module.tasks:
         known = {site: one[task] for site, one in sums.items() if task in one}
-        by_hand = tune_scale({s: o[0] for s, o in known.items()}, {s: o[1] for s, o in known.items()}, tune.grid)
+        by_hand = tune_scale({s: o[0] for s, o in known.items()}, {s: o[1] for s, o in known.items()}, tune.grid, 0.01)
         told = posterior.tuning["tasks"][task]
         assert told["scale"] == by_hand.scale == tune.tunings[task].scale
         assert told["message"] == by_hand.message

@@ -171,6 +171,16 @@ def test_sampling_is_refused_where_the_mean_model_does_better():
     assert "largest" in tune_scale({"a": [4.0, 3.0, 2.0, 1.0]}, {"a": 1}, GRID).message
 
 
+def test_a_gain_that_is_none_is_refused_where_one_is_asked_for():
+    sums, counts = {"a": [100.0, 99.5, 98.0, 120.0]}, {"a": 100}
+    assert tune_scale(sums, counts, GRID).scale == 1.0
+    assert tune_scale(sums, counts, GRID, least_gain=0.02).scale == 1.0
+    refused = tune_scale(sums, counts, GRID, least_gain=0.03)
+    assert refused.refused
+    assert "0.9800 a label, 1.0000 without it; 3 % less is asked for" in refused.message
+    assert "asked for" not in tune_scale({"a": [1.0, 2.0, 3.0, 4.0]}, counts, GRID, least_gain=0.03).message
+
+
 def test_sums_that_cannot_be_compared_are_named():
     with pytest.raises(ConfigError, match="lack 0"):
         tune_scale({"a": [1.0]}, {"a": 1}, [0.5])
