@@ -143,11 +143,13 @@ def _group_table(task: str, groups: list[str], values: dict[str, float]) -> Tabl
     shown = [row for row in rows if row in HEADLINES] or rows[:4]
     table = Table(pad_edge=False, header_style="bold")
     table.add_column(f"{task} by", style="bold")
-    for column in ("images", *shown):
+    counted = any(f"n_images/{group}" in values for group in groups)
+    for column in [*["images"] * counted, *shown]:
         table.add_column(column, justify="right")
     for group in groups:
-        cells = [_number(values.get(f"{row}/{group}")) for row in shown]
-        table.add_row(group.replace("=", " "), f"{values.get(f'n_images/{group}', math.nan):.0f}", *cells)
+        cells = [f"{values.get(f'n_images/{group}', 0):.0f}"] * counted
+        cells += [_number(values.get(f"{row}/{group}")) for row in shown]
+        table.add_row(group.replace("=", " "), *cells)
     return table
 
 

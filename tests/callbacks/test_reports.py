@@ -61,3 +61,14 @@ def test_masks_and_boxes_return_to_where_they_were(preset):
 def test_boxes_outside_the_image_are_clipped_to_it():
     boxes = boxes_in_original(np.array([[-5.0, -5.0, 500.0, 10.0]]), Meta("im", "p", original_size=(20, 30)))
     np.testing.assert_array_equal(boxes, [[0, 0, 30, 10]])
+
+
+def test_a_table_by_site_has_no_column_of_counts_nobody_counted(capsys):
+    known = {"val/lungs/dice": 0.8, "val/lungs/dice/site=a": 0.9, "val/lungs/dice/site=b": 0.7}
+    print_metrics(known, "val", "Validation")
+    told = capsys.readouterr().out
+    assert "site a" in told
+    assert "images" not in told
+    assert "nan" not in told
+    print_metrics(known | {"val/lungs/n_images/site=a": 3.0}, "val", "Validation")
+    assert "images" in capsys.readouterr().out
