@@ -67,7 +67,7 @@ def export(path: str | Path, output: str | Path, format: Format = "both", truste
     files = {CONFIG: yaml.safe_dump({"model": stored.model}, sort_keys=False).encode()}
     if format != "onnx":
         state = {name: tensor.contiguous().clone() for name, tensor in stored.weights.items()}
-        files[WEIGHTS] = save(state, metadata={"note": NOTE, "model": about["weights"]})
+        files[WEIGHTS] = save(state, metadata={"note": f"{NOTE}; model {about['weights']}"})
     if graph is not None:
         told = {key: about[key] for key in ("note", "software", "weights", "tasks", "preparation", "outputs")}
         files[GRAPH] = with_metadata(graph.content, told | {"decoding": DECODING})
@@ -132,6 +132,8 @@ def _show(graph: Graph, console: Console) -> None:
     console.print(table)
     bound = "any batch and size" if graph.size is None else f"any batch, size {graph.size[0]} × {graph.size[1]} only"
     shapes = ", ".join(" × ".join(map(str, shape)) for shape in graph.shapes)
+    for remark in graph.remarks:
+        console.print(f"Tried before: {remark}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"All within {TOLERANCE:g} on images of {shapes}; good for {bound}.", highlight=False)
 
 

@@ -129,5 +129,6 @@ def _boxes(found: Mapping[str, Tensor], meta: Meta, task: Task, score: float) ->
     kept = found["scores"] >= score
     xyxy = boxes_in_original(found["boxes"][kept].float().cpu().numpy(), meta).tolist()
     rest = zip(xyxy, found["scores"][kept].tolist(), found["labels"][kept].tolist(), strict=True)
-    boxes = [FoundBox(task.classes[int(k)], float(s), (b[0], b[1], b[2], b[3])) for b, s, k in rest]
+    there = [one for one in rest if one[0][2] > one[0][0] and one[0][3] > one[0][1]]  # not in the margin beside it
+    boxes = [FoundBox(task.classes[int(k)], float(s), (b[0], b[1], b[2], b[3])) for b, s, k in there]
     return sorted(boxes, key=lambda box: -box.score)

@@ -67,11 +67,11 @@ def read_heads(folder: str | Path, trusted: bool = False) -> dict[str, TaskHead]
     file = Path(folder, ABOUT)
     try:
         model = json.loads(file.read_text(encoding="utf-8"))["model"]
-        kept = model["init_args"]["tasks"]
-        described = model["init_args"]["heads"].items()
+        kept, described = model["init_args"].get("tasks"), model["init_args"]["heads"].items()
+        channels = model["init_args"]["encoder"]["init_args"].get("channels", 128)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{file}: missing or damaged ({type(error).__name__})") from error
     heads = {name: build(one, TaskHead, MODEL_HOMES, trusted, str(file)) for name, one in described}  # type: ignore[type-abstract]
     for head in heads.values():
-        head.build(model["init_args"]["encoder"]["init_args"].get("channels", 128), (4, 8, 16, 32, 64))
+        head.build(channels, (4, 8, 16, 32, 64))
     return {name: head for name, head in heads.items() if kept is None or name in kept}

@@ -155,9 +155,9 @@ class QueryHead(TaskHead):
     def exported(self, outputs: QueryOutputs, size: tuple[int, int]) -> dict[str, Tensor]:
         """Return ``scores`` (B, Q, K) and ``boxes`` (B, Q, 4) of every query; see ``TaskHead.exported``."""
         corners = box_convert(outputs.boxes[:, -1].float(), "cxcywh", "xyxy")
-        whwh = torch.stack([torch.as_tensor(side, device=corners.device) for side in (size[1], size[0]) * 2])
+        pixels = torch.stack([corners[..., ::2] * size[1], corners[..., 1::2] * size[0]], dim=-1).flatten(-2)
         scores = outputs.logits[:, -1].float().softmax(-1)[..., :-1]
-        return {"scores": scores, "boxes": clip_boxes_to_image(corners * whwh, size)}
+        return {"scores": scores, "boxes": clip_boxes_to_image(pixels, size)}
 
     def decoded(self, exported: dict[str, Tensor], size: tuple[int, int]) -> list[dict[str, Tensor]]:
         """Return the boxes worth keeping, best first; see ``TaskHead.decoded``."""
@@ -234,7 +234,7 @@ def position_encoding(channels: int, level: Tensor, stride: int, size: tuple[int
         angle = place[:, None] * frequency
         codes.append(torch.cat([angle.sin(), angle.cos()], dim=1))
     y, x = codes
-    return torch.cat([y[:, None].expand(-1, len(x), -1), x[None].expand(len(y), -1, -1)], dim=2).flatten(0, 1)
+    return torch.cat([y[:, None].expand(-1, x.shape[0], -1), x[None].expand(y.shape[0], -1, -1)], dim=2).flatten(0, 1)
 
 
 def _whwh(size: tuple[int, int], like: Tensor) -> Tensor:
