@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
     study = read_study(options.config, options.form, _overrides(options.set))
     if options.only:
         study = study.only([name.strip() for name in options.only.split(",") if name.strip()])
+    if options.seeds:
+        study = replace(study, seeds=_seeds(options.seeds, study.seeds))
     output = options.output or Path("runs/compare") / "-".join(filter(None, (study.name, study.form)))
     console = Console()
     if options.dry_run:
@@ -45,6 +48,7 @@ def _parser() -> Parser:
     parser = Parser("mtmedformer compare", description=(main.__doc__ or "").split("\n")[0])
     parser.add_argument("--config", type=Path, required=True, help="The study, such as configs/compare/demo.yaml.")
     parser.add_argument("--form", help="Form of the study, such as small or full; the first by default.")
+    parser.add_argument("--seeds", metavar="0,1", help="Seeds to run and compare, some of the study's.")
     parser.add_argument("--only", metavar="A,B", help="Variants to run and compare, beside the reference.")
     parser.add_argument(
         "--set",
@@ -68,6 +72,13 @@ def _parser() -> Parser:
     parser.add_argument("--report-only", action="store_true", help="Train nothing; compare what is finished.")
     parser.add_argument("--dry-run", action="store_true", help="Check every configuration and say what would be run.")
     return parser
+
+
+def _seeds(text: str, known: Sequence[int]) -> tuple[int, ...]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() and int(word) in known for word in words) or len(set(words)) < len(words):
+        raise ConfigError(f"--seeds {text}: choose from the study's, {', '.join(map(str, known))}")
+    return tuple(int(word) for word in words)
 
 
 def _overrides(given: Sequence[str]) -> dict[str, Any]:

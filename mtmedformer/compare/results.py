@@ -17,6 +17,7 @@ from mtmedformer.compare.measures import measures, same_start
 from mtmedformer.compare.panels import Panels, paired
 from mtmedformer.compare.statistics import Estimate, Panel, Summary, estimate, holm, verdict
 from mtmedformer.compare.study import Study, metric_words
+from mtmedformer.errors import ConfigError
 
 LOWER_IS_BETTER = ("hd95", "nll", "ece", "loss", "brier")
 
@@ -38,7 +39,7 @@ def compare(study: Study, cells: Sequence[Cell], split: Split, replicates: int =
     done = [cell for cell in cells if cell.finished(split)]
     names = [name for name in study.variants if any(cell.variant == name for cell in done)]
     panels = Panels(study, done, split, replicates) if done else None
-    metrics = {metric: _metric(study, metric, names, panels) for metric in study.metrics if panels is not None}
+    metrics, unknown = _metrics(study, names, panels) if panels else ({}, [])
     codes = sorted({cell.state["code"] for cell in done})
     return {
         "study": study.name,
@@ -56,9 +57,20 @@ def compare(study: Study, cells: Sequence[Cell], split: Split, replicates: int =
         "variants": {name: _about(study, name, done, split) for name in study.variants},
         "metrics": metrics,
         "costs": {name: _costs(study, name, done) for name in names},
-        "remarks": _remarks(study, cells, done, names, panels, codes),
+        "remarks": [*unknown, *_remarks(study, cells, done, names, panels, codes)],
         "code": codes,
     }
+
+
+def _metrics(study: Study, names: Sequence[str], panels: Panels) -> tuple[dict[str, Any], list[str]]:
+    """Compare every metric; one that nobody has becomes a remark, since hours of training must not end in an error."""
+    found, unknown = {}, []
+    for metric in study.metrics:
+        try:
+            found[metric] = _metric(study, metric, names, panels)
+        except ConfigError as error:
+            unknown.append(str(error))
+    return found, unknown
 
 
 def _metric(study: Study, metric: str, names: Sequence[str], panels: Panels) -> dict[str, Any]:

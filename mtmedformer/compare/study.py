@@ -86,12 +86,14 @@ class Study:
         return replace(self, variants=kept, yardstick=self.yardstick if self.yardstick in kept else None)
 
 
-KEYS = {f.name for f in fields(Study)} - {"form"} | {"forms"}
+KEYS = {f.name for f in fields(Study)} - {"form"} | {"forms", "like"}
 OF_A_FORM = {"overrides", "seeds", "folds", "splits", "metrics", "checkpoint", "average", "variants"}
 
 
 def read_study(file: Path, form: str | None = None, extra: Mapping[str, Any] | None = None) -> Study:
     """Read a study and choose its form.
+
+    A study that is ``like`` another takes over what it does not say itself, and of the variants those it does not name.
 
     Args:
         file: The YAML file; files it names lie beside it.
@@ -101,8 +103,7 @@ def read_study(file: Path, form: str | None = None, extra: Mapping[str, Any] | N
     Raises:
         ConfigError: A key, a name or a value that cannot be, with what was probably meant.
     """
-    table = _loaded(file)
-    _known(str(file), table, KEYS)
+    table = _told(file)
     for key in ("base", "variants", "reference", "metrics"):
         if not table.get(key):
             raise ConfigError(f"{file}: {key} is missing; a study has base, variants, reference and metrics")
@@ -121,6 +122,23 @@ def read_study(file: Path, form: str | None = None, extra: Mapping[str, Any] | N
     study = _study(file, table, chosen)
     _check(file, study)
     return replace(study, overrides={**study.overrides, **(extra or {})})
+
+
+def _told(file: Path, after: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return what a file says, on top of what the study it is like says."""
+    table = _loaded(file)
+    _known(str(file), table, KEYS)
+    other = table.pop("like", None)
+    if other is None:
+        return table
+    (path,) = _files(file, "like", other)
+    if path.resolve() in after:
+        raise ConfigError(f"{file}: like: {other} is like this study in turn")
+    below = _told(path, (*after, file.resolve()))
+    variants = _merged(file, below["variants"], {}) | {
+        name: told for name, told in _mapping(file, "variants", table.get("variants")).items()
+    }
+    return {**below, "name": file.stem, **table, "variants": {n: v for n, v in variants.items() if v != "absent"}}
 
 
 def _study(file: Path, table: dict[str, Any], form: str) -> Study:

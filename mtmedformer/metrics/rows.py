@@ -113,7 +113,7 @@ def load_rows(files: Sequence[Path]) -> dict[str, TaskRows]:
                 made.setdefault(task, _made(kind, file))
                 own = {key.split("|", 1)[1]: value for key, value in arrays.items() if key.split("|")[0] == task}
                 parts.setdefault(task, []).append(own)
-        except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise DataError(f"{file}: not a file of rows ({type(error).__name__}: {error}); run the cell again") from (
                 error
             )

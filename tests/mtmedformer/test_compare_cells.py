@@ -1,0 +1,203 @@
+"""Cells: which training is which, when one is finished, and what happens to those that fail or are stopped."""
+
+import io
+import os
+import signal
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from mtmedformer.compare import cells, runner
+from mtmedformer.compare.cells import Cell, cells_of, code_version, prepare, salt_of, write_json
+from mtmedformer.compare.study import Study, Variant
+from mtmedformer.errors import ConfigError
+
+CONFIG = {
+    "trainer": {"max_epochs": 2, "callbacks": None, "num_workers": 3},
+    "data": {"init_args": {"fold": None, "folds": 5, "seed": 0}},
+}
+
+
+@pytest.fixture
+def study(monkeypatch):
+    def resolved(study, variant):
+        return yaml.safe_load(yaml.safe_dump(CONFIG)) | {"variant": dict(variant.overrides)}
+
+    monkeypatch.setattr(cells, "resolved", resolved)
+    variants = {"a": Variant("a", overrides={"x": 1}), "b": Variant("b", overrides={"x": 2})}
+    return Study("s", (), variants, "a", ("dice",), seeds=(0, 1))
+
+
+def finish(cell):
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        {"fitted": True, "judged": {"test": {"by": "global"}}, "code": code_version()}, cell.folder / "cell.json"
+    )
+
+
+def test_every_variant_is_trained_with_every_seed_on_every_fold(study, tmp_path):
+    from dataclasses import replace
+
+    found = cells_of(replace(study, folds=(0, 1)), tmp_path)
+    assert [(c.variant, c.run) for c in found[:3]] == [("a", "seed0-fold0"), ("b", "seed0-fold0"), ("a", "seed0-fold1")]
+    assert len({c.key for c in found}) == len({c.folder for c in found}) == 8
+    assert found[2].config["data"]["init_args"]["fold"] == 1
+    assert found[-1].config["seed_everything"] == 1
+    split = cells_of(replace(study, splits=(7,)), tmp_path)[0]
+    assert (split.run, split.config["data"]["init_args"]["seed"]) == ("seed0-split7", 7)
+
+
+def test_data_without_folds_is_told(study, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    monkeypatch.setitem(CONFIG, "data", {"init_args": {"size": 3}})
+    with pytest.raises(ConfigError, match="no fold to set"):
+        cells_of(replace(study, folds=(0, 1)), tmp_path)
+
+
+def test_a_key_changes_with_configuration_and_code_and_with_nothing_else(study, tmp_path, monkeypatch):
+    first = cells_of(study, tmp_path)[0]
+    assert cells_of(study, tmp_path)[0].key == first.key
+    monkeypatch.setitem(CONFIG["trainer"], "num_workers", 0)
+    assert cells_of(study, tmp_path)[0].key == first.key, "how many processes load changes no result"
+    monkeypatch.setitem(CONFIG["trainer"], "max_epochs", 3)
+    longer = cells_of(study, tmp_path)[0]
+    assert longer.key != first.key
+    monkeypatch.setattr(cells, "code_version", lambda: "another")
+    assert cells_of(study, tmp_path)[0].key != longer.key
+
+
+def test_what_another_code_has_finished_is_kept_on_request_only(study, tmp_path, monkeypatch):
+    old = cells_of(study, tmp_path)[0]
+    finish(old)
+    monkeypatch.setattr(cells, "code_version", lambda: "another")
+    assert not cells_of(study, tmp_path)[0].finished("test")
+    kept, waiting = cells_of(study, tmp_path, any_code=True)[:2]
+    assert kept.folder == old.folder
+    assert kept.finished("test")
+    assert not kept.finished("val")
+    assert waiting.folder.name == "another"
+
+
+def test_comments_and_docstrings_are_no_part_of_the_code():
+    one = '"""Say."""\ndef f(x):\n    """Say."""\n    return x  # so\n'
+    other = '"""Tell."""\n\n\ndef f(x):\n    "Tell."\n    return   x\n'
+    assert cells._meaning(one) == cells._meaning(other)
+    assert cells._meaning(one) != cells._meaning(one.replace("return x", "return -x"))
+
+
+def test_what_a_cell_needs_is_written_beside_it(study, tmp_path):
+    cell = cells_of(study, tmp_path)[0]
+    prepare(cell, study, "pepper")
+    config = yaml.safe_load((cell.folder / "config.yaml").read_text())
+    assert config["trainer"]["default_root_dir"] == str(cell.folder / "run")
+    names = [c["class_path"].split(".")[-1] for c in config["trainer"]["callbacks"]]
+    assert names == ["TestRows", "StartWeights"]
+    assert cell.config["trainer"]["callbacks"] is None, "the cell's own configuration is left as it is"
+    assert not cell.finished("test")
+    finish(cell)
+    prepare(cell, study, "pepper")
+    assert cell.finished("test"), "what is known of a cell is not forgotten"
+
+
+def test_the_salt_is_drawn_once_and_for_nobody_else_to_read(tmp_path):
+    salt = salt_of(tmp_path / "study")
+    assert salt == salt_of(tmp_path / "study") != salt_of(tmp_path / "other")
+    assert (tmp_path / "study/salt").stat().st_mode & 0o077 == 0
+
+
+def test_rows_of_the_global_model_and_of_the_sites_own(study, tmp_path):
+    cell = cells_of(study, tmp_path)[0]
+    finish(cell)
+    shared = cell.folder / "run/test_rows.npz"
+    assert cell.rows("test") == cell.rows("test", own=True) == [shared]
+    own = [cell.folder / f"run/sites/{site}/test_rows.npz" for site in ("east", "west")]
+    for file in own:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    assert cell.rows("test") == [shared]
+    assert cell.rows("test", own=True) == own
+    write_json({"judged": {"test": {"by": "own"}}}, cell.folder / "cell.json")
+    assert cell.rows("test") == own
+
+
+WORK = """
+import json, pathlib, sys, time
+folder = pathlib.Path(sys.argv[3])
+state = folder / "cell.json"
+print("mtmedformer: data.root: no such folder" if folder.name == "bad" else "at work", flush=True)
+if folder.name == "slow":
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        (folder / "saved").touch()
+        raise SystemExit(1)
+if folder.name == "bad":
+    raise SystemExit(2)
+time.sleep(0.3)
+(folder / "where").write_text(__import__("os").environ.get("CUDA_VISIBLE_DEVICES", "-"))
+state.write_text(json.dumps({"judged": {"test": {"by": "global"}}}))
+"""
+
+
+@pytest.fixture
+def fake_work(monkeypatch, tmp_path):
+    """Let a few lines stand for the training of a cell."""
+    script = tmp_path / "work.py"
+    script.write_text(textwrap.dedent(WORK))
+    real = runner.subprocess.Popen
+
+    def popen(command, **settings):
+        return real([sys.executable, str(script), *command[1:]], **settings)
+
+    monkeypatch.setattr(runner.subprocess, "Popen", popen)
+
+
+def waiting(folder: Path, *names):
+    found = []
+    for name in names:
+        (folder / name).mkdir()
+        found.append(Cell("v", name, {"trainer": {"max_epochs": 1}}, name, folder / name))
+    return found
+
+
+def run(cells_, jobs, console, **settings):
+    return runner.run_cells(cells_, jobs, "test", console, **settings)
+
+
+def test_a_cell_that_fails_stops_no_other_and_says_why(tmp_path, fake_work):
+    console = Console(file=io.StringIO(), width=300)
+    found = waiting(tmp_path, "one", "bad", "two")
+    failed = run(found, 2, console, gpus=2)
+    assert [cell.run for cell in failed] == ["bad"]
+    assert found[0].finished("test")
+    assert found[2].finished("test")
+    assert {(tmp_path / name / "where").read_text() for name in ("one", "two")} <= {"0", "1"}
+    told = console.file.getvalue()
+    assert "mtmedformer: data.root: no such folder" in told
+    assert "3/3" in told
+
+
+def test_ctrl_c_lets_cells_save_themselves(tmp_path, fake_work):
+    (slow,) = waiting(tmp_path, "slow")
+
+    def press():
+        deadline = time.monotonic() + 20
+        while not (slow.folder / "log.txt").is_file() or b"at work" not in (slow.folder / "log.txt").read_bytes():
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run([slow], 1, Console(file=io.StringIO()))
+    assert (slow.folder / "saved").exists()
+    assert time.monotonic() - began < 30

@@ -1,0 +1,209 @@
+"""A comparison of cells that were never trained: made-up scores in, table, verdicts, costs, remarks and page out."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mtmedformer.batch import Meta
+from mtmedformer.compare import runner
+from mtmedformer.compare.cells import Cell, code_version, digest, write_json
+from mtmedformer.compare.measures import curve_of, measures, same_start
+from mtmedformer.compare.report import render
+from mtmedformer.compare.results import compare, higher_is_better, write_csv, write_json_report
+from mtmedformer.compare.study import Study, Variant
+from mtmedformer.metrics.rows import save_rows
+from mtmedformer.metrics.segmentation import SegmentationMetrics
+
+SITES = {"north": 14, "south": 9}
+
+
+def rows_file(file: Path, dice: dict[str, np.ndarray], patients: int = 0) -> None:
+    """Write scores of made-up images: by site (n,)."""
+    metric = SegmentationMetrics(["lung"], hausdorff=False)
+    for site, scores in dice.items():
+        meta = [Meta(f"im{i}", f"p{i + patients}", site) for i in range(len(scores))]
+        metric.register(meta, torch.ones(len(scores), dtype=torch.bool))
+        scores = torch.tensor(scores)[:, None, None]
+        metric.scores.append(torch.cat([scores, scores / 2, torch.full_like(scores, torch.nan)], dim=2))
+    save_rows({"lungs": metric}, file, "salt")
+
+
+def make_cell(folder, variant, run, dice, *, own=None, by="global", start="same", curve=(0.2, 0.5, 0.6), patients=0):
+    cell = Cell(variant, run, {"trainer": {"max_epochs": 3}}, digest([variant, run]), folder / variant / run)
+    (cell.folder / "run").mkdir(parents=True)
+    judged = {"test": {"by": by, "seconds": 1.0}}
+    told = {"code": code_version(), "fitted": True, "seconds": 10.0, "by": by, "judged": judged}
+    write_json(told, cell.folder / "cell.json")
+    if by == "global":
+        rows_file(cell.folder / "run/test_rows.npz", dice, patients)
+    for site, scores in (own or {}).items():
+        rows_file(cell.folder / f"run/sites/{site}/test_rows.npz", {site: scores})
+    write_json({"encoder": {"hash": f"{start} {run}", "weights": 5}}, cell.folder / "start_weights.json")
+    write_json({"bytes": [100] * 3, "seconds": [1.0, 2.0, 3.0]}, cell.folder / "rounds.json")
+    lines = [["epoch", "val/lungs/dice", "val/lungs/dice/site=a", "val/lungs/dice/site=b"]]
+    lines += [[i, 0.9, value - 0.1, value + 0.1] for i, value in enumerate(curve)]
+    with (cell.folder / "run/metrics.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(lines)
+    return cell
+
+
+def scores(seed, shift=0.0):
+    rng = np.random.default_rng(0)
+    base = {site: rng.uniform(0.6, 0.9, n) for site, n in SITES.items()}
+    noise = np.random.default_rng([seed, int(shift * 1000)])
+    return {site: value + shift + noise.normal(0, 0.01, len(value)) for site, value in base.items()}
+
+
+def make_study(**changes):
+    names = ("plain", "better", "alike")
+    told = {
+        "name": "made-up",
+        "base": (),
+        "reference": "plain",
+        "metrics": ("test/lungs/dice", "own/dice"),
+        "seeds": (0, 1, 2),
+        "variants": {name: Variant(name, f"the {name} one") for name in names},
+        "yardstick": "better",
+        "tuning": dict.fromkeys(names, 4),
+    }
+    return Study(**(told | changes))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    cells = []
+    for seed in range(3):
+        for name, shift in (("plain", 0.0), ("better", 0.05), ("alike", 0.0)):
+            own = {s: v + 0.1 for s, v in scores(seed, shift).items()} if name == "alike" else None
+            cells.append(make_cell(folder, name, f"seed{seed}", scores(seed + (name == "alike") * 7, shift), own=own))
+    return compare(make_study(), cells, "test", replicates=500), cells
+
+
+def test_better_is_called_better_and_alike_is_not(made):
+    told = made[0]["metrics"]["test/lungs/dice"]
+    assert told["differences"]["better"]["mean"]["verdict"] == "better"
+    assert told["differences"]["better"]["mean"]["value"] == pytest.approx(0.05, abs=0.01)
+    assert told["differences"]["better"]["worst"]["verdict"] == "better"
+    assert told["differences"]["alike"]["mean"]["verdict"] == "no difference shown"
+    assert set(told["pairs"]) == {"plain|better", "plain|alike", "better|alike"}
+    assert told["pairs"]["plain|better"]["verdict"] == "worse", "the first of a pair against the second"
+    assert told["pairs"]["plain|better"]["p_holm"] >= told["pairs"]["plain|better"]["p"]
+
+
+def test_the_mean_goes_over_sites_and_the_worst_site_is_named(made):
+    value = made[0]["metrics"]["test/lungs/dice"]["values"]["plain"]
+    by_site = {s: np.mean([scores(seed)[s].mean() for seed in range(3)]) for s in SITES}
+    assert value["by_site"] == pytest.approx(by_site)
+    assert value["mean"]["value"] == pytest.approx(np.mean(list(by_site.values())))
+    assert value["worst_site"] == min(by_site, key=by_site.get)
+    assert set(value["by_run"]) == {"seed0", "seed1", "seed2"}
+
+
+def test_means_may_go_over_images(made):
+    told = compare(make_study(average="images"), made[1], "test", replicates=50)
+    every = np.mean([np.concatenate(list(scores(seed).values())).mean() for seed in range(3)])
+    assert told["metrics"]["test/lungs/dice"]["values"]["plain"]["mean"]["value"] == pytest.approx(every)
+
+
+def test_sites_own_models_are_judged_where_there_are_any(made):
+    values = made[0]["metrics"]["own/dice"]["values"]
+    together = made[0]["metrics"]["test/lungs/dice"]["values"]
+    assert values["alike"]["mean"]["value"] > together["alike"]["mean"]["value"] + 0.05
+    assert values["plain"]["mean"]["value"] == pytest.approx(together["plain"]["mean"]["value"]), "else the global one"
+
+
+def test_without_a_global_model_the_sites_own_are_the_result(tmp_path):
+    alone = make_cell(tmp_path, "better", "seed0", {}, own=scores(0), by="own")
+    plain = make_cell(tmp_path, "plain", "seed0", scores(0))
+    told = compare(make_study(), [plain, alone], "test", replicates=50)
+    assert told["variants"]["better"]["judged"] == "own"
+    values = told["metrics"]["test/lungs/dice"]["values"]
+    assert values["better"]["mean"]["value"] == pytest.approx(values["plain"]["mean"]["value"])
+
+
+def test_costs_and_how_soon_the_yardstick_is_nearly_reached(made, tmp_path):
+    assert made[0]["costs"]["plain"] == {
+        "weights": 5,
+        "seconds": 10.0,
+        "rounds": 3,
+        "bytes": 300,
+        "rounds_to_95": 2,
+        "bytes_to_95": 200,
+        "seconds_to_95": 3.0,
+    }
+    slow = make_cell(tmp_path, "slow", "seed0", scores(0), curve=(0.1, 0.2, 0.3))
+    cost = measures(slow, "test/lungs/dice", made[1][0], True)
+    assert cost["rounds_to_95"] is None
+    assert cost["bytes"] == 300
+    assert curve_of(slow, "test/lungs/dice").values == pytest.approx([0.1, 0.2, 0.3]), "the mean over sites, not images"
+    assert curve_of(slow, "test/dice").values == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_remarks_say_what_speaks_against_the_table(made, tmp_path):
+    assert made[0]["remarks"] == ["There are 3 runs; with fewer than five, what the seeds contribute is rough."]
+    plain = make_cell(tmp_path, "plain", "seed0", scores(0))
+    other = make_cell(tmp_path, "better", "seed0", scores(0), start="other", patients=5)
+    missing = Cell("alike", "seed0", {}, "", tmp_path / "nowhere")
+    study = make_study(tuning={"plain": 1, "better": 9})
+    found = " ".join(compare(study, [plain, other, missing], "test", replicates=20)["remarks"])
+    for words in (
+        "1 of 3 trainings",
+        "one run",
+        "same number of settings",
+        "encoder started differently",
+        "different images",
+    ):
+        assert words in found
+    assert same_start([plain]) == []
+
+
+def test_a_metric_nobody_has_is_told_and_the_rest_is_compared(made):
+    told = compare(make_study(metrics=("test/lungs/dice", "test/dcie")), made[1], "test", replicates=20)
+    assert list(told["metrics"]) == ["test/lungs/dice"]
+    assert any("did you mean dice" in remark for remark in told["remarks"])
+
+
+def test_nothing_finished_is_no_error():
+    told = compare(make_study(), [], "test")
+    assert told["metrics"] == {}
+    assert "No training is finished yet" in render(told)
+
+
+def test_reports_are_written_and_stand_alone(made, tmp_path):
+    write_json_report(made[0], tmp_path / "c.json")
+    assert json.loads((tmp_path / "c.json").read_text())["reference"] == "plain"
+    write_csv(made[0], tmp_path / "c.csv")
+    rows = list(csv.DictReader((tmp_path / "c.csv").open(newline="")))
+    assert [(r["metric"], r["variant"]) for r in rows[:2]] == [
+        ("test/lungs/dice", "plain"),
+        ("test/lungs/dice", "better"),
+    ]
+    assert rows[1]["verdict"] == "better"
+    page = render(made[0])
+    assert "Better than plain: better." in page
+    assert "<script" not in page
+    assert "http://" not in page
+    assert "https://" not in page
+    assert page.count("<svg") == 4
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [("test/lungs/dice", True), ("test/hd95", False), ("own/lungs/nll_raw", False), ("test/finding/auroc", True)],
+)
+def test_direction(metric, expected):
+    assert higher_is_better(metric) is expected
+
+
+def test_time_left():
+    progress = runner.Progress(total=10, jobs=2)
+    assert progress.left([]) is None
+    assert progress.left([(10.0, 0.5), (10.0, 0.5)]) == pytest.approx((10 + 10 + 8 * 20) / 2)
+    progress.done = [30.0, 30.0]
+    assert progress.left([(10.0, 0.0), (40.0, 0.9)]) == pytest.approx((20 + 0 + 6 * 30) / 2)
+    assert [runner.duration(s) for s in (8, 200, 3600, 7500)] == ["8 s", "3 min", "60 min", "2 h 05 min"]
