@@ -224,6 +224,14 @@ def test_two_processes_give_the_bits_of_one_and_so_does_a_resume_from_two_to_one
 
 
 @pytest.mark.slow
+def test_isolated_sites_two_at_once_give_the_bits_of_sites_in_turn(images, trained, tmp_path):
+    whole, _ = trained
+    config = one_thread(images, tmp_path / "apart", rounds=3, placement="isolated", sites_at_once=2)
+    assert same(whole / "checkpoints/last.ckpt", launch(config, tmp_path / "apart"))
+    assert not (tmp_path / "apart/run/updates").exists()
+
+
+@pytest.mark.slow
 def test_each_site_on_all_processes_is_the_same_every_time(images, tmp_path):
     runs = []
     for name in ("a", "b"):
