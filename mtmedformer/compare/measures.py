@@ -78,6 +78,7 @@ def measures(cell: Cell, metric: str, yardstick: Cell | None, higher_is_better: 
     found: dict[str, float | None] = {
         "weights": sum(part["weights"] for part in parts.values()) or None,
         "seconds": cell.state.get("seconds"),
+        "processor_seconds": cell.state.get("processor_seconds"),
         "rounds": len(rounds.get("bytes", [])) or None,
         "bytes": sum(rounds.get("bytes", [])) or None,
         "rounds_to_95": None,

@@ -18,6 +18,7 @@ METHOD = (
 COSTS = {
     "weights": "weights",
     "seconds": "seconds of training",
+    "processor_seconds": "of a processor",
     "rounds": "rounds",
     "bytes": "MB sent by sites",
     "rounds_to_95": "rounds to 95 %",

@@ -44,7 +44,7 @@ def _fit(folder: Path, state: dict[str, Any]) -> int:
     """Train, going on where the cell was interrupted; keep what the rounds cost."""
     from mtmedformer.cli import main as command_line
 
-    last, began = folder / "run/checkpoints/last.ckpt", time.perf_counter()
+    last, began, worked = folder / "run/checkpoints/last.ckpt", time.perf_counter(), time.process_time()
     resumed = [f"--ckpt_path={last}"] if last.is_file() else []
     if not resumed:
         shutil.rmtree(folder / "run", ignore_errors=True)
@@ -55,6 +55,7 @@ def _fit(folder: Path, state: dict[str, Any]) -> int:
     state |= {
         "fitted": True,
         "seconds": None if resumed else time.perf_counter() - began,  # the first part's time is not known
+        "processor_seconds": None if resumed else time.process_time() - worked,
         "by": "own" if _keeps_no_global_model(folder) else "global",
     }
     write_json(state, folder / "cell.json")

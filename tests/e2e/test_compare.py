@@ -64,7 +64,7 @@ def test_every_variant_can_be_configured(file, tmp_path):
         (["--config", DEMO, "--form=small"], "no forms"),
         (["--config", DEMO, "--set=trainer"], "KEY=VALUE"),
         (["--config", DEMO, "--seeds=7"], "choose from the study's, 0, 1"),
-        (["--config", DEMO, "--set=trainer.max_epoch=3", "--dry-run"], "max_epochs"),
+        (["--config", DEMO, "--set=trainer.max_epocs=3", "--dry-run"], "max_epochs"),
         (["--config", DEMO, "--jobs=0"], "1 or more"),
         (["--config", DEMO, "--job", "x"], "invalid int value"),
     ],

@@ -36,7 +36,14 @@ def make_cell(folder, variant, run, dice, *, own=None, by="global", start="same"
     cell = Cell(variant, run, {"trainer": {"max_epochs": 3}}, digest([variant, run]), folder / variant / run)
     (cell.folder / "run").mkdir(parents=True)
     judged = {"test": {"by": by, "seconds": 1.0}}
-    told = {"code": code_version(), "fitted": True, "seconds": 10.0, "by": by, "judged": judged}
+    told = {
+        "code": code_version(),
+        "fitted": True,
+        "seconds": 10.0,
+        "processor_seconds": 8.0,
+        "by": by,
+        "judged": judged,
+    }
     write_json(told, cell.folder / "cell.json")
     if by == "global":
         rows_file(cell.folder / "run/test_rows.npz", dice, patients)
@@ -130,6 +137,7 @@ def test_costs_and_how_soon_the_yardstick_is_nearly_reached(made, tmp_path):
     assert made[0]["costs"]["plain"] == {
         "weights": 5,
         "seconds": 10.0,
+        "processor_seconds": 8.0,
         "rounds": 3,
         "bytes": 300,
         "rounds_to_95": 2,

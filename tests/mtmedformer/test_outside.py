@@ -1,0 +1,110 @@
+"""Networks of other libraries as heads: they train, predict in pixels, and honour what is not labelled."""
+
+import pytest
+import torch
+
+from mtmedformer import MultiTaskModule, SharedEncoder
+from mtmedformer.batch import DetectionTarget, SegmentationTarget
+from mtmedformer.errors import ConfigError
+from mtmedformer.outside import NoEncoder, OutsideDetection, OutsideSegmentation
+
+SIZE = (70, 90)
+
+
+def masks(n=4):
+    truth = torch.zeros(n, 1, *SIZE, dtype=torch.uint8)
+    truth[:, :, 20:50, 30:60] = 1
+    return truth.float() + 0.05 * torch.randn(n, 1, *SIZE), SegmentationTarget(truth, torch.ones(n, dtype=torch.bool))
+
+
+def boxes(n=4):
+    image, target = masks(n)
+    box = torch.tensor([[30.0, 20, 60, 50]])
+    return image, DetectionTarget([box] * n, [torch.zeros(1, dtype=torch.long)] * n, target.present)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("architecture", ["unet", "fpn"])
+def test_an_outside_network_learns_masks_of_any_size(architecture):
+    module = MultiTaskModule(NoEncoder(), {"m": OutsideSegmentation(["x"], architecture=architecture)})
+    image, target = masks()
+    optimizer = torch.optim.Adam(module.parameters(), 1e-2)
+    losses = []
+    for _ in range(6):
+        losses.append(sum(module.heads["m"].loss(module(image)["m"], target).values()))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+    assert module.eval().predict(image)["m"].shape == (4, 1, *SIZE)
+
+
+@pytest.fixture(scope="module")
+def detector():
+    torch.manual_seed(0)
+    return MultiTaskModule(NoEncoder(), {"b": OutsideDetection(["x"])})
+
+
+def test_an_outside_detector_gives_its_losses_in_either_mode_and_boxes_within_the_image(detector):
+    image, target = boxes(2)
+    head = detector.train().heads["b"]
+    losses = head.loss(detector(image)["b"], target)
+    assert {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"} == set(losses)
+    sum(losses.values()).backward()
+    assert any(p.grad is not None and p.grad.any() for p in head.parameters())
+    detector.eval()
+    with torch.no_grad():
+        assert set(head.loss(detector(image)["b"], target)) == set(losses), "validation logs losses too"
+        found = detector.predict(image)["b"]
+    assert not any(m.training for m in head.modules())
+    for one in found:
+        assert (one["labels"] == 0).all()
+        assert (one["boxes"][:, 2] <= SIZE[1]).all()
+        assert (one["boxes"][:, 3] <= SIZE[0]).all()
+        assert one["scores"].diff().le(0).all()
+
+
+def test_an_unlabelled_image_reaches_no_loss(detector):
+    image, target = boxes(2)
+    head = detector.eval().heads["b"]
+    target.present[1] = False
+    alone = DetectionTarget(target.boxes[:1], target.labels[:1], target.present[:1])
+    torch.manual_seed(1)
+    both = head.loss(image.expand(-1, 3, -1, -1), target)
+    torch.manual_seed(1)
+    first = head.loss(image[:1].expand(-1, 3, -1, -1), alone)
+    for name, value in first.items():
+        torch.testing.assert_close(both[name], value)
+    target.present[0] = False
+    nothing = sum(head.loss(image.expand(-1, 3, -1, -1), target).values())
+    assert nothing == 0
+    assert nothing.requires_grad
+
+
+def test_known_to_hold_nothing_is_background_and_a_box_without_area_is_left_out(detector):
+    image, target = boxes(2)
+    target.boxes[0] = torch.zeros(0, 4)
+    target.labels[0] = torch.zeros(0, dtype=torch.long)
+    target.boxes[1] = torch.tensor([[5.0, 5, 5, 9], [30, 20, 60, 50]])
+    target.labels[1] = torch.zeros(2, dtype=torch.long)
+    assert torch.isfinite(sum(detector.train().heads["b"].loss(image.expand(-1, 3, -1, -1), target).values()))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: MultiTaskModule(NoEncoder(), {"m": OutsideSegmentation(["x"], architecture="unnet")}), "unnet"),
+        (lambda: MultiTaskModule(NoEncoder(), {"b": OutsideDetection(["x"], architecture="yolo")}), "yolo"),
+        (
+            lambda: MultiTaskModule(SharedEncoder("mtmedformer_tiny", channels=16), {"b": OutsideDetection(["x"])}),
+            "NoEncoder",
+        ),
+    ],
+)
+def test_mistakes_are_told(make, words):
+    with pytest.raises(ConfigError, match=words):
+        make()
