@@ -40,6 +40,7 @@ TOOLS = {  # everything else: the module whose main(argv) runs it
     "compare": "mtmedformer.compare.command",
     "export": "mtmedformer.export",
     "fingerprint": "mtmedformer.fingerprint",
+    "sweep": "mtmedformer.sweep",
 }
 
 
