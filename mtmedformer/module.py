@@ -181,9 +181,10 @@ class MultiTaskModule(L.LightningModule):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Backpropagate the hybrid loss, or aggregate the tasks' gradients where the weighting asks for it."""
         if not self.loss.aggregates_gradients:
+            self._task_losses = {}, {}  # it holds the graph, with which a module cannot be copied
             loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
             return
-        losses, present = self._task_losses
+        (losses, present), self._task_losses = self._task_losses, ({}, {})
         shared = [p for p in self.encoder.parameters() if p.requires_grad]
         own = [p for p in self.heads.parameters() if p.requires_grad]
         self.loss.backward(losses, present, shared, own, scale=1.0 / self.trainer.accumulate_grad_batches)

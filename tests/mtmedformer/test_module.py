@@ -186,3 +186,10 @@ def test_warmup_cosine_rises_then_falls_to_its_floor():
     assert max(rates) == pytest.approx(2.0, rel=1e-6)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1, rel=1e-6)
     assert "total_steps" not in schedule.state_dict()
+
+
+def test_a_trained_module_can_be_copied():
+    module = model()
+    data = batch({"health": [True] * 2, "nodules": [True] * 2, "organ": [True] * 2})
+    trainer().fit(module, train_dataloaders=DataLoader([data], batch_size=None))
+    assert copy.deepcopy(module).state_dict().keys() == module.state_dict().keys()
