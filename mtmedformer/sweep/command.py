@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,11 +39,15 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0; 1 when a trial failed or Ctrl-C was pressed: the same command goes on where it stopped.
     """
-    options = _parser().parse_args(argv)
+    options, more = _parser().parse_known_args(argv)
+    if odd := [word for word in more if not re.fullmatch(r"--\w+(\.\w+)+=.*", word, re.DOTALL)]:
+        raise ConfigError(
+            f"sweep: {odd[0]} is no option; settings of the trials are written --data.init_args.root=PATH"
+        )
     _require()
     if options.jobs < 1 or (options.trials is not None and options.trials < 1):
         raise ConfigError(f"--jobs {options.jobs} and --trials {options.trials} must be 1 or more")
-    sweep = read_sweep(options.config)
+    sweep = read_sweep(options.config).with_settings(more)
     asked = [Objective.parse(text) for text in options.metrics.split(",")] if options.metrics else []
     output = options.output or Path("runs/sweeps") / sweep.name
     output.mkdir(parents=True, exist_ok=True)
@@ -57,7 +62,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser("mtmedformer sweep", description="Run a W&B sweep file without W&B, by Optuna.")
+    parser = Parser(
+        "mtmedformer sweep",
+        description="Run a W&B sweep file without W&B, by Optuna. Settings such as --data.root=PATH go to every trial.",
+    )
     parser.add_argument("--config", type=Path, required=True, help="the sweep, as in configs/sweeps")
     parser.add_argument("--trials", type=int, help="trials in all; the file's run_cap by default")
     parser.add_argument("--jobs", type=int, default=1, help="trials at once; on several GPUs each gets one")

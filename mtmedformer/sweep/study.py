@@ -48,8 +48,7 @@ def open_study(sweep: Sweep, output: Path) -> optuna.Study:
 
 def next_trial(study: optuna.Study, sweep: Sweep, seed: int) -> FrozenTrial:
     """Choose the parameters of one more trial; the same number gets the same random numbers, interrupted or not."""
-    number = len(study.get_trials(deepcopy=False))
-    study.sampler = _sampler(sweep, seed + number)
+    study.sampler = _sampler(sweep, seed, len(study.get_trials(deepcopy=False)))
     trial = study.ask(sweep.space)
     return next(one for one in study.get_trials() if one.number == trial.number)
 
@@ -61,7 +60,7 @@ def unfinished(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(states=(TrialState.RUNNING,))
 
 
-def _sampler(sweep: Sweep, seed: int) -> BaseSampler:
+def _sampler(sweep: Sweep, seed: int, number: int) -> BaseSampler:
     from optuna.samplers import GridSampler, RandomSampler, TPESampler
 
     class Grid(GridSampler):
@@ -71,10 +70,11 @@ def _sampler(sweep: Sweep, seed: int) -> BaseSampler:
             """Do nothing."""
 
     if sweep.method == "grid":
+        # one seed for all: it shuffles the grid, whose places the trials remember
         return Grid({key: list(getattr(one, "choices", ())) for key, one in sweep.space.items()}, seed=seed)
     if sweep.method == "random":
-        return RandomSampler(seed=seed)
-    return TPESampler(seed=seed, multivariate=True, constant_liar=True)
+        return RandomSampler(seed=seed + number)
+    return TPESampler(seed=seed + number, multivariate=True, constant_liar=True)
 
 
 def front(points: dict[int, tuple[float, ...]], maximise: tuple[bool, ...]) -> set[int]:

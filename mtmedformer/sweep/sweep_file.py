@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,6 +46,10 @@ class Sweep:
     fixed: dict[str, Any]
     command: tuple[str, ...]
     trials: int
+
+    def with_settings(self, words: Sequence[str]) -> Sweep:
+        """Return the sweep with further arguments for every trial, which what is varied wins over."""
+        return replace(self, command=(*self.command[:-1], *words, self.command[-1]))
 
     def arguments(self, parameters: Mapping[str, Any]) -> list[str]:
         """Return the command line of a trial after the program, as ``wandb agent`` would build it."""

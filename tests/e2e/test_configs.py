@@ -31,12 +31,13 @@ def command(config: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "config",
-    sorted((ROOT / "configs").glob("*.yaml")) + sorted((ROOT / "configs/data").glob("*.yaml")),
+    sorted(path for folder in ("", "data", "sweeps") for path in (ROOT / "configs" / folder).glob("*.yaml")),
     ids=lambda p: p.stem,
 )
 def test_the_first_line_is_a_command_that_names_the_file(config):
     first = config.read_text().splitlines()[0]
-    assert first.startswith("# mtmedformer fit --config ")
+    tool = "sweep" if config.parent.name == "sweeps" else "fit"  # sweeps are run by test_sweeps.py
+    assert first.startswith(f"# mtmedformer {tool} --config ")
     assert str(config.relative_to(ROOT)) in first
     assert all(Path(w).is_file() for w in command(config) if w.endswith(".yaml"))
 
