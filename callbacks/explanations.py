@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.prediction_files import PredictionFolder, whole
+from callbacks.prediction_files import PredictionFolder, predictions_root, whole
 from mtmedformer.batch import Batch
 from mtmedformer.errors import ConfigError
 from mtmedformer.explanation import attention_map, grad_cam
@@ -26,7 +25,7 @@ class Explanations(Callback):
     Args:
         attention: Draw the maps of heads that pool by attention.
         grad_cam: Heads of which each class gets a Grad-CAM map; costs a backward pass of the head a class.
-        folder: Folder of the predictions; ``null`` is ``predictions`` in the run folder.
+        folder: Folder of the predictions; ``null`` is where the run's predictions go.
 
     Raises:
         ConfigError: When nothing is left to draw.
@@ -58,7 +57,7 @@ class Explanations(Callback):
         """Draw a batch's maps."""
         assert isinstance(pl_module, MultiTaskModule)
         maps = self.maps(pl_module, batch.image)
-        folder = PredictionFolder(Path(self.root or Path(trainer.default_root_dir, "predictions")))
+        folder = PredictionFolder(predictions_root(trainer, self.root))
         for i, meta in enumerate(batch.meta):
             drawn = {title: HeatMap(values[i].float().cpu().numpy()) for title, values in maps.items()}
             if drawn:

@@ -114,6 +114,7 @@ class ImageOutputs:
         file = self.folder.path("overlays", found.meta.id, ".png")
         with whole(file) as part:
             figure.savefig(part, format="png", dpi=160, metadata={"Description": NOTE})
+        figure.clear()  # its parts hold one another; without this films pile up until Python looks for such rings
         return self._relative(file)
 
     def _relative(self, file: Path) -> str:

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.posterior import FILE
-from callbacks.prediction_files import PredictionFolder, whole
+from callbacks.prediction_files import PredictionFolder, predictions_root, whole
 from callbacks.round_words import say
 from federation.client import state_of
 from federation.posterior import Posterior
@@ -37,7 +37,7 @@ class PosteriorPrediction(Callback):
         samples: Samples a prediction; each costs a pass of the model, once a distinct scale.
         maps: Also draw ``uncertainty/<image>.png``: both for every pixel of the masks.
         posterior: The file; ``null`` is the run folder's.
-        folder: Folder of the predictions; ``null`` is ``predictions`` in the run folder.
+        folder: Folder of the predictions; ``null`` is where the run's predictions go.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class PosteriorPrediction(Callback):
             name: {key: torch.tensor([one[name][key] for one in doubts]) for key in measures}
             for name, measures in (doubts[0] if doubts else {}).items()
         }
-        folder = PredictionFolder(Path(self.root or Path(trainer.default_root_dir, "predictions")))
+        folder = PredictionFolder(predictions_root(trainer, self.root))
         for i, meta in enumerate(batch.meta):
             with whole(folder.path("uncertainty", meta.id, ".json")) as file:
                 file.write_text(json.dumps(_facts(self.sampled, tasks, i, meta), indent=1) + "\n")

@@ -180,7 +180,9 @@ class PredictionWriter(Callback):
         assert self._outputs is not None
         failures = getattr(getattr(trainer, "datamodule", None), "failures", [])
         for issue in failures[self._told :]:
-            about = {"failed": issue.reason, "detail": issue.detail, "note": NOTE}
+            file = self._files.get(issue.id)  # readers quote whole paths, and folders may be called like patients
+            detail = issue.detail.replace(f"{file.parent}/", "") if file else issue.detail
+            about = {"failed": issue.reason, "detail": detail, "note": NOTE}
             self._outputs.folder.finish(issue.id, {"image": issue.id, "files": [], **about})
         self._told = len(failures)
 

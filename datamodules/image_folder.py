@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,40 +94,55 @@ class ImageFolderDataModule(Originals, L.LightningDataModule):
         """Leave out images that are done.
 
         Args:
-            done: Takes the image files by id and returns the ids of those that are done. It is called when batches are
-                asked for, which is after the model's weights are loaded.
+            done: Takes the image files by id and returns the ids of those that are done. It is called when the first
+                batch is due, which is after the model's weights are loaded.
         """
         self._done = done
 
     def predict_dataloader(self) -> ImageBatches:
         """Return the batches of what is not done; several processes share the images."""
+        return ImageBatches(self._todo, self.recipe, self.batch_size, self.num_workers, self.failures)
+
+    def _todo(self) -> list[Record]:
         left = set(self._done(self.files))
-        records = [record for record in self.records if record.id not in left]
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        return ImageBatches(
-            _Reader(records[rank::ranks], self.recipe), self.batch_size, self.num_workers, self.failures
-        )
+        return [record for record in self.records if record.id not in left][rank::ranks]
 
 
 class ImageBatches:
     """Batches of what can be read; what cannot goes into a list of failures.
 
     Args:
-        reader: Reads an image, or says why it cannot.
+        todo: Returns the images; called once, when they are needed. (Lightning patches ``DataLoader`` while it asks
+            for loaders and, after an error there, leaves it patched.)
+        recipe: How they are prepared.
         batch_size: Images a batch.
         num_workers: Processes that read.
         failures: Where failures are added.
     """
 
-    def __init__(self, reader: _Reader, batch_size: int, num_workers: int, failures: list[Issue]) -> None:
-        self.reader, self.batch_size, self.failures = reader, batch_size, failures
-        self.num_workers = min(num_workers, len(reader)) if len(reader) > 1 else 0
+    def __init__(
+        self,
+        todo: Callable[[], list[Record]],
+        recipe: Recipe,
+        batch_size: int,
+        num_workers: int,
+        failures: list[Issue],
+    ) -> None:
+        self.todo, self.recipe = todo, recipe
+        self.batch_size, self.num_workers, self.failures = batch_size, num_workers, failures
+
+    @cached_property
+    def reader(self) -> _Reader:
+        """The images, once they are needed."""
+        return _Reader(self.todo(), self.recipe)
 
     def __len__(self) -> int:
         return math.ceil(len(self.reader) / self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        loader: Any = DataLoader(self.reader, batch_size=None, num_workers=self.num_workers, collate_fn=_as_is)
+        workers = min(self.num_workers, len(self.reader)) if len(self.reader) > 1 else 0
+        loader: Any = DataLoader(self.reader, batch_size=None, num_workers=workers, collate_fn=_as_is)
         waiting: list[Sample] = []
         for item in loader:
             if isinstance(item, Issue):

@@ -26,6 +26,7 @@ from callbacks.prediction_writer import PredictionWriter
 from datamodules.image_folder import ImageFolderDataModule
 from datamodules.transforms import BreastPreset, PlainPreset
 from mtmedformer.batch import Task
+from mtmedformer.calibration import TaskCalibration
 from mtmedformer.digests import file_digest
 from mtmedformer.errors import ConfigError
 from tests.dicom_files import write_dicom
@@ -63,7 +64,7 @@ class Echo(L.LightningModule):
         boxes = []
         for one in bright:
             rows, columns = torch.nonzero(one, as_tuple=True)
-            xyxy = [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], [0, 0, 9, 9]]
+            xyxy = [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], [20, 0, 29, 9]]
             boxes.append(
                 {
                     "boxes": torch.tensor(xyxy).float(),
@@ -226,6 +227,7 @@ def test_a_bad_file_is_listed_and_the_rest_is_done(tmp_path):
     failed = rows_of(tmp_path / "out/failed.csv")
     assert [row["image"] for row in failed] == ["broken.png", "cut.dcm", "empty.jpg"]
     assert all(row["reason"] == "image unreadable" and row["detail"] for row in failed)
+    assert not any(str(tmp_path) in row["detail"] for row in failed), "folders may be called like patients"
     assert len(rows_of(tmp_path / "out/predictions.csv")) == 3
     for row in failed:
         (images / row["image"]).unlink()
@@ -246,6 +248,24 @@ def test_a_film_nothing_can_refer_to_is_predicted_without_dicom_objects_and_list
     assert predict([tmp_path / "film.dcm"], tmp_path / "out").exit_code == 1
     assert rows_of(tmp_path / "out/failed.csv")[0]["reason"] == "no DICOM objects"
     assert rows_of(tmp_path / "out/predictions.csv")[0]["organ:organ:pixels"] == "4096"
+
+
+def test_thresholds_of_the_calibration_decide_what_counts(four, tmp_path):
+    model = Echo()
+    model.calibration = {
+        "health": TaskCalibration(images=9, thresholds={"sick": {"youden": 0.05, "f1": 0.9}}),
+        "lesions": TaskCalibration(images=9, thresholds={"nodule": {"f1": 0.1}}),
+    }
+    predict([four], tmp_path / "out", model=model)
+    row = rows_of(tmp_path / "out/predictions.csv")[0]
+    assert row["health:sick:found"] == "1"
+    assert "health:well:found" not in row, "there is no threshold for it"
+    assert row["lesions:boxes"] == "2"
+    predict([four], tmp_path / "other", model=model, threshold=0.95, operating_point="f1")
+    row = rows_of(tmp_path / "other/predictions.csv")[0]
+    assert (row["health:sick:found"], row["lesions:boxes"]) == ("0", "0")
+    with pytest.raises(ConfigError, match="calibration"):
+        predict([four], tmp_path / "out")
 
 
 @pytest.fixture

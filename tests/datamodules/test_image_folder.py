@@ -108,8 +108,10 @@ def test_done_images_are_left_out(tree):
     asked = []
     data.ask_for_done(lambda files: asked.append(dict(files)) or {"one.PNG"})
     batches = data.predict_dataloader()
-    assert asked == [data.files]
+    assert asked == [], "the weights may not be there yet"
+    assert len(batches) == 2
     assert [batch.meta[0].id for batch in batches] == ["study/series/0001", "study/series/0002"]
+    assert asked == [data.files]
 
 
 def test_originals_are_shown_as_they_are_read(tree):
