@@ -23,14 +23,15 @@ class TestRows(Callback):
     (``<task>~calibration``) and, where a temperature was applied, of what it would have been without (``<task>~raw``).
 
     Args:
-        salt: Key of the hashes of images and patients; runs to be compared need the same.
+        salt_file: File with the key of the hashes of images and patients, which stays out of configurations; runs to be
+            compared need the same. ``None`` hashes without a key.
         folder: Where the files go; ``None`` is the trainer's ``default_root_dir``.
     """
 
     __test__ = False  # not a pytest class
 
-    def __init__(self, salt: str = "", folder: str | None = None) -> None:
-        self.salt, self.folder = salt, folder
+    def __init__(self, salt_file: str | None = None, folder: str | None = None) -> None:
+        self.salt_file, self.folder = salt_file, folder
         self._calibration: dict[str, CalibrationMetrics] = {}
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -64,4 +65,5 @@ class TestRows(Callback):
             for metric in known.values():
                 stack.enter_context(metric.gathered())
             if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-                save_rows(known, Path(self.folder or trainer.default_root_dir, f"{split}_rows.npz"), self.salt)
+                salt = Path(self.salt_file).read_text() if self.salt_file else ""
+                save_rows(known, Path(self.folder or trainer.default_root_dir, f"{split}_rows.npz"), salt)

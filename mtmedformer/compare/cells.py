@@ -116,7 +116,7 @@ def _set_data(config: dict[str, Any], key: str, value: int | None, variant: str)
         arguments[key] = value
 
 
-def prepare(cell: Cell, study: Study, salt: str) -> None:
+def prepare(cell: Cell, study: Study, salt_file: Path) -> None:
     """Write what a cell needs to run: its configuration and what is known of it."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(cell.config)
@@ -124,7 +124,7 @@ def prepare(cell: Cell, study: Study, salt: str) -> None:
     trainer["default_root_dir"] = str(cell.folder / "run")
     trainer |= {"enable_progress_bar": False, "enable_model_summary": False}
     own = [
-        {"class_path": "callbacks.test_rows.TestRows", "init_args": {"salt": salt}},
+        {"class_path": "callbacks.test_rows.TestRows", "init_args": {"salt_file": str(salt_file)}},
         {"class_path": "callbacks.start_weights.StartWeights", "init_args": {"folder": str(cell.folder)}},
     ]
     chosen = trainer.get("callbacks") or []
@@ -135,14 +135,14 @@ def prepare(cell: Cell, study: Study, salt: str) -> None:
         write_json({**facts, "checkpoint": study.checkpoint, "judged": {}}, cell.folder / "cell.json")
 
 
-def salt_of(output: Path) -> str:
-    """Return the study's secret key of the hashes of patients, drawn once and kept in its folder."""
+def salt_of(output: Path) -> Path:
+    """Return the file with the study's secret key of the hashes of patients, drawn once and kept in its folder."""
     file = output / "salt"
     if not file.is_file():
         output.mkdir(parents=True, exist_ok=True)
         file.write_text(secrets.token_hex(16))
         file.chmod(0o600)
-    return file.read_text()
+    return file
 
 
 def code_version() -> str:

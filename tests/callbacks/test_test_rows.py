@@ -140,9 +140,10 @@ class Probabilities(nn.Module):
 
 def test_the_callback_keeps_probabilities_raw_and_calibrated(tmp_path):
     trainer = SimpleNamespace(is_global_zero=True, fast_dev_run=False, default_root_dir=str(tmp_path))
-    module, callback, meta = Probabilities(), TestRows("salt"), metas("north", 6)
+    module, callback, meta = Probabilities(), TestRows(str(tmp_path / "salt")), metas("north", 6)
     target = SegmentationTarget(torch.ones(6, 1, 8, 8, dtype=torch.uint8), torch.ones(6, dtype=torch.bool))
     batch = Batch(torch.zeros(6, 1, 8, 8), {"lungs": target}, meta)
+    (tmp_path / "salt").write_text("salt")
     callback.on_test_epoch_start(trainer, module)
     outputs = {"lungs": torch.full((6, 1, 8, 8), 0.8), "raw/lungs": torch.full((6, 1, 8, 8), 0.5)}
     callback.on_test_batch_end(trainer, module, outputs, batch, 0)
@@ -150,6 +151,7 @@ def test_the_callback_keeps_probabilities_raw_and_calibrated(tmp_path):
     rows = load_rows([tmp_path / "test_rows.npz"])
     assert set(rows) == {"lungs", "lesions", "lungs~calibration", "lungs~raw"}
     assert values(rows["lungs~calibration"].evaluate(), 6)["nll"] == pytest.approx(-np.log(0.8), abs=1e-6)
+    assert set(rows["lungs"].images.tolist()) < set(rows["lungs~raw"].images.tolist()), "one was not labelled"
     assert values(rows["lungs~raw"].evaluate(), 6)["nll"] == pytest.approx(-np.log(0.5), abs=1e-6)
 
 

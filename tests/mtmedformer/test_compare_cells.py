@@ -94,21 +94,22 @@ def test_comments_and_docstrings_are_no_part_of_the_code():
 
 def test_what_a_cell_needs_is_written_beside_it(study, tmp_path):
     cell = cells_of(study, tmp_path)[0]
-    prepare(cell, study, "pepper")
+    prepare(cell, study, salt_of(tmp_path))
     config = yaml.safe_load((cell.folder / "config.yaml").read_text())
     assert config["trainer"]["default_root_dir"] == str(cell.folder / "run")
     names = [c["class_path"].split(".")[-1] for c in config["trainer"]["callbacks"]]
     assert names == ["TestRows", "StartWeights"]
+    assert salt_of(tmp_path).read_text() not in (cell.folder / "config.yaml").read_text(), "loggers are shown this file"
     assert cell.config["trainer"]["callbacks"] is None, "the cell's own configuration is left as it is"
     assert not cell.finished("test")
     finish(cell)
-    prepare(cell, study, "pepper")
+    prepare(cell, study, salt_of(tmp_path))
     assert cell.finished("test"), "what is known of a cell is not forgotten"
 
 
 def test_the_salt_is_drawn_once_and_for_nobody_else_to_read(tmp_path):
-    salt = salt_of(tmp_path / "study")
-    assert salt == salt_of(tmp_path / "study") != salt_of(tmp_path / "other")
+    salt = salt_of(tmp_path / "study").read_text()
+    assert salt == salt_of(tmp_path / "study").read_text() != salt_of(tmp_path / "other").read_text()
     assert (tmp_path / "study/salt").stat().st_mode & 0o077 == 0
 
 
@@ -141,7 +142,8 @@ if folder.name == "slow":
 if folder.name == "bad":
     raise SystemExit(2)
 time.sleep(0.3)
-(folder / "where").write_text(__import__("os").environ.get("CUDA_VISIBLE_DEVICES", "-"))
+settings = __import__("os").environ
+(folder / "where").write_text(settings.get("CUDA_VISIBLE_DEVICES", "-") + settings.get("WANDB_RUN_GROUP", ""))
 state.write_text(json.dumps({"judged": {"test": {"by": "global"}}}))
 """
 
@@ -174,11 +176,11 @@ def run(cells_, jobs, console, **settings):
 def test_a_cell_that_fails_stops_no_other_and_says_why(tmp_path, fake_work):
     console = Console(file=io.StringIO(), width=300)
     found = waiting(tmp_path, "one", "bad", "two")
-    failed = run(found, 2, console, gpus=2)
+    failed = run(found, 2, console, gpus=2, environment=lambda cell: {"WANDB_RUN_GROUP": " study"})
     assert [cell.run for cell in failed] == ["bad"]
     assert found[0].finished("test")
     assert found[2].finished("test")
-    assert {(tmp_path / name / "where").read_text() for name in ("one", "two")} <= {"0", "1"}
+    assert {(tmp_path / name / "where").read_text() for name in ("one", "two")} <= {"0 study", "1 study"}
     told = console.file.getvalue()
     assert "mtmedformer: data.root: no such folder" in told
     assert "3/3" in told
