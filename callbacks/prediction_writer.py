@@ -48,7 +48,7 @@ class PredictionWriter(Callback):
         codes: Codes of classes in DICOM objects, ``{class: [value, scheme, meaning]}``, besides those known.
 
     Attributes:
-        exit_code: What the command line returns: 1 where an image failed.
+        exit_code: What the command line returns: 3 where an image failed.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class PredictionWriter(Callback):
         folder = self._outputs.folder
         failed = folder.write_tables({name: asdict(task) for name, task in self._tasks.items()})
         if failed:
-            self.exit_code = 1
+            self.exit_code = 3
             log.warning("%d images failed; %s says which and why", failed, folder.root / "failed.csv")
 
 

@@ -223,7 +223,7 @@ def test_a_bad_file_is_listed_and_the_rest_is_done(tmp_path):
     dicom(images / "cut.dcm").write_bytes((images / "cut.dcm").read_bytes()[:-500])
     (images / "notes.txt").write_text("not an image, and not taken for one")
     writer = predict([images], tmp_path / "out")
-    assert writer.exit_code == 1
+    assert writer.exit_code == 3
     failed = rows_of(tmp_path / "out/failed.csv")
     assert [row["image"] for row in failed] == ["broken.png", "cut.dcm", "empty.jpg"]
     assert all(row["reason"] == "image unreadable" and row["detail"] for row in failed)
@@ -239,13 +239,13 @@ def test_a_bad_file_is_listed_and_the_rest_is_done(tmp_path):
 
 def test_nothing_readable_is_a_failure_and_not_a_crash(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG and no more")
-    assert predict([tmp_path / "broken.png"], tmp_path / "out").exit_code == 1
+    assert predict([tmp_path / "broken.png"], tmp_path / "out").exit_code == 3
     assert (tmp_path / "out/predictions.csv").is_file()
 
 
 def test_a_film_nothing_can_refer_to_is_predicted_without_dicom_objects_and_listed(tmp_path):
     dicom(tmp_path / "film.dcm", SeriesInstanceUID="")
-    assert predict([tmp_path / "film.dcm"], tmp_path / "out").exit_code == 1
+    assert predict([tmp_path / "film.dcm"], tmp_path / "out").exit_code == 3
     assert rows_of(tmp_path / "out/failed.csv")[0]["reason"] == "no DICOM objects"
     assert rows_of(tmp_path / "out/predictions.csv")[0]["organ:organ:pixels"] == "4096"
 

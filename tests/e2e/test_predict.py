@@ -106,7 +106,7 @@ def test_single_files_and_options(checkpoint, folder, tmp_path):
 def test_bad_files_are_listed_and_told_by_the_exit_code(checkpoint, folder, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes((folder / "a.png").read_bytes()[:100])
-    assert predict(checkpoint, tmp_path / "out", folder / "a.png", bad) == 1
+    assert predict(checkpoint, tmp_path / "out", folder / "a.png", bad) == 3
     assert [row["image"] for row in rows_of(tmp_path / "out/failed.csv")] == ["bad.png"]
     assert [row["image"] for row in rows_of(tmp_path / "out/predictions.csv")] == ["a.png"]
 
@@ -120,7 +120,7 @@ def test_mistakes_end_with_two_and_a_sentence(checkpoint, folder, tmp_path, caps
     ):
         assert predict(*arguments) == 2
         assert words in " ".join(capsys.readouterr().err.split())
-    assert predict(checkpoint, output, folder / "readme.txt") == 1, "a file that is named is meant, and failed"
+    assert predict(checkpoint, output, folder / "readme.txt") == 3, "a file that is named is meant, and failed"
 
 
 def test_a_second_call_has_nothing_to_do_and_another_model_is_refused(
@@ -217,7 +217,7 @@ def test_real_transfer_syntaxes(checkpoint, tmp_path):
     files = [Path(file) for file in found.values() if file]
     if len(files) < len(REAL):
         pytest.skip("pydicom-data is not installed")
-    assert predict(checkpoint, tmp_path / "out", *files, more=("--overlays=false",)) == 1
+    assert predict(checkpoint, tmp_path / "out", *files, more=("--overlays=false",)) == 3
     rows = {row["image"]: row for row in rows_of(tmp_path / "out/predictions.csv")}
     assert set(rows) == set(REAL)
     assert len({(rows[name]["organ:organ:pixels"], rows[name]["health:sick"]) for name in SAME}) == 1
