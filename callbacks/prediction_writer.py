@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
 
 import mtmedformer
 from callbacks.dicom_identity import Identity
@@ -192,6 +193,7 @@ class PredictionWriter(Callback):
             return
         folder = self._outputs.folder
         failed = folder.write_tables({name: asdict(task) for name, task in self._tasks.items()})
+        Console().print(f"Written: {folder.root}", highlight=False, soft_wrap=True)
         if failed:
             self.exit_code = 3
             log.warning("%d images failed; %s says which and why", failed, folder.root / "failed.csv")
