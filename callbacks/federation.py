@@ -16,13 +16,13 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from callbacks.federation_checks import check_server, federated_data
-from callbacks.round_words import faults_in_words, round_line, say
-from callbacks.server_step import Server
-from callbacks.site_files import write_model, write_quarantine
-from callbacks.site_loggers import SiteLoggers
-from callbacks.site_matrix import show_sites, write_sites
-from callbacks.site_validation import mean_and_worst, metrics_by_site, validate_own
+from callbacks.rounds.federation_checks import check_server, federated_data
+from callbacks.rounds.round_words import faults_in_words, round_line, say
+from callbacks.rounds.server_step import Server
+from callbacks.rounds.site_files import write_model, write_quarantine
+from callbacks.rounds.site_loggers import SiteLoggers
+from callbacks.rounds.site_matrix import show_sites, write_sites
+from callbacks.rounds.site_validation import mean_and_worst, metrics_by_site, validate_own
 from federation.aggregators.aggregator import Aggregator
 from federation.aggregators.bayesian import BayesianAggregator
 from federation.alignment import permutation_groups

@@ -207,6 +207,8 @@ class CommandLine(LightningCLI):
         loggers = self._loggers(trainer_config.get("logger"))
         if federation is not None and (checkpoint := self._get(self.config, "ckpt_path")):
             federation.loggers.resume_server(loggers, checkpoint)
+        resumed = self._get(self.config, "ckpt_path") if self.subcommand == "fit" else None
+        missing += rooms.record_in_wandb(loggers, Path(folder), str(self.subcommand), resumed, federation is not None)
         plugins = trainer_config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):

@@ -154,7 +154,7 @@ def _group(study: Study, cell: Any) -> dict[str, str]:
 
 
 def _write(study: Study, cells: Sequence[Any], output: Path, options: argparse.Namespace, console: Console) -> None:
-    from callbacks.report_page import write_page
+    from callbacks.reports.report_page import write_page
     from mtmedformer.compare.report import render
     from mtmedformer.compare.results import compare, write_csv, write_json_report
 

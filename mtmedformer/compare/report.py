@@ -29,7 +29,7 @@ COSTS = {
 
 def render(comparison: Mapping[str, Any]) -> str:
     """Return the page of a comparison."""
-    from callbacks import report_page as page
+    from callbacks.reports import report_page as page
 
     metrics = comparison["metrics"]
     sections = [

@@ -13,9 +13,9 @@ from pydicom.data import get_testdata_file
 from pydicom.sr.codedict import codes
 from pydicom.uid import DigitalMammographyXRayImageStorageForPresentation, DigitalXRayImageStorageForPresentation
 
-from callbacks.dicom_codes import PRIVATE, category, concept
-from callbacks.dicom_identity import Identity
-from callbacks.dicom_outputs import DicomOutputs
+from callbacks.prediction.dicom_codes import PRIVATE, category, concept
+from callbacks.prediction.dicom_identity import Identity
+from callbacks.prediction.dicom_outputs import DicomOutputs
 from mtmedformer.batch import Meta
 from mtmedformer.errors import DataError
 from mtmedformer.findings import Findings, FoundBox

@@ -10,8 +10,8 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.federation import Federation
-from callbacks.federation_page import best_round, federation_page, site_scores
-from callbacks.federation_report import FederationReport
+from callbacks.reports.federation_page import best_round, federation_page, site_scores
+from callbacks.reports.federation_report import FederationReport
 from federation import BayesianAggregator, FederatedDataModule, Local
 from tests.toy_sites import ToySite, toy_module
 

@@ -21,8 +21,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from callbacks.prediction_files import PredictionFolder, safe_name, whole
-from callbacks.prediction_writer import PredictionWriter
+from callbacks.prediction.prediction_files import PredictionFolder, safe_name, whole
+from callbacks.prediction.prediction_writer import PredictionWriter
 from datamodules.image_folder import ImageFolderDataModule
 from datamodules.transforms import BreastPreset, PlainPreset
 from mtmedformer.batch import Task

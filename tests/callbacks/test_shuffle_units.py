@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from callbacks.shuffle_units import ShuffleUnits
+from callbacks.rounds.shuffle_units import ShuffleUnits
 from federation.alignment import align, permutation_groups
 from federation.client import state_of
 from mtmedformer import MultiTaskModule, SegmentationHead, SharedEncoder

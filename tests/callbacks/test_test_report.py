@@ -10,12 +10,12 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix, precision_recall_curve, roc_curve
 
-from callbacks.cases import chosen, quality
-from callbacks.model_card import model_card
-from callbacks.model_page import model_page
-from callbacks.model_words import abilities, judged, limits
-from callbacks.ranking_curves import curves_of, task_figure
-from callbacks.report_page import Html
+from callbacks.reports.cases import chosen, quality
+from callbacks.reports.model_card import model_card
+from callbacks.reports.model_page import model_page
+from callbacks.reports.model_words import abilities, judged, limits
+from callbacks.reports.ranking_curves import curves_of, task_figure
+from callbacks.reports.report_page import Html
 from mtmedformer.batch import IGNORE, ClassificationTarget, DetectionTarget, Meta, SegmentationTarget, Task
 from mtmedformer.metrics.classification import ClassificationMetrics
 from mtmedformer.metrics.detection import DetectionMetrics

@@ -8,13 +8,13 @@ import pytest
 from matplotlib.path import Path as Outline
 from PIL import Image, ImageDraw
 
-from mtmedformer.frames import Frame, boxes_to_original, letterbox
 from datamodules.pixels import Pixels
 from datamodules.records import BoxTruth, MaskSource, MaskTruth, Record
 from datamodules.rendering import CLIPPED, OTHER_SIDE, RESIZED, Canvas, Rendered, UnusableError, draw, render
 from datamodules.shapes import fill_disc, fill_polygon, mask_boxes
 from datamodules.transforms import BreastPreset, PlainPreset, Preset
 from mtmedformer.batch import IGNORE
+from mtmedformer.frames import Frame, boxes_to_original, letterbox
 
 SIZE = (48, 64)  # height, width of the films below
 

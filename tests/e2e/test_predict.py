@@ -24,7 +24,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from callbacks.image_outputs import ImageOutputs
+from callbacks.prediction.image_outputs import ImageOutputs
 from mtmedformer.cli import main
 from mtmedformer.digests import weights_digest
 from tests.dicom_files import film, write_dicom

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from callbacks.report_page import number
+from callbacks.reports.report_page import number
 
 Facts = dict[str, Any]
 

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 
-from callbacks.site_validation import mean_known
+from callbacks.rounds.site_validation import mean_known
 
 
 def round_line(last: dict[str, Any], rounds: int, seconds: float) -> str:

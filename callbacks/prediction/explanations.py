@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.prediction_files import PredictionFolder, predictions_root, whole
+from callbacks.prediction.prediction_files import PredictionFolder, predictions_root, whole
 from mtmedformer.batch import Batch
 from mtmedformer.errors import ConfigError
 from mtmedformer.explanation import attention_map, grad_cam

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.posterior import FILE
-from callbacks.prediction_files import PredictionFolder, predictions_root, whole
-from callbacks.round_words import say
+from callbacks.prediction.prediction_files import PredictionFolder, predictions_root, whole
+from callbacks.rounds.posterior import FILE
+from callbacks.rounds.round_words import say
 from federation.client import state_of
 from federation.posterior import Posterior
 from federation.sampling import BOX_SCORE, Sampled, SampledModel

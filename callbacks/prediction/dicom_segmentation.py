@@ -10,8 +10,8 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 
 import mtmedformer
-from callbacks.dicom_codes import category
-from callbacks.dicom_identity import NAME, Identity
+from callbacks.prediction.dicom_codes import category
+from callbacks.prediction.dicom_identity import NAME, Identity
 from mtmedformer.findings import Findings
 
 

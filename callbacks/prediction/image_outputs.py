@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from callbacks.dicom_outputs import DicomOutputs
-from callbacks.prediction_files import PredictionFolder, whole
+from callbacks.prediction.dicom_outputs import DicomOutputs
+from callbacks.prediction.prediction_files import PredictionFolder, whole
 from mtmedformer.batch import Meta, Task
 from mtmedformer.digests import file_digest
 from mtmedformer.errors import DataError

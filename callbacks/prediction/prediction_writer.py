@@ -12,10 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
 import mtmedformer
-from callbacks.dicom_identity import Identity
-from callbacks.dicom_outputs import DicomOutputs
-from callbacks.image_outputs import ImageOutputs, Source
-from callbacks.prediction_files import PredictionFolder, predictions_root
+from callbacks.prediction.dicom_identity import Identity
+from callbacks.prediction.dicom_outputs import DicomOutputs
+from callbacks.prediction.image_outputs import ImageOutputs, Source
+from callbacks.prediction.prediction_files import PredictionFolder, predictions_root
 from mtmedformer.batch import Batch, Task
 from mtmedformer.calibration import plain
 from mtmedformer.digests import weights_digest

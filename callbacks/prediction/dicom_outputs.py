@@ -13,9 +13,9 @@ from pathlib import Path
 
 from pydicom.dataset import Dataset
 
-from callbacks.dicom_identity import Identity, source_header
-from callbacks.dicom_report import report
-from callbacks.dicom_segmentation import segmentation
+from callbacks.prediction.dicom_identity import Identity, source_header
+from callbacks.prediction.dicom_report import report
+from callbacks.prediction.dicom_segmentation import segmentation
 from mtmedformer.errors import DataError
 from mtmedformer.findings import Findings
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from callbacks.metrics_table import HIDDEN
-from callbacks.model_page import leak_words
-from callbacks.model_words import abilities, interval, limits
-from callbacks.report_page import number
+from callbacks.reports.model_page import leak_words
+from callbacks.reports.model_words import abilities, interval, limits
+from callbacks.reports.report_page import number
 
 Facts = dict[str, Any]
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from callbacks.report_page import COLOURS, FAINT, INK, STYLE
+from callbacks.reports.report_page import COLOURS, FAINT, INK, STYLE
 from mtmedformer.metrics.classification import ClassificationMetrics
 from mtmedformer.metrics.curves import Floats, counts_above, operating_points
 from mtmedformer.metrics.detection import DetectionMetrics

@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 from callbacks.metrics_table import HEADLINES, HIDDEN
-from callbacks.model_words import abilities, interval, limits
-from callbacks.ranking_curves import task_figure
-from callbacks.report_page import (
+from callbacks.reports.model_words import abilities, interval, limits
+from callbacks.reports.ranking_curves import task_figure
+from callbacks.reports.report_page import (
     Cell,
     Html,
     code,

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.federation import Federation
-from callbacks.federation_checks import federated_data
-from callbacks.round_words import say
+from callbacks.rounds.federation_checks import federated_data
+from callbacks.rounds.round_words import say
 from federation.aggregators.bayesian import BayesianAggregator
 from federation.blocks import schema_of
 from federation.client import state_of

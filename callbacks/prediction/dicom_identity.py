@@ -13,7 +13,7 @@ from pydicom.sr.coding import Code
 from pydicom.uid import generate_uid
 
 import mtmedformer
-from callbacks.dicom_codes import concept
+from callbacks.prediction.dicom_codes import concept
 from mtmedformer.errors import DataError
 from mtmedformer.findings import NOTE
 

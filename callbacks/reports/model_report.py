@@ -15,13 +15,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from callbacks.calibration import ReliabilityReport
-from callbacks.cases import Case, case_figure, chosen, quality
-from callbacks.environment import versions
 from callbacks.metrics_table import TestReport
-from callbacks.model_card import model_card
-from callbacks.model_page import model_page
-from callbacks.ranking_curves import curves_of
-from callbacks.report_page import Html, figure, join, write_page
+from callbacks.reports.cases import Case, case_figure, chosen, quality
+from callbacks.reports.environment import versions
+from callbacks.reports.model_card import model_card
+from callbacks.reports.model_page import model_page
+from callbacks.reports.ranking_curves import curves_of
+from callbacks.reports.report_page import Html, figure, join, write_page
 from mtmedformer.batch import Batch, collate
 from mtmedformer.metrics.task_metrics import TaskMetrics
 

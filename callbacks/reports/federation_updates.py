@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from callbacks.report_page import (
+from callbacks.reports.report_page import (
     Cell,
     Html,
     details,
@@ -18,7 +18,7 @@ from callbacks.report_page import (
     size_of,
     table,
 )
-from callbacks.round_curves import Panel, by_site, curves, line_of
+from callbacks.reports.round_curves import Panel, by_site, curves, line_of
 
 Facts = dict[str, Any]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from callbacks.federation_updates import cost, drift, moved, privacy, shares
-from callbacks.report_page import (
+from callbacks.reports.federation_updates import cost, drift, moved, privacy, shares
+from callbacks.reports.report_page import (
     Cell,
     Html,
     details,
@@ -21,7 +21,7 @@ from callbacks.report_page import (
     table,
     tiles,
 )
-from callbacks.round_curves import Panel, by_site, curves, line_of
+from callbacks.reports.round_curves import Panel, by_site, curves, line_of
 
 Facts = dict[str, Any]
 

@@ -12,7 +12,7 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
 import mtmedformer
-from callbacks.dicom_identity import NAME, Identity
+from callbacks.prediction.dicom_identity import NAME, Identity
 from mtmedformer.findings import Findings, FoundBox
 
 PIXELS = Code("{pixels}", "UCUM", "pixels")

@@ -14,10 +14,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from callbacks.environment import versions
 from callbacks.federation import Federation
-from callbacks.federation_page import federation_page
-from callbacks.report_page import write_page
+from callbacks.reports.environment import versions
+from callbacks.reports.federation_page import federation_page
+from callbacks.reports.report_page import write_page
 from mtmedformer.errors import UserError
 from mtmedformer.metrics.task_metrics import TaskMetrics
 
