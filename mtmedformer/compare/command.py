@@ -175,22 +175,20 @@ def _show(comparison: Mapping[str, Any], console: Console) -> None:
     """Print the deciding metric: a row a variant."""
     metric = next(iter(comparison["metrics"]))
     told = comparison["metrics"][metric]
-    table = Table(
-        "variant",
-        "mean",
-        "worst site",
-        "difference",
-        "95 % interval",
-        "verdict",
-        pad_edge=False,
-        title=f"{metric}, against {comparison['reference']}",
-    )
+    table = Table(pad_edge=False, title=f"{metric}, against {comparison['reference']}")
+    table.add_column("variant", overflow="fold")
+    for column in ("mean", "worst site", "difference", "95 % interval", "verdict"):
+        table.add_column(column)
     for name, value in told["values"].items():
         difference = told["differences"].get(name, {}).get("mean", {})
         low, high = difference.get("low", math.nan), difference.get("high", math.nan)
         interval = "" if not math.isfinite(low) else f"{low:+.3f} to {high:+.3f}"
-        shown = f"{difference['value']:+.3f}" if difference else ""
-        worst = f"{value['worst']['value']:.3f} {value['worst_site'] or ''}"
-        verdict = difference.get("verdict", "reference")
-        table.add_row(name, f"{value['mean']['value']:.3f}", worst, shown, interval, verdict)
+        worst = f"{_number(value['worst']['value'])} {value['worst_site'] or ''}"
+        shown = _number(difference["value"], "+.3f") if difference else ""
+        mean, verdict = _number(value["mean"]["value"]), difference.get("verdict", "reference")
+        table.add_row(name, mean, worst, shown, interval, verdict)
     console.print(table)
+
+
+def _number(value: float, form: str = ".3f") -> str:
+    return format(value, form) if math.isfinite(value) else "–"
