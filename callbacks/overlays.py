@@ -1,4 +1,4 @@
-"""Pictures of predictions beside truth, into the run folder and into W&B."""
+"""Pictures of predictions beside truth, into the run folder, into W&B and into TensorBoard."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from PIL import Image
 
 from mtmedformer.batch import Batch, DetectionTarget, SegmentationTarget, Task
 from mtmedformer.pictures import overlay_figure
@@ -50,10 +52,13 @@ class Overlays(Callback):
         tasks: dict[str, Task] = pl_module.tasks  # type: ignore[assignment]
         with torch.no_grad():
             predictions = [pl_module.predict(batch.image) for batch in images]  # type: ignore[operator]
-        self._save(trainer, images, predictions, tasks)
+        picture = self._save(trainer, images, predictions, tasks)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 _to_wandb(logger, images, predictions, tasks, self.score)
+            elif isinstance(logger, TensorBoardLogger):
+                pixels = np.asarray(Image.open(picture).convert("RGB"))
+                logger.experiment.add_image("overlays", pixels, trainer.global_step, dataformats="HWC")
 
     def _due(self, trainer: Trainer) -> bool:
         last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
@@ -66,13 +71,14 @@ class Overlays(Callback):
 
     def _save(
         self, trainer: Trainer, images: list[Batch], predictions: list[dict[str, Any]], tasks: dict[str, Task]
-    ) -> None:
+    ) -> Path:
         folder = Path(self.folder or trainer.default_root_dir, "overlays")
         folder.mkdir(parents=True, exist_ok=True)
         with mpl.rc_context({"backend": "agg"}):
             figure = overlay_figure(images, predictions, tasks, self.score)
-            figure.savefig(folder / f"epoch_{trainer.current_epoch + 1:03d}.png", dpi=110)
+            figure.savefig(file := folder / f"epoch_{trainer.current_epoch + 1:03d}.png", dpi=110)
             plt.close(figure)
+        return file
 
 
 def _points(batch: Batch, i: int) -> float:

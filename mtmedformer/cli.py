@@ -83,8 +83,10 @@ def _mistake(message: str, exit_code: int) -> int:
 
 
 def _user_error(error: BaseException | None) -> UserError | None:
-    """Return the ``UserError`` among the causes of an exception, if there is one."""
+    """Return the ``UserError`` among the causes of an exception, if there is one; a missing package counts as one."""
     while error is not None and not isinstance(error, UserError):
+        if isinstance(error, ModuleNotFoundError) and "pip install" in str(error):  # a logger, a profiler
+            return ConfigError(str(error).replace("`", "'"))
         error = error.__cause__ or error.__context__
     return error
 

@@ -1,6 +1,7 @@
 """What W&B is told of a run, offline; and that other loggers take its place."""
 
 import csv
+import importlib.util
 import json
 import subprocess
 from pathlib import Path
@@ -247,3 +248,15 @@ def test_the_code_version_is_the_commit_of_this_code(tmp_path, monkeypatch):
     assert set(code_version()) == {"version"}, "somebody else's repository around an installation"
     monkeypatch.setenv("PATH", "")
     assert set(code_version()) == {"version"}
+
+
+def test_a_logger_whose_package_is_missing_is_told_in_words(images, tmp_path, capsys):
+    if importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX"):
+        pytest.skip("TensorBoard is installed")
+    config = config_of(images, tmp_path)
+    arguments = {"save_dir": str(tmp_path)}
+    config["trainer"]["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": arguments}
+    assert main(["fit", "--config", write_config(config, tmp_path / "c.yaml")]) == 2
+    message = capsys.readouterr().err
+    assert "pip install" in message
+    assert "Traceback" not in message
