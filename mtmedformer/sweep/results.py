@@ -110,7 +110,7 @@ def show(
     parameters = list({key: None for row in rows for key in row.parameters})
     table = Table("trial", metric.removeprefix("val/"), pad_edge=False, header_style="bold")
     for name in [*_short([one.name for one in chosen]), *_short(parameters)]:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(re.sub(r"[./](?=[^./]+$)", "\n", name), justify="right")
     for row in rows[:SHOWN]:
         reached = [_number(row.metrics.get(one.name, math.nan)) for one in chosen]
         tried = [_number(row.parameters[key]) for key in parameters]
@@ -145,10 +145,8 @@ def draw(
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(0.12)
-    figure.suptitle(
-        f"{len(points)} trials; orange: the {len(best_of_all)} that no other beats in every task (arrows: better)",
-        fontsize=10,
-    )
+    told = f"{len(points)} trials; orange: the {len(best_of_all)} on the Pareto front; arrows point to better"
+    figure.suptitle(told, fontsize=10)
     figure.savefig(file, dpi=130)
 
 

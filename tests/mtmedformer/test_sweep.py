@@ -383,7 +383,7 @@ def test_results_are_told_and_drawn(tmp_path):
     weighed = objectives(rows, [])
     text = StringIO()
     show(rows, weighed, {1}, "val/score", Console(file=text, width=120))
-    for word in ("1*", "a/auroc", "b/dice", "0.7", "model.lr"):
+    for word in ("1*", "auroc", "dice", "0.7", "model", "lr"):
         assert word in text.getvalue()
     draw(points_of(rows, weighed), weighed, {1}, tmp_path / "p.png")
     height, width = mpimg.imread(tmp_path / "p.png").shape[:2]
