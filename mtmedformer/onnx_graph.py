@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -128,6 +130,21 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep off the screen what torch's C++ writes there: a trace that fails prints all of itself, a megabyte."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def with_metadata(content: bytes, metadata: Mapping[str, Any]) -> bytes:
     """Return an ONNX file that says of itself what it is: text as it is, the rest as JSON."""
     import onnx
@@ -143,7 +160,7 @@ def with_metadata(content: bytes, metadata: Mapping[str, Any]) -> bytes:
 def _traced(answers: Answers, image: Tensor, free: bool) -> bytes:
     """Export by following one image through the model."""
     axes = {name: _axes(name, free) for name in (INPUT, *answers.names)}
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.inference_mode():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), _silent(), torch.inference_mode():
         file = Path(folder, "traced.onnx")
         warnings.simplefilter("ignore")  # that shapes become constants is what the check is for
         torch.onnx.export(

@@ -18,7 +18,7 @@ from mtmedformer.errors import ConfigError
 from mtmedformer.export import export
 from mtmedformer.heads import QueryHead, SegmentationHead
 from mtmedformer.onnx_check import TOLERANCE, compare
-from mtmedformer.onnx_graph import Answers, export_graph
+from mtmedformer.onnx_graph import Answers, _traced, export_graph
 from mtmedformer.onnx_outputs import decode, read_heads
 from mtmedformer.stored_model import build_model, read_model
 from tests.stored_models import HEADS, description, write_checkpoint
@@ -193,6 +193,20 @@ def test_the_model_section_trains_on(handed_on):
     for parameter in module.parameters():
         parameter.data.zero_()
     assert load_weights(module, folder / "model.safetensors").complete
+
+
+def test_a_trace_that_fails_is_not_printed(capfd):
+    """Torch would print the whole graph, from C++."""
+
+    class Odd(SegmentationHead):
+        def predict(self, outputs, size):
+            return torch.nn.functional.interpolate(outputs, size, mode="bicubic", antialias=True)
+
+    module = mtmedformer.MultiTaskModule(Stem(), {"organ": Odd(["organ"])}).eval()
+    with pytest.raises(Exception, match="upsample_bicubic2d_aa"):
+        _traced(Answers(module).eval(), torch.rand(1, 1, 64, 96), free=True)
+    print("after")
+    assert capfd.readouterr().out == "after\n"
 
 
 def test_a_head_without_tensors_says_what_it_lacks(tmp_path):
