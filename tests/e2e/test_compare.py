@@ -14,6 +14,7 @@ import yaml
 
 from mtmedformer.cli import main
 from mtmedformer.compare.study import metric_words, read_study
+from tests.real_data import real
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted((ROOT / "configs/compare").glob("*.yaml"))
@@ -161,3 +162,19 @@ def test_sites_that_keep_their_models_are_judged_by_them(tmp_path):
     assert together["local"]["mean"] == own["local"]["mean"]
     assert together["personal"]["mean"]["value"] != own["personal"]["mean"]["value"]
     assert told["metrics"]["test/lungs/nll"]["values"]["personal"]["mean"]["value"] > 0
+
+
+def test_the_federation_of_two_real_organs_runs(tmp_path, monkeypatch):
+    data, config = tmp_path / "data", ROOT / "configs/federation/two_organs_real.yaml"
+    data.mkdir()
+    for folder in ("covid_cxr", "mini_mias"):
+        (data / folder).symlink_to(real(folder).resolve())
+    monkeypatch.chdir(tmp_path)
+    sites = list(yaml.safe_load(config.read_text())["data"]["init_args"]["sites"])
+    small = [f"--data.sites.{s}.{k}" for s in sites for k in ("image_size=64", "num_workers=0", "limit=60")]
+    short = ["--trainer.max_epochs=1", "--federation.client_trainer.limit_train_batches=1"]
+    quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    assert main(["fit", f"--config={config}", *small, *short, *quiet]) == 0
+    rows = list(csv.DictReader((tmp_path / "runs/two_organs_real/metrics.csv").open(newline="")))
+    assert {"client/eurorad/train/lungs/loss", "client/tissue_F/train/breast/loss"} <= rows[-1].keys()
+    assert "client/eurorad/train/breast/loss" not in rows[-1]
