@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 import yaml
 from PIL import Image
 
+import mtmedformer
 from datamodules.records import BoxTruth, MaskTruth
-from mtmedformer.cli import main
+from mtmedformer.cli import COMMANDS, TOOLS, main
+from mtmedformer.loading import Prediction
 from tests.dicom_files import film, write_dicom
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,7 +102,7 @@ def test_the_example_table_means_what_the_text_says(tmp_path):
 
 
 def test_the_example_data_set_loads(tmp_path):
-    (code,) = blocks("python")
+    code = next(code for code in blocks("python") if "MyDataModule" in code)
     space: dict = {}
     exec(compile(code, "README.md", "exec"), space)
     for name in ("p1_a", "p1_b", "p2_a", "p3_a", "p4_a", "p5_a"):
@@ -109,6 +112,20 @@ def test_the_example_data_set_loads(tmp_path):
     batch = next(iter(data.train_dataloader()))
     assert batch.image.shape[1:] == (1, 32, 32)
     assert batch.targets["finding"].present.all()
+
+
+def test_the_example_of_loading_names_what_a_prediction_has():
+    code = next(code for code in blocks("python") if "mtmedformer.load" in code)
+    named = set(re.findall(r"found\.(\w+)", code))
+    assert callable(mtmedformer.load)
+    assert named
+    assert named <= {field.name for field in fields(Prediction)}
+
+
+def test_every_tool_of_readme_is_one():
+    named = {command[0] for command in commands()}
+    assert named <= {*COMMANDS, *TOOLS}
+    assert {*TOOLS, "fit", "test", "predict"} <= named | {"fingerprint"}, "fingerprint is named in the running text"
 
 
 def test_every_file_that_readme_and_docs_link_to_exists():
