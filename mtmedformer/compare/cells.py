@@ -22,8 +22,18 @@ from mtmedformer.errors import ConfigError
 Split = Literal["test", "val"]
 
 ROOMS = ("mtmedformer", "datamodules", "federation", "callbacks")
-NO_PART = ("mtmedformer/pictures", "mtmedformer/suggestion")
-NO_PART_OF_CALLBACKS = ("report", "overlays", "table", "writer", "wandb", "dicom", "digests", "page")
+NO_PART = (
+    "callbacks/prediction/",
+    "callbacks/reports/",
+    "mtmedformer/loading",
+    "mtmedformer/onnx_",
+    "mtmedformer/pictures",
+    "mtmedformer/predict",
+    "mtmedformer/processes",
+    "mtmedformer/stored_model",
+    "mtmedformer/suggestion",
+)
+NO_PART_OF_CALLBACKS = ("data_identity", "digests", "overlays", "report", "table", "wandb")
 """Files that no training runs through (beside the tools of the command line), so that work on them leaves finished
 cells finished."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from statistics import median
 from rich.console import Console
 
 from mtmedformer.compare.cells import Cell, Split
+from mtmedformer.processes import stop_all
 
 GRACE = 60.0
 """Seconds a cell has to save itself after Ctrl-C."""
@@ -112,7 +112,7 @@ def run_cells(
                 status.update(_status(running, progress))
     except KeyboardInterrupt:
         console.print("\nCtrl-C: the running cells save themselves. Press again to stop at once.")
-        _stop(running)
+        stop_all([one.process for one in running], GRACE)
         raise
     return failed
 
@@ -143,24 +143,6 @@ def _start(
             start_new_session=True,  # Ctrl-C reaches the study alone, which passes it on
         )
     return Running(cell, process, slot)
-
-
-def _stop(running: Sequence[Running]) -> None:
-    """Pass Ctrl-C on and wait; after a second one, or the grace, end what is left."""
-    for one in running:
-        if one.process.poll() is None:
-            one.process.send_signal(signal.SIGINT)
-    deadline = time.monotonic() + GRACE
-    try:
-        while any(one.process.poll() is None for one in running) and time.monotonic() < deadline:
-            time.sleep(0.1)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        for one in running:
-            if one.process.poll() is None:
-                os.killpg(one.process.pid, signal.SIGKILL)
-                one.process.wait()
 
 
 def _status(running: Sequence[Running], progress: Progress) -> str:

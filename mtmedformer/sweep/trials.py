@@ -6,13 +6,14 @@ import csv
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from mtmedformer.processes import stop_all
 
 DONE = (0, 3)
 """Exit codes of a training that has come to its end; 3 says that some of the data could not be used."""
@@ -93,7 +94,7 @@ def run_trials(
                 running.remove(job)
                 yield read(job)
     finally:
-        _stop(running)
+        stop_all([one.process for one in running], GRACE)
 
 
 def _start(number: int, arguments: list[str], folder: Path, jobs: int, slot: int) -> Job:
@@ -128,22 +129,6 @@ def _environment(jobs: int, slot: int) -> dict[str, str]:
     if jobs > 1 and (gpus := torch.cuda.device_count()) and "CUDA_VISIBLE_DEVICES" not in kept:
         kept["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
     return kept | {"WANDB_SILENT": "true", "PYTHONUNBUFFERED": "1"}
-
-
-def _stop(running: Sequence[Job]) -> None:
-    """Pass Ctrl-C on and wait; after a second one, or the grace, end what is left."""
-    for one in running:
-        if one.process.poll() is None:
-            one.process.send_signal(signal.SIGINT)
-    deadline = time.monotonic() + GRACE
-    try:
-        while any(one.process.poll() is None for one in running) and time.monotonic() < deadline:
-            time.sleep(0.1)
-    finally:
-        for one in running:
-            if one.process.poll() is None:
-                os.killpg(one.process.pid, signal.SIGKILL)
-                one.process.wait()
 
 
 def outcome(job: Job, metric: str, maximise: bool) -> Outcome:
