@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -122,18 +123,25 @@ def _run(study: Study, output: Path, options: argparse.Namespace, console: Conso
     salt, interrupted, failed = salt_of(output), False, []
     for cell in waiting:
         prepare(cell, study, salt)
+    previous = signal.signal(signal.SIGTERM, _interrupt)  # the cells have sessions of their own and would go on alone
     try:
         failed = run_cells(
             waiting, jobs, options.split, console, gpus, options.any_code, lambda cell: _group(study, cell)
         )
     except KeyboardInterrupt:
         interrupted = True
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     _write(study, cells, output, options, console)
     for cell in failed:
         console.print(f"failed: {cell.variant} {cell.run}, see {cell.folder / 'log.txt'}", highlight=False)
     if interrupted:
         console.print("Interrupted; the same command goes on from here.")
     return 1 if interrupted or failed else 0
+
+
+def _interrupt(*args: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _jobs(asked: int | None, config: Mapping[str, Any]) -> tuple[int, int]:
