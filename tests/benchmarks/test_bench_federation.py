@@ -17,10 +17,16 @@ import pytest
 
 from callbacks.federation import Federation
 from datamodules import PhantomDataModule
+from datamodules.phantom import PhantomSite
 from federation import BayesianAggregator, FedAvg, FederatedDataModule
 from mtmedformer import ClassificationHead, DetectionHead, MultiTaskModule, SegmentationHead, SharedEncoder
 
 ROUNDS = 3
+
+alone = pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" in os.environ, reason="times whole processes: pytest tests/benchmarks -n 0 -s"
+)
+two_cores = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 
 
 def module() -> MultiTaskModule:
@@ -39,7 +45,7 @@ def data(folder: Path, patients: int = 48) -> FederatedDataModule:
         image_size=128,
         batch_size=8,
         num_workers=0,
-        sites={name: {"patients": patients} for name in ("north", "south", "east", "west")},
+        sites={name: PhantomSite("chest", patients=patients) for name in ("north", "south", "east", "west")},
     )
     return FederatedDataModule(data=phantoms, by="site")
 
@@ -62,6 +68,7 @@ def train(folder: Path, federation: Federation) -> Federation:
     return federation
 
 
+@alone
 def test_overhead_of_a_round(benchmark, tmp_path):
     """A round over the bare ``Trainer.fit`` of the same sites; each site's own seconds are in its update."""
     federation = benchmark.pedantic(train, (tmp_path, Federation(BayesianAggregator())), rounds=1)
@@ -90,7 +97,8 @@ def test_overhead_of_a_round(benchmark, tmp_path):
     print(f"\nround {median(rounds):.2f} s, bare {median(bare):.2f} s: {median(rounds) / median(bare):.3f}")
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+@alone
+@two_cores
 def test_two_isolated_sites_at_once(benchmark, tmp_path):
     """Sites in turn over two at once, in one command each: a fork after a backward pass of this process would fail."""
     seconds = {}
@@ -101,7 +109,8 @@ def test_two_isolated_sites_at_once(benchmark, tmp_path):
     print(f"\nisolated: {seconds['turn']:.2f} s a round in turn, {seconds['pairs']:.2f} s two at once")
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+@alone
+@two_cores
 def test_per_rank_over_sequential(benchmark, tmp_path):
     """Sites in turn in one process over sites in parallel in two, one thread each."""
     one = _rounds(tmp_path / "one", [])
@@ -131,6 +140,7 @@ def _rounds(folder: Path, options: list[str]) -> float:
     return median(entry["seconds"] for entry in report["history"])
 
 
+@alone
 @pytest.mark.skipif(importlib.util.find_spec("flwr") is None, reason="pip install 'mtmedformer[federated-flower]'")
 def test_against_flowers_simulation(benchmark, tmp_path):
     """The same tiny work, two sites and three rounds of FedAvg, from start to finish in a process of its own."""

@@ -29,6 +29,7 @@ def offline(monkeypatch, tmp_path):
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    wandb.teardown()  # it has read the environment of whatever ran before
     yield
     if wandb.run is not None:
         wandb.run.finish()

@@ -66,7 +66,7 @@ def test_predict_averages_over_the_posterior_or_says_why_not(trained, tmp_path, 
     arguments = ["predict", "--ckpt_path", str(trained / "checkpoints/best.ckpt"), QUIET]
     arguments += [f"--trainer.default_root_dir={tmp_path}", f"{ADD}Explanations"]
     arguments += ["--trainer.callbacks.grad_cam=[nodules]"]
-    arguments += [f"{ADD}PosteriorPrediction", f"--trainer.callbacks.rounds.posterior={file}"]
+    arguments += [f"{ADD}PosteriorPrediction", f"--trainer.callbacks.posterior={file}"]
     arguments += ["--trainer.callbacks.samples=2", "--trainer.callbacks.maps=true"]
     assert main(arguments) == (2 if refused else 0)
     if refused:

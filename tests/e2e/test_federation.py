@@ -1,6 +1,7 @@
 """A whole federation by the command line, on a small set of two sites."""
 
 import csv
+import functools
 import json
 import os
 import signal
@@ -342,6 +343,7 @@ def test_wandb_has_a_run_for_the_server_and_one_for_each_site(images, tmp_path, 
 
     init = wandb.init
 
+    @functools.wraps(init)  # its signature is read, and remembered, for what a configuration may say
     def watched(*args, **kwargs):
         run = init(*args, **kwargs)
         started.append((run.id, run.group, run.job_type, run.name))
@@ -388,6 +390,7 @@ def test_under_a_sweep_there_is_one_run(images, tmp_path, monkeypatch):
     assert wandb.run.id == "the-only-one"
     assert "client/north/train/loss_epoch" in set(wandb.run.summary.keys())
     wandb.run.finish()
+    wandb.teardown()  # the next test is not part of the sweep
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
 
 
