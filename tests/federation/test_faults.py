@@ -70,7 +70,7 @@ def without(tmp_path_factory):
     ],
 )
 def test_a_round_goes_on_without_a_site_that_fails(tmp_path, without, kind, words):
-    policy = {"deadline": 1.0} if kind == "late" else {}
+    policy = {"deadline": 4.0} if kind == "late" else {}
     module, federation = train(tmp_path, {"b": {"1": kind}}, policy=policy)
     (fault,) = federation.history[1]["faults"]
     assert fault["site"] == "b"
@@ -151,7 +151,7 @@ def test_a_mistake_in_the_configuration_is_no_fault_of_a_site(tmp_path, monkeypa
 def test_what_kills_an_isolated_site_is_the_end_of_its_round_only(tmp_path, without):
     """Real processes: killed, hanging, out of memory, raising; the others go on, and the bits are theirs."""
     faults = {"b": {"0": "kill", "1": "hang", "2": "out_of_memory", "3": "raise"}}
-    process = start(tmp_path, faults=faults, rounds=5, placement="isolated", policy={"deadline": 6.0})
+    process = start(tmp_path, faults=faults, rounds=5, placement="isolated", policy={"deadline": 15.0})
     code, out = finished(process)
     assert code == 0, out
     for words in (
