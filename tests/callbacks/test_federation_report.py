@@ -92,7 +92,7 @@ def test_a_finished_federation_tells_every_round(tmp_path):
             assert one["seconds"] > 0
             assert one["norms"]["encoder"] > 0
     assert "heads.left" not in facts["history"][0]["sites"]["b"]["share"]
-    assert facts["aggregator"]["options"]["rho"] == 0.5
+    assert facts["aggregator"]["options"]["rho"] == 1.0
     page = words((tmp_path / "report.html").read_text())
     for heading in ("Sites and labels", "Scores", "Faults", "Drift", "Weight of each site", "Time and traffic"):
         assert heading in page
