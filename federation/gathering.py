@@ -18,7 +18,7 @@ import torch
 from federation.client import Interrupted, RoundPlan, SiteResult, SiteState
 from federation.exchange import share
 from federation.isolated import Died, Late, Raised
-from federation.rounds import Fault, Policy, norms_of, outliers, refusal
+from federation.rounds import Fault, Policy, outliers, refusal
 from federation.update import Update, load_update, save_update, summary
 from mtmedformer.errors import ConfigError
 
@@ -57,7 +57,6 @@ class Arrival:
         mistake: A mistake in the configuration, which no site can mend.
         state: What the site keeps.
         logged: Its training metrics.
-        norms: Norm of its change by block.
         told: What the history says of it.
     """
 
@@ -66,7 +65,6 @@ class Arrival:
     mistake: str = ""
     state: SiteState | None = None
     logged: dict[str, float] = field(default_factory=dict)
-    norms: dict[str, float] = field(default_factory=dict)
     told: dict[str, Any] = field(default_factory=dict)
 
 
@@ -118,7 +116,9 @@ class Gathering:
         mistakes = [f"site {a.site}: {a.mistake}" for a in self.arrivals.values() if a.mistake]
         if mistakes:
             raise ConfigError(mistakes[0])
-        strangers = outliers({s: a.norms for s, a in self.arrivals.items() if a.fault is None}, self.policy.outlier)
+        strangers = outliers(
+            {s: a.told["norms"] for s, a in self.arrivals.items() if a.fault is None}, self.policy.outlier
+        )
         for site, reason in strangers.items():
             self.arrivals[site].fault = Fault(site, f"refused: {reason}")
         self.faults = [a.fault for a in self.arrivals.values() if a.fault is not None]
@@ -179,7 +179,7 @@ class Gathering:
         told = {**summary(update), "moved": result.moved}
         if result.privacy:
             told["privacy"] = result.privacy
-        return Arrival(site, None, "", result.state, result.logged, norms_of(update), told)
+        return Arrival(site, None, "", result.state, result.logged, told)
 
     def _note(self, site: str, text: str) -> None:
         """Write what befell a site to the site's own log: it may name files, and stays there."""

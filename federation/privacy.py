@@ -15,8 +15,7 @@ from federation.blocks import Schema, State, block_of
 from federation.example_privacy import ExamplePrivacy, refuse_batch_norm, refuse_coupled_losses
 from federation.keystream import key_of, new_key, normals
 from federation.rounding import Rounding, decoded, encoded, step_of
-from federation.rounds import norms_of
-from federation.update import BlockUpdate, Update, sha256
+from federation.update import BlockUpdate, Update, norms_of, sha256
 from mtmedformer.errors import ConfigError, DataError
 
 LEAST = 2.0**-14  # least normal number of half precision: a precision must stay above 0

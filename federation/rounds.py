@@ -179,14 +179,6 @@ def outliers(norms: Mapping[str, Mapping[str, float]], limit: float | None) -> d
     return found
 
 
-def norms_of(update: Update) -> dict[str, float]:
-    """Return the L2 norm of the change of every block, summed in float64."""
-    return {
-        name: math.sqrt(sum(float(delta.double().square().sum()) for delta in block.delta.values()))
-        for name, block in update.blocks.items()
-    }
-
-
 def plain(faults: list[Fault]) -> list[dict[str, Any]]:
     """Return faults as plain values, as a history or a report holds them."""
     return [{"site": fault.site, "fault": fault.fault, "action": fault.action} for fault in faults]

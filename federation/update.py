@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,9 +155,14 @@ def sha256(update: Update) -> str:
     return digest.hexdigest()
 
 
+def norms_of(update: Update) -> dict[str, float]:
+    """Return the L2 norm of the change of every block, summed in float64."""
+    return {
+        name: math.sqrt(sum(float(delta.double().square().sum()) for delta in block.delta.values()))
+        for name, block in update.blocks.items()
+    }
+
+
 def summary(update: Update) -> dict[str, Any]:
     """Return names, norms and bytes of an update for a site's own log and the report; no weights."""
-    norms = {
-        n: float(sum(d.double().square().sum() for d in b.delta.values())) ** 0.5 for n, b in update.blocks.items()
-    }
-    return {**update.header(), "norms": norms, "bytes": update.nbytes()}
+    return {**update.header(), "norms": norms_of(update), "bytes": update.nbytes()}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import yaml
 from rich.console import Console
@@ -34,6 +33,7 @@ from mtmedformer.stored_model import (
     build_model,
     read_model,
 )
+from mtmedformer.tool_parser import ToolParser
 
 Format = Literal["onnx", "safetensors", "both"]
 
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0; mistakes raise ``UserError``.
     """
-    parser = _Parser("mtmedformer export", description="Write a trained model as a folder to hand on.")
+    parser = ToolParser("mtmedformer export", description="Write a trained model as a folder to hand on.")
     parser.add_argument("--ckpt_path", required=True, help="checkpoint of a run, such as runs/x/checkpoints/best.ckpt")
     parser.add_argument("--output", required=True, type=Path, help="folder of the files; made if needed")
     parser.add_argument("--format", choices=("onnx", "safetensors", "both"), default="both")
@@ -118,11 +118,6 @@ def main(argv: Sequence[str]) -> int:
     line = f"{NOTE.capitalize()}. In Python: mtmedformer.load({str(given.output)!r}).predict(FILE)"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"export: {message}")
 
 
 def _show(graph: Graph, console: Console) -> None:

@@ -32,6 +32,7 @@ NO_PART = (
     "mtmedformer/processes",
     "mtmedformer/stored_model",
     "mtmedformer/suggestion",
+    "mtmedformer/tool_parser",
 )
 NO_PART_OF_CALLBACKS = ("data_identity", "digests", "overlays", "report", "table", "wandb")
 """Files that no training runs through (beside the tools of the command line), so that work on them leaves finished

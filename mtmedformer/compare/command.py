@@ -9,21 +9,14 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from mtmedformer.compare.study import Study, read_study
 from mtmedformer.errors import ConfigError
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one paragraph, as the rest of the command line does."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the mistake."""
-        raise ConfigError(f"compare: {message}")
+from mtmedformer.tool_parser import ToolParser
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,8 +38,8 @@ def main(argv: Sequence[str]) -> int:
     return _run(study, output, options, console)
 
 
-def _parser() -> Parser:
-    parser = Parser("mtmedformer compare", description=(main.__doc__ or "").split("\n")[0])
+def _parser() -> ToolParser:
+    parser = ToolParser("mtmedformer compare", description=(main.__doc__ or "").split("\n")[0])
     parser.add_argument("--config", type=Path, required=True, help="The study, such as configs/compare/demo.yaml.")
     parser.add_argument("--form", help="Form of the study, such as small or full; the first by default.")
     parser.add_argument("--seeds", metavar="0,1", help="Seeds to run and compare, some of the study's.")

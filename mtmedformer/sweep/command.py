@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -17,20 +17,13 @@ from mtmedformer.sweep.results import Objective, Row, draw, objectives, points_o
 from mtmedformer.sweep.study import front, next_trial, open_study, unfinished
 from mtmedformer.sweep.sweep_file import Sweep, read_sweep
 from mtmedformer.sweep.trials import Outcome, outcome, run_trials
+from mtmedformer.tool_parser import ToolParser
 
 if TYPE_CHECKING:
     import optuna
 
 HOPELESS = 3
 """Trials that fail, and none that does not, after which a sweep is given up."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one paragraph, as the rest of the command line does."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the mistake."""
-        raise ConfigError(f"sweep: {message}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,8 +54,8 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--output {output}: a sweep is running there already; choose another folder") from error
 
 
-def _parser() -> Parser:
-    parser = Parser(
+def _parser() -> ToolParser:
+    parser = ToolParser(
         "mtmedformer sweep",
         description="Run a W&B sweep file without W&B, by Optuna. Settings such as --data.root=PATH go to every trial.",
     )

@@ -16,9 +16,9 @@ from federation import BayesianAggregator, FedAvg, FedBN, Pooled, PrivacyPolicy,
 from federation.accounting import PrivacyMemory, epsilon
 from federation.blocks import schema_of
 from federation.rounding import decoded, encoded, step_of
-from federation.rounds import norms_of, refusal
+from federation.rounds import refusal
 from federation.site_policies import by_site
-from federation.update import load_update, save_update, sha256
+from federation.update import load_update, norms_of, save_update, sha256
 from mtmedformer.errors import ConfigError, DataError
 from tests.toy_federation import Toy, news, toy
 

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from federation.rounds import Fault, Policy, RoundError, norms_of, outliers, refusal
+from federation.rounds import Fault, Policy, RoundError, outliers, refusal
 from federation.run_state import RunState, read_state, write_state
+from federation.update import norms_of
 from mtmedformer.errors import ConfigError, DataError
 from tests.toy_federation import news, toy
 
