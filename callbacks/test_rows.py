@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mtmedformer.batch import Batch
 from mtmedformer.metrics.calibration import CalibrationMetrics
+from mtmedformer.metrics.referral import ReferralMetrics
 from mtmedformer.metrics.rows import save_rows
 from mtmedformer.metrics.task_metrics import TaskMetrics
 
@@ -20,7 +21,8 @@ class TestRows(Callback):
 
     The files hold scores and keyed hashes, neither pixels nor names; ``mtmedformer.metrics.rows`` reads them. After
     ``test`` there are also, of every task with probabilities, the bins and likelihoods of what was predicted
-    (``<task>~calibration``) and, where a temperature was applied, of what it would have been without (``<task>~raw``).
+    (``<task>~calibration``), of what it would have been without a temperature where one was applied (``<task>~raw``),
+    and of every mask how much it was in doubt (``<task>~referral``).
 
     Args:
         salt_file: File with the key of the hashes of images and patients, which stays out of configurations; runs to be
@@ -32,26 +34,31 @@ class TestRows(Callback):
 
     def __init__(self, salt_file: str | None = None, folder: str | None = None) -> None:
         self.salt_file, self.folder = salt_file, folder
-        self._calibration: dict[str, CalibrationMetrics] = {}
+        self._probabilities: dict[str, TaskMetrics] = {}
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with empty tables."""
-        self._calibration = {}
+        self._probabilities = {}
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *args: Any
     ) -> None:
         """Keep how likely the truth was held, image by image."""
         for name, task in getattr(pl_module, "tasks", {}).items():
-            for key, found in ((f"{name}~calibration", name), (f"{name}~raw", f"raw/{name}")):
-                if task.kind != "detection" and isinstance(outputs, dict) and found in outputs:
-                    metric = self._calibration.setdefault(key, CalibrationMetrics(task))
-                    metric.update(outputs[found], batch.targets[name], batch.meta)  # type: ignore[arg-type]
+            for kind, found, made in (
+                ("calibration", name, CalibrationMetrics),
+                ("raw", f"raw/{name}", CalibrationMetrics),
+                ("referral", name, ReferralMetrics),
+            ):
+                wanted = task.kind == "segmentation" or (task.kind == "classification" and kind != "referral")
+                if wanted and isinstance(outputs, dict) and found in outputs:
+                    metric = self._probabilities.setdefault(f"{name}~{kind}", made(task))
+                    metric.update(outputs[found], batch.targets[name], batch.meta)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the rows of the test images."""
         metrics: Mapping[str, Any] = pl_module.test_metrics  # type: ignore[assignment]
-        self._write(trainer, "test", {**dict(metrics.items()), **self._calibration})
+        self._write(trainer, "test", {**dict(metrics.items()), **self._probabilities})
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the rows of the validation images, under ``validate`` alone."""

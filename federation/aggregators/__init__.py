@@ -8,6 +8,7 @@ from federation.aggregators.fedavg import FedAvg
 from federation.aggregators.fedbn import FedBN
 from federation.aggregators.fedopt import FedAdam, FedAvgM, FedYogi
 from federation.aggregators.fedprox import FedProx
+from federation.aggregators.fine_tuned import FineTuned
 from federation.aggregators.fisher_merging import FisherMerging
 from federation.aggregators.inverse_variance import InverseVariance
 from federation.aggregators.robust import CoordinateMedian, TrimmedMean
@@ -24,6 +25,7 @@ __all__ = [
     "FedBN",
     "FedProx",
     "FedYogi",
+    "FineTuned",
     "FisherMerging",
     "InverseVariance",
     "Local",

@@ -19,6 +19,9 @@ from mtmedformer.metrics.rows import TaskRows, load_rows
 CALIBRATION = ("nll", "ece")
 """Metrics there are where probabilities were kept; ``nll_raw`` and ``ece_raw`` are those before a temperature."""
 
+REFERRAL = ("dice_at80", "gain_at80", "aurc")
+"""Metrics there are where the doubt of masks was kept."""
+
 CHUNK = 64
 """Resamples evaluated at once."""
 
@@ -98,7 +101,7 @@ class Panels:
         if words[0] in tasks:
             return [(words[0], "/".join(words[1:]))]
         found = [(task, "/".join(words)) for task in tasks if "/".join(words) in self._names(rows, task)]
-        if not found and len(words) == 1 and not _of_calibration(words[0]):
+        if not found and len(words) == 1 and not _of_probabilities(words[0]):
             known = sorted({name for task in tasks for name in self._names(rows, task) if "/" not in name})
             close = get_close_matches(words[0], known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
@@ -114,7 +117,7 @@ class Panels:
         found = []
         for task, name in self._meant(metric, rows):
             values = self._of_task(variant, run, is_own(metric), task, rows)[site]
-            if values and name not in values and _of_calibration(name):
+            if values and name not in values and _of_probabilities(name):
                 continue
             if values and name not in values:
                 close = get_close_matches(name, values, n=1) or sorted(n for n in values if "/" not in n)
@@ -171,8 +174,8 @@ def _united(parts: Mapping[str, Values]) -> Values:
     return found | {f"{name}_raw": raw[name] for name in CALIBRATION if name in raw}
 
 
-def _of_calibration(name: str) -> bool:
-    return name.split("/")[0].removesuffix("_raw") in CALIBRATION
+def _of_probabilities(name: str) -> bool:
+    return name.split("/")[0].removesuffix("_raw") in CALIBRATION + REFERRAL
 
 
 def known_mean(values: Floats) -> Floats:

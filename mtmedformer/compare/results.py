@@ -19,7 +19,7 @@ from mtmedformer.compare.statistics import Estimate, Panel, Summary, estimate, h
 from mtmedformer.compare.study import Study, metric_words
 from mtmedformer.errors import ConfigError
 
-LOWER_IS_BETTER = ("hd95", "nll", "ece", "loss", "brier")
+LOWER_IS_BETTER = ("hd95", "nll", "ece", "loss", "brier", "aurc")
 
 
 def higher_is_better(metric: str) -> bool:

@@ -25,10 +25,11 @@ from mtmedformer.errors import DataError
 from mtmedformer.metrics.calibration import CalibrationMetrics
 from mtmedformer.metrics.classification import ClassificationMetrics
 from mtmedformer.metrics.detection import DetectionMetrics
+from mtmedformer.metrics.referral import ReferralMetrics
 from mtmedformer.metrics.segmentation import SegmentationMetrics
 from mtmedformer.metrics.task_metrics import Evaluate, TaskMetrics
 
-KINDS = (CalibrationMetrics, ClassificationMetrics, DetectionMetrics, SegmentationMetrics)
+KINDS = (CalibrationMetrics, ClassificationMetrics, DetectionMetrics, ReferralMetrics, SegmentationMetrics)
 """Kinds of metric that a file may name; those of other packages are found once they have been imported."""
 
 COLUMNS = ("image", "patient", "site", "view")

@@ -1,0 +1,93 @@
+"""Whether a model knows where it is wrong: the Dice of the images that remain when it refers those it doubts most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mtmedformer.batch import IGNORE, Meta, SegmentationTarget, Task
+from mtmedformer.metrics.curves import ratio
+from mtmedformer.metrics.segmentation import binarise, overlap
+from mtmedformer.metrics.task_metrics import Evaluate, Floats, TaskMetrics
+
+COVERAGE = 0.8
+"""Share of the images that is kept."""
+
+
+class ReferralMetrics(TaskMetrics):
+    r"""Rank the images of a segmentation task by doubt, and score what is left when the most doubtful are referred.
+
+    An image's doubt is the predictive entropy of its pixels over the area predicted, $\sum_p H(p) / \sum_p p$, in nats:
+    entropy sits on borders, and large structures have long ones.
+
+    - ``dice_at80``: mean Dice of the 80 % of images with the least doubt; ``gain_at80``: that, less the Dice of all.
+    - ``aurc``: area under the risk-coverage curve, the mean over all coverages of 1 - Dice; lower is better.
+
+    An image's Dice is the mean over the classes it has; images without any are left out, as in ``SegmentationMetrics``.
+
+    Args:
+        task: A segmentation task.
+        threshold: Probability above which a pixel of a multi-label task belongs to the class.
+
+    Reference:
+        Geifman and El-Yaniv, Selective classification for deep neural networks, NeurIPS 2017 (risk and coverage).
+    """
+
+    primary = "dice_at80"
+    scores: list[Tensor]
+
+    def __init__(self, task: Task, threshold: float = 0.5) -> None:
+        super().__init__(task.classes)
+        self.task, self.threshold = task, threshold
+        self.multi_label = task.multi_label or len(task.classes) == 1
+        self.add_rows("scores", torch.zeros(0, 2, dtype=torch.float64))
+
+    def update(self, predictions: Tensor, target: SegmentationTarget, meta: Sequence[Meta]) -> None:
+        """Keep Dice and doubt of each labelled image, never a pixel."""
+        rows = self.register(meta, target.present)
+        if not rows:
+            return
+        p, masks = predictions.detach()[rows].float(), target.masks[rows]
+        known = masks != IGNORE
+        dice, _, _ = overlap(binarise(p, self.multi_label, self.threshold) & known, masks == 1, known)
+        self.scores.append(torch.stack([dice.nanmean(dim=1), doubt(p, self.multi_label)], dim=1).cpu())
+
+    def prepare(self, rows: NDArray[np.int64]) -> Evaluate:
+        """Select the rows; see ``TaskMetrics.prepare``."""
+        scores = self.table("scores").numpy()[rows]
+        scored = np.flatnonzero(~np.isnan(scores[:, 0]))
+        ranked = scored[np.argsort(scores[scored, 1], kind="stable")]
+        dice = scores[ranked, 0]
+
+        def evaluate(weights: Floats) -> dict[str, Floats]:
+            counts = weights[:, ranked].astype(np.float64)
+            reached = np.cumsum(counts, axis=1)
+            total = counts.sum(axis=1)
+            left = COVERAGE * total[:, None] - (reached - counts)
+            kept = np.clip(left, 0, counts)
+            at = ratio(kept @ dice, kept.sum(axis=1))
+            risks = ratio(np.cumsum(counts * (1 - dice), axis=1), reached)  # of the surest so many
+            aurc = ratio((counts * np.nan_to_num(risks)).sum(axis=1), total)
+            return {"dice_at80": at, "gain_at80": at - ratio(counts @ dice, total), "aurc": aurc}
+
+        return evaluate
+
+
+def doubt(probabilities: Tensor, multi_label: bool) -> Tensor:
+    """Return how much each mask is in doubt: entropy of its pixels over the area predicted, in nats, float64 (B,).
+
+    Args:
+        probabilities: (B, K, H, W) as ``TaskHead.predict`` gives them.
+        multi_label: Whether classes are decided one by one; otherwise they and the background exclude one another.
+    """
+    p = probabilities.double()
+    if multi_label:
+        entropy = -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
+    else:
+        every = torch.cat([p, (1 - p.sum(dim=1, keepdim=True)).clamp_min(0)], dim=1)
+        entropy = -torch.xlogy(every, every)
+    return entropy.flatten(1).sum(dim=1) / p.flatten(1).sum(dim=1).clamp_min(1)
