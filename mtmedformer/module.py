@@ -6,7 +6,8 @@ import math
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -75,8 +76,10 @@ class MultiTaskModule(L.LightningModule):
             self.save_hyperparameters(logger=False)
         self.encoder = encoder
         self.heads = nn.ModuleDict(_kept(heads, tasks))
-        for head in self._heads().values():
-            head.build(encoder.channels, encoder.strides)
+        base = int(torch.randint(2**31, ()))
+        for name, head in self._heads().items():
+            with _seeded_by(base, name):
+                head.build(encoder.channels, encoder.strides)
         self.loss = loss or HybridLoss()
         self.loss.build(list(self.heads), dropped=[name for name in heads if name not in self.heads])
         self.layer_decay = layer_decay
@@ -366,6 +369,14 @@ def _metrics_of(modules: nn.ModuleDict) -> dict[str, Metric]:
 
 def _size(image: Tensor) -> tuple[int, int]:
     return int(image.shape[-2]), int(image.shape[-1])
+
+
+@contextmanager
+def _seeded_by(base: int, name: str) -> Iterator[None]:
+    """Draw from a stream of its own: a head starts from the same weights whichever other heads there are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(base + zlib.crc32(name.encode()))
+        yield
 
 
 def _kept(heads: dict[str, TaskHead], tasks: list[str] | None) -> dict[str, TaskHead]:

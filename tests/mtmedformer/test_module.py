@@ -144,6 +144,13 @@ def test_unknown_tasks_are_refused_with_the_names_there_are():
         model(tasks=["lungs"])
 
 
+def test_a_task_alone_starts_from_the_weights_it_has_in_the_joint_model():
+    joint, single = model().state_dict(), model(tasks=["organ"]).state_dict()
+    shared = [key for key in single if not key.startswith("loss.")]
+    assert any(key.startswith("heads.organ") for key in shared)
+    assert all(torch.equal(joint[key], single[key]) for key in shared)
+
+
 def test_dropping_heads_keeps_the_others_as_they_were():
     assert set(model(tasks=["organ"]).heads) == {"organ"}
     image = torch.rand(1, 1, SIZE, SIZE)
