@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -114,6 +115,15 @@ class SiteMemory:
                     term = curvature.double() * weight
                     total[key] = total[key] + term if key in total else term
         return {key: value.float() for key, value in total.items()}
+
+    def levels(self) -> dict[str, float]:
+        """Return the mean curvature of every parameter, the geometric mean over the sites' latest news."""
+        logs: dict[str, list[float]] = {}
+        for site in sorted(self.factors):
+            for factor in self.factors[site].values():
+                for key, curvature in factor.curvature.items():
+                    logs.setdefault(key, []).append(math.log(max(float(curvature.double().mean()), SILENT)))
+        return {key: math.exp(math.fsum(found) / len(found)) for key, found in logs.items()}
 
     def summary(self) -> dict[str, dict[str, dict[str, int]]]:
         """Return evidence and age by site and block, for the report."""

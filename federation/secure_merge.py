@@ -73,10 +73,16 @@ def require_sums(aggregator: FedAvg) -> None:
     Raises:
         ConfigError: When it does.
     """
-    alone = not isinstance(aggregator, BayesianAggregator) or not (aggregator.memory.weights or aggregator.beta > 0)
+    bayes = aggregator if isinstance(aggregator, BayesianAggregator) else None
+    alone = bayes is None or not (bayes.memory.weights or bayes.beta > 0)
     plain = type(aggregator).centre is FedAvg.centre and type(aggregator.local_rule("")).extra is LocalRule.extra
     if not (alone and plain):
         raise ConfigError(
             f"{type(aggregator).__name__} as configured looks at single updates, and secure summation shows none; "
             "switch between, remember, personal_models and beta off, or choose FedAvg"
+        )
+    if bayes is not None and bayes.b > 0:
+        raise ConfigError(
+            "BayesianAggregator as configured looks at single updates, at how loud each site's loss is; for secure "
+            "summation set aggregator.b to 0"
         )

@@ -18,22 +18,27 @@ from federation.precision import Curvature, NoCurvature, SquaredGradients, norma
 from federation.update import BlockUpdate, Update
 from mtmedformer.errors import ConfigError
 
+LOUDEST = 10.0
+"""How far a site's mean curvature may lie from that of the sites' last news and still count more, or less."""
+
 
 class BayesianAggregator(FedAvg):
     r"""Merge the sites' Gaussian beliefs about every weight, a block at a time, over the sites that hold its labels.
 
-    Site $k$ observes weight $i$ with precision $n_k^a\, r_{ki}$: $n_k$ labelled samples, and the curvature of its own
-    loss relative to the tensor's mean, tempered by $\rho$, so that no site wins by a louder loss. The global weight
-    moves by the precision-weighted mean of the changes, shrunk towards the owners' mean by $\kappa$:
+    Site $k$ observes weight $i$ with precision $c_k (r_{ki} + \kappa)$, $c_k = n_k^a\, \bar\lambda_k^b$: $n_k$ labelled
+    samples, mean curvature $\bar\lambda_k$ of its loss in the tensor, and curvature relative to that mean, tempered by
+    $\rho$ and shrunk by $\kappa$. The global weight moves by the precision-weighted mean of the changes, filtered over
+    rounds:
 
-    $$w_i \leftarrow w_i + \eta\, \frac{\sum_k n_k^a (r_{ki} + \kappa)\, \Delta_{ki}}{\sum_k n_k^a (r_{ki} + \kappa)}$$
+    $$v_i \leftarrow \mu\, v_i + \frac{\sum_k c_k (r_{ki} + \kappa)\, \Delta_{ki}}{\sum_k c_k (r_{ki} + \kappa)},
+      \qquad w_i \leftarrow w_i + \eta\, v_i$$
 
-    With the curvature off (``rho`` 0 or ``NoCurvature``) this is FedAvg bit for bit: by counts at ``a`` 1, of equal
-    sites at ``a`` 0, on the same sums. The mathematics of the paper that gave the product its name are not public;
-    these are ours, derived and compared in ``docs/federation.md``.
+    With the curvature off (``rho`` and ``b`` 0, or ``NoCurvature``) this is FedAvg, with ``momentum`` FedAvgM, bit for
+    bit: by counts at ``a`` 1, of equal sites at ``a`` 0, on the same sums. The mathematics of the paper that gave the
+    product its name are not public; these are ours, derived and compared in ``docs/federation.md``.
 
-    While updates stream in, its sums take two copies of the model. ``between``, ``remember`` and ``personal_models``
-    keep every site's weights and precision on the server: one to two copies a site.
+    While updates stream in, its sums take two copies of the model, and ``momentum`` one. ``between``, ``remember`` and
+    ``personal_models`` keep every site's weights and precision on the server: one to two copies a site.
 
     Args:
         curvature: What measures curvature during a site's training; ``None`` is the running mean of squared gradients,
@@ -43,9 +48,15 @@ class BayesianAggregator(FedAvg):
             sites differ (``docs/results.md``); 0 turns it off.
         low: Least relative curvature, before tempering.
         high: Greatest relative curvature, before tempering.
-        a: Power of the evidence, in [0, 1]: 1 counts samples, 0 counts every owner the same, which does better where
-            sites differ. ``between`` has no use for it: it finds out by itself how much sites differ.
+        a: Power of the evidence, in [0, 1]: 1 counts samples, which does better where sites are alike; 0 counts every
+            owner the same, which does better where they differ. ``between`` has no use for it: it finds out by itself
+            how much sites differ.
+        b: Power of the mean curvature of a site's loss in a tensor, in [0, 1]: 0 lets no site win by a louder loss, 1
+            takes it as measured, up to 10 times more or less than the sites' last. A site that is served badly has the
+            louder loss.
         kappa: Shrinkage towards the owners' mean, at least 0.
+        momentum: How much of the last round's step goes on into the next, $\mu$ in [0, 1): where rounds agree, the step
+            becomes up to $1 / (1 - \mu)$ times as long.
         eta: Length of the server's step.
         between: Estimate each tensor's variance between sites (DerSimonian and Laird) and weigh sites by
             1 / (within + between), with within = 1 / (evidence × curvature), absolute this time.
@@ -68,8 +79,10 @@ class BayesianAggregator(FedAvg):
         rho: float = 1.0,
         low: float = 0.01,
         high: float = 100.0,
-        a: float = 0.0,
+        a: float = 0.5,
+        b: float = 0.0,
         kappa: float = 0.1,
+        momentum: float = 0.5,
         eta: float = 1.0,
         between: bool = False,
         remember: bool = False,
@@ -79,21 +92,26 @@ class BayesianAggregator(FedAvg):
     ) -> None:
         super().__init__("equal")
         self.power = a
-        for name, value in {"rho": rho, "a": a, "gamma": gamma}.items():
+        for name, value in {"rho": rho, "a": a, "b": b, "gamma": gamma}.items():
             if not 0 <= value <= 1:
                 raise ConfigError(f"aggregator.{name}: {value} is outside [0, 1]")
+        if not 0 <= momentum < 1:
+            raise ConfigError(f"aggregator.momentum: {momentum} is outside [0, 1)")
         for name, value in {"kappa": kappa, "beta": beta}.items():
             if value < 0:
                 raise ConfigError(f"aggregator.{name}: {value} is negative; use 0 or more")
         if granularity not in ("element", "row", "tensor"):
             raise ConfigError(f"aggregator.granularity: {granularity!r} is none of 'element', 'row', 'tensor'")
         self.curvature = SquaredGradients() if curvature is None else curvature
-        self.needs_precision = rho > 0 and not isinstance(self.curvature, NoCurvature)
+        self.needs_precision = (rho > 0 or b > 0) and not isinstance(self.curvature, NoCurvature)
         self.granularity, self.rho, self.low, self.high = granularity, rho, low, high
+        self.b, self.momentum = b, momentum
+        self._velocity: State = {}
         self.kappa, self.eta, self.between, self.gamma, self.beta = kappa, eta, between, gamma, beta
         self.remember = remember
         self.personal_models = personal_models
         self.memory = SiteMemory(weights=between or remember or personal_models)
+        self._levels: dict[str, float] = {}
         self.variances: dict[str, float] = {}
         """Variance between sites by tensor, where it is estimated."""
 
@@ -101,6 +119,7 @@ class BayesianAggregator(FedAvg):
         """Begin a round from the global state."""
         super().start(state, schema)
         self._sent: dict[str, set[str]] = {}
+        self._levels = self.memory.levels() if self.b > 0 else {}
 
     def add(self, update: Update) -> None:
         """Take one site's update, into the sums and into the site memory.
@@ -131,15 +150,21 @@ class BayesianAggregator(FedAvg):
         return super().finish()
 
     def weight(self, block: BlockUpdate, key: str) -> Tensor | float:
-        r"""Return $n^a (r + \kappa) / (1 + \kappa)$, which is $n^a$ where $r$ is 1 everywhere."""
+        r"""Return $n^a \bar\lambda^b (r + \kappa) / (1 + \kappa)$, which is $n^a$ without curvature."""
         count = super().weight(block, key)
         if not self.needs_precision:
             return count
+        count *= self._loudness(key, block.scale.get(key, 1.0))
         relative = relative_precision(block, key)
         return _shrunk(relative, self.kappa).mul_(count) if relative.ndim else count
 
     def step(self, key: str, mean: Tensor) -> Tensor:
-        """Return the mean change times the length of the server's step."""
+        """Return the mean change, what past rounds say of it added, times the length of the server's step."""
+        if self.momentum > 0:
+            if key in self._velocity:
+                mean = mean.add_(self._velocity[key], alpha=self.momentum)
+            self._velocity[key] = mean.float()
+            mean = self._velocity[key].double()
         return mean.mul_(self.eta)
 
     def relative(self, curvature: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -180,13 +205,21 @@ class BayesianAggregator(FedAvg):
         return own
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the site memory and the variances between sites."""
-        return {"memory": self.memory.state_dict(), "variances": dict(self.variances)}
+        """Return the site memory, the variances between sites and the momentum of every tensor."""
+        kept = {"memory": self.memory.state_dict(), "variances": dict(self.variances)}
+        return kept | {"velocity": dict(self._velocity)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take memory and variances up."""
+        """Take memory, variances and momentum up."""
         self.memory.load_state_dict(state["memory"])
         self.variances = dict(state["variances"])
+        self._velocity = dict(state.get("velocity", {}))
+
+    def _loudness(self, key: str, curvature: float) -> float:
+        """Return what a tensor's mean curvature counts, over the sites' last; 1 while nothing is known of those."""
+        if key not in self._levels:
+            return 1.0
+        return math.pow(min(max(curvature / self._levels[key], 1 / LOUDEST), LOUDEST), self.b)
 
     def _precision(self, key: str, factor: Factor) -> Tensor:
         """Return the absolute precision of a site's tensor, evidence × curvature (1 if none was measured), float64."""
@@ -210,7 +243,10 @@ class BayesianAggregator(FedAvg):
         precision = self._precision(key, factor)
         if self.between:
             return _shrunk(1 / (1 / precision + self.variances[key]), self.kappa).mul_(discount)
-        return _shrunk(precision / precision.mean(), self.kappa).mul_(discount * math.pow(factor.evidence, self.power))
+        count = math.pow(factor.evidence, self.power)
+        if self.needs_precision:
+            count *= self._loudness(key, float(factor.curvature[key].mean()) if key in factor.curvature else 1.0)
+        return _shrunk(precision / precision.mean(), self.kappa).mul_(discount * count)
 
 
 def between_variance(changes: Sequence[Tensor], precisions: Sequence[float]) -> float:

@@ -47,17 +47,19 @@ MEANS: dict[str, Callable[[], Aggregator]] = {
     "trimmed": lambda: TrimmedMean(0.3),
     "fisher-merging": FisherMerging,
     "inverse-variance": InverseVariance,
-    "bayesian": BayesianAggregator,
-    "bayesian-counts": lambda: BayesianAggregator(a=1, rho=1, kappa=0),
-    "bayesian-row": lambda: BayesianAggregator(granularity="row", beta=0.1),
-    "bayesian-off": lambda: BayesianAggregator(NoCurvature()),
-    "bayesian-between": lambda: BayesianAggregator(between=True, personal_models=True),
-    "bayesian-remember": lambda: BayesianAggregator(remember=True, gamma=0.5),
+    "bayesian": lambda: BayesianAggregator(momentum=0),
+    "bayesian-counts": lambda: BayesianAggregator(momentum=0, a=1, rho=1, kappa=0),
+    "bayesian-loud": lambda: BayesianAggregator(b=0.5, momentum=0),
+    "bayesian-row": lambda: BayesianAggregator(momentum=0, granularity="row", beta=0.1),
+    "bayesian-off": lambda: BayesianAggregator(NoCurvature(), momentum=0),
+    "bayesian-between": lambda: BayesianAggregator(momentum=0, between=True, personal_models=True),
+    "bayesian-remember": lambda: BayesianAggregator(momentum=0, remember=True, gamma=0.5),
 }
 STEPPING: dict[str, Callable[[], Aggregator]] = {
     "fedavgm": FedAvgM,
     "fedadam": FedAdam,
     "fedyogi": FedYogi,
+    "bayesian-default": BayesianAggregator,
     "bayesian-eta": lambda: BayesianAggregator(eta=1.5),
 }
 MERGING = MEANS | STEPPING

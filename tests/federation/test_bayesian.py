@@ -2,11 +2,12 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from federation.aggregators import FedAvg, FedProx, merge
+from federation.aggregators import FedAvg, FedAvgM, FedProx, merge
 from federation.aggregators.bayesian import BayesianAggregator, between_variance
 from federation.blocks import Block, Schema
 from federation.precision import NoCurvature, SquaredGradients
@@ -21,6 +22,9 @@ SCHEMA = Schema(
     frozenset(),
     (),
 )
+
+
+bayes = partial(BayesianAggregator, a=0.0, momentum=0.0)  # the merge alone; the rest has tests of its own, below
 
 
 def start():
@@ -52,7 +56,7 @@ def pooled(facts, counts, key):
 def test_one_round_of_quadratic_sites_is_the_pooled_optimum():
     state, counts = start(), [10, 200, 35]
     updates, facts = zip(*[quadratic("abc"[i], state, i, n) for i, n in enumerate(counts)], strict=True)
-    merged = merge(BayesianAggregator(a=1, rho=1, kappa=0), state, SCHEMA, updates)
+    merged = merge(bayes(a=1, rho=1, kappa=0), state, SCHEMA, updates)
     for key in ("w", "v"):
         torch.testing.assert_close(merged[key], pooled(facts, counts, key), rtol=1e-5, atol=1e-6)
     averaged = merge(FedAvg(), state, SCHEMA, updates)["w"]
@@ -63,7 +67,7 @@ def test_sites_that_differ_by_chance_alone_are_pooled_with_their_absolute_curvat
     state, counts, scales = start(), [10, 200, 35], [3.0, 0.2, 40.0]
     made = [quadratic("abc"[i], state, i, n, scales[i], spread=1e-3) for i, n in enumerate(counts)]
     updates, facts = zip(*made, strict=True)
-    aggregator = BayesianAggregator(between=True, kappa=0)
+    aggregator = bayes(between=True, kappa=0)
     merged = merge(aggregator, state, SCHEMA, updates)
     assert aggregator.variances == {"w": 0.0, "v": 0.0}
     for key in ("w", "v"):
@@ -75,7 +79,7 @@ def test_sites_that_differ_by_chance_alone_are_pooled_with_their_absolute_curvat
 def test_the_merge_is_the_closed_form_with_shrinkage_to_the_owners_mean(kappa, a):
     state, counts = start(), [10, 200, 35]
     made = [quadratic("abc"[i], state, i, n) for i, n in enumerate(counts)]
-    merged = merge(BayesianAggregator(a=a, kappa=kappa, eta=0.5), state, SCHEMA, [update for update, _ in made])
+    merged = merge(bayes(a=a, kappa=kappa, eta=0.5), state, SCHEMA, [update for update, _ in made])
     n = [count**a for count in counts]
     deltas = [update.blocks["encoder"].delta["w"].double() for update, _ in made]
     weights = [n[i] * facts["w"][1].double() for i, (_, facts) in enumerate(made)]
@@ -93,7 +97,7 @@ OFF = {"rho": {"rho": 0.0}, "curvature": {"curvature": NoCurvature()}, "ones": {
 def test_without_curvature_it_is_fedavg_to_the_last_bit(off, a, weights):
     state, schema = toy()
     kinds = ["ones", "ones", "tensor"] if off == "ones" else ["element", "row", None]
-    aggregator, plain, other = BayesianAggregator(a=a, **OFF[off]), FedAvg(weights), state
+    aggregator, plain, other = bayes(a=a, **OFF[off]), FedAvg(weights), state
     for number in range(3):
         updates = [
             news("abc"[i], state, schema, 10 * number + i, evidence=[10, 301, 43][i], precision=kinds[i], round=number)
@@ -104,7 +108,7 @@ def test_without_curvature_it_is_fedavg_to_the_last_bit(off, a, weights):
     assert aggregator.needs_precision == (off == "ones")
     if off != "ones":
         updates = [news("abc"[i], state, schema, i, evidence=[10, 301, 43][i]) for i in range(3)]
-        merged = merge(BayesianAggregator(a=a), state, schema, updates)
+        merged = merge(bayes(a=a), state, schema, updates)
         plainly = merge(FedAvg(weights), state, schema, updates)
         assert not torch.equal(merged["encoder.0.weight"], plainly["encoder.0.weight"])
 
@@ -117,7 +121,7 @@ def test_a_louder_loss_buys_no_weight(kind):
     for block in loud[1].blocks.values():
         block.precision = {key: value * 2**20 for key, value in block.precision.items()}
         block.scale = {key: value * 2**20 for key, value in block.scale.items()}
-    one, other = merge(BayesianAggregator(), state, schema, quiet), merge(BayesianAggregator(), state, schema, loud)
+    one, other = merge(bayes(), state, schema, quiet), merge(bayes(), state, schema, loud)
     for key, value in one.items():
         torch.testing.assert_close(value, other[key], rtol=1e-6, atol=1e-7)
 
@@ -148,7 +152,7 @@ def one_number(site, state, change, precision, round=0, evidence=1):
 def test_sites_weigh_one_over_within_and_between():
     state = start()
     made = {"a": (1.0, 1.0, 5), "b": (2.0, 1.0, 1), "c": (4.0, 2.0, 2)}
-    aggregator = BayesianAggregator(between=True)
+    aggregator = bayes(between=True)
     merged = merge(aggregator, state, SCHEMA, [one_number(s, state, d, p, evidence=n) for s, (d, p, n) in made.items()])
     assert aggregator.variances["w"] == pytest.approx(1.9, rel=1e-6)
     weights = [1 / (1 / p + 1.9) for _, p, _ in made.values()]
@@ -159,7 +163,7 @@ def test_sites_weigh_one_over_within_and_between():
 
 def test_a_factor_is_replaced_and_never_counted_twice():
     state = start()
-    aggregator = BayesianAggregator(gamma=0.5)
+    aggregator = bayes(gamma=0.5)
     for number, (a, b) in enumerate([(3.0, 5.0), (4.0, 6.0), (2.0, 7.0)]):
         updates = [one_number("a", state, 0.1, a, number), one_number("b", state, 0.1, b, number)]
         state = merge(aggregator, state, SCHEMA, updates)
@@ -175,7 +179,7 @@ def test_a_factor_is_replaced_and_never_counted_twice():
 
 def test_a_repeated_attempt_at_a_round_ages_and_counts_nothing():
     state = start()
-    aggregator = BayesianAggregator(gamma=0.5)
+    aggregator = bayes(gamma=0.5)
     first = merge(aggregator, state, SCHEMA, [one_number(s, state, 0.1, 4.0) for s in "ab"])
     for _ in range(2):
         merge(aggregator, first, SCHEMA, [one_number("a", first, 0.1, 4.0, 1)])
@@ -186,7 +190,7 @@ def test_a_repeated_attempt_at_a_round_ages_and_counts_nothing():
 @pytest.mark.parametrize("remember", [True, False])
 def test_an_absent_site_is_remembered_as_much_as_asked(gamma, remember):
     state = start()
-    aggregator = BayesianAggregator(remember=remember, gamma=gamma)
+    aggregator = bayes(remember=remember, gamma=gamma)
     state = merge(aggregator, state, SCHEMA, [one_number(s, state, d, 1.0) for s, d in {"a": 1.0, "b": 3.0}.items()])
     # both moved to +2; b's own weights stay 1 above that
     merged = merge(aggregator, state, SCHEMA, [one_number("a", state, 0.0, 1.0, 1)])
@@ -197,7 +201,7 @@ def test_an_absent_site_is_remembered_as_much_as_asked(gamma, remember):
 
 def test_remembering_changes_nothing_while_every_site_is_there():
     state, schema = toy()
-    plain, remembering, other = BayesianAggregator(a=1), BayesianAggregator(a=1, remember=True), state
+    plain, remembering, other = bayes(a=1), bayes(a=1, remember=True), state
     for number in range(3):
         updates = [news("abc"[i], state, schema, 3 * number + i, evidence=i + 1, round=number) for i in range(3)]
         state, other = merge(plain, state, schema, updates), merge(remembering, other, schema, updates)
@@ -208,7 +212,7 @@ def test_remembering_changes_nothing_while_every_site_is_there():
 def test_personal_models_lie_between_the_global_and_the_own_weights(between):
     state = start()
     made = {site: quadratic(site, state, i, 50, tasks=site != "c") for i, site in enumerate("abc")}
-    aggregator = BayesianAggregator(personal_models=True, between=between)
+    aggregator = bayes(personal_models=True, between=between)
     merged = merge(aggregator, state, SCHEMA, [update for update, _ in made.values()])
     for site, (_, facts) in made.items():
         own, personal = facts["w"][0], aggregator.personal(site, merged)["w"]
@@ -218,14 +222,14 @@ def test_personal_models_lie_between_the_global_and_the_own_weights(between):
         torch.testing.assert_close(share, expected, rtol=1e-2, atol=1e-2)
     assert torch.equal(aggregator.personal("c", merged)["v"], merged["v"])  # it never saw that task
     assert all(torch.equal(v, merged[k]) for k, v in aggregator.personal("new", merged).items())
-    assert BayesianAggregator().personal("a", merged) is None
+    assert bayes().personal("a", merged) is None
 
 
 def test_personal_models_are_the_global_one_where_sites_do_not_differ_and_their_own_where_they_do():
     state = start()
     alike, apart = {"a": 0.1, "b": 0.1001}, {"a": -100.0, "b": 100.0}
     for changes, expected in ((alike, lambda d, mean: mean), (apart, lambda d, mean: d)):
-        aggregator = BayesianAggregator(personal_models=True)
+        aggregator = bayes(personal_models=True)
         merged = merge(aggregator, state, SCHEMA, [one_number(s, state, d, 1.0) for s, d in changes.items()])
         for site, change in changes.items():
             torch.testing.assert_close(
@@ -238,7 +242,7 @@ def test_personal_models_are_the_global_one_where_sites_do_not_differ_and_their_
 
 def test_the_prior_pull_is_fedprox_until_the_server_knows_more():
     state, schema = toy()
-    aggregator = BayesianAggregator(beta=0.3)
+    aggregator = bayes(beta=0.3)
     name, moved = "encoder.0.weight", state["encoder.0.weight"] + torch.randn(5, 6)
     plain = FedProx(0.3).local_rule("a").gradient(name, moved, state[name])
     assert torch.equal(aggregator.local_rule("a").gradient(name, moved, state[name]), plain)
@@ -248,26 +252,77 @@ def test_the_prior_pull_is_fedprox_until_the_server_knows_more():
     torch.testing.assert_close(ratio.mean(), torch.tensor(1.0))
     torch.testing.assert_close(ratio, ratio[:, :1].expand(5, 6))  # one number an output row
     assert ratio.std() > 0.05
-    assert BayesianAggregator(beta=0.3, rho=0.0).local_rule("a").precision == {}
-    assert BayesianAggregator().local_rule("a").gradient(name, moved, state[name]) is None
+    assert bayes(beta=0.3, rho=0.0).local_rule("a").precision == {}
+    assert bayes().local_rule("a").gradient(name, moved, state[name]) is None
 
 
 def test_sites_are_asked_for_precision_of_the_configured_grain():
     raw = {"w": torch.rand(6, 4) + 0.01, "v": torch.rand(3) + 0.01}
     shapes = {"element": (6, 4), "row": (6, 1), "tensor": ()}
     for granularity, shape in shapes.items():
-        aggregator = BayesianAggregator(granularity=granularity, rho=1)
+        aggregator = bayes(granularity=granularity, rho=1)
         relative, scale = aggregator.relative(raw)
         assert torch.broadcast_shapes(relative["w"].shape, (6, 4)) == (6, 4)
         assert relative["w"].numel() == math.prod(shape)
         assert scale["w"] == pytest.approx(float(raw["w"].mean()), rel=1e-4)
-    assert isinstance(BayesianAggregator().curvature, SquaredGradients)
-    assert not BayesianAggregator(NoCurvature()).needs_precision
+    assert isinstance(bayes().curvature, SquaredGradients)
+    assert not bayes(NoCurvature()).needs_precision
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rho": 1.5}, {"a": -0.1}, {"gamma": 2.0}, {"kappa": -1.0}, {"beta": -1.0}, {"granularity": "head"}]
+    "wrong",
+    [
+        {"rho": 1.5},
+        {"a": -0.1},
+        {"b": 2.0},
+        {"momentum": 1.0},
+        {"gamma": 2.0},
+        {"kappa": -1.0},
+        {"beta": -1.0},
+        {"granularity": "head"},
+    ],
 )
 def test_numbers_out_of_range_are_named(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        BayesianAggregator(**wrong)
+        bayes(**wrong)
+
+
+def test_momentum_without_curvature_is_fedavgm_to_the_last_bit():
+    state, schema = toy()
+    aggregator = BayesianAggregator(rho=0.0, b=0.0, a=1.0, momentum=0.6, eta=0.8)
+    plain, other = FedAvgM(0.6, 0.8), state
+    for number in range(3):
+        updates = [news("abc"[i], state, schema, 10 * number + i, evidence=i + 1, round=number) for i in range(3)]
+        state, other = merge(aggregator, state, schema, updates), merge(plain, other, schema, updates)
+        assert all(torch.equal(value, other[key]) for key, value in state.items())
+
+
+def test_steps_that_agree_add_up():
+    first = start()
+    aggregator, state = BayesianAggregator(momentum=0.5), first
+    for number in range(12):
+        before = state
+        state = merge(aggregator, state, SCHEMA, [one_number(site, state, 1.0, 1.0, number) for site in "ab"])
+    torch.testing.assert_close(state["w"] - before["w"], torch.full((6, 4), 2.0), rtol=1e-3, atol=1e-3)
+    assert torch.equal(state["v"], first["v"])
+
+
+@pytest.mark.parametrize("b", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("scales, told", [([4.0, 0.25], [4.0, 0.25]), ([1e9, 1e-9], [10.0, 0.1])])
+def test_mean_curvature_counts_to_the_power_asked_for_and_no_more_than_tenfold(b, scales, told):
+    state, aggregator = start(), bayes(b=b, kappa=0)
+    for number, levels in enumerate([[1.0, 1.0], scales]):
+        made = [quadratic("ab"[i], state, i, 50, scale, round=number) for i, scale in enumerate(levels)]
+        merged = merge(aggregator, state, SCHEMA, [update for update, _ in made])
+    relative = [facts["w"][1].double() / scale for scale, (_, facts) in zip(scales, made, strict=True)]
+    weights = [level**b * r for level, r in zip(told, relative, strict=True)]
+    optima = [facts["w"][0].double() for _, facts in made]
+    expected = sum(w * o for w, o in zip(weights, optima, strict=True)) / sum(weights)
+    torch.testing.assert_close(merged["w"], expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_round_knows_no_level_to_be_louder_than():
+    state = start()
+    updates = [quadratic("ab"[i], state, i, 50, scale)[0] for i, scale in enumerate([4.0, 0.25])]
+    one, other = (merge(bayes(b=b), state, SCHEMA, updates) for b in (0.0, 0.5))
+    assert torch.equal(one["w"], other["w"])

@@ -32,9 +32,9 @@ def round_of(aggregator, updates, state, schema, most=4096):
 WEIGHTED = {
     "fedavg": lambda: FedAvg(),
     "equal": lambda: FedAvg("equal"),
-    "bayes": lambda: BayesianAggregator(a=0.5),
-    "row": lambda: BayesianAggregator(granularity="row"),
-    "between": lambda: BayesianAggregator(between=True),
+    "bayes": lambda: BayesianAggregator(momentum=0, a=0.5),
+    "row": lambda: BayesianAggregator(momentum=0, granularity="row"),
+    "between": lambda: BayesianAggregator(momentum=0, between=True),
     "bn": lambda: FedBN(),
 }
 

@@ -184,7 +184,7 @@ def test_the_keystream_is_shake256_and_its_normals_are_normal():
 
 AGGREGATORS = {
     "bayes": lambda: BayesianAggregator(),
-    "bayes_counts": lambda: BayesianAggregator(a=1.0, rho=1.0, kappa=0.0),
+    "bayes_counts": lambda: BayesianAggregator(a=1.0, rho=1.0, kappa=0.0, momentum=0.0),
     "bayes_row": lambda: BayesianAggregator(granularity="row"),
     "fedavg": lambda: FedAvg(),
     "bn": lambda: FedBN(),
@@ -230,6 +230,7 @@ def test_a_task_nobody_labelled_stays_and_who_labelled_one_does_not_show():
         BayesianAggregator(between=True),
         BayesianAggregator(personal_models=True),
         BayesianAggregator(beta=0.1),
+        BayesianAggregator(b=0.5),
     ],
 )
 def test_what_looks_at_single_updates_is_refused(aggregator):
