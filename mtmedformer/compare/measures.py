@@ -81,6 +81,7 @@ def measures(cell: Cell, metric: str, yardstick: Cell | None, higher_is_better: 
         "processor_seconds": cell.state.get("processor_seconds"),
         "rounds": len(rounds.get("bytes", [])) or None,
         "bytes": sum(rounds.get("bytes", [])) or None,
+        "bytes_down": sum(rounds.get("bytes_down", [])) or None,
         "rounds_to_95": None,
         "bytes_to_95": None,
         "seconds_to_95": None,

@@ -21,6 +21,7 @@ COSTS = {
     "processor_seconds": "of a processor",
     "rounds": "rounds",
     "bytes": "MB sent by sites",
+    "bytes_down": "MB sent to sites",
     "rounds_to_95": "rounds to 95 %",
     "bytes_to_95": "MB to 95 %",
     "seconds_to_95": "seconds to 95 %",
@@ -85,7 +86,7 @@ def _metric(comparison: Mapping[str, Any], name: str, deciding: bool, page: Any)
 
     told, reference = comparison["metrics"][name], comparison["reference"]
     direction = "more is better" if told["higher_is_better"] else "less is better"
-    parts = [page.table(_rows(comparison, told, page), _columns(reference), f"{name}; {direction}")]
+    parts = [page.table(_rows(comparison, told, page), _columns(comparison, told), f"{name}; {direction}")]
     if told["differences"]:
         drawing = forest(told, name, reference, page.STYLE, page.INK)
         parts.append(
@@ -104,9 +105,15 @@ def _metric(comparison: Mapping[str, Any], name: str, deciding: bool, page: Any)
     return page.join(*parts)
 
 
-def _columns(reference: str) -> list[str]:
-    difference = f"difference from {reference}"
-    return ["variant", "mean", "worst site", difference, "p (Holm)", "verdict", "at the worst site"]
+def _columns(comparison: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
+    share = [f"of {comparison['yardstick']}"] if _measured(told) else []
+    difference = f"difference from {comparison['reference']}"
+    return ["variant", "mean", *share, "worst site", difference, "p (Holm)", "verdict", "at the worst site"]
+
+
+def _measured(told: Mapping[str, Any]) -> bool:
+    """Return whether a metric has a yardstick's value to be measured by."""
+    return any(math.isfinite(value["share"]) for value in told["values"].values())
 
 
 def _rows(comparison: Mapping[str, Any], told: Mapping[str, Any], page: Any) -> list[list[Any]]:
@@ -120,6 +127,7 @@ def _rows(comparison: Mapping[str, Any], told: Mapping[str, Any], page: Any) -> 
             [
                 f"{name}{mark}",
                 value["mean"]["value"],
+                *([f"{value['share']:.1%}" if math.isfinite(value["share"]) else "–"] if _measured(told) else []),
                 f"{page.number(value['worst']['value'])}{site}",
                 _interval(mean, page),
                 _p(mean.get("p_holm")),

@@ -78,6 +78,9 @@ def _metric(study: Study, metric: str, names: Sequence[str], panels: Panels) -> 
     higher = higher_is_better(metric)
     found = {name: panels.panel(name, metric) for name in names}
     values = {name: _value(panel, higher) for name, panel in found.items()}
+    yardstick = values[study.yardstick]["mean"]["value"] if study.yardstick in values and higher else math.nan
+    for value in values.values():
+        value["share"] = value["mean"]["value"] / yardstick if yardstick else math.nan
     differences: dict[str, Any] = {}
     if study.reference in found:
         others = [name for name in names if name != study.reference]
@@ -186,7 +189,7 @@ def write_json_report(comparison: Mapping[str, Any], file: Path) -> None:
 
 def write_csv(comparison: Mapping[str, Any], file: Path) -> None:
     """Write a row a metric and variant: value, worst site, difference from the reference, verdict."""
-    columns = ["metric", "variant", "judged", "runs", "mean", "mean_low", "mean_high", "worst_site", "worst"]
+    columns = ["metric", "variant", "judged", "runs", "mean", "mean_low", "mean_high", "share", "worst_site", "worst"]
     columns += ["difference", "low", "high", "p", "p_holm", "verdict"]
     columns += ["worst_difference", "worst_low", "worst_high", "worst_verdict"]
     partial = file.with_suffix(".partial")
@@ -211,6 +214,7 @@ def _csv_row(
         "mean": value["mean"]["value"],
         "mean_low": value["mean"]["low"],
         "mean_high": value["mean"]["high"],
+        "share": value["share"],
         "worst_site": value["worst_site"],
         "worst": value["worst"]["value"],
         "difference": mean.get("value"),

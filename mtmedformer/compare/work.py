@@ -100,15 +100,23 @@ def _keeps_no_global_model(folder: Path) -> bool:
 
 
 def _rounds(checkpoint: Path) -> dict[str, Any]:
-    """Return what each round of a federation took: bytes sent by all sites, and seconds."""
+    """Return what each round of a federation took: bytes that all sites sent and were sent, and seconds."""
     import torch
 
     stored = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
     history = stored.get("callbacks", {}).get("Federation", {}).get("history", [])
+    weights = sum(value.numel() * value.element_size() for value in stored["state_dict"].values())
     return {
+        "bytes_down": [len(_asked(one)) * weights for one in history],
         "bytes": [sum(int(site.get("bytes", 0)) for site in one["sites"].values()) for one in history],
         "seconds": [float(one["seconds"]) for one in history],
     }
+
+
+def _asked(entry: dict[str, Any]) -> set[str]:
+    """Return the sites that the global weights were sent to in a round."""
+    answered = {site for site, told in entry["sites"].items() if told.get("bytes")}
+    return answered | {fault["site"] for fault in entry.get("faults", [])}
 
 
 if __name__ == "__main__":

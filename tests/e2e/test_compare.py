@@ -114,6 +114,7 @@ def test_the_demo_is_interrupted_goes_on_and_is_compared_without_training_anythi
         "every variant of a run started from the same weights and was judged on the same images"
     )
     assert told["costs"]["equal"]["bytes"] > 1e6
+    assert told["costs"]["equal"]["bytes_down"] == pytest.approx(told["costs"]["equal"]["bytes"], rel=0.05)  # FedAvg
     for cell in cells.glob("*/*/*"):
         files = sorted(file.name for file in (cell / "run/checkpoints").iterdir())
         assert files == ["last.ckpt"], "a finished cell keeps the weights that were judged"

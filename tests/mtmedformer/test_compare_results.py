@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def make_cell(folder, variant, run, dice, *, own=None, by="global", start="same"
     for site, scores in (own or {}).items():
         rows_file(cell.folder / f"run/sites/{site}/test_rows.npz", {site: scores})
     write_json({"encoder": {"hash": f"{start} {run}", "weights": 5}}, cell.folder / "start_weights.json")
-    write_json({"bytes": [100] * 3, "seconds": [1.0, 2.0, 3.0]}, cell.folder / "rounds.json")
+    write_json({"bytes": [100] * 3, "bytes_down": [200] * 3, "seconds": [1.0, 2.0, 3.0]}, cell.folder / "rounds.json")
     lines = [["epoch", "val/lungs/dice", "val/lungs/dice/site=a", "val/lungs/dice/site=b"]]
     lines += [[i, 0.9, value - 0.1, value + 0.1] for i, value in enumerate(curve)]
     with (cell.folder / "run/metrics.csv").open("w", newline="") as file:
@@ -111,6 +112,18 @@ def test_the_mean_goes_over_sites_and_the_worst_site_is_named(made):
     assert set(value["by_run"]) == {"seed0", "seed1", "seed2"}
 
 
+def test_every_variant_is_measured_by_the_yardstick(made):
+    values = made[0]["metrics"]["test/lungs/dice"]["values"]
+    assert values["better"]["share"] == 1
+    assert values["plain"]["share"] == pytest.approx(
+        values["plain"]["mean"]["value"] / values["better"]["mean"]["value"]
+    )
+    assert "of better" in render(made[0])
+    alone = compare(make_study(yardstick=None), made[1], "test", replicates=50)
+    assert math.isnan(alone["metrics"]["test/lungs/dice"]["values"]["plain"]["share"])
+    assert "of better" not in render(alone)
+
+
 def test_means_may_go_over_images(made):
     told = compare(make_study(average="images"), made[1], "test", replicates=50)
     every = np.mean([np.concatenate(list(scores(seed).values())).mean() for seed in range(3)])
@@ -140,6 +153,7 @@ def test_costs_and_how_soon_the_yardstick_is_nearly_reached(made, tmp_path):
         "processor_seconds": 8.0,
         "rounds": 3,
         "bytes": 300,
+        "bytes_down": 600,
         "rounds_to_95": 2,
         "bytes_to_95": 200,
         "seconds_to_95": 3.0,
