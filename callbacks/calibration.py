@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from mtmedformer.metrics.task_metrics import TaskMetrics
 from mtmedformer.metrics.temperature import LOG_TEMPERATURES, TemperatureSums
 from mtmedformer.module import MultiTaskModule
 from mtmedformer.thresholds import OperatingPoint, box_performance, box_threshold, class_performance, class_threshold
+from mtmedformer.whole_files import whole
 
 POINTS = ("sensitivity=0.9", "youden", "f1", "fp_per_image=1")
 
@@ -166,10 +166,8 @@ class ReliabilityReport(Callback):
             self._write(Path(self.folder or trainer.default_root_dir, "reliability.json"))
 
     def _write(self, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(_without_nan(self.facts), indent=1) + "\n")
-        os.replace(partial, file)
+        with whole(file) as part:
+            part.write_text(json.dumps(_without_nan(self.facts), indent=1) + "\n")
         rows = {name: facts for name, facts in self.facts.items() if "ece_raw" in facts}
         if not rows:
             return

@@ -26,6 +26,7 @@ from datamodules.quarantine import Issue
 from datamodules.records import Record
 from datamodules.rendering import Rendered, Report
 from mtmedformer.errors import DataError
+from mtmedformer.whole_files import whole
 
 log = logging.getLogger(__name__)
 
@@ -74,15 +75,9 @@ class Cache:
         if self.folder is None:
             self.memory[key] = entry
             return
-        path = self.path(key)
-        part = path.with_name(f".{key}.{os.getpid()}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with whole(self.path(key)) as part:
                 save_entry(entry, part)
-                os.replace(part, path)
-            finally:
-                part.unlink(missing_ok=True)
         except OSError as error:
             raise self._refusal(error) from error
 

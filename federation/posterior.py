@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from federation.blocks import Schema, State
 from federation.update import BlockUpdate, Update
 from mtmedformer.errors import ConfigError, DataError
+from mtmedformer.whole_files import whole
 
 FLOOR = 1e-6  # of the mean precision of a tensor: what a site knows nothing of goes by the other sites, never by 0/0
 SILENT = 1e-12  # curvature of a tensor no gradient ever reached
@@ -210,13 +210,9 @@ class Posterior:
         """Write the posterior as safetensors, whole or not at all."""
         tensors = {f"{kind}|{k}": v for kind in ("mean", "precision") for k, v in getattr(self, kind).items()}
         facts = {"blocks": self.blocks, "sites": self.sites, "tuning": self.tuning}
-        partial = file.with_suffix(".partial")
-        save_file(
-            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
-            partial,
-            metadata={"posterior": json.dumps(facts)},
-        )
-        os.replace(partial, file)
+        plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        with whole(file) as part:
+            save_file(plain, part, metadata={"posterior": json.dumps(facts)})
 
     @classmethod
     def load(cls, file: Path) -> Posterior:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from mtmedformer.errors import DataError
+from mtmedformer.whole_files import whole
 
 State = Literal["running", "degraded", "failed", "finished"]
 EXIT_CODES: dict[State, int] = {"running": 0, "finished": 0, "failed": 1, "degraded": 3}
@@ -52,11 +53,9 @@ def write_state(folder: Path, state: State, reason: str, round: int, rounds: int
     """Write ``run_state.json``, whole or not at all, and return what it says."""
     own = os.getpid()
     said = RunState(state, reason, round, rounds, ended, own, _started(own), socket.gethostname())
-    partial = folder / "run_state.partial"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(asdict(said), indent=1) + "\n")
-        os.replace(partial, folder / "run_state.json")
+        with whole(folder / "run_state.json") as part:
+            part.write_text(json.dumps(asdict(said), indent=1) + "\n")
     except OSError as error:  # a full disk must not hide why the run ends
         print(f"run_state.json: cannot be written ({error.strerror}); the run is {state}: {reason}", file=sys.stderr)
     return said

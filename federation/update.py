@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from federation.rounding import Rounding, decoded, encoded
 from mtmedformer.errors import DataError
+from mtmedformer.whole_files import whole
 
 FACTS = ("site", "round", "base", "schema", "metrics", "samples", "steps", "seconds", "rounding")
 """What the header of an update says besides its blocks."""
@@ -101,10 +101,9 @@ class Update:
 
 def save_update(update: Update, file: Path) -> None:
     """Write an update as safetensors, whole or not at all."""
-    partial = file.with_suffix(".partial")
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in update.tensors().items()}
-    save_file(tensors, partial, metadata={"update": json.dumps(update.header())})
-    os.replace(partial, file)
+    with whole(file) as part:
+        save_file(tensors, part, metadata={"update": json.dumps(update.header())})
 
 
 def load_update(file: Path) -> Update:

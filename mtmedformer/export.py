@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +33,7 @@ from mtmedformer.stored_model import (
     read_model,
 )
 from mtmedformer.tool_parser import ToolParser
+from mtmedformer.whole_files import whole
 
 Format = Literal["onnx", "safetensors", "both"]
 
@@ -146,14 +146,12 @@ def _size(module: MultiTaskModule, stored: StoredModel) -> tuple[int, int]:
 def _write(folder: Path, files: dict[str, bytes], digest: str) -> None:
     """Write the files, each whole or not at all; what an export of the same model left and this one lacks stays."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if (folder / ABOUT).is_file():
             earlier = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
             if earlier.get("weights") != digest:
                 raise ConfigError(f"--output {folder}: holds an export of another model; choose another folder")
         for name, content in files.items():
-            partial = folder / f"{name}.partial"
-            partial.write_bytes(content)
-            os.replace(partial, folder / name)
+            with whole(folder / name) as part:
+                part.write_bytes(content)
     except OSError as error:
         raise ConfigError(f"--output {folder}: {error.strerror or error}; choose a folder to write in") from error

@@ -8,13 +8,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.prediction.prediction_files import PredictionFolder, predictions_root, whole
+from callbacks.prediction.prediction_files import PredictionFolder, predictions_root
 from mtmedformer.batch import Batch
 from mtmedformer.errors import ConfigError
 from mtmedformer.explanation import attention_map, grad_cam
 from mtmedformer.heads.head import TaskHead
 from mtmedformer.map_picture import HeatMap, maps_figure
 from mtmedformer.module import MultiTaskModule
+from mtmedformer.whole_files import whole
 
 
 class Explanations(Callback):

@@ -11,13 +11,14 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from callbacks.prediction.dicom_outputs import DicomOutputs
-from callbacks.prediction.prediction_files import PredictionFolder, whole
+from callbacks.prediction.prediction_files import PredictionFolder
 from mtmedformer.batch import Meta, Task
 from mtmedformer.digests import file_digest
 from mtmedformer.errors import DataError
 from mtmedformer.findings import NOTE, Findings, FoundBox
 from mtmedformer.frames import Bytes, Floats
 from mtmedformer.prediction_picture import prediction_figure, preview_from_input, preview_of
+from mtmedformer.whole_files import whole
 
 Json = dict[str, Any]
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.prediction.prediction_files import PredictionFolder, predictions_root, whole
+from callbacks.prediction.prediction_files import PredictionFolder, predictions_root
 from callbacks.rounds.posterior import FILE
 from callbacks.rounds.round_words import say
 from federation.client import state_of
@@ -24,6 +24,7 @@ from mtmedformer.findings import NOTE, UNCERTAINTY, inside_original
 from mtmedformer.frames import boxes_in_original
 from mtmedformer.map_picture import HeatMap, maps_figure
 from mtmedformer.module import MultiTaskModule
+from mtmedformer.whole_files import whole
 
 
 class PosteriorPrediction(Callback):

@@ -8,16 +8,15 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mtmedformer.digests import file_digest
 from mtmedformer.errors import ConfigError
 from mtmedformer.findings import ABOUT, NOTE
+from mtmedformer.whole_files import whole
 
 Json = dict[str, Any]
 
@@ -34,18 +33,6 @@ def predictions_root(trainer: Any, given: str | None = None) -> Path:
     """
     of_writer = (getattr(callback, "predictions_root", None) for callback in trainer.callbacks)
     return Path(given or next(filter(None, of_writer), None) or Path(trainer.default_root_dir, "predictions"))
-
-
-@contextmanager
-def whole(file: Path) -> Iterator[Path]:
-    """Yield a path to write to, which becomes ``file`` only once all is written."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name[-80:]}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def safe_name(name: str) -> str:

@@ -10,7 +10,6 @@ import hashlib
 import html
 import io
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+
+from mtmedformer.whole_files import whole
 
 INK, FAINT = "#20242a", "#8b929c"
 """Text and grid of a plot; ``INK`` becomes the colour of the page's text, in the light and in the dark."""
@@ -166,10 +167,8 @@ def page(title: str, subtitle: str, sections: Sequence[tuple[str, Html]], summar
 
 def write_page(file: Path, text: str) -> None:
     """Write a page, whole or not at all."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    with whole(file) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def table(rows: Iterable[Sequence[Any]], columns: Sequence[str], caption: str = "", digits: int = 3) -> Html:

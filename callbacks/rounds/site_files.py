@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from federation.blocks import State
 from federation.datamodule import Site
+from mtmedformer.whole_files import whole
 
 
 def write_quarantine(run: Path, name: str, site: Site) -> None:
@@ -20,9 +20,8 @@ def write_quarantine(run: Path, name: str, site: Site) -> None:
 
 def write_model(run: Path, name: str, state: State) -> None:
     """Write a site's own model, whole or not at all; it loads with ``model.init_weights``."""
-    folder = _folder(run, name)
-    save_file({key: value.contiguous().clone() for key, value in state.items()}, folder / "model.partial")
-    os.replace(folder / "model.partial", folder / "model.safetensors")
+    with whole(_folder(run, name) / "model.safetensors") as part:
+        save_file({key: value.contiguous().clone() for key, value in state.items()}, part)
 
 
 def _folder(run: Path, name: str) -> Path:

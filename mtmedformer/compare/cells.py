@@ -6,7 +6,6 @@ import ast
 import copy
 import hashlib
 import json
-import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, Literal
 from mtmedformer.compare.configuration import data_sets, essence, resolved, write_config
 from mtmedformer.compare.study import Study
 from mtmedformer.errors import ConfigError
+from mtmedformer.whole_files import whole
 
 Split = Literal["test", "val"]
 
@@ -201,6 +201,5 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def write_json(value: Any, file: Path) -> None:
     """Write JSON, whole or not at all."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, file)
+    with whole(file) as part:
+        part.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 
 from mtmedformer.compare.study import Study, Variant
 from mtmedformer.errors import ConfigError
+from mtmedformer.whole_files import whole
 
 WITHOUT_EFFECT = {
     "default_root_dir",
@@ -93,9 +93,8 @@ def parse_value(text: str) -> Any:
 
 def write_config(config: dict[str, Any], file: Path) -> None:
     """Write a configuration, whole or not at all."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(yaml.safe_dump(config, sort_keys=False))
-    os.replace(partial, file)
+    with whole(file) as part:
+        part.write_text(yaml.safe_dump(config, sort_keys=False))
 
 
 def read_config(file: Path) -> dict[str, Any]:

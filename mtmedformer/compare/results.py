@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from mtmedformer.compare.panels import Panels, paired
 from mtmedformer.compare.statistics import Estimate, Panel, Summary, estimate, holm, verdict
 from mtmedformer.compare.study import Study, metric_words
 from mtmedformer.errors import ConfigError
+from mtmedformer.whole_files import whole
 
 LOWER_IS_BETTER = ("hd95", "nll", "ece", "loss", "brier", "aurc")
 
@@ -183,7 +183,6 @@ def _remarks(
 
 def write_json_report(comparison: Mapping[str, Any], file: Path) -> None:
     """Write a comparison as JSON, NaN as null."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_json(_plain(comparison), file)
 
 
@@ -192,14 +191,12 @@ def write_csv(comparison: Mapping[str, Any], file: Path) -> None:
     columns = ["metric", "variant", "judged", "runs", "mean", "mean_low", "mean_high", "share", "worst_site", "worst"]
     columns += ["difference", "low", "high", "p", "p_holm", "verdict"]
     columns += ["worst_difference", "worst_low", "worst_high", "worst_verdict"]
-    partial = file.with_suffix(".partial")
-    with partial.open("w", newline="") as out:
+    with whole(file) as part, part.open("w", newline="") as out:
         writer = csv.DictWriter(out, columns)
         writer.writeheader()
         for metric, told in comparison["metrics"].items():
             for name, value in told["values"].items():
                 writer.writerow(_plain(_csv_row(comparison, metric, name, value, told["differences"].get(name, {}))))
-    os.replace(partial, file)
 
 
 def _csv_row(

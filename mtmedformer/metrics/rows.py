@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from mtmedformer.metrics.detection import DetectionMetrics
 from mtmedformer.metrics.referral import ReferralMetrics
 from mtmedformer.metrics.segmentation import SegmentationMetrics
 from mtmedformer.metrics.task_metrics import Evaluate, TaskMetrics
+from mtmedformer.whole_files import whole
 
 KINDS = (CalibrationMetrics, ClassificationMetrics, DetectionMetrics, ReferralMetrics, SegmentationMetrics)
 """Kinds of metric that a file may name; those of other packages are found once they have been imported."""
@@ -88,11 +88,8 @@ def save_rows(metrics: Mapping[str, TaskMetrics], file: Path, salt: str) -> None
         arrays |= {f"{task}|table|{n}": metric.table(n).numpy() for n in metric.no_rows if n != "images"}
         about[task] = {"class_path": _path(type(metric)), "init_args": _arguments(metric)}
     arrays["about"] = np.array(json.dumps(about))
-    partial = file.with_suffix(".partial")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("wb") as out:
+    with whole(file) as part, part.open("wb") as out:
         np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
-    os.replace(partial, file)
 
 
 def load_rows(files: Sequence[Path]) -> dict[str, TaskRows]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtmedformer.errors import ConfigError
+from mtmedformer.whole_files import whole
 
 PRIMARY = re.compile(r"val/[^/]+/(auroc|map50|dice)")
 """The metric that stands for a task in ``val/score``."""
@@ -90,8 +90,7 @@ def write_csv(rows: Sequence[Row], best_of_all: set[int], file: Path) -> None:
     """Write every trial: its value, parameters, metrics, and whether it lies on the Pareto front."""
     parameters = list({key: None for row in rows for key in row.parameters})
     metrics = sorted({name for row in rows for name in row.metrics})
-    partial = file.with_suffix(".partial")
-    with partial.open("w", newline="") as lines:
+    with whole(file) as part, part.open("w", newline="") as lines:
         writer = csv.writer(lines)
         writer.writerow(["trial", "value", "front", "epoch", "seconds", *parameters, *metrics, "failed"])
         for row in rows:
@@ -100,7 +99,6 @@ def write_csv(rows: Sequence[Row], best_of_all: set[int], file: Path) -> None:
             writer.writerow(
                 [*head, round(row.seconds, 1), *tried, *(row.metrics.get(m, "") for m in metrics), row.reason]
             )
-    os.replace(partial, file)
 
 
 def show(

@@ -21,7 +21,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from callbacks.prediction.prediction_files import PredictionFolder, safe_name, whole
+from callbacks.prediction.prediction_files import PredictionFolder, safe_name
 from callbacks.prediction.prediction_writer import PredictionWriter
 from datamodules.image_folder import ImageFolderDataModule
 from datamodules.transforms import BreastPreset, PlainPreset
@@ -341,17 +341,6 @@ def test_predictions_in_the_image_folder_are_no_images(four):
     predict([four], four / "out", model=model)
     assert model.seen == 0
     assert len(rows_of(four / "out/predictions.csv")) == 4
-
-
-def test_a_failed_write_leaves_nothing(tmp_path):
-    def write() -> None:
-        with whole(tmp_path / "a/b.txt") as part:
-            part.write_text("half")
-            raise OSError("full")
-
-    with pytest.raises(OSError, match="full"):
-        write()
-    assert list((tmp_path / "a").iterdir()) == []
 
 
 def test_names_are_safe_and_different():

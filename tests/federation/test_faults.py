@@ -191,7 +191,7 @@ def test_a_server_that_is_killed_goes_on_to_the_same_bits(tmp_path, without, whe
     assert code == 0, out
     assert equal(of_checkpoint(tmp_path), without("b", []))
     assert read_state(tmp_path).state == "finished"
-    assert not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob("*.part*"))
 
 
 @pytest.mark.slow
@@ -219,7 +219,7 @@ def test_a_full_disk_ends_the_run_in_words_and_leaves_the_last_checkpoint_whole(
     said = read_state(tmp_path)
     assert (said.state, said.round) == ("failed", 3)
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
-    assert not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob("*.part*"))
     code, out = finished(start(tmp_path, resume=True))
     assert code == 0, out
     assert equal(of_checkpoint(tmp_path), without("b", []))

@@ -1,0 +1,51 @@
+"""Files that are written whole or not at all."""
+
+import pytest
+
+from mtmedformer.whole_files import whole
+
+
+def test_what_was_written_takes_the_place_of_the_old_file(tmp_path):
+    file = tmp_path / "facts.json"
+    file.write_text("old")
+    with whole(file) as part:
+        part.write_text("new")
+        assert file.read_text() == "old", "nothing is in its place before all is written"
+    assert file.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_missing_folders_are_made(tmp_path):
+    with whole(tmp_path / "a/b/facts.json") as part:
+        part.write_text("new")
+    assert (tmp_path / "a/b/facts.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("written", [True, False])
+def test_an_exception_leaves_the_old_file_and_no_partial_one(tmp_path, error, written):
+    def write() -> None:
+        with whole(file) as part:
+            if written:
+                part.write_text("half")
+            raise error("full")
+
+    file = tmp_path / "facts.json"
+    file.write_text("old")
+    with pytest.raises(error, match="full"):
+        write()
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_that_cannot_take_its_place_leaves_no_partial_one(tmp_path):
+    (tmp_path / "facts.json").mkdir()
+    with pytest.raises(OSError), whole(tmp_path / "facts.json") as part:
+        part.write_text("new")
+    assert list(tmp_path.iterdir()) == [tmp_path / "facts.json"]
+
+
+def test_long_names(tmp_path):
+    with whole(tmp_path / ("x" * 250 + ".txt")) as part:
+        part.write_text("new")
+    assert [len(file.name) for file in tmp_path.iterdir()] == [254]
