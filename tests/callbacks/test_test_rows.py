@@ -149,7 +149,7 @@ def test_the_callback_keeps_probabilities_raw_and_calibrated(tmp_path):
     callback.on_test_batch_end(trainer, module, outputs, batch, 0)
     callback.on_test_epoch_end(trainer, module)
     rows = load_rows([tmp_path / "test_rows.npz"])
-    assert set(rows) == {"lungs", "lesions", "lungs~calibration", "lungs~raw"}
+    assert set(rows) == {"lungs", "lesions", "lungs~calibration", "lungs~raw", "lungs~referral"}
     assert values(rows["lungs~calibration"].evaluate(), 6)["nll"] == pytest.approx(-np.log(0.8), abs=1e-6)
     assert set(rows["lungs"].images.tolist()) < set(rows["lungs~raw"].images.tolist()), "one was not labelled"
     assert values(rows["lungs~raw"].evaluate(), 6)["nll"] == pytest.approx(-np.log(0.5), abs=1e-6)
