@@ -78,9 +78,9 @@ def _metric(study: Study, metric: str, names: Sequence[str], panels: Panels) -> 
     higher = higher_is_better(metric)
     found = {name: panels.panel(name, metric) for name in names}
     values = {name: _value(panel, higher) for name, panel in found.items()}
-    yardstick = values[study.yardstick]["mean"]["value"] if study.yardstick in values and higher else math.nan
+    yardstick = values[study.yardstick]["by_run"] if study.yardstick in values and higher else {}
     for value in values.values():
-        value["share"] = value["mean"]["value"] / yardstick if yardstick else math.nan
+        value["share"] = _share(value["by_run"], yardstick)
     differences: dict[str, Any] = {}
     if study.reference in found:
         others = [name for name in names if name != study.reference]
@@ -116,6 +116,13 @@ def _value(panel: Panel, higher: bool) -> dict[str, Any]:
             for run, row in zip(panel.runs, panel.value, strict=True)
         },
     }
+
+
+def _share(by_run: Mapping[str, float], yardstick: Mapping[str, float]) -> float:
+    """Return a value over the yardstick's, on the runs that both have; NaN where there are none."""
+    common = [run for run in by_run if run in yardstick]
+    reached = sum(yardstick[run] for run in common)
+    return sum(by_run[run] for run in common) / reached if reached else math.nan
 
 
 def _judged(made: Mapping[str, Estimate], higher: bool) -> dict[str, Any]:

@@ -119,6 +119,10 @@ def test_every_variant_is_measured_by_the_yardstick(made):
         values["plain"]["mean"]["value"] / values["better"]["mean"]["value"]
     )
     assert "of better" in render(made[0])
+    fewer = [cell for cell in made[1] if (cell.variant, cell.run) != ("better", "seed2")]
+    few = compare(make_study(), fewer, "test", replicates=50)["metrics"]["test/lungs/dice"]["values"]
+    both = [few["plain"]["by_run"][run] / few["better"]["mean"]["value"] for run in ("seed0", "seed1")]
+    assert few["plain"]["share"] == pytest.approx(np.mean(both)), "on the runs that both have"
     alone = compare(make_study(yardstick=None), made[1], "test", replicates=50)
     assert math.isnan(alone["metrics"]["test/lungs/dice"]["values"]["plain"]["share"])
     assert "of better" not in render(alone)
