@@ -11,6 +11,7 @@ from torch import Tensor
 
 from federation.aggregators.aggregator import LocalRule
 from federation.aggregators.fedavg import FedAvg
+from federation.aggregators.fedopt import gather_momentum
 from federation.aggregators.fedprox import Proximal
 from federation.blocks import Schema, State
 from federation.posterior import Factor, Posterior, SiteMemory, relative_precision
@@ -161,10 +162,7 @@ class BayesianAggregator(FedAvg):
     def step(self, key: str, mean: Tensor) -> Tensor:
         """Return the mean change, what past rounds say of it added, times the length of the server's step."""
         if self.momentum > 0:
-            if key in self._velocity:
-                mean = mean.add_(self._velocity[key], alpha=self.momentum)
-            self._velocity[key] = mean.float()
-            mean = self._velocity[key].double()
+            mean = gather_momentum(self._velocity, key, mean, self.momentum)
         return mean.mul_(self.eta)
 
     def relative(self, curvature: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -33,10 +33,7 @@ class FedAvgM(FedAvg):
 
     def step(self, key: str, mean: Tensor) -> Tensor:
         """Return the momentum times the learning rate, once it has taken the mean change in."""
-        if key in self._moments:
-            mean = mean.add_(self._moments[key], alpha=self.momentum)
-        self._moments[key] = mean.float()
-        return self._moments[key].double().mul_(self.lr)
+        return gather_momentum(self._moments, key, mean, self.momentum).mul_(self.lr)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the momentum of every tensor."""
@@ -45,6 +42,24 @@ class FedAvgM(FedAvg):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the momentum up."""
         self._moments = dict(state["moments"])
+
+
+def gather_momentum(moments: State, key: str, mean: Tensor, momentum: float) -> Tensor:
+    r"""Take a round's mean change into the momentum of a tensor, $m \leftarrow \beta m + \bar\Delta$, and return it.
+
+    Args:
+        moments: Momentum by key, float32; changed in place.
+        key: Name of the tensor.
+        mean: Mean change, float64; may be written to.
+        momentum: $\beta$.
+
+    Returns:
+        The new momentum in float64, rounded as it is kept, so that a resumed run takes the same step.
+    """
+    if key in moments:
+        mean = mean.add_(moments[key], alpha=momentum)
+    moments[key] = mean.float()
+    return moments[key].double()
 
 
 class FedAdam(FedAvg):
