@@ -12,6 +12,7 @@ from torchvision.ops import box_iou
 
 from federation.blocks import State
 from federation.posterior import Posterior
+from mtmedformer.entropy import entropy
 from mtmedformer.errors import ConfigError
 
 LEAST_LOG = 100.0
@@ -38,20 +39,6 @@ class Uncertainty:
             self.entropy.reshape(len(self.entropy), -1).mean(1),
             self.mutual_information.reshape(len(self.mutual_information), -1).mean(1),
         )
-
-
-def entropy(probability: Tensor, classes: int | None = None) -> Tensor:
-    """Return the entropy of probabilities, in nats.
-
-    Args:
-        probability: Probabilities of any shape.
-        classes: Dimension along which they sum to 1; it disappears. ``None``: each is a yes-or-no of its own.
-    """
-    terms: Tensor = torch.special.entr(probability)
-    if classes is None:
-        terms = terms + torch.special.entr(1 - probability)
-        return terms
-    return terms.sum(classes)
 
 
 def uncertainty(samples: Tensor, classes: int | None = None) -> Uncertainty:

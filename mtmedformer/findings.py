@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mtmedformer.batch import Meta, Task
+from mtmedformer.entropy import entropy
 from mtmedformer.frames import Bytes, boxes_in_original, mask_in_original
 
 NOTE = "research use only"
@@ -100,19 +101,14 @@ def entropies(
         if task.kind == "classification":
             p = predictions[name][i].double().cpu()
             exclusive = len(task.classes) > 1 and not task.multi_label
-            value = -torch.special.xlogy(p, p).sum() if exclusive else _binary(p).mean()
+            value = entropy(p, 0) if exclusive else entropy(p).mean()
         elif task.kind == "segmentation":
             p = predictions[name][i].float().cpu()
-            value = _binary(p)[:, inside_original(meta, (p.shape[-2], p.shape[-1]))].mean()
+            value = entropy(p)[:, inside_original(meta, (p.shape[-2], p.shape[-1]))].mean()
         else:
             continue
         found[name] = {"entropy": max(0.0, float(value))}
     return found
-
-
-def _binary(p: Tensor) -> Tensor:
-    entropy: Tensor = -torch.special.xlogy(p, p) - torch.special.xlogy(1 - p, 1 - p)
-    return entropy
 
 
 def inside_original(meta: Meta, size: tuple[int, int]) -> Tensor:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtmedformer.batch import IGNORE, Meta, SegmentationTarget, Task
+from mtmedformer.entropy import entropy
 from mtmedformer.metrics.curves import ratio
 from mtmedformer.metrics.segmentation import binarise, overlap
 from mtmedformer.metrics.task_metrics import Evaluate, Floats, TaskMetrics
@@ -86,8 +87,7 @@ def doubt(probabilities: Tensor, multi_label: bool) -> Tensor:
     """
     p = probabilities.double()
     if multi_label:
-        entropy = -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
+        open_at = entropy(p)
     else:
-        every = torch.cat([p, (1 - p.sum(dim=1, keepdim=True)).clamp_min(0)], dim=1)
-        entropy = -torch.xlogy(every, every)
-    return entropy.flatten(1).sum(dim=1) / p.flatten(1).sum(dim=1).clamp_min(1)
+        open_at = entropy(torch.cat([p, (1 - p.sum(dim=1, keepdim=True)).clamp_min(0)], dim=1), classes=1)
+    return open_at.flatten(1).sum(dim=1) / p.flatten(1).sum(dim=1).clamp_min(1)
