@@ -15,6 +15,13 @@ from mtmedformer.metrics.referral import ReferralMetrics
 from mtmedformer.metrics.rows import save_rows
 from mtmedformer.metrics.task_metrics import TaskMetrics
 
+KEPT = (
+    ("calibration", "{}", ("classification", "segmentation"), CalibrationMetrics),
+    ("raw", "raw/{}", ("classification", "segmentation"), CalibrationMetrics),
+    ("referral", "{}", ("segmentation",), ReferralMetrics),
+)
+"""What is kept of each image's probabilities: its name, the output it is of, the kinds of task, the metric."""
+
 
 class TestRows(Callback):
     """Writes ``test_rows.npz`` after ``test`` and ``val_rows.npz`` after ``validate`` into the run folder.
@@ -44,16 +51,15 @@ class TestRows(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *args: Any
     ) -> None:
         """Keep how likely the truth was held, image by image."""
+        if not isinstance(outputs, dict):
+            return
         for name, task in getattr(pl_module, "tasks", {}).items():
-            for kind, found, made in (
-                ("calibration", name, CalibrationMetrics),
-                ("raw", f"raw/{name}", CalibrationMetrics),
-                ("referral", name, ReferralMetrics),
-            ):
-                wanted = task.kind == "segmentation" or (task.kind == "classification" and kind != "referral")
-                if wanted and isinstance(outputs, dict) and found in outputs:
-                    metric = self._probabilities.setdefault(f"{name}~{kind}", made(task))
-                    metric.update(outputs[found], batch.targets[name], batch.meta)
+            for kind, found, kinds, made in KEPT:
+                if task.kind in kinds and found.format(name) in outputs:
+                    key = f"{name}~{kind}"
+                    if key not in self._probabilities:
+                        self._probabilities[key] = made(task)
+                    self._probabilities[key].update(outputs[found.format(name)], batch.targets[name], batch.meta)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the rows of the test images."""
