@@ -284,9 +284,7 @@ class Federation(L.Callback):
 
     def model_of(self, site: str) -> State:
         """Return the weights that a site would use now: the global ones, with what it keeps for itself."""
-        state = self._target | self.sites.get(site, SiteState()).home
-        personal = self.aggregator.personal(site, self._target)
-        return state | (personal or {}) | self.sites.get(site, SiteState()).own
+        return self.sites.get(site, SiteState()).weights(self._target)
 
     # --- after a round ------------------------------------------------------------------------------------------------
 

@@ -98,10 +98,15 @@ def train_site(
         schedulers=training.schedulers,
         optimizers=training.optimizers if plan.keep_optimizer else [],
         own=memory.own,
+        deviation=memory.deviation,
     )
     personal = aggregator.personal_rule(site)
     if personal is not None:
-        kept.own = _personal(site, template, datamodule, plan, memory, personal, make_trainer, stop)
+        own = _personal(site, template, datamodule, plan, memory, personal, make_trainer, stop)
+        if aggregator.personal_follows:
+            kept.deviation = {key: own[key] - plan.state[key] for key in own if own[key].is_floating_point()}
+        else:
+            kept.own = own
     update = Update(
         site=site,
         round=plan.round,
@@ -185,9 +190,9 @@ def _personal(
     make_trainer: Callable[[], L.Trainer],
     stop: Callable[[], bool],
 ) -> State:
-    """Train the site's personal model on from its own last weights, under a rule of its own."""
+    """Train the site's personal model on from where it stands beside the global one, under a rule of its own."""
     module = copy_module(template)
-    module.load_state_dict(plan.state | memory.home | memory.own)
+    module.load_state_dict(memory.weights(plan.state))
     resting = SiteState(memory.epochs, memory.steps, schedulers=memory.schedulers)
     training = LocalTraining(plan, resting, rule, NoCurvature(), personal_keys(plan.schema), stop)
     _fit(module, datamodule, make_trainer(), training, plan, resting, (plan.seed, plan.round, site, "personal"))

@@ -63,7 +63,8 @@ class SiteState:
         home: Weights that never leave the site, by key.
         schedulers: State of the learning-rate schedules, which run over the whole federation.
         optimizers: State of the optimisers, where it is kept.
-        own: The site's personal model, where it trains one.
+        own: The site's personal model, where it trains one that stands by itself.
+        deviation: What the site's personal model adds to the global one, where it trains one that follows that.
         privacy: What its privacy policy keeps (``federation.accounting.PrivacyMemory``).
     """
 
@@ -73,7 +74,13 @@ class SiteState:
     schedulers: list[dict[str, Any]] = field(default_factory=list)
     optimizers: list[dict[str, Any]] = field(default_factory=list)
     own: State = field(default_factory=dict)
+    deviation: State = field(default_factory=dict)
     privacy: dict[str, Any] = field(default_factory=dict)
+
+    def weights(self, state: State) -> State:
+        """Return the weights the site would use beside some global ones: with all that it keeps for itself."""
+        moved = {key: state[key] + change for key, change in self.deviation.items()}
+        return state | self.home | moved | self.own
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain containers of tensors and numbers, as a checkpoint may hold."""

@@ -115,11 +115,10 @@ class PrivacyPolicy:
             raise ConfigError(
                 "privacy: the Pooled aggregator puts all data in one place; choose another, or no privacy"
             )
-        leans = isinstance(aggregator, BayesianAggregator) and (aggregator.between or aggregator.personal_models)
-        if leans and not self.sends_precision:
+        if isinstance(aggregator, BayesianAggregator) and aggregator.between and not self.sends_precision:
             raise ConfigError(
-                "privacy: aggregator.between and personal_models need the sites' curvature and evidence, which this "
-                "policy keeps at the site; switch them off"
+                "privacy: aggregator.between needs the sites' curvature and evidence, which this policy keeps at the "
+                "site; switch it off"
             )
         if self.noise_multiplier > 0:
             if type(aggregator.local_rule("")).extra is not LocalRule.extra:

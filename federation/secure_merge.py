@@ -79,7 +79,7 @@ def require_sums(aggregator: FedAvg) -> None:
     if not (alone and plain):
         raise ConfigError(
             f"{type(aggregator).__name__} as configured looks at single updates, and secure summation shows none; "
-            "switch between, remember, personal_models and beta off, or choose FedAvg"
+            "switch between, remember and beta off, or choose FedAvg"
         )
     if bayes is not None and bayes.b > 0:
         raise ConfigError(

@@ -55,8 +55,10 @@ class Aggregator(ABC):
         needs_precision: Whether sites must measure and send the precision of their weights.
         curvature: What measures it; each site trains with a copy of its own. ``None`` where nothing is measured.
         personal_norms: Whether normalisation layers stay at each site.
-        personal_models: Whether each site keeps a model of its own beside the global one: trained there under
-            ``personal_rule`` where that is given, else computed by ``personal``.
+        personal_models: Whether each site keeps a model of its own beside the global one, trained there under
+            ``personal_rule``.
+        personal_follows: Whether that model moves along with the global one: the site keeps its deviation from it and
+            not its weights.
         merges: ``False`` means nothing is merged: every site goes on from its own last weights, the global state stays.
         pooled: ``True`` means one site, named ``pooled``, trains on the union of every site's data.
     """
@@ -65,6 +67,7 @@ class Aggregator(ABC):
     curvature: Curvature | None = None
     personal_norms: bool = False
     personal_models: bool = False
+    personal_follows: bool = False
     merges: bool = True
     pooled: bool = False
 
@@ -87,17 +90,9 @@ class Aggregator(ABC):
     def personal_rule(self, site: str) -> LocalRule | None:
         """Return how a site trains its personal model after the global one; ``None`` where it trains none.
 
-        The personal model goes on from its own last weights (in the first round from the global ones); ``start`` in
-        ``LocalRule.gradient`` is the global value at the start of the round, as for the global model.
-        """
-        return None
-
-    def personal(self, site: str, state: State) -> State | None:
-        """Return a site's personal model as the server computes it; ``None`` where it computes none.
-
-        Args:
-            site: Name of the site.
-            state: The global state (CPU tensors, not changed).
+        The personal model goes on from its own last weights, or from its last deviation from the global ones where it
+        follows them (in the first round from the global ones); ``start`` in ``LocalRule.gradient`` is the global value
+        at the start of the round, as for the global model.
         """
         return None
 

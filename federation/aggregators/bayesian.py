@@ -38,8 +38,8 @@ class BayesianAggregator(FedAvg):
     bit: by counts at ``a`` 1, of equal sites at ``a`` 0, on the same sums. The mathematics of the paper that gave the
     product its name are not public; these are ours, derived and compared in ``docs/federation.md``.
 
-    While updates stream in, its sums take two copies of the model, and ``momentum`` one. ``between``, ``remember`` and
-    ``personal_models`` keep every site's weights and precision on the server: one to two copies a site.
+    While updates stream in, its sums take two copies of the model, and ``momentum`` one. ``between`` and
+    ``remember`` keep every site's weights and precision on the server: one to two copies a site.
 
     Args:
         curvature: What measures curvature during a site's training; ``None`` is the running mean of squared gradients,
@@ -66,12 +66,15 @@ class BayesianAggregator(FedAvg):
             merge with ``remember`` or ``between``.
         beta: Pull of local training towards the global weights, weighted by the server's relative precision a row;
             where there is none yet it is FedProx with ``mu = beta``.
-        personal_models: Give each site a model between its own and the global one, nearer to its own the more sites
-            differ and the more the site knows (partial pooling).
+        personal_models: Give each site a model of its own, $w_g + d_k$: it takes every round's news from the global
+            weights, keeps its deviation $d_k$ and trains it on, at the site, which takes a second local training a
+            round.
 
     Raises:
         ConfigError: When a number is out of its range, or the granularity is unknown.
     """
+
+    personal_follows = True
 
     def __init__(
         self,
@@ -111,7 +114,7 @@ class BayesianAggregator(FedAvg):
         self.kappa, self.eta, self.between, self.gamma, self.beta = kappa, eta, between, gamma, beta
         self.remember = remember
         self.personal_models = personal_models
-        self.memory = SiteMemory(weights=between or remember or personal_models)
+        self.memory = SiteMemory(weights=between or remember)
         self._levels: dict[str, float] = {}
         self.variances: dict[str, float] = {}
         """Variance between sites by tensor, where it is estimated."""
@@ -142,7 +145,7 @@ class BayesianAggregator(FedAvg):
         for name, present in sorted(self._sent.items()):
             owners = self.memory.owners(name)
             for key in self._schema.block(name).keys:
-                if self.between or self.personal_models:
+                if self.between:
                     self._estimate(key, owners)
                 for site, factor in owners.items():
                     weight = self._remembered(key, factor)
@@ -186,21 +189,9 @@ class BayesianAggregator(FedAvg):
         blocks = {block.name: block.keys for block in schema.blocks if not block.personal}
         return Posterior(state, self.memory.precision(self.gamma), blocks, self.memory.summary())
 
-    def personal(self, site: str, state: State) -> State | None:
-        r"""Return a site's own model: $w_g + B (w_k - w_g)$, $B = \tau^2 / (\tau^2 + v_k)$, for all it ever trained.
-
-        $\tau^2$ is the tensor's variance between sites, $v_k$ = 1 / (evidence × curvature) the site's own: where sites
-        do not differ it is the global weight, where they differ much it is the site's.
-        """
-        if not self.personal_models:
-            return None
-        own = dict(state)
-        for factor in self.memory.factors.get(site, {}).values():
-            for key, weights in factor.weights.items():
-                between = self.variances.get(key, 0.0)
-                share = between / (between + 1 / self._precision(key, factor))
-                own[key] = torch.lerp(state[key].double(), weights.double(), share).to(weights.dtype)
-        return own
+    def personal_rule(self, site: str) -> LocalRule | None:
+        """Return that a site trains its own model freely; that it rides on the global one ties it enough."""
+        return LocalRule() if self.personal_models else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the site memory, the variances between sites and the momentum of every tensor."""

@@ -95,11 +95,12 @@ def test_interrupted_and_resumed_is_as_if_nothing_happened(tmp_path, name, keep)
         return Federation(AGGREGATORS[name](), optimizer_state=keep)
 
     settings = {"momentum": 0.9, "warmup": 20}
-    _, whole, _ = run(tmp_path / "whole", federation(), rounds=3, module=toy_module(**settings))
+    _, whole, straight = run(tmp_path / "whole", federation(), rounds=3, module=toy_module(**settings))
     module = toy_module(seed=9, **settings)
     checkpoint = tmp_path / "whole" / "epoch=1.ckpt"
     _, resumed, told = run(tmp_path / "more", federation(), rounds=3, module=module, ckpt=checkpoint)
     assert equal(weights(whole), weights(resumed))
+    assert all(equal(straight.model_of(site), told.model_of(site)) for site in straight.sites)
     assert [entry["round"] for entry in told.history] == [0, 1, 2]
 
 
@@ -220,6 +221,20 @@ def test_sites_with_models_of_their_own_are_judged_by_them_and_exported(tmp_path
     own = load_file(tmp_path / "sites" / "a" / "model.safetensors")
     assert torch.equal(own["encoder.2.weight"], federation.sites["a"].home["encoder.2.weight"])
     assert torch.equal(own["encoder.1.weight"], weights(module)["encoder.1.weight"])
+
+
+def test_personal_models_ride_on_the_global_one_which_knows_nothing_of_them(tmp_path):
+    _, plain, _ = run(tmp_path / "plain", Federation(BayesianAggregator()))
+    _, module, federation = run(tmp_path / "own", Federation(BayesianAggregator(personal_models=True)))
+    assert equal(weights(plain), weights(module))
+    shared, own = weights(module), {site: federation.model_of(site) for site in "abc"}
+    assert all(not equal(own[site], shared) for site in "abc")
+    assert not equal(own["a"], own["b"])
+    kept = federation.sites["a"]
+    assert not kept.own
+    later = {key: value + 1 if value.is_floating_point() else value for key, value in shared.items()}
+    for key, value in kept.weights(later).items():  # the news of a round reaches them whole
+        assert torch.allclose(value, own["a"][key] + 1 if value.is_floating_point() else value, atol=1e-6)
 
 
 def test_the_module_gets_its_own_methods_back(tmp_path):

@@ -52,7 +52,7 @@ MEANS: dict[str, Callable[[], Aggregator]] = {
     "bayesian-loud": lambda: BayesianAggregator(b=0.5, momentum=0),
     "bayesian-row": lambda: BayesianAggregator(momentum=0, granularity="row", beta=0.1),
     "bayesian-off": lambda: BayesianAggregator(NoCurvature(), momentum=0),
-    "bayesian-between": lambda: BayesianAggregator(momentum=0, between=True, personal_models=True),
+    "bayesian-between": lambda: BayesianAggregator(momentum=0, between=True),
     "bayesian-remember": lambda: BayesianAggregator(momentum=0, remember=True, gamma=0.5),
 }
 STEPPING: dict[str, Callable[[], Aggregator]] = {
@@ -232,10 +232,6 @@ def test_restarted_is_uninterrupted(make):
         pulls = [a.local_rule(site).gradient("encoder.0.weight", parameter, start) for a in (one, other)]
         assert (pulls[0] is None) == (pulls[1] is None)
         assert pulls[0] is None or torch.equal(pulls[0], pulls[1])
-        personal = [a.personal(site, straight) for a in (one, other)]
-        assert (personal[0] is None) == (personal[1] is None)
-        if personal[0] is not None:
-            same(personal[0], personal[1])
 
 
 @over(MERGING)

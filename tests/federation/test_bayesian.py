@@ -208,38 +208,6 @@ def test_remembering_changes_nothing_while_every_site_is_there():
         assert all(torch.equal(value, other[key]) for key, value in state.items())
 
 
-@pytest.mark.parametrize("between", [True, False])
-def test_personal_models_lie_between_the_global_and_the_own_weights(between):
-    state = start()
-    made = {site: quadratic(site, state, i, 50, tasks=site != "c") for i, site in enumerate("abc")}
-    aggregator = bayes(personal_models=True, between=between)
-    merged = merge(aggregator, state, SCHEMA, [update for update, _ in made.values()])
-    for site, (_, facts) in made.items():
-        own, personal = facts["w"][0], aggregator.personal(site, merged)["w"]
-        share = (personal - merged["w"]) / (own - merged["w"])
-        assert ((share > 0) & (share < 1)).all()
-        expected = aggregator.variances["w"] / (aggregator.variances["w"] + 1 / (50 * facts["w"][1]))
-        torch.testing.assert_close(share, expected, rtol=1e-2, atol=1e-2)
-    assert torch.equal(aggregator.personal("c", merged)["v"], merged["v"])  # it never saw that task
-    assert all(torch.equal(v, merged[k]) for k, v in aggregator.personal("new", merged).items())
-    assert bayes().personal("a", merged) is None
-
-
-def test_personal_models_are_the_global_one_where_sites_do_not_differ_and_their_own_where_they_do():
-    state = start()
-    alike, apart = {"a": 0.1, "b": 0.1001}, {"a": -100.0, "b": 100.0}
-    for changes, expected in ((alike, lambda d, mean: mean), (apart, lambda d, mean: d)):
-        aggregator = bayes(personal_models=True)
-        merged = merge(aggregator, state, SCHEMA, [one_number(s, state, d, 1.0) for s, d in changes.items()])
-        for site, change in changes.items():
-            torch.testing.assert_close(
-                aggregator.personal(site, merged)["w"],
-                state["w"] + expected(change, sum(changes.values()) / 2),
-                rtol=1e-3,
-                atol=1e-3,
-            )
-
-
 def test_the_prior_pull_is_fedprox_until_the_server_knows_more():
     state, schema = toy()
     aggregator = bayes(beta=0.3)

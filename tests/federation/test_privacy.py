@@ -382,8 +382,8 @@ class Plain(nn.Module):
         ({"blocks": ["heads.heart"]}, Plain, FedAvg, "no block is called heads.heart; there are encoder, heads.lungs"),
         ({"clip": 1.0}, Plain, Pooled, "all data in one place"),
         (NOISE, Plain, Scaffold, "Scaffold sends more than the change"),
-        (NOISE, Plain, lambda: BayesianAggregator(between=True), "need the sites' curvature"),
-        ({"precision": False}, Plain, lambda: BayesianAggregator(personal_models=True), "need the sites' curvature"),
+        (NOISE, Plain, lambda: BayesianAggregator(between=True), "needs the sites' curvature"),
+        ({"precision": False}, Plain, lambda: BayesianAggregator(between=True), "needs the sites' curvature"),
         (NOISE, Toy, FedAvg, r"encoder.2 is a BatchNorm1d"),
     ],
 )

@@ -228,7 +228,6 @@ def test_a_task_nobody_labelled_stays_and_who_labelled_one_does_not_show():
         CoordinateMedian(),
         Scaffold(),
         BayesianAggregator(between=True),
-        BayesianAggregator(personal_models=True),
         BayesianAggregator(beta=0.1),
         BayesianAggregator(b=0.5),
     ],
