@@ -27,6 +27,10 @@ def main(argv: Sequence[str]) -> int:
     """
     options = _parser().parse_args(argv)
     study = read_study(options.config, options.form, _overrides(options.set))
+    if options.reference:
+        study = study.against(options.reference)
+    if options.metric:
+        study = study.led_by(options.metric)
     if options.only:
         study = study.only([name.strip() for name in options.only.split(",") if name.strip()])
     if options.seeds:
@@ -44,6 +48,8 @@ def _parser() -> ToolParser:
     parser.add_argument("--form", help="Form of the study, such as small or full; the first by default.")
     parser.add_argument("--seeds", metavar="0,1", help="Seeds to run and compare, some of the study's.")
     parser.add_argument("--only", metavar="A,B", help="Variants to run and compare, beside the reference.")
+    parser.add_argument("--reference", metavar="A", help="What the others are compared with; the study's by default.")
+    parser.add_argument("--metric", metavar="M", help="Which of the study's metrics comes first.")
     parser.add_argument(
         "--set",
         action="append",

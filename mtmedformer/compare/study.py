@@ -74,6 +74,24 @@ class Study:
     tuning: Mapping[str, int] = field(default_factory=dict)
     form: str = ""
 
+    def against(self, reference: str) -> Study:
+        """Return the study with another reference.
+
+        Raises:
+            ConfigError: When there is no such variant.
+        """
+        _choose("--reference", reference, self.variants)
+        return replace(self, reference=reference)
+
+    def led_by(self, metric: str) -> Study:
+        """Return the study with one of its metrics first, which is the one the terminal and the page begin with.
+
+        Raises:
+            ConfigError: When the study has no such metric.
+        """
+        _choose("--metric", metric, self.metrics)
+        return replace(self, metrics=(metric, *(name for name in self.metrics if name != metric)))
+
     def only(self, names: Sequence[str]) -> Study:
         """Return the study of some of its variants; the reference stays in.
 

@@ -86,6 +86,19 @@ def test_some_variants_keep_the_reference(study):
         read_study(study(variants=variants)).only(["bb"])
 
 
+def test_another_reference_and_another_metric_first(study):
+    variants = {name: {"seed": 0} for name in "ab"}
+    found = read_study(study(variants=variants, metrics=["test/dice", "own/dice", "test/nll"]))
+    turned = found.against("b").led_by("own/dice")
+    assert turned.reference == "b"
+    assert turned.metrics == ("own/dice", "test/dice", "test/nll")
+    assert list(turned.only(["a"]).variants) == ["a", "b"]
+    with pytest.raises(ConfigError, match="--reference: 'c' is unknown"):
+        found.against("c")
+    with pytest.raises(ConfigError, match="--metric: 'own/dic' is unknown; did you mean own/dice"):
+        found.led_by("own/dic")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
