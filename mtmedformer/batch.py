@@ -199,6 +199,16 @@ def collate(samples: Sequence[Sample], tasks: dict[str, Task]) -> Batch:
     )
 
 
+def with_entries(batch: Batch, tasks: dict[str, Task]) -> Batch:
+    """Return a batch that has an entry for every task; of those it had none for, no image is labelled."""
+    absent = {name: task for name, task in tasks.items() if name not in batch.targets}
+    if not absent:
+        return batch
+    nothing: list[Tensor | Boxes | None] = [None] * len(batch)
+    made = {name: _target(task, nothing, batch.image[0]).to(batch.image.device) for name, task in absent.items()}
+    return replace(batch, targets=batch.targets | made)
+
+
 def _target(task: Task, truths: list[Tensor | Boxes | None], image: Tensor) -> Target:
     k, present = len(task.classes), torch.tensor([t is not None for t in truths])
     if task.kind == "detection":

@@ -14,12 +14,13 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torchmetrics import MeanMetric, Metric
 
-from mtmedformer.batch import Batch, Task
+from mtmedformer.batch import Batch, Task, with_entries
 from mtmedformer.calibration import TaskCalibration, plain, restored
 from mtmedformer.encoder import SharedEncoder
 from mtmedformer.errors import ConfigError
@@ -151,7 +152,7 @@ class MultiTaskModule(L.LightningModule):
         """Check that the data set, the trainer and the heads fit one another."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None and hasattr(datamodule, "tasks"):
-            _check_tasks(self.tasks, datamodule.tasks)
+            _check_tasks(stage, self.tasks, datamodule.tasks)
         if stage == "fit" and self.loss.aggregates_gradients:
             if self.trainer.world_size > 1:
                 raise ConfigError(
@@ -162,6 +163,10 @@ class MultiTaskModule(L.LightningModule):
                     "trainer.precision=16-mixed scales the loss, which gradient aggregation cannot follow; "
                     "choose bf16-mixed or 32-true"
                 )
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Add that nothing is labelled for a head whose task the data set does not have."""
+        return batch if self.trainer.predicting else with_entries(batch, self.tasks)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the hybrid loss of a batch; log each task's raw terms where they were labelled."""
@@ -390,18 +395,23 @@ def _kept(heads: dict[str, TaskHead], tasks: list[str] | None) -> dict[str, Task
     return {name: head for name, head in heads.items() if tasks is None or name in tasks}
 
 
-def _check_tasks(model: dict[str, Task], data: dict[str, Task]) -> None:
+def _check_tasks(stage: str, model: dict[str, Task], data: dict[str, Task]) -> None:
+    """Check that heads and data mean the same; data without a head's task cannot train it, but may be tested on."""
+    absent = [name for name in model if name not in data]
+    if absent and (stage == "fit" or len(absent) == len(model)):
+        raise ConfigError(
+            f"model.heads.{absent[0]}: the data set has no task of this name; it has {', '.join(data) or 'none'}. "
+            f"Rename the head, or drop it with model.tasks."
+        )
     for name, task in model.items():
-        if name not in data:
-            raise ConfigError(
-                f"model.heads.{name}: the data set has no task of this name; it has {', '.join(data) or 'none'}. "
-                f"Rename the head, or drop it with model.tasks."
-            )
-        if (task.kind, task.classes) != (data[name].kind, data[name].classes):
+        known = data.get(name, task)
+        if (task.kind, task.classes) != (known.kind, known.classes):
             raise ConfigError(
                 f"model.heads.{name}.classes={list(task.classes)} ({task.kind}) do not fit the data set's "
-                f"{list(data[name].classes)} ({data[name].kind}); make them equal, in the same order."
+                f"{list(known.classes)} ({known.kind}); make them equal, in the same order."
             )
+    if absent:
+        rank_zero_info(f"Not judged, since these data have no labels for it: {', '.join(absent)}")
 
 
 def _check_resumed(optimizer: Optimizer, configured: list[tuple[float, float]]) -> None:

@@ -179,6 +179,26 @@ def test_the_command_line_wins_over_the_checkpoint(trained, tmp_path):
     assert saved["model"]["init_args"]["heads"]["nodules"]["init_args"]["score_threshold"] == 0.9
 
 
+def test_a_model_is_tested_on_data_that_know_some_of_its_tasks(trained, tmp_path, caplog):
+    folder, config = trained
+    found = {}
+    for name, arguments in {"all": [], "some": ["--data.tasks=[organ]"]}.items():
+        where = f"--trainer.default_root_dir={tmp_path / name}"
+        best = str(folder / "checkpoints/best.ckpt")
+        assert main(["test", "--config", config, "--ckpt_path", best, where, *arguments]) == 0
+        found[name] = json.loads((tmp_path / name / "test_metrics.json").read_text())
+        assert ("Not judged, since these data have no labels for it: health, nodules" in caplog.text) == bool(arguments)
+    assert found["some"]["test/organ/dice"] == found["all"]["test/organ/dice"]
+    judged = {key.split("/")[1] for key, value in found["some"].items() if value is not None and "/n_" not in key}
+    assert judged - {"score", "loss"} == {"organ"}
+
+
+def test_a_head_cannot_be_trained_on_data_without_its_task(trained, capsys):
+    _, config = trained
+    assert main(["fit", "--config", config, "--data.tasks=[organ]"]) == 2
+    assert "the data set has no task of this name; it has organ" in " ".join(capsys.readouterr().err.split())
+
+
 def test_another_learning_rate_on_resume_is_an_error(trained, capsys):
     folder, config = trained
     arguments = ["--ckpt_path", str(folder / "checkpoints/last.ckpt"), "--trainer.max_epochs=4", "--optimizer.lr=0.5"]
