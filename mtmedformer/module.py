@@ -166,7 +166,8 @@ class MultiTaskModule(L.LightningModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Add that nothing is labelled for a head whose task the data set does not have."""
-        return batch if self.trainer.predicting else with_entries(batch, self.tasks)
+        judged = self.trainer.testing or self.trainer.validating
+        return with_entries(batch, self.tasks) if judged else batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the hybrid loss of a batch; log each task's raw terms where they were labelled."""
