@@ -18,7 +18,7 @@ from federation.blocks import Block, Schema, State
 from federation.update import BlockUpdate, Update
 
 SITES, DEPTH, WIDTH = 10, 8, 512
-COPIES = 3.0  # limit: copies of the model in memory; the time, at most 4 times the plain sums, is printed
+COPIES = 3.0  # limit: copies of the model in memory, and one more for momentum; the time, at most 4 times the plain sums, is printed
 
 Grain = str | None
 CASES: dict[str, tuple[Callable[[], Aggregator], Grain]] = {
@@ -105,4 +105,4 @@ def test_ten_sites_of_25_million_weights_stream(case: str, capsys: pytest.Captur
     ratio = min(ours) / min(theirs)
     with capsys.disabled():
         print(f"\n{case}: {copies:.2f} copies of the model, {min(ours):.2f} s, {ratio:.2f} times the plain sums")
-    assert copies < COPIES
+    assert copies < COPIES + (getattr(make(), "momentum", 0.0) > 0)
