@@ -18,7 +18,8 @@ from federation.blocks import Block, Schema, State
 from federation.update import BlockUpdate, Update
 
 SITES, DEPTH, WIDTH = 10, 8, 512
-COPIES = 3.0  # limit: copies of the model in memory, one more with momentum; the time is printed
+COPIES = 3.0  # limit: copies of the model in memory, one more with momentum
+# the time, at most 4 times the plain sums, is printed
 
 Grain = str | None
 CASES: dict[str, tuple[Callable[[], Aggregator], Grain]] = {

@@ -52,7 +52,7 @@ MEANS: dict[str, Callable[[], Aggregator]] = {
     "bayesian-loud": lambda: BayesianAggregator(b=0.5, momentum=0),
     "bayesian-row": lambda: BayesianAggregator(momentum=0, granularity="row", beta=0.1),
     "bayesian-off": lambda: BayesianAggregator(NoCurvature(), momentum=0),
-    "bayesian-between": lambda: BayesianAggregator(momentum=0, between=True),
+    "bayesian-between": lambda: BayesianAggregator(momentum=0, between=True, personal_models=True),
     "bayesian-remember": lambda: BayesianAggregator(momentum=0, remember=True, gamma=0.5),
 }
 STEPPING: dict[str, Callable[[], Aggregator]] = {
