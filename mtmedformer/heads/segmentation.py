@@ -1,4 +1,4 @@
-"""Masks by an all-MLP decoder: every level projected, brought to the finest grid, fused."""
+"""Masks by an all-MLP decoder: every level projected and fused on its own grid, enlarged and added."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtmedformer.batch import IGNORE, SegmentationTarget, Target
@@ -23,6 +24,10 @@ class SegmentationHead(TaskHead):
 
     Outputs are logits (B, C, h, w) at the finest stride: C is the number of classes for sigmoids, one more (channel 0,
     background) for a softmax over exclusive classes.
+
+    SegFormer projects each level, enlarges it, joins all levels and fuses them. All of that is linear, so it is the sum
+    over levels of one 1 × 1 convolution each, whose weight is the product of the level's projection and its share of
+    the fusion, enlarged after it: the same logits from a fifth of the multiplications, and no joined map to store.
 
     Args:
         classes: Class names in channel order, without background.
@@ -81,11 +86,11 @@ class SegmentationHead(TaskHead):
     def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Return logits (B, C, h, w) at the finest stride; see ``TaskHead.forward``."""
         grid = pyramid[self.levels[0]].shape[-2:]
-        maps = [
-            enlarge(project(pyramid[level]), stride / self.strides[0], grid)
-            for project, level, stride in zip(self.project, self.levels, self.strides, strict=True)
-        ]
-        logits: Tensor = self.logits(self.fuse(torch.cat(maps, dim=1)))
+        fused = sum(
+            enlarge(F.conv2d(pyramid[level], *composed), stride / self.strides[0], grid)
+            for level, stride, composed in zip(self.levels, self.strides, self._composed(), strict=True)
+        )
+        logits: Tensor = self.logits(self.fuse[1:](fused))
         return logits
 
     def loss(self, outputs: Tensor, target: Target) -> dict[str, Tensor]:
@@ -119,6 +124,15 @@ class SegmentationHead(TaskHead):
         from mtmedformer.metrics import SegmentationMetrics
 
         return SegmentationMetrics(self.classes, self.multi_label, hausdorff=self.hausdorff)
+
+    def _composed(self) -> list[tuple[Tensor, Tensor]]:
+        """Return for each level the weight (w, c, 1, 1) and bias (w,) of its projection followed by its fusion."""
+        shares = self.fuse.get_parameter("0.weight").flatten(1).chunk(len(self.levels), dim=1)
+        projections = [(one.get_parameter("weight").flatten(1), one.get_parameter("bias")) for one in self.project]
+        return [
+            ((share @ weight)[..., None, None], share @ bias)
+            for share, (weight, bias) in zip(shares, projections, strict=True)
+        ]
 
     def _to_image(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
         return enlarge(logits, self.strides[0], size)

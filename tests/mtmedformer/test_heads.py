@@ -281,6 +281,27 @@ def test_enlarging_does_not_shift_where_the_image_is_no_multiple_of_the_stride()
     assert float((y.sum(0) * columns).sum() / y.sum()) == pytest.approx(9.5 * 4, abs=1e-4)
 
 
+@pytest.mark.parametrize("size", [(64, 64), (37, 53)])
+def test_fusing_each_level_on_its_own_grid_is_segformers_joined_fusion(size):
+    """Oracle: project, enlarge, join and fuse, as the paper writes it; outputs and gradients agree."""
+    head = build(SegmentationHead(("a", "b"))).double()
+    levels = [level.double() for level in pyramid(size)]
+    joined = [
+        enlarge(project(levels[level]), stride / 4, levels[0].shape[-2:])
+        for project, level, stride in zip(head.project, head.levels, head.strides, strict=True)
+    ]
+    expected = head.logits(head.fuse(torch.cat(joined, dim=1)))
+    logits = head(levels, size)
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+    weights, toward = list(head.parameters()), torch.randn_like(expected)
+    for ours, papers in zip(
+        torch.autograd.grad((logits * toward).sum(), weights),
+        torch.autograd.grad((expected * toward).sum(), weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, papers, rtol=1e-8, atol=1e-8)
+
+
 def test_one_class_is_always_a_sigmoid_and_exclusive_classes_leave_room_for_background():
     size = (40, 56)
     one = build(SegmentationHead(("a",)))
