@@ -93,7 +93,8 @@ class TestReport(Callback):
 def print_metrics(metrics: dict[str, float], split: str, title: str) -> None:
     """Print a table a task: a row a metric; a column for all classes, its interval, and a column a class.
 
-    Where there are values by site and view, a second table has a row for each of them.
+    Where there are values by site and view, a second table has a row for each of them. A task without a labelled image
+    has a line that says so.
 
     Args:
         metrics: Values by ``<split>/<task>/<metric>[/<class> or /site=<site> or /view=<view>]``, with intervals under
@@ -105,6 +106,9 @@ def print_metrics(metrics: dict[str, float], split: str, title: str) -> None:
     console.print(f"\n[bold]{title}[/bold]")
     for task in dict.fromkeys(k.split("/")[1] for k in metrics if k.count("/") > 1):
         values = {k.split("/", 2)[2]: v for k, v in metrics.items() if k.startswith(f"{split}/{task}/")}
+        if values.get("n_images") == 0:
+            console.print(f"[bold]{task}[/bold]: no image is labelled for it, so it was not measured")
+            continue
         console.print(_task_table(task, {k: v for k, v in values.items() if "=" not in k}))
         groups = _groups(values)
         if groups:

@@ -72,3 +72,11 @@ def test_a_table_by_site_has_no_column_of_counts_nobody_counted(capsys):
     assert "nan" not in told
     print_metrics(known | {"val/lungs/n_images/site=a": 3.0}, "val", "Validation")
     assert "images" in capsys.readouterr().out
+
+
+def test_a_task_that_no_image_is_labelled_for_has_a_line_and_no_empty_table(capsys):
+    print_metrics({**VALUES, "test/lesions/n_images": 0, "test/lesions/map50": math.nan}, "test", "Test")
+    told = capsys.readouterr().out
+    assert "lesions: no image is labelled for it" in told
+    assert "map50" not in told
+    assert "dice" in told

@@ -185,6 +185,7 @@ def test_the_keystream_is_shake256_and_its_normals_are_normal():
 AGGREGATORS = {
     "bayes": lambda: BayesianAggregator(),
     "bayes_counts": lambda: BayesianAggregator(a=1.0, rho=1.0, kappa=0.0, momentum=0.0),
+    "bayes_personal": lambda: BayesianAggregator(personal_models=True),
     "bayes_row": lambda: BayesianAggregator(granularity="row"),
     "fedavg": lambda: FedAvg(),
     "bn": lambda: FedBN(),
