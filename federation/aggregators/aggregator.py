@@ -71,9 +71,17 @@ class Aggregator(ABC):
     merges: bool = True
     pooled: bool = False
 
+    def ahead(self, state: State) -> State:
+        """Return where the sites begin the coming round: at the global state, unless an aggregator looks ahead of it.
+
+        Args:
+            state: The global state (CPU tensors, not changed).
+        """
+        return state
+
     @abstractmethod
     def start(self, state: State, schema: Schema) -> None:
-        """Begin a round from the global state (CPU tensors, not changed)."""
+        """Begin a round from the state that the sites began at, as ``ahead`` gave it (CPU tensors, not changed)."""
 
     @abstractmethod
     def add(self, update: Update) -> None:
@@ -81,7 +89,10 @@ class Aggregator(ABC):
 
     @abstractmethod
     def finish(self) -> State:
-        """Return the next global state, with every key of the one given to ``start``."""
+        """Return the next global state, with every key of the one given to ``start``.
+
+        What no site sent is as it was before the round, bit for bit, wherever the sites began.
+        """
 
     def local_rule(self, site: str) -> LocalRule:
         """Return what this site does differently in the coming round."""
@@ -109,7 +120,7 @@ class Aggregator(ABC):
 
 
 def merge(aggregator: Aggregator, state: State, schema: Schema, updates: Iterable[Update]) -> State:
-    """Return the next global state from updates that arrived in any order."""
+    """Return the next global state from updates that arrived in any order; the sites began at ``state``."""
     aggregator.start(state, schema)
     for update in sorted(updates, key=lambda one: one.site):
         aggregator.add(update)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from federation.aggregators.aggregator import LocalRule
 from federation.aggregators.fedavg import FedAvg
-from federation.aggregators.fedopt import gather_momentum
+from federation.aggregators.fedopt import Momentum
 from federation.aggregators.fedprox import Proximal
 from federation.blocks import Schema, State
 from federation.posterior import Factor, Posterior, SiteMemory, relative_precision
@@ -34,8 +34,9 @@ class BayesianAggregator(FedAvg):
     $$v_i \leftarrow \mu\, v_i + \frac{\sum_k c_k (r_{ki} + \kappa)\, \Delta_{ki}}{\sum_k c_k (r_{ki} + \kappa)},
       \qquad w_i \leftarrow w_i + \eta\, v_i$$
 
-    With the curvature off (``rho`` and ``b`` 0, or ``NoCurvature``) this is FedAvg, with ``momentum`` FedAvgM, bit for
-    bit: by counts at ``a`` 1, of equal sites at ``a`` 0, on the same sums. The mathematics of the paper that gave the
+    where with ``lookahead`` the sites measured $\Delta$ from $w + \eta \mu v$, the mean of their prior. With the curvature
+    off (``rho`` and ``b`` 0, or ``NoCurvature``) this is FedAvg, with ``momentum`` FedAvgM with or without lookahead, bit
+    for bit: by counts at ``a`` 1, of equal sites at ``a`` 0, on the same sums. The mathematics of the paper that gave the
     product its name are not public; these are ours, derived and compared in ``docs/federation.md``.
 
     While updates stream in, its sums take two copies of the model, and ``momentum`` one. ``between`` and
@@ -58,6 +59,8 @@ class BayesianAggregator(FedAvg):
         kappa: Shrinkage towards the owners' mean, at least 0.
         momentum: How much of the last round's step goes on into the next, $\mu$ in [0, 1): where rounds agree, the step
             becomes up to $1 / (1 - \mu)$ times as long.
+        lookahead: Whether the sites begin a round where past rounds predict the weights to be, $w + \eta \mu v$, and not
+            at $w$. The step is as long, but it is measured at its end: a long ``momentum`` is safe then.
         eta: Length of the server's step.
         between: Estimate each tensor's variance between sites (DerSimonian and Laird) and weigh sites by
             1 / (within + between), with within = 1 / (evidence × curvature), absolute this time.
@@ -86,7 +89,8 @@ class BayesianAggregator(FedAvg):
         a: float = 0.5,
         b: float = 0.0,
         kappa: float = 0.1,
-        momentum: float = 0.5,
+        momentum: float = 0.7,
+        lookahead: bool = True,
         eta: float = 1.0,
         between: bool = False,
         remember: bool = False,
@@ -110,7 +114,7 @@ class BayesianAggregator(FedAvg):
         self.needs_precision = (rho > 0 or b > 0) and not isinstance(self.curvature, NoCurvature)
         self.granularity, self.rho, self.low, self.high = granularity, rho, low, high
         self.b, self.momentum = b, momentum
-        self._velocity: State = {}
+        self._velocity = Momentum(momentum, eta, lookahead)
         self.kappa, self.eta, self.between, self.gamma, self.beta = kappa, eta, between, gamma, beta
         self.remember = remember
         self.personal_models = personal_models
@@ -119,8 +123,16 @@ class BayesianAggregator(FedAvg):
         self.variances: dict[str, float] = {}
         """Variance between sites by tensor, where it is estimated."""
 
+    def ahead(self, state: State) -> State:
+        """Return where past rounds predict the weights to be, with ``lookahead``: the prior mean of the round."""
+        return self._velocity.ahead(state)
+
+    def resting(self) -> State:
+        """Return as they were the tensors that ``ahead`` moved and nobody sent."""
+        return self._velocity.resting()
+
     def start(self, state: State, schema: Schema) -> None:
-        """Begin a round from the global state."""
+        """Begin a round from the state that the sites began at."""
         super().start(state, schema)
         self._sent: dict[str, set[str]] = {}
         self._levels = self.memory.levels() if self.b > 0 else {}
@@ -163,10 +175,8 @@ class BayesianAggregator(FedAvg):
         return _shrunk(relative, self.kappa).mul_(count) if relative.ndim else count
 
     def step(self, key: str, mean: Tensor) -> Tensor:
-        """Return the mean change, what past rounds say of it added, times the length of the server's step."""
-        if self.momentum > 0:
-            mean = gather_momentum(self._velocity, key, mean, self.momentum)
-        return mean.mul_(self.eta)
+        """Return the server's change for a mean change, once the filter over rounds has taken it in."""
+        return self._velocity.step(key, mean)
 
     def relative(self, curvature: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return relative precision and mean curvature by key, as an update carries them."""
@@ -196,13 +206,13 @@ class BayesianAggregator(FedAvg):
     def state_dict(self) -> dict[str, Any]:
         """Return the site memory, the variances between sites and the momentum of every tensor."""
         kept = {"memory": self.memory.state_dict(), "variances": dict(self.variances)}
-        return kept | {"velocity": dict(self._velocity)}
+        return kept | {"velocity": dict(self._velocity.values)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take memory, variances and momentum up."""
         self.memory.load_state_dict(state["memory"])
         self.variances = dict(state["variances"])
-        self._velocity = dict(state.get("velocity", {}))
+        self._velocity.values = dict(state.get("velocity", {}))
 
     def _loudness(self, key: str, curvature: float) -> float:
         """Return what a tensor's mean curvature counts, over the sites' last; 1 while nothing is known of those."""

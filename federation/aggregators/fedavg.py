@@ -41,7 +41,7 @@ class FedAvg(Aggregator):
         self.power = 1.0 if weights == "evidence" else 0.0
 
     def start(self, state: State, schema: Schema) -> None:
-        """Begin a round from the global state."""
+        """Begin a round from the state that the sites began at."""
         self._state, self._schema = state, schema
         self._means = self.centre()
         self._counters: dict[str, Tensor] = {}
@@ -58,13 +58,17 @@ class FedAvg(Aggregator):
             self._means.add(key, delta, self.weight(block, key))
 
     def finish(self) -> State:
-        """Return the next global state; tensors nobody sent are those of ``start``, not copies."""
+        """Return the next global state; tensors nobody sent are those of before the round, not copies."""
         merged = dict(self._state)
         for key in self._means:
             old, mean = self._state[key], self._means.pop(key)
             change = self.step(key, mean) if key in self._schema.parameters else mean
             merged[key] = change.add_(old).to(old.dtype)
-        return merged | self._counters
+        return merged | self.resting() | self._counters
+
+    def resting(self) -> State:
+        """Return as they were before the round the tensors that ``ahead`` moved and nobody sent."""
+        return {}
 
     def weight(self, block: BlockUpdate, key: str) -> Tensor | float:
         """Return what one site's change of one tensor weighs, above 0; broadcasts to the tensor."""

@@ -57,9 +57,11 @@ MEANS: dict[str, Callable[[], Aggregator]] = {
 }
 STEPPING: dict[str, Callable[[], Aggregator]] = {
     "fedavgm": FedAvgM,
+    "fedavgm-ahead": lambda: FedAvgM(lookahead=True),
     "fedadam": FedAdam,
     "fedyogi": FedYogi,
     "bayesian-default": BayesianAggregator,
+    "bayesian-behind": lambda: BayesianAggregator(lookahead=False),
     "bayesian-eta": lambda: BayesianAggregator(eta=1.5),
 }
 MERGING = MEANS | STEPPING
@@ -153,6 +155,20 @@ def test_a_task_nobody_labelled_stays_as_it_was(make):
     assert all(moved) != (make is Local)
 
 
+@over({name: make for name, make in EVERY.items() if name != "bayesian-remember"})
+def test_a_task_nobody_labels_any_more_rests_wherever_the_sites_begin(make):
+    state, schema = toy()
+    aggregator = make()
+    sites = ["a"] if make is Pooled else ["a", "b"]
+    for number, tasks in enumerate([["finding", "lungs"], ["finding"], ["finding"]]):
+        before, begun = state, aggregator.ahead(state)
+        updates = [news(s, begun, schema, 10 * number + i, tasks, round=number) for i, s in enumerate(sites)]
+        state = merge(aggregator, begun, schema, updates)
+        assert state.keys() == before.keys()
+    for key in schema.block("heads.lungs").keys:
+        assert torch.equal(state[key], before[key])
+
+
 @over(MEANS)
 def test_a_site_without_a_task_leaves_its_decoder_to_the_owners(make):
     state, schema = toy()
@@ -207,11 +223,12 @@ def rounds(make: Callable[[], Aggregator], restarts: bool) -> tuple[State, Aggre
     state, schema = toy()
     aggregator = make()
     for number, sites in enumerate(["ab", "abc", "b", "ac"]):
+        begun = aggregator.ahead(state)
         updates = [
-            news(s, state, schema, 10 * number + i, ["finding"] if s == "b" else ["finding", "lungs"], round=number)
+            news(s, begun, schema, 10 * number + i, ["finding"] if s == "b" else ["finding", "lungs"], round=number)
             for i, s in enumerate(sites[: 1 if make is Pooled else 3])
         ]
-        state = merge(aggregator, state, schema, updates)
+        state = merge(aggregator, begun, schema, updates)
         if restarts:
             file = io.BytesIO()
             torch.save({"state": state, "aggregator": aggregator.state_dict()}, file)

@@ -255,11 +255,13 @@ def test_numbers_out_of_range_are_named(wrong):
         bayes(**wrong)
 
 
-def test_momentum_without_curvature_is_fedavgm_to_the_last_bit():
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_momentum_without_curvature_is_fedavgm_to_the_last_bit(lookahead):
     state, schema = toy()
-    aggregator = BayesianAggregator(rho=0.0, b=0.0, a=1.0, momentum=0.6, eta=0.8)
-    plain, other = FedAvgM(0.6, 0.8), state
+    aggregator = BayesianAggregator(rho=0.0, b=0.0, a=1.0, momentum=0.6, eta=0.8, lookahead=lookahead)
+    plain, other = FedAvgM(0.6, 0.8, lookahead=lookahead), state
     for number in range(3):
+        state, other = aggregator.ahead(state), plain.ahead(other)
         updates = [news("abc"[i], state, schema, 10 * number + i, evidence=i + 1, round=number) for i in range(3)]
         state, other = merge(aggregator, state, schema, updates), merge(plain, other, schema, updates)
         assert all(torch.equal(value, other[key]) for key, value in state.items())
@@ -267,7 +269,7 @@ def test_momentum_without_curvature_is_fedavgm_to_the_last_bit():
 
 def test_steps_that_agree_add_up():
     first = start()
-    aggregator, state = BayesianAggregator(momentum=0.5), first
+    aggregator, state = BayesianAggregator(momentum=0.5, lookahead=False), first
     for number in range(12):
         before = state
         state = merge(aggregator, state, SCHEMA, [one_number(site, state, 1.0, 1.0, number) for site in "ab"])
