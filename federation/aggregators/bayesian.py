@@ -34,10 +34,10 @@ class BayesianAggregator(FedAvg):
     $$v_i \leftarrow \mu\, v_i + \frac{\sum_k c_k (r_{ki} + \kappa)\, \Delta_{ki}}{\sum_k c_k (r_{ki} + \kappa)},
       \qquad w_i \leftarrow w_i + \eta\, v_i$$
 
-    where with ``lookahead`` the sites measured $\Delta$ from $w + \eta \mu v$, the mean of their prior. With the curvature
-    off (``rho`` and ``b`` 0, or ``NoCurvature``) this is FedAvg, with ``momentum`` FedAvgM with or without lookahead, bit
-    for bit: by counts at ``a`` 1, of equal sites at ``a`` 0, on the same sums. The mathematics of the paper that gave the
-    product its name are not public; these are ours, derived and compared in ``docs/federation.md``.
+    where with ``lookahead`` the sites measured $\Delta$ from $w + \eta \mu v$, the mean of their prior. With the
+    curvature off (``rho`` and ``b`` 0, or ``NoCurvature``) this is FedAvg, with ``momentum`` FedAvgM, with or without
+    lookahead, bit for bit: by counts at ``a`` 1, of equal sites at ``a`` 0, on the same sums. The mathematics of the
+    paper that gave the product its name are not public; these are ours, derived and compared in ``docs/federation.md``.
 
     While updates stream in, its sums take two copies of the model, and ``momentum`` one. ``between`` and
     ``remember`` keep every site's weights and precision on the server: one to two copies a site.
@@ -59,8 +59,8 @@ class BayesianAggregator(FedAvg):
         kappa: Shrinkage towards the owners' mean, at least 0.
         momentum: How much of the last round's step goes on into the next, $\mu$ in [0, 1): where rounds agree, the step
             becomes up to $1 / (1 - \mu)$ times as long.
-        lookahead: Whether the sites begin a round where past rounds predict the weights to be, $w + \eta \mu v$, and not
-            at $w$. The step is as long, but it is measured at its end: a long ``momentum`` is safe then.
+        lookahead: Whether the sites begin a round where past rounds predict the weights to be, $w + \eta \mu v$, and
+            not at $w$. The step is as long, but it is measured at its end: a long ``momentum`` is safe then.
         eta: Length of the server's step.
         between: Estimate each tensor's variance between sites (DerSimonian and Laird) and weigh sites by
             1 / (within + between), with within = 1 / (evidence × curvature), absolute this time.

@@ -21,7 +21,7 @@ class FedAvgM(FedAvg):
         momentum: $\beta$ in [0, 1); 0 is FedAvg.
         lr: Server learning rate $\eta$.
         weights: As in ``FedAvg``.
-        lookahead: Whether the sites begin where the momentum leads, as in ``Momentum``; that is FedACG without its pull.
+        lookahead: Whether the sites begin where the momentum leads, as in ``Momentum``: FedACG without its pull.
 
     Reference:
         Hsu et al., Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification, 2019;
@@ -60,8 +60,8 @@ class Momentum:
     r"""What the rounds' mean changes add up to, a tensor at a time, $m \leftarrow \beta m + \bar\Delta$.
 
     The global weights move by $\eta m$. With ``lookahead`` the sites begin the round at $w + \eta \beta m$, where the
-    momentum alone would lead, and the server adds $\eta \bar\Delta$ to that: the same step, but what the sites say of it
-    is measured at its end and not at its start (Nesterov), so that a long momentum is put right before it overshoots.
+    momentum alone would lead, and the server adds $\eta \bar\Delta$ to that: the same step, but what the sites say of
+    it is measured at its end and not at its start (Nesterov), so that a long momentum is put right before it overshoots.
 
     Args:
         momentum: $\beta$ in [0, 1).
