@@ -61,7 +61,7 @@ class Momentum:
 
     The global weights move by $\eta m$. With ``lookahead`` the sites begin the round at $w + \eta \beta m$, where the
     momentum alone would lead, and the server adds $\eta \bar\Delta$ to that: the same step, but what the sites say of
-    it is measured at its end and not at its start (Nesterov), so that a long momentum is put right before it overshoots.
+    it is measured at its end and not at its start (Nesterov): a long momentum is put right before it overshoots.
 
     Args:
         momentum: $\beta$ in [0, 1).
