@@ -39,8 +39,8 @@ class BayesianAggregator(FedAvg):
     lookahead, bit for bit: by counts at ``a`` 1, of equal sites at ``a`` 0, on the same sums. The mathematics of the
     paper that gave the product its name are not public; these are ours, derived and compared in ``docs/federation.md``.
 
-    While updates stream in, its sums take two copies of the model, and ``momentum`` one. ``between`` and
-    ``remember`` keep every site's weights and precision on the server: one to two copies a site.
+    While updates stream in, its sums take two copies of the model, ``momentum`` one and ``lookahead`` another.
+    ``between`` and ``remember`` keep every site's weights and precision on the server: one to two copies a site.
 
     Args:
         curvature: What measures curvature during a site's training; ``None`` is the running mean of squared gradients,
