@@ -50,8 +50,8 @@ class BayesianAggregator(FedAvg):
             sites differ (``docs/results.md``); 0 turns it off.
         low: Least relative curvature, before tempering.
         high: Greatest relative curvature, before tempering.
-        a: Power of the evidence, in [0, 1]: 1 counts samples, which does better where sites are alike; 0 counts every
-            owner the same, which does better where they differ. ``between`` has no use for it: it finds out by itself
+        a: Power of the evidence, in [0, 1]: 1 counts samples; 0 counts every owner the same, which does better where
+            sites differ and ``momentum`` is off, and matters little with it. ``between`` has no use for it: it finds out by itself
             how much sites differ.
         b: Power of the mean curvature of a site's loss in a tensor, in [0, 1]: 0 lets no site win by a louder loss, 1
             takes it as measured, up to 10 times more or less than the sites' last. A site that is served badly has the
@@ -86,7 +86,7 @@ class BayesianAggregator(FedAvg):
         rho: float = 1.0,
         low: float = 0.01,
         high: float = 100.0,
-        a: float = 0.5,
+        a: float = 1.0,
         b: float = 0.0,
         kappa: float = 0.1,
         momentum: float = 0.7,
