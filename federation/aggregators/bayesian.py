@@ -51,8 +51,8 @@ class BayesianAggregator(FedAvg):
         low: Least relative curvature, before tempering.
         high: Greatest relative curvature, before tempering.
         a: Power of the evidence, in [0, 1]: 1 counts samples; 0 counts every owner the same, which does better where
-            sites differ and ``momentum`` is off, and matters little with it. ``between`` has no use for it: it finds out by itself
-            how much sites differ.
+            sites differ and ``momentum`` is off, and matters little with it. ``between`` has no use for it: it finds
+            out by itself how much sites differ.
         b: Power of the mean curvature of a site's loss in a tensor, in [0, 1]: 0 lets no site win by a louder loss, 1
             takes it as measured, up to 10 times more or less than the sites' last. A site that is served badly has the
             louder loss.
