@@ -237,6 +237,38 @@ def test_personal_models_ride_on_the_global_one_which_knows_nothing_of_them(tmp_
         assert torch.allclose(value, own["a"][key] + 1 if value.is_floating_point() else value, atol=1e-6)
 
 
+class Watched(FedAvgM):
+    """Notes where every round began, what was known then, and what came out."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.rounds = []
+
+    def start(self, state, schema):
+        self.rounds.append({"began": state, "momentum": dict(self._moments.values)})
+        super().start(state, schema)
+
+    def finish(self):
+        merged = super().finish()
+        self.rounds[-1]["came out"] = merged
+        return merged
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_sites_begin_where_the_momentum_leads_and_the_model_is_what_came_out(tmp_path, lookahead):
+    aggregator = Watched(momentum=0.5, lookahead=lookahead)
+    _, module, _ = run(tmp_path, Federation(aggregator))
+    first, *later = aggregator.rounds
+    last = first["came out"]
+    for seen in later:
+        for key, value in seen["momentum"].items():
+            expected = last[key] + lookahead * 0.5 * value
+            torch.testing.assert_close(seen["began"][key], expected, rtol=0, atol=1e-6)
+            assert (value != 0).any()
+        last = seen["came out"]
+    assert equal(weights(module), last)
+
+
 def test_the_module_gets_its_own_methods_back(tmp_path):
     trainer, module, _ = run(tmp_path)
     assert module.automatic_optimization
