@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from federation.aggregators.aggregator import LocalRule
-from federation.aggregators.fedavg import FedAvg
-from federation.aggregators.fedopt import Momentum
+from federation.aggregators.fedopt import FedAvgM
 from federation.aggregators.fedprox import Proximal
 from federation.blocks import Schema, State
 from federation.posterior import Factor, Posterior, SiteMemory, relative_precision
@@ -23,7 +22,7 @@ LOUDEST = 10.0
 """How far a site's mean curvature may lie from that of the sites' last news and still count more, or less."""
 
 
-class BayesianAggregator(FedAvg):
+class BayesianAggregator(FedAvgM):
     r"""Merge the sites' Gaussian beliefs about every weight, a block at a time, over the sites that hold its labels.
 
     Site $k$ observes weight $i$ with precision $c_k (r_{ki} + \kappa)$, $c_k = n_k^a\, \bar\lambda_k^b$: $n_k$ labelled
@@ -98,7 +97,7 @@ class BayesianAggregator(FedAvg):
         beta: float = 0.0,
         personal_models: bool = False,
     ) -> None:
-        super().__init__("equal")
+        super().__init__(momentum, eta, "equal", lookahead)
         self.power = a
         for name, value in {"rho": rho, "a": a, "b": b, "gamma": gamma}.items():
             if not 0 <= value <= 1:
@@ -113,23 +112,13 @@ class BayesianAggregator(FedAvg):
         self.curvature = SquaredGradients() if curvature is None else curvature
         self.needs_precision = (rho > 0 or b > 0) and not isinstance(self.curvature, NoCurvature)
         self.granularity, self.rho, self.low, self.high = granularity, rho, low, high
-        self.b, self.momentum = b, momentum
-        self._velocity = Momentum(momentum, eta, lookahead)
-        self.kappa, self.eta, self.between, self.gamma, self.beta = kappa, eta, between, gamma, beta
+        self.b, self.kappa, self.between, self.gamma, self.beta = b, kappa, between, gamma, beta
         self.remember = remember
         self.personal_models = personal_models
         self.memory = SiteMemory(weights=between or remember)
         self._levels: dict[str, float] = {}
         self.variances: dict[str, float] = {}
         """Variance between sites by tensor, where it is estimated."""
-
-    def ahead(self, state: State) -> State:
-        """Return where past rounds predict the weights to be, with ``lookahead``: the prior mean of the round."""
-        return self._velocity.ahead(state)
-
-    def resting(self) -> State:
-        """Return as they were the tensors that ``ahead`` moved and nobody sent."""
-        return self._velocity.resting()
 
     def start(self, state: State, schema: Schema) -> None:
         """Begin a round from the state that the sites began at."""
@@ -174,10 +163,6 @@ class BayesianAggregator(FedAvg):
         relative = relative_precision(block, key)
         return _shrunk(relative, self.kappa).mul_(count) if relative.ndim else count
 
-    def step(self, key: str, mean: Tensor) -> Tensor:
-        """Return the server's change for a mean change, once the filter over rounds has taken it in."""
-        return self._velocity.step(key, mean)
-
     def relative(self, curvature: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return relative precision and mean curvature by key, as an update carries them."""
         return normalise(curvature, self.granularity, self.rho, self.low, self.high)
@@ -206,13 +191,13 @@ class BayesianAggregator(FedAvg):
     def state_dict(self) -> dict[str, Any]:
         """Return the site memory, the variances between sites and the momentum of every tensor."""
         kept = {"memory": self.memory.state_dict(), "variances": dict(self.variances)}
-        return kept | {"velocity": dict(self._velocity.values)}
+        return kept | {"velocity": dict(self._moments)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take memory, variances and momentum up."""
         self.memory.load_state_dict(state["memory"])
         self.variances = dict(state["variances"])
-        self._velocity.values = dict(state.get("velocity", {}))
+        self._moments = dict(state.get("velocity", {}))
 
     def _loudness(self, key: str, curvature: float) -> float:
         """Return what a tensor's mean curvature counts, over the sites' last; 1 while nothing is known of those."""

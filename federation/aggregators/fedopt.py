@@ -14,6 +14,10 @@ from federation.blocks import State
 class FedAvgM(FedAvg):
     r"""FedAvg with momentum on the server: $m \leftarrow \beta m + \bar\Delta$, $w \leftarrow w + \eta m$.
 
+    With ``lookahead`` the sites begin the round at $w + \eta \beta m$, where the momentum alone would lead, and the
+    server adds $\eta \bar\Delta$ to that: the same step, but what the sites say of it is measured at its end and not at
+    its start (Nesterov), so that a long momentum is put right before it overshoots. That is FedACG without its pull.
+
     Momentum belongs to one tensor and rests in rounds in which nobody sends it. It adds one copy of the model to the
     memory.
 
@@ -21,98 +25,58 @@ class FedAvgM(FedAvg):
         momentum: $\beta$ in [0, 1); 0 is FedAvg.
         lr: Server learning rate $\eta$.
         weights: As in ``FedAvg``.
-        lookahead: Whether the sites begin where the momentum leads, as in ``Momentum``: FedACG without its pull.
+        lookahead: Whether the sites begin where the momentum leads.
 
     Reference:
         Hsu et al., Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification, 2019;
-        Kim et al., Communication-Efficient Federated Learning with Accelerated Client Gradient, CVPR 2024.
+        Kim et al., Communication-Efficient Federated Learning with Accelerated Client Gradient, CVPR 2024; Sutskever
+        et al., On the importance of initialization and momentum in deep learning, ICML 2013, equation 3.
     """
 
     def __init__(
         self, momentum: float = 0.9, lr: float = 1.0, weights: Weights = "evidence", lookahead: bool = False
     ) -> None:
         super().__init__(weights)
-        self.momentum, self.lr = momentum, lr
-        self._moments = Momentum(momentum, lr, lookahead)
-
-    def ahead(self, state: State) -> State:
-        """Return where the momentum leads from the global state, with ``lookahead``."""
-        return self._moments.ahead(state)
-
-    def resting(self) -> State:
-        """Return as they were the tensors that ``ahead`` moved and nobody sent."""
-        return self._moments.resting()
-
-    def step(self, key: str, mean: Tensor) -> Tensor:
-        """Return the server's change for a mean change, once the momentum has taken it in."""
-        return self._moments.step(key, mean)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the momentum of every tensor."""
-        return {"moments": dict(self._moments.values)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the momentum up."""
-        self._moments.values = dict(state["moments"])
-
-
-class Momentum:
-    r"""What the rounds' mean changes add up to, a tensor at a time, $m \leftarrow \beta m + \bar\Delta$.
-
-    The global weights move by $\eta m$. With ``lookahead`` the sites begin the round at $w + \eta \beta m$, where the
-    momentum alone would lead, and the server adds $\eta \bar\Delta$ to that: the same step, but what the sites say of
-    it is measured at its end and not at its start (Nesterov): a long momentum is put right before it overshoots.
-
-    Args:
-        momentum: $\beta$ in [0, 1).
-        lr: $\eta$.
-        lookahead: Whether the sites begin where the momentum leads.
-
-    Attributes:
-        values: Momentum by key, float32.
-
-    Reference:
-        Sutskever et al., On the importance of initialization and momentum in deep learning, ICML 2013, equation 3.
-    """
-
-    def __init__(self, momentum: float, lr: float = 1.0, lookahead: bool = False) -> None:
         self.momentum, self.lr, self.lookahead = momentum, lr, lookahead
-        self.values: State = {}
+        self._moments: State = {}
         self._behind: State = {}
 
     def ahead(self, state: State) -> State:
-        """Return where the sites begin the round; the tensors of ``state`` are not changed."""
+        """Return where the momentum leads from the global state, with ``lookahead``."""
         if not self.lookahead or self.momentum == 0:
             return state
-        self._behind = {key: state[key] for key in self.values}
+        self._behind = {key: state[key] for key in self._moments}
         moved = {
             key: state[key].double().add_(value, alpha=self.lr * self.momentum).to(state[key].dtype)
-            for key, value in self.values.items()
+            for key, value in self._moments.items()
         }
         return state | moved
-
-    def step(self, key: str, mean: Tensor) -> Tensor:
-        """Take a round's mean change of a tensor in, and return the change from where the sites began.
-
-        Args:
-            key: Name of the tensor.
-            mean: Mean change, float64; may be written to.
-
-        Returns:
-            The change, float64; of a momentum rounded as it is kept, so that a resumed run takes the same step.
-        """
-        if self.momentum == 0:
-            return mean.mul_(self.lr)
-        self._behind.pop(key, None)
-        kept = self.values.get(key)
-        gathered = mean if kept is None else mean.add(kept, alpha=self.momentum)
-        self.values[key] = gathered.float()
-        return (mean if self.lookahead else self.values[key].double()).mul_(self.lr)
 
     def resting(self) -> State:
         """Return as they were the tensors that ``ahead`` moved and no ``step`` has reached since."""
         resting, self._behind = self._behind, {}
         return resting
+
+    def step(self, key: str, mean: Tensor) -> Tensor:
+        """Return the server's change from where the sites began, once the momentum has taken a mean change in.
+
+        The momentum counts as it is kept, rounded, so that a resumed run takes the same step.
+        """
+        if self.momentum == 0:
+            return mean.mul_(self.lr)
+        self._behind.pop(key, None)
+        kept = self._moments.get(key)
+        gathered = mean if kept is None else mean.add(kept, alpha=self.momentum)
+        self._moments[key] = gathered.float()
+        return (mean if self.lookahead else self._moments[key].double()).mul_(self.lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the momentum of every tensor."""
+        return {"moments": dict(self._moments)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the momentum up."""
+        self._moments = dict(state["moments"])
 
 
 class FedAdam(FedAvg):
