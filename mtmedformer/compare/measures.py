@@ -100,19 +100,21 @@ def measures(cell: Cell, metric: str, yardstick: Cell | None, higher_is_better: 
 def same_start(cells: Sequence[Cell]) -> list[str]:
     """Return where trainings of one run did not start from the same weights: sentences, none if all did.
 
-    Parts of equal size are compared; a variant of another architecture has parts of other sizes.
+    Parts of equal size on encoders of equal size are compared; what has another size is another architecture.
     """
-    found = []
+    found: dict[str, list[str]] = {}
     for run in dict.fromkeys(cell.run for cell in cells):
-        seen: dict[tuple[str, int], dict[str, list[str]]] = {}
+        seen: dict[tuple[str, int, int], dict[str, list[str]]] = {}
         for cell in cells:
-            for part, told in _start(cell).items() if cell.run == run else ():
-                seen.setdefault((part, told["weights"]), {}).setdefault(told["hash"], []).append(cell.variant)
-        for (part, _), hashes in seen.items():
+            start = _start(cell) if cell.run == run else {}
+            encoder = start.get("encoder", {}).get("weights", 0)
+            for part, told in start.items():
+                seen.setdefault((part, told["weights"], encoder), {}).setdefault(told["hash"], []).append(cell.variant)
+        for (part, *_), hashes in seen.items():
             if len(hashes) > 1:
                 groups = "; ".join(", ".join(names) for names in hashes.values())
-                found.append(f"{run}: {part} started differently in {groups}")
-    return found
+                found.setdefault(f"{part} started differently in {groups}", []).append(run)
+    return [f"{', '.join(runs)}: {words}" for words, runs in found.items()]
 
 
 def _start(cell: Cell) -> dict[str, Any]:

@@ -188,6 +188,20 @@ def test_remarks_say_what_speaks_against_the_table(made, tmp_path):
     assert same_start([plain]) == []
 
 
+def test_other_starts_are_told_once_for_all_runs_and_not_of_other_architectures(tmp_path):
+    cells = []
+    for run in ("seed0", "seed1"):
+        cells += [make_cell(tmp_path, name, run, scores(0), start=name) for name in ("plain", "better", "wide")]
+        write_json(
+            {"encoder": {"hash": "w", "weights": 9}, "heads.lungs": {"hash": run, "weights": 5}},
+            cells[-1].folder / "start_weights.json",
+        )
+        for cell in cells[-3:-1]:
+            told = {"encoder": {"hash": cell.variant, "weights": 5}, "heads.lungs": {"hash": "same", "weights": 5}}
+            write_json(told, cell.folder / "start_weights.json")
+    assert same_start(cells) == ["seed0, seed1: encoder started differently in plain; better"]
+
+
 def test_a_metric_nobody_has_is_told_and_the_rest_is_compared(made):
     told = compare(make_study(metrics=("test/lungs/dice", "test/dcie")), made[1], "test", replicates=20)
     assert list(told["metrics"]) == ["test/lungs/dice"]
