@@ -95,6 +95,7 @@ def cells_of(study: Study, output: Path, any_code: bool = False) -> list[Cell]:
     """
     configs = {name: resolved(study, variant) for name, variant in study.variants.items()}
     code = code_version()
+    judged = {} if study.checkpoint == "last" else {"checkpoint": study.checkpoint}  # the other weights are not kept
     found = []
     for seed, fold, split in product(study.seeds, study.folds, study.splits):
         run = f"seed{seed}" + ("" if fold is None else f"-fold{fold}") + ("" if split is None else f"-split{split}")
@@ -102,7 +103,7 @@ def cells_of(study: Study, output: Path, any_code: bool = False) -> list[Cell]:
             config = copy.deepcopy(config) | {"seed_everything": seed}
             for key, value in (("fold", fold), ("seed", split)):
                 _set_data(config, key, value, name)
-            plain = digest(essence(config))
+            plain = digest(essence(config) | judged)
             folder = output / "cells" / name / f"{run}-{plain[:8]}"
             wanted = folder / code[:8]
             if any_code and not (wanted / "cell.json").is_file():

@@ -73,6 +73,17 @@ def test_a_key_changes_with_configuration_and_code_and_with_nothing_else(study, 
     assert cells_of(study, tmp_path)[0].key != longer.key
 
 
+def test_a_training_of_which_other_weights_were_kept_is_not_taken_for_finished(study, tmp_path):
+    from dataclasses import replace
+
+    last = cells_of(study, tmp_path)[0]
+    finish(last)
+    best = replace(study, checkpoint="best")
+    assert cells_of(study, tmp_path)[0].finished("test")
+    for any_code in (False, True):
+        assert not cells_of(best, tmp_path, any_code)[0].finished("test")
+
+
 def test_what_another_code_has_finished_is_kept_on_request_only(study, tmp_path, monkeypatch):
     old = cells_of(study, tmp_path)[0]
     finish(old)
