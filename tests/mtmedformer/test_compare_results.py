@@ -191,14 +191,10 @@ def test_remarks_say_what_speaks_against_the_table(made, tmp_path):
 def test_other_starts_are_told_once_for_all_runs_and_not_of_other_architectures(tmp_path):
     cells = []
     for run in ("seed0", "seed1"):
-        cells += [make_cell(tmp_path, name, run, scores(0), start=name) for name in ("plain", "better", "wide")]
-        write_json(
-            {"encoder": {"hash": "w", "weights": 9}, "heads.lungs": {"hash": run, "weights": 5}},
-            cells[-1].folder / "start_weights.json",
-        )
-        for cell in cells[-3:-1]:
-            told = {"encoder": {"hash": cell.variant, "weights": 5}, "heads.lungs": {"hash": "same", "weights": 5}}
-            write_json(told, cell.folder / "start_weights.json")
+        for name, weights, head in (("plain", 5, "same"), ("better", 5, "same"), ("wide", 9, "other")):
+            cells.append(make_cell(tmp_path, name, run, scores(0)))
+            start = {"encoder": {"hash": name, "weights": weights}, "heads.lungs": {"hash": head, "weights": 5}}
+            write_json(start, cells[-1].folder / "start_weights.json")
     assert same_start(cells) == ["seed0, seed1: encoder started differently in plain; better"]
 
 
