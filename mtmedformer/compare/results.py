@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mtmedformer.compare.cells import Cell, Split, code_version, write_json
 from mtmedformer.compare.measures import measures, same_start
 from mtmedformer.compare.panels import Panels, paired
-from mtmedformer.compare.statistics import Estimate, Panel, Summary, estimate, holm, verdict
+from mtmedformer.compare.statistics import Estimate, Panel, Summary, estimate, holm, per_run, verdict
 from mtmedformer.compare.study import Study, metric_words
 from mtmedformer.errors import ConfigError
 from mtmedformer.whole_files import whole
@@ -105,25 +104,18 @@ def _value(panel: Panel, higher: bool) -> dict[str, Any]:
     known = np.asarray(~np.isnan(panel.value).any(axis=0))
     by_site = {site: float(panel.value[:, j].mean()) for j, site in enumerate(panel.sites) if known[j]}
     worst = (min if higher else max)(by_site, key=lambda site: by_site[site]) if by_site else None
+    runs = zip(panel.runs, per_run(panel, known, "mean", higher), strict=True) if known.any() else ()
     return {
         "mean": asdict(estimate(panel, higher_is_better=higher)),
         "worst": asdict(estimate(panel, of="worst", higher_is_better=higher)),
         "worst_site": worst,
         "by_site": by_site,
-        "by_run": _by_run(panel, known),
+        "by_run": {run: float(value) for run, value in runs},
         "by_run_and_site": {
             run: {site: float(v) for site, v in zip(panel.sites, row, strict=True) if v == v}
             for run, row in zip(panel.runs, panel.value, strict=True)
         },
     }
-
-
-def _by_run(panel: Panel, known: NDArray[np.bool_]) -> dict[str, float]:
-    """Return a value a run, over all images or the sites that are known in every run; nothing where none is."""
-    if not known.any():
-        return {}
-    values = panel.whole if panel.whole is not None else panel.value[:, known].mean(axis=1)
-    return {run: float(value) for run, value in zip(panel.runs, values, strict=True)}
 
 
 def _share(by_run: Mapping[str, float], yardstick: Mapping[str, float]) -> float:

@@ -154,7 +154,7 @@ def estimate(
         both.append(summary(drawn, p))
         patients_only.append(summary(np.full((replicates, number), 1 / number), p))
     value = float(_minus([np.asarray(v) for v in as_it_is]))
-    by_run = _minus([_per_run(p, known, of, higher_is_better) for p in pair])
+    by_run = _minus([per_run(p, known, of, higher_is_better) for p in pair])
     freedom_patients = min(p.patients for p in pair) - int(known.sum())
     return _interval(value, _minus(both), _minus(patients_only), by_run, freedom_patients, level)
 
@@ -197,8 +197,8 @@ def _over_sites(sites: Floats, of: str, higher: bool) -> Floats:
     return result
 
 
-def _per_run(panel: Panel, known: NDArray[np.bool_], of: str, higher: bool) -> Floats:
-    """Return the value of each run by itself."""
+def per_run(panel: Panel, known: NDArray[np.bool_], of: str, higher: bool) -> Floats:
+    """Return the value of each run by itself: the mean or worst of the sites that are known, or of all images."""
     if of == "mean" and panel.whole is not None:
         return panel.whole
     if of == "mean":
