@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,6 @@ def finish(cell):
 
 
 def test_every_variant_is_trained_with_every_seed_on_every_fold(study, tmp_path):
-    from dataclasses import replace
-
     found = cells_of(replace(study, folds=(0, 1)), tmp_path)
     assert [(c.variant, c.run) for c in found[:3]] == [("a", "seed0-fold0"), ("b", "seed0-fold0"), ("a", "seed0-fold1")]
     assert len({c.key for c in found}) == len({c.folder for c in found}) == 8
@@ -54,8 +53,6 @@ def test_every_variant_is_trained_with_every_seed_on_every_fold(study, tmp_path)
 
 
 def test_data_without_folds_is_told(study, tmp_path, monkeypatch):
-    from dataclasses import replace
-
     monkeypatch.setitem(CONFIG, "data", {"init_args": {"size": 3}})
     with pytest.raises(ConfigError, match="no fold to set"):
         cells_of(replace(study, folds=(0, 1)), tmp_path)
@@ -74,8 +71,6 @@ def test_a_key_changes_with_configuration_and_code_and_with_nothing_else(study, 
 
 
 def test_a_training_of_which_other_weights_were_kept_is_not_taken_for_finished(study, tmp_path):
-    from dataclasses import replace
-
     last = cells_of(study, tmp_path)[0]
     finish(last)
     best = replace(study, checkpoint="best")
