@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -223,11 +224,14 @@ def is_own(metric: str) -> bool:
 
 
 def _merged(file: Path, variants: Any, more: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the variants with what a form says of some of them."""
+    """Return the variants with what a form says of some of them, by name or by pattern, such as ``lungs*``."""
     merged = dict(_mapping(file, "variants", variants))
-    for name, told in more.items():
-        _choose(f"{file}: forms.….variants", str(name), merged)
-        merged[name] = {**(merged[name] or {}), **(told or {})}
+    for pattern, told in more.items():
+        names = fnmatch.filter(merged, pattern)
+        if not names:
+            _choose(f"{file}: forms.….variants", pattern, merged)
+        for name in names:
+            merged[name] = {**(merged[name] or {}), **(told or {})}
     return merged
 
 

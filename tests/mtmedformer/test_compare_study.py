@@ -61,6 +61,16 @@ def test_forms_change_overrides_seeds_and_variants(study):
     assert full.variants["b"].overrides == {"model.width": 8}
 
 
+def test_a_form_names_variants_by_pattern(study):
+    forms = {"long": {"variants": {"b*": {"trainer.max_epochs": 9}, "bb": {"trainer.max_epochs": 8}}}}
+    found = read_study(study(variants={"a": {}, "b": {"seed": 1}, "bb": {}}, forms=forms)).variants
+    assert {name: variant.overrides for name, variant in found.items()} == {
+        "a": {},
+        "b": {"seed": 1, "trainer.max_epochs": 9},
+        "bb": {"trainer.max_epochs": 8},
+    }
+
+
 def test_a_study_like_another_takes_over_what_it_does_not_say(study):
     study("other.yaml", seeds=[0, 1, 2], yardstick="b")
     file = study("mine.yaml")
@@ -118,6 +128,7 @@ def test_another_reference_and_another_metric_first(study):
         ({"overrides": [1]}, "not of the form name: value"),
         ({"forms": {"small": {"seed": [1]}}}, "did you mean seeds"),
         ({"forms": {"small": {"variants": {"bb": {}}}}}, "did you mean b"),
+        ({"forms": {"small": {"variants": {"c*": {}}}}}, "'c\\*' is unknown"),
     ],
 )
 def test_mistakes_are_told_with_their_place(study, changes, words):
