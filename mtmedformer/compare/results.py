@@ -20,11 +20,18 @@ from mtmedformer.errors import ConfigError
 from mtmedformer.whole_files import whole
 
 LOWER_IS_BETTER = ("hd95", "nll", "ece", "loss", "brier", "aurc")
+SIGNED = ("gain_at80",)
 
 
 def higher_is_better(metric: str) -> bool:
     """Return whether more of a metric is better."""
     return not any(word.removesuffix("_raw") in LOWER_IS_BETTER for word in metric_words(metric))
+
+
+def limits(metric: str) -> tuple[float, float]:
+    """Return the least and the most that a metric can be; what is better when more is at most 1, others have no end."""
+    least = -1.0 if any(word in SIGNED for word in metric_words(metric)) else 0.0
+    return least, 1.0 if higher_is_better(metric) else math.inf
 
 
 def compare(study: Study, cells: Sequence[Cell], split: Split, replicates: int = 2000) -> dict[str, Any]:
@@ -77,7 +84,7 @@ def _metric(study: Study, metric: str, names: Sequence[str], panels: Panels) -> 
     """Compare one metric: a value a variant, its difference from the reference, and every pair."""
     higher = higher_is_better(metric)
     found = {name: panels.panel(name, metric) for name in names}
-    values = {name: _value(panel, higher) for name, panel in found.items()}
+    values = {name: _value(panel, higher, limits(metric)) for name, panel in found.items()}
     yardstick = values[study.yardstick]["by_run"] if study.yardstick in values and higher else {}
     for value in values.values():
         value["share"] = _share(value["by_run"], yardstick)
@@ -100,14 +107,14 @@ def _metric(study: Study, metric: str, names: Sequence[str], panels: Panels) -> 
     }
 
 
-def _value(panel: Panel, higher: bool) -> dict[str, Any]:
+def _value(panel: Panel, higher: bool, ends: tuple[float, float]) -> dict[str, Any]:
     known = np.asarray(~np.isnan(panel.value).any(axis=0))
     by_site = {site: float(panel.value[:, j].mean()) for j, site in enumerate(panel.sites) if known[j]}
     worst = (min if higher else max)(by_site, key=lambda site: by_site[site]) if by_site else None
     runs = zip(panel.runs, per_run(panel, known, "mean", higher), strict=True) if known.any() else ()
     return {
-        "mean": asdict(estimate(panel, higher_is_better=higher)),
-        "worst": asdict(estimate(panel, of="worst", higher_is_better=higher)),
+        "mean": _within(ends, estimate(panel, higher_is_better=higher)),
+        "worst": _within(ends, estimate(panel, of="worst", higher_is_better=higher)),
         "worst_site": worst,
         "by_site": by_site,
         "by_run": {run: float(value) for run, value in runs},
@@ -116,6 +123,12 @@ def _value(panel: Panel, higher: bool) -> dict[str, Any]:
             for run, row in zip(panel.runs, panel.value, strict=True)
         },
     }
+
+
+def _within(ends: tuple[float, float], one: Estimate) -> dict[str, Any]:
+    """Return an estimate whose interval ends where its metric does; NaN stays NaN."""
+    low, high = np.clip([one.low, one.high], *ends)
+    return {**asdict(one), "low": float(low), "high": float(high)}
 
 
 def _share(by_run: Mapping[str, float], yardstick: Mapping[str, float]) -> float:

@@ -14,7 +14,7 @@ from mtmedformer.compare import runner
 from mtmedformer.compare.cells import Cell, code_version, digest, write_json
 from mtmedformer.compare.measures import curve_of, measures, same_start
 from mtmedformer.compare.report import render
-from mtmedformer.compare.results import compare, higher_is_better, write_csv, write_json_report
+from mtmedformer.compare.results import compare, higher_is_better, limits, write_csv, write_json_report
 from mtmedformer.compare.study import Study, Variant
 from mtmedformer.metrics.rows import save_rows
 from mtmedformer.metrics.segmentation import SegmentationMetrics
@@ -234,6 +234,30 @@ def test_reports_are_written_and_stand_alone(made, tmp_path):
 )
 def test_direction(metric, expected):
     assert higher_is_better(metric) is expected
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("test/lesions/map50", (0, 1)),
+        ("test/gain_at80", (-1, 1)),
+        ("test/lungs/hd95", (0, math.inf)),
+        ("own/nll_raw", (0, math.inf)),
+    ],
+)
+def test_where_a_metric_ends(metric, expected):
+    assert limits(metric) == expected
+
+
+def test_an_interval_ends_where_its_metric_does(tmp_path):
+    seen = {"north": np.array([0.0, 0.0, 1.0]), "south": np.array([1.0, 0.0, 1.0])}
+    cells = [make_cell(tmp_path, name, f"seed{i}", seen) for name in ("plain", "better") for i in range(2)]
+    told = compare(make_study(metrics=("test/lungs/dice",)), cells, "test", replicates=50)
+    value = told["metrics"]["test/lungs/dice"]["values"]["plain"]
+    for of in ("mean", "worst"):
+        assert value[of]["low"] == 0
+        assert value[of]["high"] <= 1
+        assert value[of]["error"] > 0.2
 
 
 def test_time_left():
