@@ -58,7 +58,7 @@ def curve_of(cell: Cell, metric: str) -> Curve:
         if not found and not own:
             found = [float(v) for key, v in row.items() if v and whole.fullmatch(key)]
         known = [value for value in found if value == value]
-        if known and row.get("epoch", "").isdigit():
+        if known and (row.get("epoch") or "").isdigit():
             values[int(row["epoch"])] = sum(known) / len(known)
     return Curve([values.get(epoch, math.nan) for epoch in range(max(values, default=-1) + 1)])
 

@@ -260,6 +260,14 @@ def test_an_interval_ends_where_its_metric_does(tmp_path):
         assert value[of]["error"] > 0.2
 
 
+@pytest.mark.parametrize(("text", "share"), [("step,epoch\n3,0\n7", 0.25), ("step,epoch\n3,0\n7,1\n", 0.5), ("st", 0)])
+def test_progress_reads_a_file_that_is_being_written(tmp_path, text, share):
+    cell = Cell("plain", "seed0", {"trainer": {"max_epochs": 4}}, "key", tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.csv").write_text(text)
+    assert runner.epochs_done(cell) == share
+
+
 def test_time_left():
     progress = runner.Progress(total=10, jobs=2)
     assert progress.left([]) is None
