@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import csv
 import hashlib
 import json
 import secrets
@@ -80,6 +81,14 @@ class Cell:
         if mine and (own or judged.get("by") == "own"):
             return mine
         return [self.folder / "run" / f"{split}_rows.npz"]
+
+    def logged(self) -> list[dict[str, str]]:
+        """Return what its training has logged so far; empty where a line that is being written does not reach yet."""
+        file = self.folder / "run/metrics.csv"
+        if not file.is_file():
+            return []
+        with file.open(newline="") as lines:
+            return list(csv.DictReader(lines, restval=""))
 
 
 def cells_of(study: Study, output: Path, any_code: bool = False) -> list[Cell]:

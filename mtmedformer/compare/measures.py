@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mtmedformer.compare.cells import Cell, read_json
@@ -53,12 +51,12 @@ def curve_of(cell: Cell, metric: str) -> Curve:
     by_site = re.compile(rf"client/[^/]+/val/{name}" if own else rf"val/{name}/site=.+")
     whole = re.compile(rf"val/{name}")
     values: dict[int, float] = {}
-    for row in _rows(cell.folder / "run/metrics.csv"):
+    for row in cell.logged():
         found = [float(v) for key, v in row.items() if v and by_site.fullmatch(key)]
         if not found and not own:
             found = [float(v) for key, v in row.items() if v and whole.fullmatch(key)]
         known = [value for value in found if value == value]
-        if known and (row.get("epoch") or "").isdigit():
+        if known and row.get("epoch", "").isdigit():
             values[int(row["epoch"])] = sum(known) / len(known)
     return Curve([values.get(epoch, math.nan) for epoch in range(max(values, default=-1) + 1)])
 
@@ -120,10 +118,3 @@ def same_start(cells: Sequence[Cell]) -> list[str]:
 def _start(cell: Cell) -> dict[str, Any]:
     file = cell.folder / "start_weights.json"
     return read_json(file) if file.is_file() else {}
-
-
-def _rows(file: Path) -> list[dict[str, str]]:
-    if not file.is_file():
-        return []
-    with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))

@@ -84,7 +84,7 @@ def _metric(study: Study, metric: str, names: Sequence[str], panels: Panels) -> 
     """Compare one metric: a value a variant, its difference from the reference, and every pair."""
     higher = higher_is_better(metric)
     found = {name: panels.panel(name, metric) for name in names}
-    values = {name: _value(panel, higher, limits(metric)) for name, panel in found.items()}
+    values = {name: _value(panel, metric) for name, panel in found.items()}
     yardstick = values[study.yardstick]["by_run"] if study.yardstick in values and higher else {}
     for value in values.values():
         value["share"] = _share(value["by_run"], yardstick)
@@ -107,7 +107,8 @@ def _metric(study: Study, metric: str, names: Sequence[str], panels: Panels) -> 
     }
 
 
-def _value(panel: Panel, higher: bool, ends: tuple[float, float]) -> dict[str, Any]:
+def _value(panel: Panel, metric: str) -> dict[str, Any]:
+    higher, ends = higher_is_better(metric), limits(metric)
     known = np.asarray(~np.isnan(panel.value).any(axis=0))
     by_site = {site: float(panel.value[:, j].mean()) for j, site in enumerate(panel.sites) if known[j]}
     worst = (min if higher else max)(by_site, key=lambda site: by_site[site]) if by_site else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
@@ -177,14 +176,11 @@ def last_words(cell: Cell) -> str:
 
 
 def epochs_done(cell: Cell) -> float:
-    """Return the share of a cell's epochs that it has logged; its last line may still be being written."""
-    file = cell.folder / "run/metrics.csv"
+    """Return the share of a cell's epochs that it has logged."""
     total = cell.config["trainer"].get("max_epochs") or 0
-    if total <= 0 or not file.is_file():
+    if total <= 0:
         return 0.0
-    with file.open(newline="") as lines:
-        told = [row.get("epoch") or "" for row in csv.DictReader(lines)]
-    epochs = [int(epoch) for epoch in told if epoch.isdigit()]
+    epochs = [int(row["epoch"]) for row in cell.logged() if row.get("epoch", "").isdigit()]
     return min(1.0, (max(epochs) + 1) / total) if epochs else 0.0
 
 
