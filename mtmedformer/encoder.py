@@ -119,6 +119,8 @@ class SharedEncoder(nn.Module):
             image, indices=self.indices, norm=self.norm, output_fmt="NCHW", intermediates_only=True
         )
         body = {s: _on_grid(m, (padded[0] // s, padded[1] // s)) for s, m in zip(self.taken, maps, strict=True)}
+        if image.device.type == "cpu":  # neck and decoders are faster by it, a whole step by a tenth to a fifth
+            body = {s: m.contiguous(memory_format=torch.channels_last) for s, m in body.items()}
         levels: list[Tensor] = self.neck(body, (height, width))
         return levels
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torchmetrics import MeanMetric, Metric
 
-from mtmedformer.batch import Batch, Task, with_entries
+from mtmedformer.batch import Batch, Target, Task, with_entries
 from mtmedformer.calibration import TaskCalibration, plain, restored
 from mtmedformer.encoder import SharedEncoder
 from mtmedformer.errors import ConfigError
@@ -140,13 +140,29 @@ class MultiTaskModule(L.LightningModule):
         tile = self.tile or _size(image)
         return predict_tiled(predict, image, tasks, tile, overlap=self.overlap, flip_tta=self.flip_tta)
 
+    def labelled(self, batch: Batch) -> tuple[dict[str, Any], dict[str, Target]]:
+        """Return each head's raw outputs and target for the images labelled for it, which are all that its loss reads.
+
+        A head for which no image is labelled reads the first one, so that its parameters get their zero gradient.
+        """
+        pyramid, size = self._pyramid(batch.image), _size(batch.image)
+        outputs, targets = {}, {}
+        for name, head in self._heads().items():
+            target, levels = batch.targets[name], pyramid
+            if not bool(target.present.all()):
+                rows = target.present.nonzero().flatten()
+                rows = rows if len(rows) else rows.new_zeros(1)
+                target, levels = target[rows], [level[rows] for level in pyramid]
+            outputs[name], targets[name] = head(levels, size), target
+        return outputs, targets
+
     def task_losses(
-        self, outputs: dict[str, Any], batch: Batch
+        self, outputs: dict[str, Any], targets: dict[str, Target]
     ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, int]]:
-        """Return, by task, the loss, its named terms and the number of labelled samples in the batch."""
-        terms = {name: head.loss(outputs[name], batch.targets[name]) for name, head in self._heads().items()}
+        """Return, by task, the loss, its named terms and the number of labelled samples."""
+        terms = {name: head.loss(outputs[name], targets[name]) for name, head in self._heads().items()}
         losses = {name: torch.stack(list(t.values())).sum() for name, t in terms.items()}
-        return losses, terms, {name: int(batch.targets[name].present.sum()) for name in losses}
+        return losses, terms, {name: int(targets[name].present.sum()) for name in losses}
 
     def setup(self, stage: str) -> None:
         """Check that the data set, the trainer and the heads fit one another."""
@@ -171,7 +187,7 @@ class MultiTaskModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the hybrid loss of a batch; log each task's raw terms where they were labelled."""
-        losses, terms, present = self.task_losses(self(batch.image), batch)
+        losses, terms, present = self.task_losses(*self.labelled(batch))
         loss: Tensor = self.loss(losses, present)
         self._task_losses = losses, present
         self._reached.update(name for name, count in present.items() if count)
@@ -232,7 +248,7 @@ class MultiTaskModule(L.LightningModule):
         """Let a weighting that learns from the step's effect (FAMO) see the batch once more."""
         if self.loss.needs_update:
             with torch.no_grad():
-                losses, _, present = self.task_losses(self(batch.image), batch)
+                losses, _, present = self.task_losses(*self.labelled(batch))
             self.loss.update(losses, present)
 
     def on_train_epoch_end(self) -> None:
@@ -258,7 +274,7 @@ class MultiTaskModule(L.LightningModule):
         Validation never uses a calibration, which is fitted on it.
         """
         outputs = self(batch.image)
-        losses, _, present = self.task_losses(outputs, batch)
+        losses, _, present = self.task_losses(outputs, batch.targets)
         for name, head in self._heads().items():
             if present[name]:
                 _metrics_of(self.val_losses)[name].update(losses[name], weight=present[name])

@@ -46,14 +46,14 @@ def test_the_head_and_the_loss_train_together(parts):
     module = MultiTaskModule(SharedEncoder("mtmedformer_tiny", channels=16), heads)
     data = batch()
     module.eval()
-    before, _, _ = module.task_losses(module(data.image), data)
+    before, _, _ = module.task_losses(module(data.image), data.targets)
     module.train()
     settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(accelerator="cpu", max_epochs=40, enable_model_summary=False, **settings)
     loader = DataLoader([data], batch_size=None)
     trainer.fit(module, loader, loader)
     module.eval()
-    after, _, _ = module.task_losses(module(data.image), data)
+    after, _, _ = module.task_losses(module(data.image), data.targets)
     assert all(after[name] < before[name] for name in ("finding", "lungs"))
     assert float(trainer.callback_metrics["val/lungs/dice"]) > 0.5
     assert "val/finding/auroc" in trainer.callback_metrics

@@ -107,7 +107,7 @@ def test_detection_is_the_squared_gradient_of_its_loss_on_given_boxes(module):
     for i in range(count):
         module.zero_grad()
         sample = data.only(i)
-        losses, _, _ = module.task_losses(module(sample.image), sample)
+        losses, _, _ = module.task_losses(module(sample.image), sample.targets)
         (factor * losses["nodules"]).backward()
         for name, p in module.named_parameters():
             if p.grad is not None and p.grad.any():

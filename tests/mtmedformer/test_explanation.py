@@ -129,7 +129,7 @@ def test_maps_of_a_trained_model_peak_in_planted_lesions_far_more_often_than_cha
     optimizer = torch.optim.AdamW(module.parameters(), lr=2e-3)
     for step in range(60):
         batch = lesions(16, step)
-        losses, _, present = module.task_losses(module(batch.image), batch)
+        losses, _, present = module.task_losses(module(batch.image), batch.targets)
         optimizer.zero_grad()
         module.loss(losses, present).backward()
         optimizer.step()

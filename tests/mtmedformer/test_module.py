@@ -57,7 +57,7 @@ def batch(present, seed=0):
 
 def gradients(module, data):
     module.zero_grad()
-    losses, _, present = module.task_losses(module(data.image), data)
+    losses, _, present = module.task_losses(module(data.image), data.targets)
     module.loss(losses, present).backward()
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
@@ -75,6 +75,25 @@ def test_a_task_unlabelled_in_some_images_gives_the_gradient_of_the_labelled_one
     organ_whole, organ_part = (gradients(copy.deepcopy(module), masked(data, only)) for data in (whole, part))
     for name, grad in organ_part.items():
         torch.testing.assert_close(organ_whole[name], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_reads_the_images_labelled_for_it_and_learns_the_same_as_from_all():
+    module = model().eval()
+    data = batch({"health": [True] * 4, "nodules": [False] * 4, "organ": [True, False, True, False]})
+    rows = {}
+    for name, head in module.heads.items():
+        head.register_forward_pre_hook(lambda _, given, name=name: rows.update({name: len(given[0][0])}))
+    expected = gradients(module, data)
+    assert rows == {"health": 4, "nodules": 4, "organ": 4}
+
+    module.zero_grad()
+    losses, _, present = module.task_losses(*module.labelled(data))
+    module.loss(losses, present).backward()
+    assert rows == {"health": 4, "nodules": 1, "organ": 2}  # one for a task nobody labelled: DDP wants its gradient
+    assert present == {"health": 4, "nodules": 0, "organ": 2}
+    assert all(not p.grad.any() for p in module.heads["nodules"].parameters())
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def masked(data, tasks):
