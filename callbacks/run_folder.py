@@ -80,8 +80,8 @@ class RunLogger(CSVLogger):
 def _rows(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
-    with file.open(newline="") as lines:
-        return [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(lines)]
+    whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")  # a killed run may have left half of its last line
+    return [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(whole.splitlines())]
 
 
 class SaveRunConfig(SaveConfigCallback):

@@ -46,6 +46,16 @@ def test_a_resumed_csv_keeps_its_rows_and_takes_new_columns(tmp_path):
     assert [r["b"] for r in rows] == ["", "3.0"]
 
 
+def test_half_a_line_that_a_killed_run_left_is_not_taken_for_numbers(tmp_path):
+    (tmp_path / "metrics.csv").write_text("epoch,loss,step\n0,1.5,9\n1,1.2")
+    logger = RunLogger(str(tmp_path))
+    logger.log_metrics({"loss": 1.25}, step=19)
+    logger.save()
+    with (tmp_path / "metrics.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [(row["epoch"], row["loss"], row["step"]) for row in rows] == [("0", "1.5", "9"), ("", "1.25", "19")]
+
+
 def test_other_processes_write_no_rows_and_do_not_mind_those_there_are(tmp_path, monkeypatch):
     (tmp_path / "metrics.csv").write_text("epoch,loss\n0,1.5\n")
     monkeypatch.setattr(rank_zero_only, "rank", 1)
