@@ -143,13 +143,14 @@ class MultiTaskModule(L.LightningModule):
     def labelled(self, batch: Batch) -> tuple[dict[str, Any], dict[str, Target]]:
         """Return each head's raw outputs and target for the images labelled for it, which are all that its loss reads.
 
-        A head for which no image is labelled reads the first one, so that its parameters get their zero gradient.
+        A head for which no image is labelled reads the first one, so that its parameters get their zero gradient; one
+        with BatchNorm reads all images.
         """
         pyramid, size = self._pyramid(batch.image), _size(batch.image)
         outputs, targets = {}, {}
         for name, head in self._heads().items():
             target, levels = batch.targets[name], pyramid
-            if not bool(target.present.all()):
+            if not (bool(target.present.all()) or _mixes_images(head)):
                 rows = target.present.nonzero().flatten()
                 rows = rows if len(rows) else rows.new_zeros(1)
                 target, levels = target[rows], [level[rows] for level in pyramid]
@@ -387,6 +388,11 @@ class MultiTaskModule(L.LightningModule):
 
 def _metrics_of(modules: nn.ModuleDict) -> dict[str, Metric]:
     return {name: module for name, module in modules.items() if isinstance(module, Metric)}
+
+
+def _mixes_images(head: TaskHead) -> bool:
+    """Return whether what the head says of an image depends on the others of the batch."""
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in head.modules())
 
 
 def _size(image: Tensor) -> tuple[int, int]:

@@ -44,7 +44,8 @@ class TaskHead(nn.Module, ABC):
         """Decode a pyramid.
 
         Args:
-            pyramid: One (B, channels, ceil(H / stride), ceil(W / stride)) tensor a level, finest first.
+            pyramid: One (B, channels, ceil(H / stride), ceil(W / stride)) tensor a level, finest first. In training B
+                counts the images labelled for the task, at least one (all images where the head has BatchNorm).
             size: ``(H, W)`` of the network's input.
 
         Returns:

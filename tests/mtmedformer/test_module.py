@@ -96,6 +96,15 @@ def test_a_head_reads_the_images_labelled_for_it_and_learns_the_same_as_from_all
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
+def test_a_head_with_batch_norm_reads_every_image():
+    module = model()
+    module.heads["organ"].fuse.append(torch.nn.BatchNorm2d(module.heads["organ"].logits[1].in_channels))
+    rows = []
+    module.heads["organ"].register_forward_pre_hook(lambda _, given: rows.append(len(given[0][0])))
+    module.labelled(batch({"health": [True] * 4, "nodules": [True] * 4, "organ": [True, False, False, False]}))
+    assert rows == [4]
+
+
 def masked(data, tasks):
     """Return a batch in which only ``tasks`` are labelled."""
     everything = {name: data.targets[name].present.tolist() for name in data.targets}
