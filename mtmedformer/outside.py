@@ -152,7 +152,11 @@ class OutsideDetection(TaskHead):
         if not bool(rows.any()):
             return {"detector": sum((p.sum() for p in self.network.parameters()), torch.zeros(())) * 0.0}
         boxes = [{"boxes": b, "labels": k + 1} for b, k in map(_with_area, labelled.boxes, labelled.labels)]
-        with torch.autocast(outputs.device.type, enabled=False), self._asked_for(losses=True, image=outputs):
+        nothing = not any(len(one["boxes"]) for one in boxes)
+        with (
+            torch.autocast(outputs.device.type, enabled=False),
+            self._asked_for(losses=True, image=outputs, every_proposal=nothing),
+        ):
             found: dict[str, Tensor] = self.network(list(outputs[rows].float()), boxes)
         return found
 
@@ -174,17 +178,27 @@ class OutsideDetection(TaskHead):
         return {f"{box}score_thresh": self.score_threshold, f"{box}detections_per_img": self.max_detections}
 
     @contextmanager
-    def _asked_for(self, losses: bool, image: Tensor) -> Iterator[None]:
-        """Let the detector give losses or boxes, whatever the mode of its layers, and keep the size of the images."""
+    def _asked_for(self, losses: bool, image: Tensor, every_proposal: bool = False) -> Iterator[None]:
+        """Let the detector give losses or boxes, whatever the mode of its layers, and keep the size of the images.
+
+        In a batch without boxes a detector of two stages may propose none above its threshold, and the second stage's
+        loss, a mean over proposals, would not be a number: ``every_proposal`` lifts the threshold.
+        """
         parts = [p for p in (self.network, *(getattr(self.network, n, None) for n in ("rpn", "roi_heads"))) if p]
         before = [part.training for part in parts]
         sides = image.shape[-2:]
         self.network.transform.min_size, self.network.transform.max_size = (min(sides),), max(sides)
         for part in parts:
             part.training = losses
+        rpn = getattr(self.network, "rpn", None)
+        threshold = rpn.score_thresh if rpn else 0.0
+        if rpn and every_proposal:
+            rpn.score_thresh = 0.0
         try:
             yield
         finally:
+            if rpn:
+                rpn.score_thresh = threshold
             for part, mode in zip(parts, before, strict=True):
                 part.training = mode
 

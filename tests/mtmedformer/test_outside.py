@@ -94,6 +94,17 @@ def test_known_to_hold_nothing_is_background_and_a_box_without_area_is_left_out(
     assert torch.isfinite(sum(detector.train().heads["b"].loss(image.expand(-1, 3, -1, -1), target).values()))
 
 
+def test_a_batch_without_boxes_is_learnt_from_when_the_first_stage_proposes_nothing(detector):
+    image, target = boxes(2)
+    target.boxes, target.labels = [torch.zeros(0, 4)] * 2, [torch.zeros(0, dtype=torch.long)] * 2
+    head = detector.train().heads["b"]
+    rpn = head.network.rpn
+    torch.nn.init.constant_(rpn.head.cls_logits.bias, -9.0)
+    threshold = rpn.score_thresh
+    assert torch.isfinite(sum(head.loss(image.expand(-1, 3, -1, -1), target).values()))
+    assert rpn.score_thresh == threshold > 0
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
