@@ -150,8 +150,8 @@ class MultiTaskModule(L.LightningModule):
         outputs, targets = {}, {}
         for name, head in self._heads().items():
             target, levels = batch.targets[name], pyramid
-            if not (bool(target.present.all()) or _mixes_images(head)):
-                rows = target.present.nonzero().flatten()
+            rows = target.present.nonzero().flatten()
+            if len(rows) < len(batch) and not _mixes_images(head):
                 rows = rows if len(rows) else rows.new_zeros(1)
                 target, levels = target[rows], [level[rows] for level in pyramid]
             outputs[name], targets[name] = head(levels, size), target
