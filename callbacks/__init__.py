@@ -1,21 +1,21 @@
 """Lightning callbacks of MTMedFormer, one file each."""
 
-from callbacks.atomic_checkpoints import AtomicCheckpoints
-from callbacks.calibration import Calibrate, ReliabilityReport
-from callbacks.federation import Federation
-from callbacks.metrics_table import MetricsTable, TestReport
-from callbacks.overlays import Overlays
-from callbacks.parts_summary import PartsSummary
+from callbacks.evaluation.calibrate import Calibrate, ReliabilityReport
+from callbacks.evaluation.metrics_table import MetricsTable, TestReport
+from callbacks.evaluation.overlays import Overlays
+from callbacks.federation.callback import Federation
+from callbacks.federation.posterior_prediction import PosteriorPrediction
+from callbacks.federation.tune_posterior import TunePosterior
 from callbacks.prediction.explanations import Explanations
-from callbacks.prediction.posterior_prediction import PosteriorPrediction
-from callbacks.prediction.prediction_writer import PredictionWriter
-from callbacks.quarantine_report import QuarantineReport
+from callbacks.prediction.writer import PredictionWriter
 from callbacks.reports.federation_report import FederationReport
 from callbacks.reports.model_report import ModelReport
-from callbacks.resume_point import LastCheckpoint, ResumePoint
-from callbacks.rounds.posterior import TunePosterior
-from callbacks.run_folder import RunLogger, SaveRunConfig, claim_run_folder, latest_run_folder, run_folder_of
-from callbacks.wandb_record import WandbRecord, record_in_wandb
+from callbacks.run.atomic_checkpoints import AtomicCheckpoints
+from callbacks.run.checkpoints import LastCheckpoint, ResumePoint
+from callbacks.run.model_summary import PartsSummary
+from callbacks.run.quarantine_report import QuarantineReport
+from callbacks.run.run_folder import RunLogger, SaveRunConfig, claim_run_folder, latest_run_folder, run_folder_of
+from callbacks.run.wandb_run import WandbRecord, record_in_wandb
 
 __all__ = [
     "AtomicCheckpoints",

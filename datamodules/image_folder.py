@@ -14,13 +14,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.dataset import meta_of, pixels_of
-from datamodules.entries import Recipe
-from datamodules.image_files import find_images
-from datamodules.originals import Originals
-from datamodules.quarantine import IMAGE, Issue
+from datamodules.cache.entries import Recipe
+from datamodules.cache.quarantine import IMAGE, Issue
+from datamodules.images.find_files import find_images
+from datamodules.images.originals import Originals
+from datamodules.images.presets import ChestPreset, PlainPreset, Preset
+from datamodules.loading.dataset import meta_of, pixels_of
 from datamodules.records import Record
-from datamodules.transforms import ChestPreset, PlainPreset, Preset
 from mtmedformer.batch import Batch, Sample, collate
 from mtmedformer.errors import ConfigError
 
@@ -35,7 +35,7 @@ class ImageFolderDataModule(Originals, L.LightningDataModule):
     be read is listed in ``failures`` and the rest goes on.
 
     Args:
-        images: Files and folder trees; DICOM, PNG, JPEG, TIFF and what else ``datamodules.pixels`` reads.
+        images: Files and folder trees; DICOM, PNG, JPEG, TIFF and what else ``datamodules.images.pixels`` reads.
         image_size: ``[height, width]`` of the network's input in pixels, or one number for both; as in training.
         preset: How images are framed; as in training. ``null`` for the whole image.
         batch_size: Images a batch.

@@ -17,7 +17,7 @@ class MaskSource:
     """Where one mask channel comes from; with nothing given the channel is annotated and empty (all background).
 
     Attributes:
-        file: Mask image (any format ``datamodules.pixels`` reads).
+        file: Mask image (any format ``datamodules.images.pixels`` reads).
         values: Pixel values of ``file`` that belong to the class; ``None`` means every value above zero.
         polygons: Polygons as tuples of ``(x, y)`` points in pixels of the original image. One or two points are points
             (drawn as discs of ``point_radius``).

@@ -21,16 +21,16 @@ from federation.aggregators import (
     TrimmedMean,
     merge,
 )
-from federation.alignment import Alignment, align, permutation_groups
+from federation.alignment.align import Alignment, align, permutation_groups
+from federation.bayes.curvature import Curvature, NoCurvature, SquaredGradients
+from federation.bayes.fisher import Fisher
+from federation.bayes.online_newton import NewtonCurvature, OnlineNewton
+from federation.bayes.posterior import Posterior
+from federation.bayes.uncertainty import tune_scale, uncertainty
 from federation.datamodule import FederatedDataModule
-from federation.example_privacy import ExamplePrivacy
-from federation.fisher import Fisher
-from federation.online_newton import NewtonCurvature, OnlineNewton
 from federation.partition import Dirichlet, EqualShares, Partition
-from federation.posterior import Posterior
-from federation.precision import Curvature, NoCurvature, SquaredGradients
-from federation.privacy import PrivacyPolicy
-from federation.uncertainty import tune_scale, uncertainty
+from federation.privacy.dp_sgd import ExamplePrivacy
+from federation.privacy.policy import PrivacyPolicy
 
 __all__ = [
     "Aggregator",

@@ -6,13 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mtmedformer.encoder import SharedEncoder
+    from mtmedformer.commands.load.predictor import Prediction, Predictor, load
+    from mtmedformer.encoders.shared import SharedEncoder
     from mtmedformer.errors import ConfigError, DataError, UserError
     from mtmedformer.heads import ClassificationHead, DetectionHead, QueryHead, SegmentationHead
-    from mtmedformer.loading import Prediction, Predictor, load
     from mtmedformer.losses.hybrid import HybridLoss
     from mtmedformer.module import MultiTaskModule
-    from mtmedformer.schedule import WarmupCosine
+    from mtmedformer.optim import WarmupCosine
 
 __version__ = "0.1.0"
 
@@ -34,13 +34,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "mtmedformer.encoder": ("SharedEncoder",),
+    "mtmedformer.encoders.shared": ("SharedEncoder",),
     "mtmedformer.errors": ("ConfigError", "DataError", "UserError"),
     "mtmedformer.heads": ("ClassificationHead", "DetectionHead", "QueryHead", "SegmentationHead"),
-    "mtmedformer.loading": ("Prediction", "Predictor", "load"),
+    "mtmedformer.commands.load.predictor": ("Prediction", "Predictor", "load"),
     "mtmedformer.losses": ("HybridLoss",),
     "mtmedformer.module": ("MultiTaskModule",),
-    "mtmedformer.schedule": ("WarmupCosine",),
+    "mtmedformer.optim": ("WarmupCosine",),
 }
 
 

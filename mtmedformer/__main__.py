@@ -2,6 +2,6 @@
 
 import sys
 
-from mtmedformer.cli import main
+from mtmedformer.commands.main import main
 
 sys.exit(main())

@@ -22,13 +22,13 @@ from torchmetrics import MeanMetric, Metric
 
 from mtmedformer.batch import Batch, Target, Task, with_entries
 from mtmedformer.calibration import TaskCalibration, plain, restored
-from mtmedformer.encoder import SharedEncoder
+from mtmedformer.encoders.pretrained import load_weights
+from mtmedformer.encoders.shared import SharedEncoder
 from mtmedformer.errors import ConfigError
-from mtmedformer.heads.head import TaskHead
-from mtmedformer.inference import predict_tiled
+from mtmedformer.heads.base import TaskHead
+from mtmedformer.inference.tiling import predict_tiled
 from mtmedformer.losses.hybrid import HybridLoss
-from mtmedformer.metrics.task_metrics import TaskMetrics
-from mtmedformer.weights import load_weights
+from mtmedformer.metrics.base import TaskMetrics
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], Any]

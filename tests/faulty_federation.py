@@ -17,8 +17,8 @@ import torch
 
 from callbacks import AtomicCheckpoints, Federation, LastCheckpoint, ResumePoint
 from federation import BayesianAggregator, FedAvg, FederatedDataModule
-from federation.client import Interrupted
-from federation.rounds import Policy
+from federation.client.train import Interrupted
+from federation.server.admission import Policy
 from mtmedformer.errors import DataError, UserError
 from tests.toy_sites import ToySite, toy_module
 

@@ -6,7 +6,7 @@ import torch
 import yaml
 
 from mtmedformer import MultiTaskModule
-from mtmedformer.stored_model import build
+from mtmedformer.commands.load.stored_model import build
 
 HEADS = {
     "health": ("ClassificationHead", {"classes": ["well", "sick"]}),

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from federation.blocks import Schema, State, schema_of, state_hash
-from federation.update import BlockUpdate, Update
+from federation.exchange.schema import Schema, State, schema_of, state_hash
+from federation.exchange.update import BlockUpdate, Update
 
 
 class Toy(nn.Module):

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MeanMetric
 
-from federation.blocks import schema_of, state_hash
-from federation.client import RoundPlan, state_of
+from federation.client.train import RoundPlan, state_of
+from federation.exchange.schema import schema_of, state_hash
 from mtmedformer.batch import Meta, Sample, Task, collate
 
 TASKS = {name: Task(name, "classification", ("no", "yes")) for name in ("left", "right")}

@@ -11,11 +11,11 @@ from torch import Tensor
 from callbacks.prediction.prediction_files import PredictionFolder, predictions_root
 from mtmedformer.batch import Batch
 from mtmedformer.errors import ConfigError
-from mtmedformer.explanation import attention_map, grad_cam
-from mtmedformer.heads.head import TaskHead
-from mtmedformer.map_picture import HeatMap, maps_figure
+from mtmedformer.heads.base import TaskHead
+from mtmedformer.inference.gradcam import attention_map, grad_cam
 from mtmedformer.module import MultiTaskModule
-from mtmedformer.whole_files import whole
+from mtmedformer.plots.heatmaps import HeatMap, maps_figure
+from mtmedformer.storage.atomic_write import whole
 
 
 class Explanations(Callback):

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from callbacks.prediction.dicom_outputs import DicomOutputs
+from callbacks.prediction.dicom.outputs import DicomOutputs
 from callbacks.prediction.prediction_files import PredictionFolder
 from mtmedformer.batch import Meta, Task
-from mtmedformer.digests import file_digest
 from mtmedformer.errors import DataError
-from mtmedformer.findings import NOTE, Findings, FoundBox
-from mtmedformer.frames import Bytes, Floats
-from mtmedformer.prediction_picture import prediction_figure, preview_from_input, preview_of
-from mtmedformer.whole_files import whole
+from mtmedformer.geometry import Bytes, Floats
+from mtmedformer.inference.results import NOTE, Findings, FoundBox
+from mtmedformer.plots.predictions import prediction_figure, preview_from_input, preview_of
+from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.hashing import file_digest
 
 Json = dict[str, Any]
 

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mtmedformer.digests import file_digest
 from mtmedformer.errors import ConfigError
-from mtmedformer.findings import ABOUT, NOTE
-from mtmedformer.whole_files import whole
+from mtmedformer.inference.results import ABOUT, NOTE
+from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.hashing import file_digest
 
 Json = dict[str, Any]
 

@@ -23,7 +23,7 @@ from mtmedformer.batch import (
 )
 from mtmedformer.metrics.matching import box_iou, match
 from mtmedformer.metrics.segmentation import binarise, overlap
-from mtmedformer.pictures import overlay_figure
+from mtmedformer.plots.overlays import overlay_figure
 
 Case = tuple[float, int]
 """How good the prediction of an image is, from 0 to 1, and the image's place in the test set."""

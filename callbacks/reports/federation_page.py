@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from callbacks.reports.federation_updates import cost, drift, moved, privacy, shares
-from callbacks.reports.report_page import (
+from callbacks.reports.round_curves import Panel, by_site, curves, line_of
+from mtmedformer.plots.html import (
     Cell,
     Html,
     details,
@@ -21,7 +22,6 @@ from callbacks.reports.report_page import (
     table,
     tiles,
 )
-from callbacks.reports.round_curves import Panel, by_site, curves, line_of
 
 Facts = dict[str, Any]
 

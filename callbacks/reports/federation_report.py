@@ -14,12 +14,12 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from callbacks.federation import Federation
+from callbacks.federation.callback import Federation
 from callbacks.reports.environment import versions
 from callbacks.reports.federation_page import federation_page
-from callbacks.reports.report_page import write_page
 from mtmedformer.errors import UserError
-from mtmedformer.metrics.task_metrics import TaskMetrics
+from mtmedformer.metrics.base import TaskMetrics
+from mtmedformer.plots.html import write_page
 
 Facts = dict[str, Any]
 """Plain JSON values; no NaN, nothing of a patient."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from callbacks.reports.report_page import (
+from callbacks.reports.round_curves import Panel, by_site, curves, line_of
+from mtmedformer.plots.html import (
     Cell,
     Html,
     details,
@@ -18,7 +19,6 @@ from callbacks.reports.report_page import (
     size_of,
     table,
 )
-from callbacks.reports.round_curves import Panel, by_site, curves, line_of
 
 Facts = dict[str, Any]
 

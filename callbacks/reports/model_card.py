@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from callbacks.metrics_table import HIDDEN
+from callbacks.evaluation.metrics_table import HIDDEN
 from callbacks.reports.model_page import leak_words
 from callbacks.reports.model_words import abilities, interval, limits
-from callbacks.reports.report_page import number
+from mtmedformer.plots.html import number
 
 Facts = dict[str, Any]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from callbacks.metrics_table import HEADLINES, HIDDEN
+from callbacks.evaluation.metrics_table import HEADLINES, HIDDEN
 from callbacks.reports.model_words import abilities, interval, limits
 from callbacks.reports.ranking_curves import task_figure
-from callbacks.reports.report_page import (
+from mtmedformer.plots.html import (
     Cell,
     Html,
     code,

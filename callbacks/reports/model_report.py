@@ -14,16 +14,16 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
-from callbacks.calibration import ReliabilityReport
-from callbacks.metrics_table import TestReport
+from callbacks.evaluation.calibrate import ReliabilityReport
+from callbacks.evaluation.metrics_table import TestReport
 from callbacks.reports.cases import Case, case_figure, chosen, quality
 from callbacks.reports.environment import versions
 from callbacks.reports.model_card import model_card
 from callbacks.reports.model_page import model_page
 from callbacks.reports.ranking_curves import curves_of
-from callbacks.reports.report_page import Html, figure, join, write_page
 from mtmedformer.batch import Batch, collate
-from mtmedformer.metrics.task_metrics import TaskMetrics
+from mtmedformer.metrics.base import TaskMetrics
+from mtmedformer.plots.html import Html, figure, join, write_page
 
 Facts = dict[str, Any]
 

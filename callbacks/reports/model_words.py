@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from callbacks.reports.report_page import number
+from mtmedformer.plots.html import number
 
 Facts = dict[str, Any]
 

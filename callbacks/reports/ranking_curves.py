@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from callbacks.reports.report_page import COLOURS, FAINT, INK, STYLE
+from mtmedformer.metrics.base import TaskMetrics
 from mtmedformer.metrics.classification import ClassificationMetrics
 from mtmedformer.metrics.curves import Floats, counts_above, operating_points
 from mtmedformer.metrics.detection import DetectionMetrics
 from mtmedformer.metrics.segmentation import SegmentationMetrics
-from mtmedformer.metrics.task_metrics import TaskMetrics
+from mtmedformer.plots.html import COLOURS, FAINT, INK, STYLE
 
 Facts = dict[str, Any]
 FALSE_ALARMS = 8.0

@@ -1,9 +1,8 @@
 """Aggregators: from the sites' updates of a round to the next global state."""
 
-from federation.aggregators.aggregator import Aggregator, LocalRule, merge
+from federation.aggregators.base import Aggregator, LocalRule, merge
 from federation.aggregators.bayesian import BayesianAggregator
 from federation.aggregators.ditto import Ditto
-from federation.aggregators.ends import Local, Pooled
 from federation.aggregators.fedavg import FedAvg
 from federation.aggregators.fedbn import FedBN
 from federation.aggregators.fedopt import FedAdam, FedAvgM, FedYogi
@@ -11,6 +10,7 @@ from federation.aggregators.fedprox import FedProx
 from federation.aggregators.fine_tuned import FineTuned
 from federation.aggregators.fisher_merging import FisherMerging
 from federation.aggregators.inverse_variance import InverseVariance
+from federation.aggregators.reference_points import Local, Pooled
 from federation.aggregators.robust import CoordinateMedian, TrimmedMean
 from federation.aggregators.scaffold import Scaffold
 

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from federation.aggregators.aggregator import LocalRule
+from federation.aggregators.base import LocalRule
 from federation.aggregators.fedopt import FedAvgM
 from federation.aggregators.fedprox import Proximal
-from federation.blocks import Schema, State
-from federation.posterior import Factor, Posterior, SiteMemory, relative_precision
-from federation.precision import Curvature, NoCurvature, SquaredGradients, normalise
-from federation.update import BlockUpdate, Update
+from federation.bayes.curvature import Curvature, NoCurvature, SquaredGradients, normalise
+from federation.bayes.posterior import Factor, Posterior, SiteMemory, relative_precision
+from federation.exchange.schema import Schema, State
+from federation.exchange.update import BlockUpdate, Update
 from mtmedformer.errors import ConfigError
 
 LOUDEST = 10.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from federation.aggregators.aggregator import LocalRule
+from federation.aggregators.base import LocalRule
 from federation.aggregators.fedavg import FedAvg, Weights
 from federation.aggregators.fedprox import Proximal
 from mtmedformer.errors import ConfigError

@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from federation.aggregators.aggregator import Aggregator
-from federation.aggregators.sums import Centre, WeightedMeans
-from federation.blocks import Schema, State
-from federation.update import BlockUpdate, Update
+from federation.aggregators.base import Aggregator
+from federation.aggregators.weighted_mean import Centre, WeightedMeans
+from federation.exchange.schema import Schema, State
+from federation.exchange.update import BlockUpdate, Update
 from mtmedformer.errors import ConfigError
 
 Weights = Literal["evidence", "equal"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from federation.aggregators.fedavg import FedAvg, Weights
-from federation.blocks import State
+from federation.exchange.schema import State
 
 
 class FedAvgM(FedAvg):

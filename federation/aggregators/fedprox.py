@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from federation.aggregators.aggregator import LocalRule
+from federation.aggregators.base import LocalRule
 from federation.aggregators.fedavg import FedAvg, Weights
 from mtmedformer.errors import ConfigError
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from federation.aggregators.aggregator import LocalRule
+from federation.aggregators.base import LocalRule
 from federation.aggregators.fedavg import FedAvg, Weights
-from federation.blocks import State
+from federation.exchange.schema import State
 from mtmedformer.errors import ConfigError
 
 

@@ -7,10 +7,10 @@ import math
 from torch import Tensor
 
 from federation.aggregators.fedavg import FedAvg, Weights
-from federation.fisher import Fisher
-from federation.posterior import SILENT, relative_precision
-from federation.precision import Curvature, normalise
-from federation.update import BlockUpdate
+from federation.bayes.curvature import Curvature, normalise
+from federation.bayes.fisher import Fisher
+from federation.bayes.posterior import SILENT, relative_precision
+from federation.exchange.update import BlockUpdate
 
 UNCLIPPED = (1e-30, 1e30)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from federation.aggregators.fedavg import Weights
 from federation.aggregators.fisher_merging import FisherMerging
-from federation.precision import Curvature, SquaredGradients
+from federation.bayes.curvature import Curvature, SquaredGradients
 
 
 class InverseVariance(FisherMerging):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from federation.aggregators.fedavg import FedAvg
-from federation.aggregators.sums import Centre
+from federation.aggregators.weighted_mean import Centre
 from mtmedformer.errors import ConfigError
 
 

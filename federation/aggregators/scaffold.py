@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from federation.aggregators.aggregator import LocalRule
+from federation.aggregators.base import LocalRule
 from federation.aggregators.fedavg import FedAvg, Weights
-from federation.blocks import Schema, State
-from federation.update import Update
+from federation.exchange.schema import Schema, State
+from federation.exchange.update import Update
 
 
 class ControlVariates(LocalRule):

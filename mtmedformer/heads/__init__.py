@@ -1,9 +1,9 @@
 """Task heads: one file per kind of answer; each decodes the shared pyramid and knows no other head."""
 
+from mtmedformer.heads.base import TaskHead
 from mtmedformer.heads.classification import ClassificationHead
 from mtmedformer.heads.detection import DetectionHead
-from mtmedformer.heads.head import TaskHead
-from mtmedformer.heads.query import QueryHead
+from mtmedformer.heads.detr import QueryHead
 from mtmedformer.heads.segmentation import SegmentationHead
 
 __all__ = ["ClassificationHead", "DetectionHead", "QueryHead", "SegmentationHead", "TaskHead"]

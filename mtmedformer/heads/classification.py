@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from mtmedformer.batch import ClassificationTarget, Target
 from mtmedformer.errors import ConfigError
-from mtmedformer.heads.head import TaskHead
-from mtmedformer.heads.levels import pick_levels
+from mtmedformer.heads.base import TaskHead
+from mtmedformer.heads.layers import pick_levels
 from mtmedformer.losses.classification import BinaryCrossEntropy, ClassLoss, CrossEntropy
 
 if TYPE_CHECKING:
-    from mtmedformer.metrics.task_metrics import TaskMetrics
+    from mtmedformer.metrics.base import TaskMetrics
 
 
 @dataclass

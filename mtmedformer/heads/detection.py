@@ -14,12 +14,12 @@ from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from mtmedformer.batch import DetectionTarget, Target
 from mtmedformer.errors import ConfigError
-from mtmedformer.heads.head import TaskHead
-from mtmedformer.heads.levels import group_norm
+from mtmedformer.heads.base import TaskHead
+from mtmedformer.heads.layers import group_norm
 from mtmedformer.losses.detection import BoxLoss, GIoU, decode_boxes, fcos_loss
 
 if TYPE_CHECKING:
-    from mtmedformer.metrics.task_metrics import TaskMetrics
+    from mtmedformer.metrics.base import TaskMetrics
 
 
 @dataclass

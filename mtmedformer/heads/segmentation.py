@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from mtmedformer.batch import IGNORE, SegmentationTarget, Target
 from mtmedformer.errors import ConfigError
-from mtmedformer.heads.head import TaskHead
-from mtmedformer.heads.levels import enlarge, group_norm, pick_levels
+from mtmedformer.heads.base import TaskHead
+from mtmedformer.heads.layers import enlarge, group_norm, pick_levels
 from mtmedformer.losses.segmentation import Dice, MaskCrossEntropy, MaskLoss, probabilities
 
 if TYPE_CHECKING:
-    from mtmedformer.metrics.task_metrics import TaskMetrics
+    from mtmedformer.metrics.base import TaskMetrics
 
 
 class SegmentationHead(TaskHead):

@@ -2,7 +2,7 @@
 
 from mtmedformer.losses.classification import Asymmetric, BinaryCrossEntropy, BinaryFocal, ClassLoss, CrossEntropy
 from mtmedformer.losses.detection import BoxLoss, CIoU, DIoU, GIoU
-from mtmedformer.losses.gradients import GradientAggregation
+from mtmedformer.losses.gradient_aggregation import GradientAggregation
 from mtmedformer.losses.hybrid import HybridLoss
 from mtmedformer.losses.segmentation import Boundary, Dice, Lovasz, MaskCrossEntropy, MaskFocal, MaskLoss, Tversky
 from mtmedformer.losses.weighting import (

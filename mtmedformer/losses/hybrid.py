@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mtmedformer.errors import ConfigError
-from mtmedformer.losses.gradients import GradientAggregation
+from mtmedformer.losses.gradient_aggregation import GradientAggregation
 from mtmedformer.losses.weighting import FixedWeighting, Weighting
 
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtmedformer.batch import IGNORE, ClassificationTarget, Meta, SegmentationTarget, Task
+from mtmedformer.metrics.base import Evaluate, Floats, TaskMetrics
 from mtmedformer.metrics.curves import mean_known, ratio
-from mtmedformer.metrics.task_metrics import Evaluate, Floats, TaskMetrics
 
 SMALLEST = float(np.finfo(np.float32).eps)
 """Probabilities are kept this far from 0 in the log-likelihood, as in ``ClassificationMetrics``."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtmedformer.batch import ClassificationTarget, Meta
+from mtmedformer.metrics.base import Evaluate, Floats, TaskMetrics
 from mtmedformer.metrics.curves import (
     auroc,
     average_precision,
@@ -20,7 +21,6 @@ from mtmedformer.metrics.curves import (
     sensitivity_at_specificity,
     weighted_mean,
 )
-from mtmedformer.metrics.task_metrics import Evaluate, Floats, TaskMetrics
 
 SMALLEST = float(np.finfo(np.float32).eps)
 """Probabilities are kept this far from 0 and 1 in the log-likelihood, as scikit-learn does for float32."""

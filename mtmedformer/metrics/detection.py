@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mtmedformer.batch import DetectionTarget, Meta
 from mtmedformer.metrics import coco, rsna
+from mtmedformer.metrics.base import Evaluate, Floats, TaskMetrics
 from mtmedformer.metrics.curves import mean_known, weighted_mean
 from mtmedformer.metrics.froc import Findings, sensitivities
 from mtmedformer.metrics.matching import box_iou, hits, match
-from mtmedformer.metrics.task_metrics import Evaluate, Floats, TaskMetrics
 
 THRESHOLDS = np.concatenate([rsna.THRESHOLDS, coco.THRESHOLDS])
 RSNA, COCO = slice(len(rsna.THRESHOLDS)), slice(len(rsna.THRESHOLDS), None)

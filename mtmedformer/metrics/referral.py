@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtmedformer.batch import IGNORE, Meta, SegmentationTarget, Task
-from mtmedformer.entropy import entropy
+from mtmedformer.metrics.base import Evaluate, Floats, TaskMetrics
 from mtmedformer.metrics.curves import ratio
+from mtmedformer.metrics.entropy import entropy
 from mtmedformer.metrics.segmentation import binarise, overlap
-from mtmedformer.metrics.task_metrics import Evaluate, Floats, TaskMetrics
 
 COVERAGE = 0.8
 """Share of the images that is kept."""

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from mtmedformer.batch import Task
 from mtmedformer.errors import DataError
+from mtmedformer.metrics.base import Evaluate, TaskMetrics
 from mtmedformer.metrics.calibration import CalibrationMetrics
 from mtmedformer.metrics.classification import ClassificationMetrics
 from mtmedformer.metrics.detection import DetectionMetrics
 from mtmedformer.metrics.referral import ReferralMetrics
 from mtmedformer.metrics.segmentation import SegmentationMetrics
-from mtmedformer.metrics.task_metrics import Evaluate, TaskMetrics
-from mtmedformer.whole_files import whole
+from mtmedformer.storage.atomic_write import whole
 
 KINDS = (CalibrationMetrics, ClassificationMetrics, DetectionMetrics, ReferralMetrics, SegmentationMetrics)
 """Kinds of metric that a file may name; those of other packages are found once they have been imported."""

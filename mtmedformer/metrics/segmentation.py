@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtmedformer.batch import IGNORE, Meta, SegmentationTarget
+from mtmedformer.metrics.base import Evaluate, Floats, TaskMetrics
 from mtmedformer.metrics.curves import mean_known, weighted_mean
-from mtmedformer.metrics.task_metrics import Evaluate, Floats, TaskMetrics
 
 COLUMNS = ("dice", "iou", "empty_correct", "hd95")
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtmedformer.batch import IGNORE, ClassificationTarget, Meta, SegmentationTarget, Target, Task
+from mtmedformer.metrics.base import Evaluate, Floats, TaskMetrics
 from mtmedformer.metrics.curves import mean_known, ratio
-from mtmedformer.metrics.task_metrics import Evaluate, Floats, TaskMetrics
 
 LOG_TEMPERATURES: Floats = np.arange(-20, 21) * (np.log(10) / 20)
 """Where likelihood is measured: 41 temperatures from 1/10 to 10, evenly in the logarithm, 1 among them exactly."""

@@ -23,7 +23,7 @@ def site(number: int) -> ToySite:
 
 def ours() -> dict[str, torch.Tensor]:
     """Train in rounds with the federation of this project."""
-    from callbacks.federation import Federation
+    from callbacks.federation.callback import Federation
     from federation import FedAvg, FederatedDataModule
 
     module = toy_module()

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from federation.aggregators import Aggregator, FedAvg
 from federation.aggregators.bayesian import BayesianAggregator
-from federation.blocks import Block, Schema, State
-from federation.update import BlockUpdate, Update
+from federation.exchange.schema import Block, Schema, State
+from federation.exchange.update import BlockUpdate, Update
 
 SITES, DEPTH, WIDTH = 10, 8, 512
 COPIES = 3.0  # limit: copies of the model in memory, one more with momentum

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from federation.alignment import align, permutation_groups, permute
+from federation.alignment.align import align, permutation_groups, permute
 
 
 @pytest.mark.slow

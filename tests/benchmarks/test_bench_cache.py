@@ -14,10 +14,10 @@ import pytest
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
-from datamodules import rendering
-from datamodules.medical import MedicalDataModule
+from datamodules.base import MedicalDataModule
+from datamodules.cache import rasterize as rendering
+from datamodules.images.presets import ChestPreset, PlainPreset, Preset
 from datamodules.records import BoxTruth, Catalogue, ClassTruth, MaskSource, MaskTruth, Record
-from datamodules.transforms import ChestPreset, PlainPreset, Preset
 from mtmedformer.batch import Task
 
 SIDE = 2048

@@ -13,7 +13,7 @@ from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
-from datamodules.pixels import read_image
+from datamodules.images.pixels import read_image
 from tests.dicom_files import film, write_dicom
 from tests.real_data import real
 

@@ -15,9 +15,9 @@ from statistics import median
 import lightning as L
 import pytest
 
-from callbacks.federation import Federation
+from callbacks.federation.callback import Federation
 from datamodules import PhantomDataModule
-from datamodules.phantom import PhantomSite
+from datamodules.phantom.datamodule import PhantomSite
 from federation import BayesianAggregator, FedAvg, FederatedDataModule
 from mtmedformer import ClassificationHead, DetectionHead, MultiTaskModule, SegmentationHead, SharedEncoder
 

@@ -13,12 +13,12 @@ from pydicom.data import get_testdata_file
 from pydicom.sr.codedict import codes
 from pydicom.uid import DigitalMammographyXRayImageStorageForPresentation, DigitalXRayImageStorageForPresentation
 
-from callbacks.prediction.dicom_codes import PRIVATE, category, concept
-from callbacks.prediction.dicom_identity import Identity
-from callbacks.prediction.dicom_outputs import DicomOutputs
+from callbacks.prediction.dicom.codes import PRIVATE, category, concept
+from callbacks.prediction.dicom.identity import Identity
+from callbacks.prediction.dicom.outputs import DicomOutputs
 from mtmedformer.batch import Meta
 from mtmedformer.errors import DataError
-from mtmedformer.findings import Findings, FoundBox
+from mtmedformer.inference.results import Findings, FoundBox
 from tests.dicom_files import film, write_dicom
 from tests.real_data import real
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from callbacks.federation import Federation
+from callbacks.federation.callback import Federation
 from federation import (
     BayesianAggregator,
     CoordinateMedian,
@@ -30,7 +30,7 @@ from federation import (
     Scaffold,
     TrimmedMean,
 )
-from federation.participation import taking_part
+from federation.server.participation import taking_part
 from mtmedformer.errors import ConfigError
 from tests.toy_sites import ToySite, toy_module
 

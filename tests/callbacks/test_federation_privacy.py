@@ -14,7 +14,7 @@ from opacus.accountants import RDPAccountant
 
 from callbacks import Federation
 from federation import BayesianAggregator, ExamplePrivacy, FedAvg, FederatedDataModule, Pooled, PrivacyPolicy, Scaffold
-from federation.rounds import Policy
+from federation.server.admission import Policy
 from mtmedformer.errors import ConfigError
 from tests.toy_sites import ToySite, toy_module
 

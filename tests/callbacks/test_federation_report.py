@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from callbacks.federation import Federation
+from callbacks.federation.callback import Federation
 from callbacks.reports.federation_page import best_round, federation_page, site_scores
 from callbacks.reports.federation_report import FederationReport
 from federation import BayesianAggregator, FederatedDataModule, Local

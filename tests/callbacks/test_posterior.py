@@ -11,9 +11,9 @@ from PIL import Image
 
 from callbacks import Calibrate, Federation, PosteriorPrediction, PredictionWriter, ReliabilityReport, TunePosterior
 from federation import BayesianAggregator, FedAvg, FederatedDataModule
-from federation.posterior import Posterior
-from federation.sampling import TruthLikelihood
-from federation.uncertainty import likelihood_sums, tune_scale
+from federation.bayes.posterior import Posterior
+from federation.bayes.sampling import TruthLikelihood
+from federation.bayes.uncertainty import likelihood_sums, tune_scale
 from mtmedformer.errors import ConfigError
 from tests.square_sites import SquareSite, square_model
 

@@ -22,13 +22,13 @@ from pydicom.uid import (
 )
 
 from callbacks.prediction.prediction_files import PredictionFolder, safe_name
-from callbacks.prediction.prediction_writer import PredictionWriter
+from callbacks.prediction.writer import PredictionWriter
 from datamodules.image_folder import ImageFolderDataModule
-from datamodules.transforms import BreastPreset, PlainPreset
+from datamodules.images.presets import BreastPreset, PlainPreset
 from mtmedformer.batch import Task
 from mtmedformer.calibration import TaskCalibration
-from mtmedformer.digests import file_digest
 from mtmedformer.errors import ConfigError
+from mtmedformer.storage.hashing import file_digest
 from tests.dicom_files import write_dicom
 
 SYNTAXES = [

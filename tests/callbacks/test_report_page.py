@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from callbacks.reports.report_page import (
+from mtmedformer.plots.html import (
     STYLE,
     Cell,
     Html,

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from callbacks.metrics_table import print_metrics
-from datamodules.transforms import BreastPreset, PlainPreset, warp
+from callbacks.evaluation.metrics_table import print_metrics
+from datamodules.images.presets import BreastPreset, PlainPreset, warp
 from mtmedformer.batch import Meta
-from mtmedformer.frames import boxes_in_original, mask_in_original
+from mtmedformer.geometry import boxes_in_original, mask_in_original
 
 VALUES = {
     "test/lungs/dice": 0.91,

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from callbacks.rounds.shuffle_units import ShuffleUnits
-from federation.alignment import align, permutation_groups
-from federation.client import state_of
+from callbacks.federation.shuffle_units import ShuffleUnits
+from federation.alignment.align import align, permutation_groups
+from federation.client.train import state_of
 from mtmedformer import MultiTaskModule, SegmentationHead, SharedEncoder
 from mtmedformer.errors import ConfigError
 

@@ -15,11 +15,11 @@ from callbacks.reports.model_card import model_card
 from callbacks.reports.model_page import model_page
 from callbacks.reports.model_words import abilities, judged, limits
 from callbacks.reports.ranking_curves import curves_of, task_figure
-from callbacks.reports.report_page import Html
 from mtmedformer.batch import IGNORE, ClassificationTarget, DetectionTarget, Meta, SegmentationTarget, Task
 from mtmedformer.metrics.classification import ClassificationMetrics
 from mtmedformer.metrics.detection import DetectionMetrics
 from mtmedformer.metrics.segmentation import SegmentationMetrics
+from mtmedformer.plots.html import Html
 
 
 def metas(n):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from callbacks.start_weights import StartWeights
-from callbacks.test_rows import TestRows
+from callbacks.evaluation.per_image_results import TestRows
+from callbacks.run.start_weights import StartWeights
 from mtmedformer.batch import Batch, ClassificationTarget, DetectionTarget, Meta, SegmentationTarget, Task
 from mtmedformer.errors import DataError
 from mtmedformer.metrics.classification import ClassificationMetrics

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from callbacks.data_identity import data_identity
-from callbacks.wandb_record import code_version, record_in_wandb
+from callbacks.run.data_identity import data_identity
+from callbacks.run.wandb_run import code_version, record_in_wandb
 from datamodules import LabelsCSVDataModule
-from mtmedformer.cli import main
+from mtmedformer.commands.main import main
 from tests.small_set import small_config, write_config, write_small_set
 
 WANDB = "lightning.pytorch.loggers.WandbLogger"
@@ -197,7 +197,7 @@ def data_of(images, **changes):
     section = small_config(images, images)["data"]["init_args"] | {"cache_dir": None, "image_size": 32} | changes
     from jsonargparse import ArgumentParser
 
-    from datamodules.labels_columns import ClassColumns  # noqa: F401  the table's columns, built by jsonargparse
+    from datamodules.labels_csv.columns import ClassColumns  # noqa: F401  the table's columns, built by jsonargparse
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(LabelsCSVDataModule, "data")
@@ -234,7 +234,7 @@ def test_other_data_modules_are_named_only():
 
 
 def test_the_code_version_is_the_commit_of_this_code(tmp_path, monkeypatch):
-    import callbacks.wandb_record as record
+    import callbacks.run.wandb_run as record
 
     home = Path(record.__file__).resolve().parent.parent
     head = subprocess.run(["git", "-C", str(home), "rev-parse", "HEAD"], capture_output=True, text=True)

@@ -31,8 +31,8 @@ from federation.aggregators import (
     TrimmedMean,
     merge,
 )
-from federation.blocks import State
-from federation.precision import NoCurvature
+from federation.bayes.curvature import NoCurvature
+from federation.exchange.schema import State
 from tests.toy_federation import news, toy
 
 MEANS: dict[str, Callable[[], Aggregator]] = {

@@ -10,7 +10,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 import datamodules
-from datamodules.medical import MedicalDataModule
+from datamodules.base import MedicalDataModule
 from datamodules.records import BoxTruth, ClassTruth, MaskTruth
 from mtmedformer.batch import IGNORE, ClassificationTarget, DetectionTarget, SegmentationTarget
 from mtmedformer.errors import DataError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtmedformer.losses.gradients import GradientAggregation
+from mtmedformer.losses.gradient_aggregation import GradientAggregation
 from mtmedformer.losses.hybrid import HybridLoss
 from mtmedformer.losses.weighting import (
     DynamicWeightAverage,

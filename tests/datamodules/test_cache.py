@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules import cache as cache_module
-from datamodules import entries, rendering
-from datamodules.cache import Cache
-from datamodules.entries import Recipe, digest, load_entry, load_report, save_entry
-from datamodules.pixels import Pixels
-from datamodules.quarantine import Issue
+from datamodules.cache import cache as cache_module
+from datamodules.cache import entries
+from datamodules.cache import rasterize as rendering
+from datamodules.cache.cache import Cache
+from datamodules.cache.entries import Recipe, digest, load_entry, load_report, save_entry
+from datamodules.cache.quarantine import Issue
+from datamodules.cache.rasterize import Rendered
+from datamodules.images.pixels import Pixels
+from datamodules.images.presets import BreastPreset, ChestPreset, PlainPreset
 from datamodules.records import BoxTruth, ClassTruth, MaskSource, MaskTruth, Record
-from datamodules.rendering import Rendered
-from datamodules.transforms import BreastPreset, ChestPreset, PlainPreset
 from mtmedformer.errors import DataError
 
 COUNT = 6

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from datamodules.cbis_ddsm import CASES, find_mask, image_size, read_catalogue, read_films
-from datamodules.pixels import read_mask
+from datamodules.cache.rasterize import render
+from datamodules.images.pixels import read_mask
+from datamodules.images.presets import PlainPreset
+from datamodules.public.cbis_ddsm import CASES, find_mask, image_size, read_catalogue, read_films
 from datamodules.records import BoxTruth, MaskSource
-from datamodules.rendering import render
-from datamodules.transforms import PlainPreset
 from mtmedformer.errors import DataError
 from tests import trees
 

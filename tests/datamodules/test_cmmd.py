@@ -2,7 +2,7 @@ import pandas as pd
 import pydicom
 import pytest
 
-from datamodules.cmmd import read_catalogue
+from datamodules.public.cmmd import read_catalogue
 from mtmedformer.errors import DataError
 from tests import trees
 

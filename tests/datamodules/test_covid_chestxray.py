@@ -5,9 +5,9 @@ from importlib import metadata
 import pytest
 from PIL import Image
 
-from datamodules.covid_chestxray import _lung_masks, read_catalogue
-from datamodules.rendering import render
-from datamodules.transforms import PlainPreset
+from datamodules.cache.rasterize import render
+from datamodules.images.presets import PlainPreset
+from datamodules.public.covid_chestxray import _lung_masks, read_catalogue
 from mtmedformer.errors import ConfigError, DataError
 from tests import trees
 

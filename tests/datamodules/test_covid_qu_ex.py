@@ -3,7 +3,7 @@ import shutil
 import pytest
 
 from datamodules import CovidQuExDataModule
-from datamodules.covid_qu_ex import read_catalogue
+from datamodules.public.covid_qu_ex import read_catalogue
 from datamodules.records import BoxTruth, MaskSource
 from mtmedformer.errors import DataError
 from tests import trees

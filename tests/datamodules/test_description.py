@@ -6,7 +6,7 @@ import json
 import shutil
 
 from datamodules import LabelsCSVDataModule, PhantomDataModule, PhantomSite
-from datamodules.labels_columns import ClassColumns, MaskColumns
+from datamodules.labels_csv.columns import ClassColumns, MaskColumns
 from federation import FederatedDataModule
 from tests.small_set import write_small_set
 

@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 from pydicom.uid import BasicTextSRStorage, GrayscaleSoftcopyPresentationStateStorage, MediaStorageDirectoryStorage
 
-from datamodules.image_files import find_images
 from datamodules.image_folder import ImageFolderDataModule
+from datamodules.images.find_files import find_images
 from mtmedformer.errors import ConfigError, DataError
-from mtmedformer.findings import ABOUT
+from mtmedformer.inference.results import ABOUT
 from tests.dicom_files import film, write_dicom
 
 

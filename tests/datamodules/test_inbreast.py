@@ -1,9 +1,9 @@
 import pytest
 
-from datamodules.inbreast import BIRADS, read_catalogue
+from datamodules.cache.rasterize import render
+from datamodules.images.presets import PlainPreset
+from datamodules.public.inbreast import BIRADS, read_catalogue
 from datamodules.records import BoxTruth, MaskSource
-from datamodules.rendering import render
-from datamodules.transforms import PlainPreset
 from mtmedformer.errors import DataError
 from tests import trees
 

@@ -1,6 +1,6 @@
 import pytest
 
-from datamodules.kermany import read_catalogue
+from datamodules.public.kermany import read_catalogue
 from mtmedformer.errors import DataError
 from tests import trees
 

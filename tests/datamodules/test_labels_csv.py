@@ -12,9 +12,9 @@ import pytest
 from jsonargparse import ArgumentParser
 from PIL import Image
 
-from datamodules.labels_columns import BoxColumns, ClassColumns, MaskColumns
-from datamodules.labels_csv import LabelsCSVDataModule
-from datamodules.medical import MedicalDataModule
+from datamodules.base import MedicalDataModule
+from datamodules.labels_csv.columns import BoxColumns, ClassColumns, MaskColumns
+from datamodules.labels_csv.datamodule import LabelsCSVDataModule
 from datamodules.records import BoxTruth, Catalogue, ClassTruth, MaskSource, MaskTruth, Record
 from mtmedformer.errors import ConfigError, DataError
 from tests.real_data import real

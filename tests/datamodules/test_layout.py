@@ -3,8 +3,8 @@ import os
 
 import pytest
 
-from datamodules import layout
-from datamodules.layout import clipped, disjoint_splits, files_below, locate, number, read_table, unique_ids
+from datamodules.public import layout
+from datamodules.public.layout import clipped, disjoint_splits, files_below, locate, number, read_table, unique_ids
 from datamodules.records import BoxTruth, Record
 from mtmedformer.errors import DataError
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from datamodules.leaks import find_duplicates, leak_report, perceptual_hash, thumbnail
+from datamodules.audit.near_duplicates import find_duplicates, leak_report, perceptual_hash, thumbnail
 from datamodules.records import Record
 from mtmedformer.errors import DataError
 from tests.real_data import real

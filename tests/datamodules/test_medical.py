@@ -17,10 +17,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torch import nn
 
-from datamodules import rendering
-from datamodules.medical import MedicalDataModule
+from datamodules.base import MedicalDataModule
+from datamodules.cache import rasterize as rendering
+from datamodules.images.presets import ChestPreset, PlainPreset
 from datamodules.records import BoxTruth, Catalogue, ClassTruth, MaskSource, MaskTruth, Record
-from datamodules.transforms import ChestPreset, PlainPreset
 from mtmedformer.batch import Batch, ClassificationTarget, DetectionTarget, SegmentationTarget, Task
 from mtmedformer.errors import ConfigError, DataError
 

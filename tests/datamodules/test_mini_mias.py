@@ -3,10 +3,10 @@ import json
 
 import pytest
 
-from datamodules.mini_mias import read_catalogue, read_rows
+from datamodules.cache.rasterize import render
+from datamodules.images.presets import PlainPreset
+from datamodules.public.mini_mias import read_catalogue, read_rows
 from datamodules.records import BoxTruth, MaskSource
-from datamodules.rendering import render
-from datamodules.transforms import PlainPreset
 from mtmedformer.errors import DataError
 from tests import trees
 from tests.real_data import real

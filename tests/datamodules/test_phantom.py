@@ -11,16 +11,16 @@ from PIL import Image
 from pydicom.uid import JPEG2000Lossless, RLELossless
 from scipy import ndimage, stats
 
-from datamodules import phantom_dicom
-from datamodules.labels_columns import BoxColumns, ClassColumns, MaskColumns
-from datamodules.labels_csv import LabelsCSVDataModule
-from datamodules.phantom import PRESETS, PhantomDataModule, read_catalogue, tasks_of
-from datamodules.phantom_breast import Breast, draw_breast, sample_breast_lesions
-from datamodules.phantom_chest import Chest, draw_chest, sample_opacities
-from datamodules.phantom_dicom import PhantomSite, _breasts, _chests, expose, generate, settings_key
-from datamodules.pixels import read_image
+from datamodules.images.pixels import read_image
+from datamodules.images.presets import PlainPreset
+from datamodules.labels_csv.columns import BoxColumns, ClassColumns, MaskColumns
+from datamodules.labels_csv.datamodule import LabelsCSVDataModule
+from datamodules.phantom import dicom as phantom_dicom
+from datamodules.phantom.breast import Breast, draw_breast, sample_breast_lesions
+from datamodules.phantom.chest import Chest, draw_chest, sample_opacities
+from datamodules.phantom.datamodule import PRESETS, PhantomDataModule, read_catalogue, tasks_of
+from datamodules.phantom.dicom import PhantomSite, _breasts, _chests, expose, generate, settings_key
 from datamodules.records import BoxTruth
-from datamodules.transforms import PlainPreset
 from mtmedformer.errors import ConfigError
 
 SIZE = 64

@@ -26,8 +26,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from datamodules import dicom, dicom_decoding, grayscale, pixels
-from datamodules.pixels import read_image, read_mask
+from datamodules.images import dicom, dicom_decoding, grayscale, pixels
+from datamodules.images.pixels import read_image, read_mask
 from mtmedformer.errors import DataError
 from tests.dicom_files import NATIVE, film, lut_item, write_dicom
 

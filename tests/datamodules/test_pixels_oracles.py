@@ -14,8 +14,8 @@ from pydicom.data import get_testdata_file
 from pydicom.pixels import get_decoder
 from torch.utils.data import DataLoader
 
-from datamodules import gdcm_process
-from datamodules.pixels import read_image, read_mask
+from datamodules.images import gdcm_process
+from datamodules.images.pixels import read_image, read_mask
 from mtmedformer.errors import DataError
 from tests.dicom_files import film, write_dicom
 from tests.real_data import real

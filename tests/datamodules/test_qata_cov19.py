@@ -1,6 +1,6 @@
 import pytest
 
-from datamodules.qata_cov19 import read_catalogue
+from datamodules.public.qata_cov19 import read_catalogue
 from mtmedformer.errors import DataError
 from tests import trees
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.quarantine import IMAGE, Issue, Quarantine
+from datamodules.cache.quarantine import IMAGE, Issue, Quarantine
 from mtmedformer.errors import DataError
 
 

@@ -8,13 +8,13 @@ import pytest
 from matplotlib.path import Path as Outline
 from PIL import Image, ImageDraw
 
-from datamodules.pixels import Pixels
+from datamodules.cache.rasterize import CLIPPED, OTHER_SIDE, RESIZED, Canvas, Rendered, UnusableError, draw, render
+from datamodules.cache.shapes import fill_disc, fill_polygon, mask_boxes
+from datamodules.images.pixels import Pixels
+from datamodules.images.presets import BreastPreset, PlainPreset, Preset
 from datamodules.records import BoxTruth, MaskSource, MaskTruth, Record
-from datamodules.rendering import CLIPPED, OTHER_SIDE, RESIZED, Canvas, Rendered, UnusableError, draw, render
-from datamodules.shapes import fill_disc, fill_polygon, mask_boxes
-from datamodules.transforms import BreastPreset, PlainPreset, Preset
 from mtmedformer.batch import IGNORE
-from mtmedformer.frames import Frame, boxes_to_original, letterbox
+from mtmedformer.geometry import Frame, boxes_to_original, letterbox
 
 SIZE = (48, 64)  # height, width of the films below
 
@@ -306,7 +306,7 @@ def test_an_image_that_cannot_be_read_is_an_issue_and_tried_again(tmp_path: Path
 def test_values_that_are_no_numbers_are_an_issue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(0).random(SIZE, np.float32)
     pixels[3, 3] = np.nan
-    monkeypatch.setattr("datamodules.rendering.read_image", lambda file: Pixels(pixels, 16, ()))
+    monkeypatch.setattr("datamodules.cache.rasterize.read_image", lambda file: Pixels(pixels, 16, ()))
     issue = render(Record("a", film(tmp_path), "p"), PlainPreset(), (32, 32))
     assert not isinstance(issue, Rendered)
     assert issue.reason == "image holds values that are no numbers"
@@ -355,7 +355,9 @@ def test_what_the_crop_cuts_off_never_becomes_a_negative(tmp_path: Path, mammogr
 
 def test_a_side_that_differs_from_the_header_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(0).random(SIZE, np.float32)
-    monkeypatch.setattr("datamodules.rendering.read_image", lambda file: Pixels(pixels, 16, (), (0.1, 0.2), "CC", "L"))
+    monkeypatch.setattr(
+        "datamodules.cache.rasterize.read_image", lambda file: Pixels(pixels, 16, (), (0.1, 0.2), "CC", "L")
+    )
     entry = rendered(Record("a", film(tmp_path), "p", laterality="R"))
     assert entry.remarks == (OTHER_SIDE,)
     assert (entry.laterality, entry.view, entry.spacing) == ("L", "CC", (0.1, 0.2))

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from datamodules import RSNAPneumoniaDataModule
-from datamodules.layout import read_table
+from datamodules.public.layout import read_table
+from datamodules.public.rsna_pneumonia import MAPPING, read_boxes, read_catalogue
 from datamodules.records import BoxTruth
-from datamodules.rsna_pneumonia import MAPPING, read_boxes, read_catalogue
 from mtmedformer.errors import DataError
 from tests import trees
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from datamodules.loading.samplers import make_sampler, positives, strata
 from datamodules.records import BoxTruth, ClassTruth, MaskSource, MaskTruth, Record
-from datamodules.sampling import make_sampler, positives, strata
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError
 from tests.real_data import real

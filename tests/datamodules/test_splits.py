@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datamodules.loading.samplers import strata
+from datamodules.loading.splits import assign_splits, check_disjoint
 from datamodules.records import BoxTruth, ClassTruth, MaskSource, MaskTruth, Record
-from datamodules.sampling import strata
-from datamodules.splits import assign_splits, check_disjoint
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError, DataError
 

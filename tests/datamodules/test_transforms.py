@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datamodules.breast import breast_region, breast_side
-from datamodules.transforms import (
+from datamodules.images.breast_region import breast_region, breast_side
+from datamodules.images.presets import (
     IDENTITY,
     BreastPreset,
     ChestPreset,

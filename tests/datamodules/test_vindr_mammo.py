@@ -1,7 +1,7 @@
 import pytest
 
+from datamodules.public.vindr_mammo import CATEGORIES, read_catalogue
 from datamodules.records import BoxTruth
-from datamodules.vindr_mammo import CATEGORIES, read_catalogue
 from mtmedformer.errors import ConfigError, DataError
 from tests import trees
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from federation.posterior import Posterior
-from mtmedformer.cli import main
+from federation.bayes.posterior import Posterior
+from mtmedformer.commands.main import main
 from tests.small_set import small_config, write_config
 
 QUIET = "--trainer.enable_progress_bar=false"

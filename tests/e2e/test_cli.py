@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
-from mtmedformer.cli import main
+from mtmedformer.commands.main import main
 from tests.small_set import small_config, write_config
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mtmedformer.cli import main
-from mtmedformer.compare.study import metric_words, read_study
+from mtmedformer.commands.compare.study import metric_words, read_study
+from mtmedformer.commands.main import main
 from tests.real_data import real
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mtmedformer.cli import main
+from mtmedformer.commands.main import main
 from tests import trees
 from tests.small_set import write_small_set
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import mtmedformer
-from mtmedformer.cli import main
+from mtmedformer.commands.main import main
 from tests.small_set import small_config, write_config
 
 ROOT = Path(__file__).resolve().parents[2]

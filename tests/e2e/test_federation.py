@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 
-from federation.run_state import read_state
-from mtmedformer.cli import main
+from federation.server.run_state import read_state
+from mtmedformer.commands.main import main
 from tests.real_data import real
 from tests.small_set import small_config, write_config
 
@@ -289,7 +289,8 @@ def test_a_process_that_is_killed_ends_the_run_soon_and_it_goes_on_to_the_same_b
     whole, _ = trained
     config = federated(images, tmp_path, rounds=3)
     code = (
-        "import sys, test_federation as t; sys.modules['test_federation_e2e'] = t; from mtmedformer.cli import main; "
+        "import sys, test_federation as t; sys.modules['test_federation_e2e'] = t; "
+        "from mtmedformer.commands.main import main; "
     )
     script = tmp_path / "fit.py"
     script.write_text(code + "sys.exit(main())")

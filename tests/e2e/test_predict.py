@@ -25,8 +25,8 @@ from pydicom.uid import (
 )
 
 from callbacks.prediction.image_outputs import ImageOutputs
-from mtmedformer.cli import main
-from mtmedformer.digests import weights_digest
+from mtmedformer.commands.main import main
+from mtmedformer.storage.hashing import weights_digest
 from tests.dicom_files import film, write_dicom
 from tests.real_data import real
 from tests.small_set import small_config, write_config

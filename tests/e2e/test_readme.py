@@ -12,8 +12,8 @@ from PIL import Image
 
 import mtmedformer
 from datamodules.records import BoxTruth, MaskTruth
-from mtmedformer.cli import COMMANDS, TOOLS, main
-from mtmedformer.loading import Prediction
+from mtmedformer.commands.load.predictor import Prediction
+from mtmedformer.commands.main import COMMANDS, TOOLS, main
 from tests.dicom_files import film, write_dicom
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mtmedformer.cli import main
+from mtmedformer.commands.main import main
 from tests.small_set import small_config, write_config
 
 CHROMIUM = next(

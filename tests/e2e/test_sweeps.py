@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mtmedformer.cli import main
-from mtmedformer.sweep.sweep_file import read_sweep
+from mtmedformer.commands.main import main
+from mtmedformer.commands.sweep.sweep_file import read_sweep
 from tests.small_set import small_config, write_config
 
 ROOT = Path(__file__).resolve().parents[2]

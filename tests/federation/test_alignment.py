@@ -8,12 +8,12 @@ import timm
 import torch
 from torch import nn
 
-import federation.alignment as alignment
+import federation.alignment.align as alignment
 from federation import BayesianAggregator, FedAvg, SquaredGradients, merge
-from federation.alignment import Group, Part, align, permutation_groups, permute, permute_optimizer, shuffle
-from federation.blocks import Block, Schema
-from federation.update import BlockUpdate, Update
-from mtmedformer import tiny_models  # noqa: F401  (registers mtmedformer_tiny)
+from federation.alignment.align import Group, Part, align, permutation_groups, permute, permute_optimizer, shuffle
+from federation.exchange.schema import Block, Schema
+from federation.exchange.update import BlockUpdate, Update
+from mtmedformer.encoders import tiny  # noqa: F401  (registers mtmedformer_tiny)
 
 SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (1, 2), "num_heads": (2, 4)}
 VIT = {"img_size": 32, "patch_size": 8, "depth": 2}

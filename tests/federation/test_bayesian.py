@@ -9,9 +9,9 @@ import torch
 
 from federation.aggregators import FedAvg, FedAvgM, FedProx, merge
 from federation.aggregators.bayesian import BayesianAggregator, between_variance
-from federation.blocks import Block, Schema
-from federation.precision import NoCurvature, SquaredGradients
-from federation.update import BlockUpdate, Update
+from federation.bayes.curvature import NoCurvature, SquaredGradients
+from federation.exchange.schema import Block, Schema
+from federation.exchange.update import BlockUpdate, Update
 from mtmedformer.errors import ConfigError
 from tests.toy_federation import news, toy
 

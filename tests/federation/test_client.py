@@ -8,11 +8,11 @@ from torch import Tensor
 
 from federation.aggregators import FedAvg, FedBN, FedProx, Local, LocalRule
 from federation.aggregators.bayesian import BayesianAggregator
-from federation.alignment import permutation_groups, shuffle
-from federation.client import Interrupted, SiteState, home_keys, train_site, validate_site
+from federation.alignment.align import permutation_groups, shuffle
+from federation.bayes.curvature import SquaredGradients
+from federation.client.lightning_internals import site_trainer
+from federation.client.train import Interrupted, SiteState, home_keys, train_site, validate_site
 from federation.datamodule import Site
-from federation.isolation import site_trainer
-from federation.precision import SquaredGradients
 from mtmedformer.errors import ConfigError
 from tests.toy_sites import TASKS, ToyModule, ToySite, toy_module, toy_plan
 

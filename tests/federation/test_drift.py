@@ -15,7 +15,7 @@ from federation import (
     Pooled,
     Scaffold,
 )
-from federation.drift import Drift
+from federation.server.drift import Drift
 from tests.toy_federation import news, toy
 
 

@@ -11,12 +11,12 @@ from opacus.accountants import RDPAccountant
 from torch import nn
 
 from federation import ExamplePrivacy, FedAvg, PrivacyPolicy
-from federation.blocks import schema_of
-from federation.client import SiteState, train_site
+from federation.client.lightning_internals import site_trainer
+from federation.client.train import SiteState, train_site
 from federation.datamodule import Site
-from federation.example_privacy import PrivateGradients, add_clipped
-from federation.isolation import site_trainer
-from federation.keystream import key_of
+from federation.exchange.schema import schema_of
+from federation.privacy.dp_sgd import PrivateGradients, add_clipped
+from federation.privacy.random_stream import key_of
 from mtmedformer import (
     ClassificationHead,
     DetectionHead,

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from federation.client import SiteResult, SiteState
-from federation.exchange import share
-from federation.update import BlockUpdate, Update
+from federation.client.train import SiteResult, SiteState
+from federation.exchange.collectives import share
+from federation.exchange.update import BlockUpdate, Update
 
 
 def result() -> SiteResult:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from federation.rounds import RoundError
-from federation.run_state import read_state
+from federation.server.admission import RoundError
+from federation.server.run_state import read_state
 from tests.faulty_federation import SECRET, train
 
 SITES = ["a", "b", "c", "d"]

@@ -17,7 +17,7 @@ from federation.aggregators import (
     TrimmedMean,
     merge,
 )
-from federation.aggregators.sums import CHUNK, WeightedMeans
+from federation.aggregators.weighted_mean import CHUNK, WeightedMeans
 from mtmedformer.errors import ConfigError
 from tests.toy_federation import news, toy
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from datamodules import LabelsCSVDataModule
-from datamodules.labels_columns import BoxColumns, ClassColumns, MaskColumns
+from datamodules.labels_csv.columns import BoxColumns, ClassColumns, MaskColumns
 from federation.datamodule import FederatedDataModule
 from federation.partition import Dirichlet, EqualShares
 from mtmedformer.batch import Batch, Task

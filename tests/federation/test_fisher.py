@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from federation import Fisher
-from federation.fisher import drawn_likelihood
+from federation.bayes.fisher import drawn_likelihood
 from mtmedformer import ClassificationHead, ConfigError, DetectionHead, MultiTaskModule, SegmentationHead, SharedEncoder
 from mtmedformer.batch import IGNORE, Batch, ClassificationTarget, DetectionTarget, Meta, SegmentationTarget
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from federation.aggregators import FisherMerging, InverseVariance, merge
-from federation.blocks import Block, Schema
-from federation.precision import SquaredGradients
-from federation.update import BlockUpdate, Update
+from federation.bayes.curvature import SquaredGradients
+from federation.exchange.schema import Block, Schema
+from federation.exchange.update import BlockUpdate, Update
 
 SCHEMA = Schema(
     (Block("encoder", ("encoder.w",)),),

@@ -16,8 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 from torchmetrics import SumMetric
 
-from federation.datamodule import Site
-from federation.isolation import (
+from federation.client.lightning_internals import (
     SiteBar,
     budget,
     copy_module,
@@ -30,6 +29,7 @@ from federation.isolation import (
     site_trainer,
     solo,
 )
+from federation.datamodule import Site
 from mtmedformer.errors import ConfigError
 from tests.toy_sites import TASKS, ToySite, toy_module
 

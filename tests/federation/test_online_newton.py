@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from federation import BayesianAggregator, NewtonCurvature, OnlineNewton
-from federation.client import SiteState, train_site
+from federation.client.train import SiteState, train_site
 from mtmedformer.errors import ConfigError
 from tests.toy_sites import ToyModule, ToySite, toy_plan
 

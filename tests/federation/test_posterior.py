@@ -6,10 +6,10 @@ import pytest
 import scipy.stats
 import torch
 
-from federation.blocks import Block, Schema
-from federation.posterior import Posterior, SiteMemory
-from federation.uncertainty import box_probabilities, entropy, nll_sums, tune_scale, uncertainty
-from federation.update import BlockUpdate, Update
+from federation.bayes.posterior import Posterior, SiteMemory
+from federation.bayes.uncertainty import box_probabilities, entropy, nll_sums, tune_scale, uncertainty
+from federation.exchange.schema import Block, Schema
+from federation.exchange.update import BlockUpdate, Update
 from mtmedformer.errors import ConfigError, DataError
 from tests.toy_federation import news, toy
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from federation.precision import NoCurvature, SquaredGradients, normalise
+from federation.bayes.curvature import NoCurvature, SquaredGradients, normalise
 from mtmedformer.errors import ConfigError
 
 

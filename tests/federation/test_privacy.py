@@ -12,13 +12,14 @@ from opacus.accountants import RDPAccountant
 from scipy import stats
 from torch import nn
 
-from federation import BayesianAggregator, FedAvg, FedBN, Pooled, PrivacyPolicy, Scaffold, accounting
-from federation.accounting import PrivacyMemory, epsilon
-from federation.blocks import schema_of
-from federation.rounding import decoded, encoded, step_of
-from federation.rounds import refusal
-from federation.site_policies import by_site
-from federation.update import load_update, norms_of, save_update, sha256
+from federation import BayesianAggregator, FedAvg, FedBN, Pooled, PrivacyPolicy, Scaffold
+from federation.exchange.quantization import decoded, encoded, step_of
+from federation.exchange.schema import schema_of
+from federation.exchange.update import load_update, norms_of, save_update, sha256
+from federation.privacy import accounting
+from federation.privacy.accounting import PrivacyMemory, epsilon
+from federation.privacy.site_policies import by_site
+from federation.server.admission import refusal
 from mtmedformer.errors import ConfigError, DataError
 from tests.toy_federation import Toy, news, toy
 

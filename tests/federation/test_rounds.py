@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from federation.rounds import Fault, Policy, RoundError, outliers, refusal
-from federation.run_state import RunState, read_state, write_state
-from federation.update import norms_of
+from federation.exchange.update import norms_of
+from federation.server.admission import Fault, Policy, RoundError, outliers, refusal
+from federation.server.run_state import RunState, read_state, write_state
 from mtmedformer.errors import ConfigError, DataError
 from tests.toy_federation import news, toy
 
@@ -46,7 +46,7 @@ def broken(change):
     state, schema = toy()
     update = news("a", state, schema, precision="row")
     change(update)
-    from federation.blocks import state_hash
+    from federation.exchange.schema import state_hash
 
     return refusal(update, 0, state_hash(state), schema)
 
@@ -90,7 +90,7 @@ def test_an_update_that_cannot_be_used_is_refused_by_name(case):
 @pytest.mark.parametrize("precision", [None, "tensor", "row", "element"])
 def test_a_good_update_is_let_in(precision):
     state, schema = toy()
-    from federation.blocks import state_hash
+    from federation.exchange.schema import state_hash
 
     assert refusal(news("a", state, schema, precision=precision), 0, state_hash(state), schema) is None
 
@@ -133,7 +133,7 @@ def test_the_exit_code_tells(state, code):
 
 def test_a_process_that_was_killed_is_found_out(tmp_path):
     code = (
-        "import os, signal, sys; from pathlib import Path; from federation.run_state import write_state;"
+        "import os, signal, sys; from pathlib import Path; from federation.server.run_state import write_state;"
         "write_state(Path(sys.argv[1]), 'running', '2 sites', 2, 5); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=os.environ | {"PYTHONPATH": os.getcwd()})

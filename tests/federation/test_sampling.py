@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from federation.blocks import schema_of
-from federation.client import state_of
-from federation.posterior import Posterior
-from federation.sampling import SampledModel, TruthLikelihood, averaged
-from federation.uncertainty import likelihood_sums, nll_sums, uncertainty
+from federation.bayes.posterior import Posterior
+from federation.bayes.sampling import SampledModel, TruthLikelihood, averaged
+from federation.bayes.uncertainty import likelihood_sums, nll_sums, uncertainty
+from federation.client.train import state_of
+from federation.exchange.schema import schema_of
 from mtmedformer.batch import Task
 from tests.square_sites import SquareSite, square_model
 

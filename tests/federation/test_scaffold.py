@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from federation.aggregators import FedAvg, Scaffold, merge
-from federation.blocks import Block, Schema
-from federation.update import BlockUpdate, Update
+from federation.exchange.schema import Block, Schema
+from federation.exchange.update import BlockUpdate, Update
 from tests.toy_federation import news, toy
 
 SCHEMA = Schema((Block("encoder", ("w",)),), {"w": (2,)}, frozenset({"w"}), frozenset(), ())

@@ -10,10 +10,10 @@ import torch
 from scipy import stats
 
 from federation import BayesianAggregator, CoordinateMedian, FedAvg, FedAvgM, FedBN, Scaffold, merge
-from federation.keystream import KEY_BYTES, normals, words
-from federation.secure_merge import merge_sums, summands
-from federation.secure_sum import Member, SecureSum, decode, encode
-from federation.shamir import PRIME, join, split
+from federation.privacy.random_stream import KEY_BYTES, normals, words
+from federation.privacy.secure_merge import merge_sums, summands
+from federation.privacy.secure_sum import Member, SecureSum, decode, encode
+from federation.privacy.shamir import PRIME, join, split
 from mtmedformer.errors import ConfigError
 from tests.toy_federation import news, toy
 

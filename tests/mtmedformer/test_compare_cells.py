@@ -14,9 +14,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from mtmedformer.compare import cells, runner
-from mtmedformer.compare.cells import Cell, cells_of, code_version, prepare, salt_of, write_json
-from mtmedformer.compare.study import Study, Variant
+from mtmedformer.commands.compare import cells, runner
+from mtmedformer.commands.compare.cells import Cell, cells_of, code_version, prepare, salt_of, write_json
+from mtmedformer.commands.compare.study import Study, Variant
 from mtmedformer.errors import ConfigError
 
 CONFIG = {

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from mtmedformer.batch import Meta
-from mtmedformer.compare import runner
-from mtmedformer.compare.cells import Cell, code_version, digest, write_json
-from mtmedformer.compare.measures import curve_of, measures, same_start
-from mtmedformer.compare.report import render
-from mtmedformer.compare.results import compare, higher_is_better, limits, write_csv, write_json_report
-from mtmedformer.compare.study import Study, Variant
+from mtmedformer.commands.compare import runner
+from mtmedformer.commands.compare.cells import Cell, code_version, digest, write_json
+from mtmedformer.commands.compare.measures import curve_of, measures, same_start
+from mtmedformer.commands.compare.report import render
+from mtmedformer.commands.compare.results import compare, higher_is_better, limits, write_csv, write_json_report
+from mtmedformer.commands.compare.study import Study, Variant
 from mtmedformer.metrics.rows import save_rows
 from mtmedformer.metrics.segmentation import SegmentationMetrics
 

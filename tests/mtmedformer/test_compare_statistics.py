@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mtmedformer.compare.statistics import Panel, draw_patients, draw_runs, estimate, holm, verdict
+from mtmedformer.commands.compare.statistics import Panel, draw_patients, draw_runs, estimate, holm, verdict
 
 REPLICATES = 4000
 

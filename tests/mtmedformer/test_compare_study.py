@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from mtmedformer.compare.configuration import arguments, data_sets, essence
-from mtmedformer.compare.study import is_own, metric_words, read_study
+from mtmedformer.commands.compare.configuration import arguments, data_sets, essence
+from mtmedformer.commands.compare.study import is_own, metric_words, read_study
 from mtmedformer.errors import ConfigError
 
 PLAIN = {

@@ -7,9 +7,9 @@ import timm
 import torch
 from torch import nn
 
-from mtmedformer.encoder import SharedEncoder
+from mtmedformer.encoders.neck import group_norm, resampler
+from mtmedformer.encoders.shared import SharedEncoder
 from mtmedformer.errors import ConfigError
-from mtmedformer.neck import group_norm, resampler
 
 SMALL_SWIN = {"depths": (1, 1, 2, 1), "embed_dim": 24, "num_heads": (1, 2, 4, 8)}
 SMALL_VIT = {"depth": 2, "embed_dim": 48, "num_heads": 3}

@@ -14,8 +14,8 @@ from mtmedformer import (
     SharedEncoder,
 )
 from mtmedformer.batch import Batch, ClassificationTarget, DetectionTarget, Meta
-from mtmedformer.explanation import attention_map, grad_cam
-from mtmedformer.heads.head import TaskHead
+from mtmedformer.heads.base import TaskHead
+from mtmedformer.inference.gradcam import attention_map, grad_cam
 
 SIZE = 64
 

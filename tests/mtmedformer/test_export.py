@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 
 import mtmedformer
 from mtmedformer.calibration import TaskCalibration, plain
-from mtmedformer.digests import weights_digest
+from mtmedformer.commands.export.command import export
+from mtmedformer.commands.export.onnx_check import TOLERANCE, compare
+from mtmedformer.commands.export.onnx_graph import Answers, _traced, export_graph
+from mtmedformer.commands.export.onnx_outputs import decode, read_heads
+from mtmedformer.commands.load.stored_model import build_model, read_model
 from mtmedformer.errors import ConfigError
-from mtmedformer.export import export
 from mtmedformer.heads import QueryHead, SegmentationHead
-from mtmedformer.onnx_check import TOLERANCE, compare
-from mtmedformer.onnx_graph import Answers, _traced, export_graph
-from mtmedformer.onnx_outputs import decode, read_heads
-from mtmedformer.stored_model import build_model, read_model
+from mtmedformer.storage.hashing import weights_digest
 from tests.stored_models import HEADS, description, write_checkpoint
 
 TASKS = [task for task in HEADS if task != "found"]  # queries cannot be traced and take long; see below
@@ -114,7 +114,7 @@ def test_queries_take_the_way_that_reasons():
 
 
 def test_a_model_bound_to_a_size_is_exported_for_that_size(monkeypatch):
-    from mtmedformer import onnx_graph
+    from mtmedformer.commands.export import onnx_graph
 
     traced = onnx_graph._traced
     monkeypatch.setattr(onnx_graph, "_traced", lambda answers, image, free: traced(answers, image, free=False))
@@ -128,7 +128,7 @@ def test_a_model_bound_to_a_size_is_exported_for_that_size(monkeypatch):
 
 
 def test_no_graph_is_kept_that_disagrees(tmp_path, monkeypatch):
-    from mtmedformer import onnx_graph
+    from mtmedformer.commands.export import onnx_graph
 
     file = write_checkpoint(tmp_path / "run", description("organ"))
     wrong = export_graph(build_model(read_model(write_checkpoint(tmp_path / "b", description("organ"), 1))), (64, 64))
@@ -184,7 +184,7 @@ def test_an_export_can_be_exported_again_and_no_other_model_overwrites_it(tmp_pa
 
 def test_the_model_section_trains_on(handed_on):
     """``config.yaml`` is a configuration the command line takes, and the weights fill all of it."""
-    from mtmedformer.weights import load_weights
+    from mtmedformer.encoders.pretrained import load_weights
 
     _, folder, _ = handed_on
     section = yaml.safe_load((folder / "config.yaml").read_text())["model"]

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.transforms import BreastPreset, letterbox
+from datamodules.images.presets import BreastPreset, letterbox
 from mtmedformer.batch import Meta, Task
-from mtmedformer.digests import file_digest, weights_digest
-from mtmedformer.findings import Findings, FoundBox, entropies, findings
-from mtmedformer.frames import boxes_in_original, mask_in_original, warp
-from mtmedformer.prediction_picture import LONGEST, prediction_figure, preview_from_input, preview_of
+from mtmedformer.geometry import boxes_in_original, mask_in_original, warp
+from mtmedformer.inference.results import Findings, FoundBox, entropies, findings
+from mtmedformer.plots.predictions import LONGEST, prediction_figure, preview_from_input, preview_of
+from mtmedformer.storage.hashing import file_digest, weights_digest
 
 TASKS = {
     "kind": Task("kind", "classification", ("a", "b", "c", "d")),

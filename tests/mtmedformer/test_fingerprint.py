@@ -13,13 +13,13 @@ from rich.console import Console
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
+from datamodules.audit.shortcuts import find_shortcuts
+from datamodules.audit.survey import Facts, Structure
 from datamodules.records import ClassTruth, Record
-from datamodules.shortcuts import find_shortcuts
-from datamodules.survey import Facts, Structure
 from mtmedformer.batch import Task
+from mtmedformer.commands.fingerprint.suggestions import suggest
+from mtmedformer.commands.fingerprint.summary import main
 from mtmedformer.errors import ConfigError, DataError
-from mtmedformer.fingerprint import main
-from mtmedformer.suggestion import suggest
 from tests.real_data import real
 
 SIZE = (96, 80)
@@ -262,8 +262,8 @@ def test_suggested_sampler():
 
 def test_real_data_fingerprint(tmp_path):
     from datamodules import LabelsCSVDataModule, PlainPreset
-    from datamodules.labels_columns import BoxColumns, ClassColumns, MaskColumns
-    from mtmedformer.fingerprint import fingerprint
+    from datamodules.labels_csv.columns import BoxColumns, ClassColumns, MaskColumns
+    from mtmedformer.commands.fingerprint.summary import fingerprint
 
     data = LabelsCSVDataModule(
         root=real("covid_cxr"),

@@ -15,7 +15,7 @@ from mtmedformer.batch import IGNORE, SegmentationTarget
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads import ClassificationHead, DetectionHead, QueryHead, SegmentationHead, TaskHead
 from mtmedformer.heads.detection import DetectionOutputs
-from mtmedformer.heads.levels import enlarge
+from mtmedformer.heads.layers import enlarge
 from mtmedformer.losses import CIoU, CrossEntropy, Dice, MaskCrossEntropy
 
 STRIDES, CHANNELS = (4, 8, 16, 32, 64), 16

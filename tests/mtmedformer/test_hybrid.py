@@ -6,10 +6,11 @@ from jsonargparse import ArgumentParser
 from torch import nn
 from torchjd import aggregation
 
-from mtmedformer.encoder import SharedEncoder
+from mtmedformer.encoders.shared import SharedEncoder
 from mtmedformer.errors import ConfigError
-from mtmedformer.losses import gradients, hybrid
-from mtmedformer.losses.gradients import GradientAggregation
+from mtmedformer.losses import gradient_aggregation as gradients
+from mtmedformer.losses import hybrid
+from mtmedformer.losses.gradient_aggregation import GradientAggregation
 from mtmedformer.losses.hybrid import HybridLoss
 from mtmedformer.losses.weighting import FAMOWeighting, FixedWeighting, UncertaintyWeighting
 

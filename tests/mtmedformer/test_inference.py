@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError
-from mtmedformer.inference import average_boxes, mirror_boxes, place_windows, predict_tiled
+from mtmedformer.inference.tiling import average_boxes, mirror_boxes, place_windows, predict_tiled
 
 TASKS = {
     "lungs": Task("lungs", "segmentation", ("left", "right"), multi_label=True),

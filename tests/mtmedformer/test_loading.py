@@ -11,8 +11,8 @@ from PIL import Image
 
 import mtmedformer
 from mtmedformer.calibration import TaskCalibration, plain, tempered
+from mtmedformer.commands.export.command import export
 from mtmedformer.errors import ConfigError, DataError
-from mtmedformer.export import export
 from tests.dicom_files import film, write_dicom
 from tests.stored_models import description, write_checkpoint
 
@@ -89,7 +89,7 @@ def test_a_dicom_file_is_read_with_its_spacing(model, tmp_path):
 
 def test_it_says_what_the_module_says(model, picture):
     """By hand: letterbox into 64 x 96, predict, and nothing else."""
-    from mtmedformer.frames import letterbox, warp
+    from mtmedformer.geometry import letterbox, warp
 
     frame = letterbox((0.0, 0.0, 130.0, 70.0), (64, 96))
     pixels = np.rint(warp(picture.astype(np.float32) / np.float32(4095), frame) * 65535) / 65535
@@ -169,9 +169,9 @@ def test_a_class_of_somebody_else_is_not_imported(tmp_path, monkeypatch, picture
 @pytest.mark.parametrize(
     "path",
     [
-        "mtmedformer.cli.CommandLine",
+        "mtmedformer.commands.main.CommandLine",
         "mtmedformer.__main__.main",
-        "mtmedformer.cli.main",
+        "mtmedformer.commands.main.main",
         "mtmedformer.load",
         "mtmedformer.module.AdamW",
         "mtmedformer.errors.ConfigError",
@@ -254,7 +254,7 @@ def test_a_preset_comes_from_the_run_and_from_this_project(tmp_path, picture):
     assert isinstance(model.preset, BreastPreset)
     assert model.preset.margin == 0.1
     assert model.image_size == (64, 64)
-    for path in ("planted.Preset", "datamodules.transforms.dataclass", "datamodules.PhantomSite"):
+    for path in ("planted.Preset", "datamodules.images.presets.dataclass", "datamodules.PhantomSite"):
         config.write_text(section % path)
         with pytest.raises(ConfigError, match="refused"):
             mtmedformer.load(file)

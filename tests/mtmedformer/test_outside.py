@@ -6,7 +6,7 @@ import torch
 from mtmedformer import MultiTaskModule, SharedEncoder
 from mtmedformer.batch import DetectionTarget, SegmentationTarget
 from mtmedformer.errors import ConfigError
-from mtmedformer.outside import NoEncoder, OutsideDetection, OutsideSegmentation
+from mtmedformer.heads.baselines import NoEncoder, OutsideDetection, OutsideSegmentation
 
 SIZE = (70, 90)
 

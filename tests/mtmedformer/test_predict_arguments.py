@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mtmedformer.commands.predict_images import preparation, with_images
 from mtmedformer.errors import ConfigError
-from mtmedformer.predict_arguments import preparation, with_images
 
 CHEST = {"class_path": "datamodules.ChestPreset", "init_args": {"rotation": 5.0}}
 

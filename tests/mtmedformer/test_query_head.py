@@ -10,7 +10,7 @@ from torchvision.ops import box_convert, generalized_box_iou
 from mtmedformer.batch import DetectionTarget
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads import QueryHead
-from mtmedformer.heads.query import QueryOutputs, position_encoding
+from mtmedformer.heads.detr import QueryOutputs, position_encoding
 
 SIZE = (100, 200)
 

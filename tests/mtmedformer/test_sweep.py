@@ -12,13 +12,13 @@ import optuna
 import pytest
 import yaml
 
+from mtmedformer.commands.sweep import command, trials
+from mtmedformer.commands.sweep.command import main
+from mtmedformer.commands.sweep.results import Objective, Row, draw, objectives, points_of, show, write_csv
+from mtmedformer.commands.sweep.study import front, next_trial, open_study, unfinished
+from mtmedformer.commands.sweep.sweep_file import read_sweep
+from mtmedformer.commands.sweep.trials import Job, Outcome, outcome, run_trials
 from mtmedformer.errors import ConfigError
-from mtmedformer.sweep import command, trials
-from mtmedformer.sweep.command import main
-from mtmedformer.sweep.results import Objective, Row, draw, objectives, points_of, show, write_csv
-from mtmedformer.sweep.study import front, next_trial, open_study, unfinished
-from mtmedformer.sweep.sweep_file import read_sweep
-from mtmedformer.sweep.trials import Job, Outcome, outcome, run_trials
 
 COMMAND = ["${env}", "${program}", "fit", "--config", "x.yaml", "${args}"]
 PARAMETERS = {

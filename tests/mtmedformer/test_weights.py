@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mtmedformer.encoder import SharedEncoder
+from mtmedformer.encoders.pretrained import load_weights, read_weights
+from mtmedformer.encoders.shared import SharedEncoder
 from mtmedformer.errors import ConfigError
-from mtmedformer.weights import load_weights, read_weights
 
 VIT = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 

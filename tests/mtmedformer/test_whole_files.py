@@ -2,7 +2,7 @@
 
 import pytest
 
-from mtmedformer.whole_files import whole
+from mtmedformer.storage.atomic_write import whole
 
 
 def test_what_was_written_takes_the_place_of_the_old_file(tmp_path):

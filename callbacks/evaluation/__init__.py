@@ -1,0 +1,1 @@
+"""Callbacks that measure a model: tables, per-image results, calibration, overlays."""

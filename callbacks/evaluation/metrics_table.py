@@ -1,0 +1,163 @@
+"""A table of metrics a person can read, at the end of fit and of test, and ``test_metrics.json``."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from mtmedformer.metrics.base import TaskMetrics
+
+HIDDEN = ("sensitivity_at_", "map75", "n_")
+"""Metrics that are logged and written but would crowd the table on screen."""
+
+HEADLINES = ("auroc", "balanced_accuracy", "map50", "froc", "dice", "hd95")
+"""Metrics that the table by site and view shows."""
+
+
+class MetricsTable(Callback):
+    """Prints each task's metrics after ``fit`` (the best epoch) and after ``validate``.
+
+    Args:
+        monitor: The metric that says which epoch is best; higher is better.
+    """
+
+    def __init__(self, monitor: str = "val/score") -> None:
+        self.monitor = monitor
+        self._best: dict[str, float] = {}
+        self._epoch = 0
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the best epoch's metrics; under ``validate`` print them."""
+        if trainer.sanity_checking:
+            return
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        if not trainer.training and trainer.is_global_zero and trainer.state.fn == "validate":
+            print_metrics(metrics, "val", "Validation")
+        score, best = metrics.get(self.monitor, math.nan), self._best.get(self.monitor, -math.inf)
+        if not self._best or score >= best:
+            self._best, self._epoch = metrics, trainer.current_epoch + 1
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the best epoch's metrics and where everything lies."""
+        if self._best and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+            print_metrics(self._best, "val", f"Validation, best epoch ({self._epoch} of {trainer.current_epoch})")
+            Console().print(f"Run folder: {trainer.default_root_dir}")
+
+    def state_dict(self) -> dict[str, object]:
+        """Return the best epoch so far, so that a resumed run remembers it."""
+        return {"best": self._best, "epoch": self._epoch}
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Take up the best epoch of the interrupted run."""
+        self._best, self._epoch = dict(state_dict["best"]), int(state_dict["epoch"])  # type: ignore[call-overload]
+
+
+class TestReport(Callback):
+    """After ``test``: patient-level intervals, values per site and view, a table, and ``test_metrics.json``.
+
+    Args:
+        folder: The run folder.
+        replicates: Bootstrap replicates over patients; 0 leaves the intervals out.
+        seed: Seed of the bootstrap.
+    """
+
+    __test__ = False  # not a pytest class
+
+    def __init__(self, folder: str | None = None, replicates: int = 1000, seed: int = 0) -> None:
+        self.folder, self.replicates, self.seed = folder, replicates, seed
+        self.values: dict[str, float] = {}
+        """What the file holds, once a test has ended."""
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute the report on every process, print and write it on the first."""
+        report: dict[str, float] = {}
+        metrics = {k: m for k, m in pl_module.test_metrics.items() if isinstance(m, TaskMetrics)}  # type: ignore[operator, union-attr]
+        for task, metric in metrics.items():
+            values = metric.report(replicates=self.replicates, seed=self.seed)
+            report.update({f"test/{task}/{key}": value for key, value in values.items()})
+        self.values = report
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+            file = Path(self.folder or trainer.default_root_dir, "test_metrics.json")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            finite = {key: None if math.isnan(value) else value for key, value in report.items()}  # JSON has no NaN
+            file.write_text(json.dumps(finite, indent=2, sort_keys=True) + "\n")
+            print_metrics(report, "test", "Test, with 95 % intervals over patients")
+            Console().print(f"Written: {file}")
+
+
+def print_metrics(metrics: dict[str, float], split: str, title: str) -> None:
+    """Print a table a task: a row a metric; a column for all classes, its interval, and a column a class.
+
+    Where there are values by site and view, a second table has a row for each of them. A task without a labelled image
+    has a line that says so.
+
+    Args:
+        metrics: Values by ``<split>/<task>/<metric>[/<class> or /site=<site> or /view=<view>]``, with intervals under
+            ``_ci_low`` and ``_ci_high``.
+        split: ``val`` or ``test``.
+        title: Printed above.
+    """
+    console = Console()
+    console.print(f"\n[bold]{title}[/bold]")
+    for task in dict.fromkeys(k.split("/")[1] for k in metrics if k.count("/") > 1):
+        values = {k.split("/", 2)[2]: v for k, v in metrics.items() if k.startswith(f"{split}/{task}/")}
+        if values.get("n_images") == 0:
+            console.print(f"[bold]{task}[/bold]: no image is labelled for it, so it was not measured")
+            continue
+        console.print(_task_table(task, {k: v for k, v in values.items() if "=" not in k}))
+        groups = _groups(values)
+        if groups:
+            console.print(_group_table(task, groups, values))
+    if f"{split}/score" in metrics:
+        console.print(f"score (mean of the tasks' primary metrics): [bold]{_number(metrics[f'{split}/score'])}[/bold]")
+
+
+def _task_table(task: str, values: dict[str, float]) -> Table:
+    plain = {k: v for k, v in values.items() if not k.endswith(("_ci_low", "_ci_high"))}
+    rows = [k for k in dict.fromkeys(k.split("/")[0] for k in plain) if not k.startswith(HIDDEN)]
+    groups = list(dict.fromkeys(k.split("/", 1)[1] for k in plain if "/" in k and k.split("/")[0] in rows))
+    intervals = any(k.endswith("_ci_low") for k in values)
+    table = Table(pad_edge=False, header_style="bold")
+    table.add_column(task, style="bold")
+    for column in ("all", *(["95 % interval"] if intervals else []), *groups):
+        table.add_column(column, justify="right")
+    for row in rows:
+        cells = [_number(plain.get(row))]
+        if intervals:
+            low, high = values.get(f"{row}_ci_low"), values.get(f"{row}_ci_high")
+            cells.append("" if low is None or high is None else f"{_number(low)} to {_number(high)}")
+        table.add_row(row, *cells, *(_number(plain.get(f"{row}/{group}")) for group in groups))
+    return table
+
+
+def _groups(values: dict[str, float]) -> list[str]:
+    """Return the sites and views there is more than one of."""
+    groups = list(dict.fromkeys(k.split("/", 1)[1] for k in values if "=" in k and k.count("/") == 1))
+    kinds = [group.split("=")[0] for group in groups]
+    return [group for group in groups if kinds.count(group.split("=")[0]) > 1]
+
+
+def _group_table(task: str, groups: list[str], values: dict[str, float]) -> Table:
+    rows = [k for k in dict.fromkeys(k.split("/")[0] for k in values if "=" in k) if not k.startswith(HIDDEN)]
+    shown = [row for row in rows if row in HEADLINES] or rows[:4]
+    table = Table(pad_edge=False, header_style="bold")
+    table.add_column(f"{task} by", style="bold")
+    counted = any(f"n_images/{group}" in values for group in groups)
+    for column in [*["images"] * counted, *shown]:
+        table.add_column(column, justify="right")
+    for group in groups:
+        cells = [f"{values.get(f'n_images/{group}', 0):.0f}"] * counted
+        cells += [_number(values.get(f"{row}/{group}")) for row in shown]
+        table.add_row(group.replace("=", " "), *cells)
+    return table
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "–" if math.isnan(value) else f"{value:.3f}"

@@ -1,0 +1,1 @@
+"""Callbacks that run a federation and use its posterior."""

@@ -1,0 +1,74 @@
+"""What a Trainer must be for its epochs to be rounds; every refusal names the key and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import lightning as L
+from lightning.pytorch.strategies import DDPStrategy
+
+from federation.client.lightning_internals import budget, site_trainer
+from federation.datamodule import FederatedDataModule
+from federation.server.admission import Policy
+from mtmedformer.errors import ConfigError
+
+
+def federated_data(trainer: L.Trainer) -> FederatedDataModule:
+    """Return the Trainer's data.
+
+    Raises:
+        ConfigError: When it has no sites.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, FederatedDataModule):
+        raise ConfigError(
+            f"federation: the data is a {type(data).__name__}; make it a federation.FederatedDataModule with the "
+            "data set of each site under data.sites, or one data set under data.data and what cuts it under data.by"
+        )
+    return data
+
+
+def check_server(trainer: L.Trainer, placement: str, policy: Policy, client_trainer: Callable[..., L.Trainer]) -> None:
+    """Refuse settings of the Trainer that mean nothing to a server.
+
+    Raises:
+        ConfigError: When there is one.
+    """
+    federated_data(trainer)
+    for name, value, neutral in (
+        ("gradient_clip_val", trainer.gradient_clip_val, (None, 0, 0.0)),
+        ("accumulate_grad_batches", trainer.accumulate_grad_batches, (1,)),
+        ("max_steps", trainer.max_steps, (-1,)),
+        ("limit_train_batches", trainer.limit_train_batches, (1, 1.0)),
+    ):
+        if value not in neutral and not getattr(trainer, "fast_dev_run", False):
+            raise ConfigError(
+                f"trainer.{name}={value} means nothing to rounds; set federation.client_trainer.{name} instead"
+            )
+    if trainer.max_epochs in (None, -1):
+        raise ConfigError("trainer.max_epochs counts the rounds; set it to 1 or more")
+    if placement == "isolated" and trainer.strategy.root_device.type != "cpu":
+        raise ConfigError(
+            "federation.placement=isolated forks a process for each site, which a GPU does not survive; choose "
+            "sequential or per_rank, or trainer.accelerator=cpu"
+        )
+    if trainer.world_size > 1:
+        _check_group(trainer, placement, policy)
+    budget(site_trainer(client_trainer, trainer))
+
+
+def _check_group(trainer: L.Trainer, placement: str, policy: Policy) -> None:
+    if placement in ("sequential", "isolated"):
+        raise ConfigError(
+            f"federation.placement={placement}, but trainer.devices starts {trainer.world_size} processes; choose "
+            "per_rank or ddp, or one device"
+        )
+    if not isinstance(trainer.strategy, DDPStrategy):
+        raise ConfigError(f"trainer.strategy: {type(trainer.strategy).__name__} cannot hold a federation; choose ddp")
+    limit: timedelta = trainer.strategy._timeout or timedelta(minutes=30)
+    if policy.deadline is not None and timedelta(seconds=policy.deadline) >= limit:
+        raise ConfigError(
+            f"federation.policy.deadline is {policy.deadline:g} s, but processes wait {limit.total_seconds():g} s for "
+            "each other; raise trainer.strategy.init_args.timeout above the time one process needs for its sites"
+        )

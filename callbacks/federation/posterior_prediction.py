@@ -1,0 +1,205 @@
+"""Predictions from samples of a federation's posterior, and how far the samples disagree."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from callbacks.federation.round_words import say
+from callbacks.federation.tune_posterior import FILE
+from callbacks.prediction.prediction_files import PredictionFolder, predictions_root
+from federation.bayes.posterior import Posterior
+from federation.bayes.sampling import BOX_SCORE, Sampled, SampledModel
+from federation.client.train import state_of
+from mtmedformer.batch import Batch, Meta, Task
+from mtmedformer.errors import ConfigError
+from mtmedformer.geometry import boxes_in_original
+from mtmedformer.inference.results import NOTE, UNCERTAINTY, inside_original
+from mtmedformer.module import MultiTaskModule
+from mtmedformer.plots.heatmaps import HeatMap, maps_figure
+from mtmedformer.storage.atomic_write import whole
+
+
+class PosteriorPrediction(Callback):
+    """Lets ``test`` and ``predict`` average over samples of the posterior, and tells how far the samples disagree.
+
+    Reads the ``posterior.safetensors`` that ``TunePosterior`` wrote for the very weights of ``--ckpt_path``. A task for
+    which tuning refused is predicted by the mean model, to the bit. ``predict`` gets columns for entropy and mutual
+    information (nats), and ``uncertainty/<image>.json`` with both for every box; maps where asked for.
+
+    Args:
+        samples: Samples a prediction; each costs a pass of the model, once a distinct scale.
+        maps: Also draw ``uncertainty/<image>.png``: both for every pixel of the masks.
+        posterior: The file; ``null`` is the run folder's.
+        folder: Folder of the predictions; ``null`` is where the run's predictions go.
+    """
+
+    def __init__(
+        self, samples: int = 8, maps: bool = False, posterior: str | None = None, folder: str | None = None
+    ) -> None:
+        if samples < 1:
+            raise ConfigError(f"PosteriorPrediction.samples={samples} must be at least 1")
+        self.samples, self.maps, self.file, self.root = samples, maps, posterior, folder
+        self.sampled: Sampled | None = None
+        """What the samples said of the last batch."""
+        self._posterior: Posterior | None = None
+        self._replaced: MultiTaskModule | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read the posterior.
+
+        Raises:
+            ConfigError: When there is none, or it was refused for every task.
+        """
+        if stage not in ("test", "predict"):
+            return
+        if not isinstance(pl_module, MultiTaskModule):
+            raise ConfigError(f"PosteriorPrediction: a {type(pl_module).__name__} has no tasks")
+        file = Path(self.file or Path(trainer.default_root_dir, FILE))
+        if not file.is_file():
+            raise ConfigError(
+                f"PosteriorPrediction: {file} is not there; fit the federation with --trainer.callbacks+=TunePosterior"
+            )
+        self._posterior = Posterior.load(file)
+        tasks = self._posterior.tuning.get("tasks", {})
+        if not any(one["scale"] for one in tasks.values()):
+            said = "; ".join(f"{name}: {one['message']}" for name, one in tasks.items()) or "it was never tuned"
+            raise ConfigError(f"PosteriorPrediction: {file.name} is of no use: {said}. Predict without this callback.")
+        pl_module.sampling = {"samples": self.samples, "scales": {name: one["scale"] for name, one in tasks.items()}}
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put samples in the place of the mean model."""
+        self._start(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put samples in the place of the mean model."""
+        self._start(trainer, pl_module)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *args: Any
+    ) -> None:
+        """Write the uncertainty of a batch's boxes and, where asked for, pixels."""
+        assert self.sampled is not None
+        assert self._replaced is not None
+        tasks = self._replaced.tasks
+        doubts = [image_doubts(self.sampled, tasks, i, meta) for i, meta in enumerate(batch.meta)]
+        outputs[UNCERTAINTY] = {
+            name: {key: torch.tensor([one[name][key] for one in doubts]) for key in measures}
+            for name, measures in (doubts[0] if doubts else {}).items()
+        }
+        folder = PredictionFolder(predictions_root(trainer, self.root))
+        for i, meta in enumerate(batch.meta):
+            with whole(folder.path("uncertainty", meta.id, ".json")) as file:
+                file.write_text(json.dumps(_facts(self.sampled, tasks, i, meta), indent=1) + "\n")
+            maps = _maps(self.sampled, tasks, i) if self.maps else {}
+            if maps:
+                grey = batch.image[i].float().mean(dim=0).cpu().numpy()
+                footer = "entropy: all doubt; mutual information: the part that the samples disagree about"
+                with whole(folder.path("uncertainty", meta.id, ".png")) as file:
+                    maps_figure(grey, maps, meta, footer).savefig(file, dpi=110, format="png")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module its own way of predicting back."""
+        if self._replaced is not None:
+            del self._replaced.predict_whole
+            self._replaced.sampling = None
+            self._replaced = None
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, MultiTaskModule)
+        posterior = self._posterior
+        assert posterior is not None
+        own = state_of(pl_module)
+        if own.keys() != posterior.mean.keys() or any(not torch.equal(own[k], posterior.mean[k]) for k in own):
+            raise ConfigError(
+                "PosteriorPrediction: the posterior belongs to other weights than --ckpt_path; give the checkpoint it "
+                "was tuned for (TunePosterior.checkpoint, best.ckpt by default)"
+            )
+        tuning = posterior.tuning
+        if trainer.is_global_zero:
+            for name, one in tuning["tasks"].items():
+                say(trainer, f"{name}: {one['message']}")
+        scales = {name: float(one["scale"]) for name, one in tuning["tasks"].items()}
+        model = SampledModel(pl_module, posterior, scales, self.samples, tuning["seed"], tuning["blocks"])
+        plain = pl_module.predict_whole
+
+        def predict_whole(image: Tensor, raw: bool = False) -> dict[str, Any]:
+            self.sampled = model(lambda part: plain(part, raw=raw), image)
+            return self.sampled.predictions
+
+        pl_module.predict_whole = predict_whole  # type: ignore[method-assign]
+        self._replaced = pl_module
+
+
+def image_doubts(sampled: Sampled, tasks: Mapping[str, Task], i: int, meta: Meta) -> dict[str, dict[str, float]]:
+    """Return entropy and mutual information of one image by task that was sampled, in nats.
+
+    Of masks it is the mean over the pixels that lie in the original image, of classes that may hold together the mean
+    over them, of boxes the mean over those that score at least 0.05, and 0 where there is none.
+
+    Args:
+        sampled: What the samples said of its batch.
+        tasks: All tasks.
+        i: Number of the image in the batch.
+        meta: What is known of it.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name, doubt in sampled.doubts.items():
+        values = {"entropy": doubt.entropy[i], "mutual_information": doubt.mutual_information[i]}
+        if tasks[name].kind == "segmentation":
+            within = inside_original(meta, (int(doubt.mean.shape[-2]), int(doubt.mean.shape[-1])))
+            values = {key: value.cpu()[..., within] for key, value in values.items()}
+        found[name] = {key: float(value.mean()) for key, value in values.items()}
+    for name, task in tasks.items():
+        if task.kind == "detection" and sampled.predictions[name] and "entropy" in sampled.predictions[name][i]:
+            boxes = sampled.predictions[name][i]
+            seen = boxes["scores"] >= BOX_SCORE
+            keys = ("entropy", "mutual_information")
+            found[name] = {key: float(boxes[key][seen].mean()) if seen.any() else 0.0 for key in keys}
+    return found
+
+
+def _facts(sampled: Sampled, tasks: Mapping[str, Task], i: int, meta: Meta) -> dict[str, Any]:
+    """Return what ``uncertainty/<image>.json`` holds."""
+    boxes = []
+    for name, task in tasks.items():
+        found = sampled.predictions[name][i] if task.kind == "detection" else {}
+        if "entropy" in found:
+            places = boxes_in_original(found["boxes"].float().cpu().numpy(), meta).round(2).tolist()
+            numbers = zip(
+                *(found[k].tolist() for k in ("labels", "scores", "entropy", "mutual_information")), strict=True
+            )
+            for xyxy, (label, score, entropy, mutual) in zip(places, numbers, strict=True):
+                if score >= BOX_SCORE:
+                    own = {"score": score, "entropy": entropy, "mutual_information": mutual}
+                    boxes.append({"task": name, "class": task.classes[label], "xyxy": xyxy, **own})
+    return {
+        "image": meta.id,
+        "note": NOTE,
+        "unit": "nats",
+        "tasks": image_doubts(sampled, tasks, i, meta),
+        "boxes": boxes,
+    }
+
+
+def _maps(sampled: Sampled, tasks: Mapping[str, Task], i: int) -> dict[str, HeatMap]:
+    """Return the maps of one image's masks: of each class that may overlap others, or of the whole decision."""
+    found: dict[str, HeatMap] = {}
+    for name, doubt in sampled.doubts.items():
+        if tasks[name].kind == "segmentation":
+            names = tasks[name].classes if doubt.entropy.ndim == 4 else ("",)
+            top = math.log(2) if doubt.entropy.ndim == 4 else math.log(len(tasks[name].classes) + 1)
+            for words, values in (("entropy", doubt.entropy), ("mutual information", doubt.mutual_information)):
+                channels = values[i].float().cpu().numpy().reshape(len(names), *values.shape[-2:])
+                for c, channel in zip(names, channels, strict=True):
+                    title = f"{name}: {words}" if c in ("", name) else f"{name}: {c}, {words}"
+                    highest = top if words == "entropy" else max(float(channel.max()), 1e-3)
+                    found[title] = HeatMap(channel, highest, "nats")
+    return found

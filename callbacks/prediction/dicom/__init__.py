@@ -1,0 +1,1 @@
+"""DICOM objects of predictions: segmentations and structured reports."""

@@ -1,0 +1,137 @@
+"""How well a finding can be told without looking at the image: from its view, site, side or format.
+
+A model finds these shortcuts too. In the RSNA pneumonia set, for example, the view alone (a bedside film or not) gives
+an AUC of 0.71.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from datamodules.audit.survey import Facts
+from datamodules.loading.samplers import strata
+from datamodules.records import BoxTruth, ClassTruth
+from mtmedformer.batch import Task
+
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """What one property of an image says about one finding.
+
+    Attributes:
+        task: Name of the task.
+        finding: The class, or ``any`` for a box of whatever class.
+        source: The property: ``view``, ``site``, ``laterality``, ``image size`` or ``pixel spacing``.
+        auc: Area under the ROC curve of the finding's rate in *other* patients with the same property; what lies below
+            chance (rates of other patients are biased that way) is given as chance, 0.5.
+        images: Images labelled for it.
+        positives: Those with the finding.
+        warning: Whether the AUC is high enough to worry: 0.15 and two standard errors from chance.
+    """
+
+    task: str
+    finding: str
+    source: str
+    auc: float
+    images: int
+    positives: int
+    warning: bool
+
+
+def find_shortcuts(facts: Sequence[Facts], tasks: dict[str, Task], least: int = 10) -> list[Shortcut]:
+    """Measure every property against every finding, patients kept apart.
+
+    Args:
+        facts: The images.
+        tasks: The tasks by name; segmentation tasks are left out.
+        least: Findings with fewer positives or negatives than this are left out.
+
+    Returns:
+        The strongest first.
+    """
+    sources = {
+        "view": [str(f.view) for f in facts],
+        "site": [f.record.site for f in facts],
+        "laterality": [str(f.laterality) for f in facts],
+        "image size": [f"{f.size[1]}x{f.size[0]}" for f in facts],
+        "pixel spacing": ["None" if f.spacing is None else f"{f.spacing[0]:.4g}" for f in facts],
+    }
+    fold = np.array([_fold(f.record.patient) for f in facts])
+    found = []
+    for task, finding, truth in _findings(facts, tasks):
+        known = ~np.isnan(truth)
+        positives, images = int(truth[known].sum()), int(known.sum())
+        if min(positives, images - positives) < least:
+            continue
+        error = 0.5 / math.sqrt(min(positives, images - positives))
+        for source, values in sources.items():
+            chosen = [v for v, k in zip(values, known, strict=True) if k]
+            if len(set(chosen)) < 2:
+                continue
+            auc = max(0.5, _auc(_rates(chosen, truth[known], fold[known]), truth[known]))
+            found.append(
+                Shortcut(task, finding, source, round(auc, 3), images, positives, auc - 0.5 > max(0.15, 2 * error))
+            )
+    return sorted(found, key=lambda s: (-s.auc, s.task, s.finding, s.source))
+
+
+def _findings(facts: Sequence[Facts], tasks: dict[str, Task]) -> list[tuple[str, str, NDArray[np.float64]]]:
+    """Return per finding 1, 0 or NaN (unknown) an image."""
+    found = []
+    for name, task in tasks.items():
+        truths = [f.record.truth.get(name) for f in facts]
+        if task.kind == "classification":
+            for k, label in enumerate(task.classes):
+                values = [t.values[k] if isinstance(t, ClassTruth) else math.nan for t in truths]
+                found.append((name, label, np.array(values)))
+        elif task.kind == "detection":
+            words = [strata(f.record, {name: task}) for f in facts]
+            some = [
+                float(w == (f"{name}=+",)) if isinstance(t, BoxTruth) else math.nan
+                for t, w in zip(truths, words, strict=True)
+            ]
+            found.append((name, "any", np.array(some)))
+    return found
+
+
+def _fold(patient: str) -> int:
+    return int.from_bytes(hashlib.blake2b(patient.encode(), digest_size=4).digest(), "big") % FOLDS
+
+
+def _rates(values: Sequence[str], truth: NDArray[np.float64], fold: NDArray[np.int_]) -> NDArray[np.float64]:
+    """Return for each image the rate of the finding among images of other patients with the same value.
+
+    Rates are drawn towards the overall one by two images' worth, so that a rare value says little.
+    """
+    scores = np.empty(len(values))
+    for k in range(FOLDS):
+        mine = fold == k
+        if not mine.any():
+            continue
+        overall = float(truth[~mine].mean()) if (~mine).any() else 0.5
+        count: Counter[str] = Counter()
+        hits: Counter[str] = Counter()
+        for value, hit, here in zip(values, truth, mine, strict=True):
+            if not here:
+                count[value] += 1
+                hits[value] += int(hit)
+        for i in np.flatnonzero(mine).tolist():
+            value = values[i]
+            scores[i] = (hits[value] + 2 * overall) / (count[value] + 2) - overall
+    return scores
+
+
+def _auc(scores: NDArray[np.float64], truth: NDArray[np.float64]) -> float:
+    ranks = stats.rankdata(scores)
+    positives = int(truth.sum())
+    return float((ranks[truth > 0].sum() - positives * (positives + 1) / 2) / (positives * (len(truth) - positives)))

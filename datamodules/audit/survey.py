@@ -1,0 +1,142 @@
+"""Look once at every usable image of a data set and keep numbers only: sizes, grey values, structures, a thumbnail."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from datamodules.audit.near_duplicates import thumbnail
+from datamodules.records import Record, Split
+from mtmedformer.geometry import Floats, Ints, invert, map_boxes
+
+if TYPE_CHECKING:
+    from datamodules.base import MedicalDataModule
+    from datamodules.cache.rasterize import Rendered
+    from datamodules.loading.dataset import CachedDataset
+
+BINS = 64
+"""Bins of a grey-value histogram over [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One box, or one class's mask in one image.
+
+    Attributes:
+        task: Name of its task.
+        label: Name of its class.
+        size: Square root of its area in pixels of the original image.
+        framed: The same in pixels of the network's input.
+        spacing: Mean pixel spacing of the original image in mm, or ``None``.
+    """
+
+    task: str
+    label: str
+    size: float
+    framed: float
+    spacing: float | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of one image after looking at it.
+
+    Attributes:
+        record: Its record, truth that could not be used taken out.
+        split: Its split.
+        view: View from the record or the file's header.
+        laterality: Side from the record or the file's header.
+        size: ``(height, width)`` of the original image.
+        content: ``(height, width)`` in original pixels of the part that is framed (the breast, the whole film).
+        spacing: ``(row, column)`` spacing in mm, or ``None``.
+        histogram: Share of the framed pixels in each of ``BINS`` grey bins over [0, 1]; padding left out.
+        structures: Boxes and masks.
+        thumbnail: uint8 (64, 64), for the leak check.
+    """
+
+    record: Record
+    split: Split
+    view: str | None
+    laterality: str | None
+    size: tuple[int, int]
+    content: tuple[float, float]
+    spacing: tuple[float, float] | None
+    histogram: NDArray[np.float64]
+    structures: tuple[Structure, ...]
+    thumbnail: NDArray[np.uint8]
+
+
+def survey(data: MedicalDataModule, progress: bool = True) -> list[Facts]:
+    """Set a data module up and look at every image of train, val and test.
+
+    Images are decoded into the data module's cache, where a later training finds them.
+
+    Args:
+        data: The data module; set up here.
+        progress: Show a progress bar.
+
+    Returns:
+        One entry an image that is labelled for some task.
+
+    Raises:
+        DataError: As ``MedicalDataModule.setup``.
+    """
+    data.setup(None)
+    sets = [(split, data.datasets[split]) for split in ("train", "val", "test") if split in data.datasets]
+    jobs = [(split, dataset, i) for split, dataset in sets for i in range(len(dataset))]
+    return [_look(*job) for job in tqdm(jobs, "Looking at images", leave=False, unit="image", disable=not progress)]
+
+
+def _look(split: Split, dataset: CachedDataset, index: int) -> Facts:
+    record = dataset.records[index]
+    entry = dataset.cache.fetch(dataset.keys[index], record, dataset.recipe)
+    pixels: Floats = np.divide(entry.image, np.iinfo(entry.image.dtype).max, dtype=np.float32)
+    a, b, _, d, e, _ = entry.to_original
+    scale = math.sqrt(abs(a * e - b * d))
+    left, top, right, bottom = content_of(entry, pixels.shape)
+    inside = pixels[top:bottom, left:right]
+    counts = np.histogram(inside, BINS, (0, 1))[0]
+    return Facts(
+        record=record,
+        split=split,
+        view=record.view or entry.view,
+        laterality=record.laterality or entry.laterality,
+        size=entry.original_size,
+        content=(inside.shape[0] * scale, inside.shape[1] * scale),
+        spacing=entry.spacing,
+        histogram=counts / counts.sum(),
+        structures=tuple(_structures(dataset, record, entry, scale)),
+        thumbnail=thumbnail(inside),
+    )
+
+
+def content_of(entry: Rendered, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Return the part of the frame that shows the original image: left, top, right, bottom; at least one pixel."""
+    height, width = entry.original_size
+    box = map_boxes(invert(entry.to_original), np.array([[0.0, 0.0, width, height]]))[0]
+    left, top = (int(min(max(0, round(v)), n - 1)) for v, n in zip(box[:2], (shape[1], shape[0]), strict=True))
+    right, bottom = (int(min(round(v), n)) for v, n in zip(box[2:], (shape[1], shape[0]), strict=True))
+    return left, top, max(right, left + 1), max(bottom, top + 1)
+
+
+def _structures(dataset: CachedDataset, record: Record, entry: Rendered, scale: float) -> list[Structure]:
+    found = []
+    spacing = float(np.mean(entry.spacing)) if entry.spacing else None
+    for name, task in dataset.tasks.items():
+        if name not in record.truth:
+            continue
+        sizes: list[tuple[int, float]] = []
+        if name in entry.boxes:
+            boxes: Floats = entry.boxes[name]
+            labels: Ints = entry.labels[name]
+            areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+            sizes = list(zip(labels.tolist(), np.sqrt(areas).tolist(), strict=True))
+        elif name in entry.masks:
+            sizes = [(k, math.sqrt(n)) for k, n in enumerate((entry.masks[name] == 1).sum(axis=(1, 2)).tolist()) if n]
+        found += [Structure(name, task.classes[k], framed * scale, framed, spacing) for k, framed in sizes]
+    return found

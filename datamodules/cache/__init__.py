@@ -1,0 +1,1 @@
+"""The decode cache: each image is decoded and resized once."""

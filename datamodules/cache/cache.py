@@ -1,0 +1,256 @@
+"""Decode once: framed images, masks and boxes as memory-mapped files, found again by content.
+
+Entries (see ``datamodules.cache.entries``) appear by atomic rename: several workers, ranks or runs may fill one folder
+at once, and a killed one leaves nothing that looks finished.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import filelock
+import torch
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from datamodules.cache.entries import Recipe, load_entry, load_report, save_entry
+from datamodules.cache.quarantine import Issue
+from datamodules.cache.rasterize import Rendered, Report
+from datamodules.records import Record
+from mtmedformer.errors import DataError
+from mtmedformer.storage.atomic_write import whole
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+GB = 1e9
+_STARTED = time.time()  # entries used since are this process's own and never evicted by it
+
+
+class Cache:
+    """A folder of decoded images, or, without a folder, a dictionary of them.
+
+    Args:
+        folder: Where entries are kept; ``None`` keeps them in memory.
+        max_gb: Most that the folder (or memory) may hold, in GB of 10⁹ bytes. Beyond it the entries used longest ago
+            go first; entries of the present run never go.
+    """
+
+    def __init__(self, folder: Path | None, max_gb: float = 20.0) -> None:
+        self.folder = None if folder is None else Path(folder).expanduser().absolute()
+        self.max_gb = max_gb
+        self.memory: dict[str, Rendered] = {}
+        self._bytes = 0
+
+    def path(self, key: str) -> Path:
+        """Return where an entry lies, whether or not it is there."""
+        assert self.folder is not None
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def load(self, key: str) -> Rendered | None:
+        """Return an entry, or ``None`` where it is absent or damaged."""
+        return self.memory.get(key) if self.folder is None else self._read(load_entry, key)
+
+    def report(self, key: str) -> Report | None:
+        """Return what was left out of an entry, or ``None`` where the entry is absent or damaged."""
+        if self.folder is None:
+            return self.memory[key].report() if key in self.memory else None
+        return self._read(load_report, key)
+
+    def save(self, key: str, entry: Rendered) -> None:
+        """Store an entry; it is there whole or not at all.
+
+        Raises:
+            DataError: The disk is full or the folder cannot be written.
+        """
+        if self.folder is None:
+            self.memory[key] = entry
+            return
+        try:
+            with whole(self.path(key)) as part:
+                save_entry(entry, part)
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    def fetch(self, key: str, record: Record, recipe: Recipe) -> Rendered:
+        """Return an entry, decoding it where it has gone missing since ``fill``.
+
+        Raises:
+            DataError: It has gone missing and the image cannot be decoded any more.
+        """
+        entry = self.load(key)
+        if entry is None:
+            made = recipe.render(record)
+            if isinstance(made, Issue):
+                raise DataError(
+                    f"{record.file}: {made.reason} {made.detail}. It could be read when training began: was the file "
+                    f"or the cache folder {self.folder} changed meanwhile? Start again to leave it out."
+                )
+            entry = made
+            self.save(key, entry)
+        return entry
+
+    def fill(
+        self, records: Sequence[Record], keys: Sequence[str], recipe: Recipe, workers: int = 0
+    ) -> dict[str, Report]:
+        """Decode what is not there yet, with a progress bar.
+
+        Args:
+            records: The images.
+            keys: Their entries (``recipe.keys(records)``).
+            recipe: How they are decoded.
+            workers: Processes that decode.
+
+        Returns:
+            Per entry what was left out or corrected. An image that cannot be used has an issue but no entry, so that
+            the next run tries it again.
+
+        Raises:
+            DataError: The entries do not fit under ``max_gb``, or the disk is full.
+        """
+        needed = dict(zip(keys, records, strict=True))
+        there = self._there(needed)
+        if len(there) == len(needed):
+            return there
+        with self._alone():
+            there = self._there(needed)  # another process may have filled it meanwhile
+            missing = {key: record for key, record in needed.items() if key not in there}
+            self._make_room(needed, missing, recipe)
+            return there | self._decode(missing, recipe, workers, set(needed))
+
+    def _there(self, keys: Iterable[str]) -> dict[str, Report]:
+        reports = {key: report for key in keys if (report := self.report(key)) and not report.transient}
+        if self.folder is not None:
+            for key in reports:
+                with suppress(OSError):  # another user's entry, whose time of use is not ours to set
+                    os.utime(self.path(key))
+        return reports
+
+    def _decode(self, missing: Mapping[str, Record], recipe: Recipe, workers: int, keep: set[str]) -> dict[str, Report]:
+        jobs = _Jobs(list(missing.items()), recipe, self)
+        loader: Any = DataLoader(
+            jobs,
+            batch_size=None,
+            num_workers=min(workers, len(jobs)),
+            collate_fn=_as_is,
+            generator=torch.Generator().manual_seed(0),  # else a cold cache would move the global random stream
+        )
+        reports = {}
+        for key, done, size in tqdm(loader, f"Decoding {len(jobs)} images once", len(jobs), leave=False, unit="image"):
+            if isinstance(done, DataError):
+                raise done
+            if isinstance(done, Rendered):
+                self.memory[key] = done
+                done = done.report()
+            reports[key] = done
+            self._grow(size, keep)
+        return reports
+
+    def _make_room(self, needed: Mapping[str, Record], missing: Mapping[str, Record], recipe: Recipe) -> None:
+        """Refuse before the first image is decoded what can never fit, then evict what stands in the way."""
+        least = sum(recipe.smallest_bytes(record) for record in needed.values())
+        if least > self.max_gb * GB:
+            raise DataError(self._too_small(len(needed), least))
+        if self.folder is None:
+            self._bytes = sum(entry.nbytes for entry in self.memory.values())
+            return
+        for part in self.folder.glob("*/.*.part"):  # left by a killed process
+            if part.stat().st_mtime < time.time() - 3600:
+                part.unlink(missing_ok=True)
+        self._bytes = sum(path.stat().st_size for path in self._entries())
+        ahead = sum(recipe.smallest_bytes(record) for record in missing.values())
+        self._grow(ahead, set(needed))
+        self._bytes -= ahead
+
+    def _grow(self, size: int, keep: set[str]) -> None:
+        """Count ``size`` more bytes, evicting what was used longest ago until they fit."""
+        self._bytes += size
+        if self._bytes > self.max_gb * GB and self.folder is not None:
+            old = {p: p.stat() for p in self._entries() if p.stem not in keep}
+            for path, stat in sorted(old.items(), key=lambda item: item[1].st_mtime):
+                if stat.st_mtime >= _STARTED or self._bytes <= self.max_gb * GB:
+                    break
+                path.unlink(missing_ok=True)
+                self._bytes -= stat.st_size
+        if self._bytes > self.max_gb * GB:
+            raise DataError(self._too_small(len(keep), self._bytes))
+
+    def _entries(self) -> list[Path]:
+        assert self.folder is not None
+        return list(self.folder.glob("[0-9a-f][0-9a-f]/*.safetensors"))
+
+    def _read(self, reader: Callable[[Path], T], key: str) -> T | None:
+        try:
+            return reader(self.path(key))
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+            log.warning("Cache entry %s is damaged (%s); its image is decoded again", self.path(key), error)
+            return None
+
+    def _too_small(self, count: int, size: float) -> str:
+        where = "in memory (cache_dir: null)" if self.folder is None else f"in {self.folder}"
+        return (
+            f"{count} decoded images take at least {size / GB:.3g} GB {where}, more than cache_max_gb={self.max_gb:g} "
+            "allows. Raise data.init_args.cache_max_gb, or lower image_size."
+        )
+
+    def _refusal(self, error: OSError) -> DataError:
+        elsewhere = "data.init_args.cache_dir to another folder, or set it to null to keep decoded images in memory."
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return DataError(
+                f"The disk of the cache folder {self.folder} is full. Free space there, or point {elsewhere}"
+            )
+        return DataError(f"The cache folder {self.folder} cannot be written ({error}). Point {elsewhere}")
+
+    def _alone(self) -> AbstractContextManager[object]:
+        """Return a context in which no other process fills this folder; a holder that dies frees it."""
+        if self.folder is None:
+            return nullcontext()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self.folder / "filling.lock")
+            try:
+                return lock.acquire(blocking=False)
+            except filelock.Timeout:
+                log.warning("Another process is decoding into %s; waiting for it", self.folder)
+                return lock.acquire()
+        except OSError as error:
+            raise self._refusal(error) from error
+
+
+class _Jobs(Dataset[tuple[str, object, int]]):
+    """Decodes and stores one record an item; what goes wrong comes back as a value, so that its message stays whole."""
+
+    def __init__(self, jobs: list[tuple[str, Record]], recipe: Recipe, cache: Cache) -> None:
+        self.jobs, self.recipe, self.cache = jobs, recipe, cache
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, index: int) -> tuple[str, Rendered | Report | DataError, int]:
+        """Return the key, the entry (in memory) or report (on disk) or why there is none, and the bytes it takes."""
+        key, record = self.jobs[index]
+        try:
+            made = self.recipe.render(record)
+            if isinstance(made, Issue):
+                return key, Report((made,)), 0
+            if self.cache.folder is None:
+                return key, made, made.nbytes
+            self.cache.save(key, made)
+        except DataError as error:
+            return key, error, 0
+        return key, made.report(), self.cache.path(key).stat().st_size
+
+
+def _as_is(item: object) -> object:
+    return item

@@ -1,0 +1,172 @@
+"""One decoded image as a safetensors file, named by a digest of everything that decides what is in it.
+
+The name covers the bytes of the image and mask files, boxes and polygons, the framed size, the preset's framing and the
+code that draws. So a changed file, a corrected box or another crop is decoded again, and a copied folder is not.
+A safetensors file is memory-mapped and cannot run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from datamodules.cache import rasterize as rendering
+from datamodules.cache import shapes
+from datamodules.cache.quarantine import Issue
+from datamodules.cache.rasterize import Rendered, Report, render
+from datamodules.images import breast_region as breast
+from datamodules.images import dicom, pixels
+from datamodules.images.presets import Preset
+from datamodules.records import BoxTruth, MaskTruth, Record
+from mtmedformer import geometry as frames
+
+WHOLE_BYTES = 4 * 2**20
+"""Files up to this size are digested whole."""
+
+SAMPLED_BYTES, SAMPLES = 2**16, 16
+"""Of larger files, so many blocks of this size are digested."""
+
+_ARRAYS = ("masks", "boxes", "labels")
+_FACTS = ("to_original", "original_size", "spacing", "view", "laterality", "remarks")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How records become entries.
+
+    Attributes:
+        preset: Decides the frame.
+        size: ``(height, width)`` of the frame.
+    """
+
+    preset: Preset
+    size: tuple[int, int]
+
+    def render(self, record: Record) -> Rendered | Issue:
+        """Decode and draw a record (see ``datamodules.cache.rasterize.render``)."""
+        return render(record, self.preset, self.size)
+
+    def keys(self, records: Sequence[Record]) -> list[str]:
+        """Return the name of each record's entry; reads the files' bytes but decodes nothing."""
+        settings = {"code": _code(), "preset": _describe_preset(self.preset), "size": self.size}
+        common = json.dumps(settings, sort_keys=True, default=str)
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(lambda record: _key(common, record), records))
+
+    def smallest_bytes(self, record: Record) -> int:
+        """Return the least that a record's entry takes: an 8-bit image and its masks."""
+        channels = sum(len(t.channels) for t in record.truth.values() if isinstance(t, MaskTruth))
+        return self.size[0] * self.size[1] * (1 + channels)
+
+
+def save_entry(entry: Rendered, path: Path) -> None:
+    """Write a decoded image into a file."""
+    arrays = {"image": entry.image}
+    for kind in _ARRAYS:
+        arrays |= {f"{kind}/{task}": np.ascontiguousarray(array) for task, array in getattr(entry, kind).items()}
+    facts = {name: getattr(entry, name) for name in _FACTS} | {"issues": [asdict(issue) for issue in entry.issues]}
+    path.write_bytes(save(arrays, metadata={"facts": json.dumps(facts)}))  # save_file would make it the owner's alone
+
+
+def load_entry(path: Path) -> Rendered:
+    """Read a decoded image back."""
+    with safe_open(path, framework="numpy") as file:
+        facts = json.loads(file.metadata()["facts"])
+        arrays: dict[str, dict[str, Any]] = {kind: {} for kind in _ARRAYS}
+        for name in file.keys():  # noqa: SIM118  the handle is no mapping
+            kind, _, task = name.partition("/")
+            if kind in arrays:
+                arrays[kind][task] = file.get_tensor(name)
+        return Rendered(
+            image=file.get_tensor("image"),
+            **arrays,
+            to_original=tuple(facts["to_original"]),
+            original_size=tuple(facts["original_size"]),
+            spacing=tuple(facts["spacing"]) if facts["spacing"] else None,
+            view=facts["view"],
+            laterality=facts["laterality"],
+            issues=tuple(Issue(**issue) for issue in facts["issues"]),
+            remarks=tuple(facts["remarks"]),
+        )
+
+
+def load_report(path: Path) -> Report:
+    """Read what was left out or corrected when the image was decoded; maps the header only."""
+    with safe_open(path, framework="numpy") as file:
+        facts = json.loads(file.metadata()["facts"])
+        return Report(tuple(Issue(**issue) for issue in facts["issues"]), tuple(facts["remarks"]))
+
+
+def _key(common: str, record: Record) -> str:
+    drawn = {name: truth for name, truth in record.truth.items() if isinstance(truth, BoxTruth | MaskTruth)}
+    parts = [_describe(record.file), record.laterality, record.size, _describe(drawn)]
+    return hashlib.blake2b((common + json.dumps(parts, sort_keys=True)).encode(), digest_size=20).hexdigest()
+
+
+def _describe(value: Any) -> Any:
+    """Return a JSON description in which a file stands for its content, wherever it lies."""
+    if isinstance(value, Path):
+        return digest(value)
+    if is_dataclass(value):
+        return {f.name: _describe(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {key: _describe(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_describe(item) for item in value]
+    return value
+
+
+def digest(file: Path) -> str:
+    """Return a digest of a file's content, ``missing`` where there is none.
+
+    Files above 4 MiB are digested by their length, their time of change and 16 blocks spread over them, so that a
+    folder of full-size mammograms is not read twice.
+    """
+    try:
+        stat = file.stat()
+        return _digest(file, stat.st_size, stat.st_mtime_ns)
+    except OSError:
+        return "missing"
+
+
+@lru_cache(maxsize=65536)
+def _digest(file: Path, size: int, changed: int) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    with file.open("rb") as stream:
+        if size <= WHOLE_BYTES:
+            found.update(stream.read())
+        else:
+            found.update(f"{size} {changed}".encode())
+            for block in range(SAMPLES):
+                stream.seek(block * (size - SAMPLED_BYTES) // (SAMPLES - 1))
+                found.update(stream.read(SAMPLED_BYTES))
+    return found.hexdigest()
+
+
+def _describe_preset(preset: Preset) -> dict[str, Any]:
+    """Return what a preset's framing depends on: its code and its plain attributes (nested ones hold strengths)."""
+    kind = type(preset)
+    plain = {name: value for name, value in vars(preset).items() if isinstance(value, str | int | float | None)}
+    try:
+        code = inspect.getsource(kind.frame)
+    except (OSError, TypeError):  # defined in a console
+        code = kind.__qualname__
+    return {"frame": code, **plain}
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """Return a digest of the code that turns files into entries: another version of it must decode again."""
+    modules = (pixels, dicom, frames, breast, rendering, shapes)
+    return hashlib.blake2b("".join(inspect.getsource(m) for m in modules).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,302 @@
+"""Turn a record and its pixels into what the cache keeps: the framed image, masks and boxes, all in one frame.
+
+Coordinates are those of ``mtmedformer.batch``: continuous, from the top-left corner of the top-left pixel; a pixel
+``(row i, column j)`` belongs to a shape when its centre ``(j + 0.5, i + 0.5)`` lies inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datamodules.cache.quarantine import IMAGE, Issue
+from datamodules.cache.shapes import Mask, fill_disc, fill_polygon, mask_boxes
+from datamodules.images.pixels import Pixels, read_image, read_mask
+from datamodules.images.presets import Preset
+from datamodules.records import BoxTruth, MaskSource, MaskTruth, Record
+from mtmedformer.batch import IGNORE
+from mtmedformer.errors import DataError
+from mtmedformer.geometry import Affine, Bytes, Floats, Frame, Ints, boxes_to_frame, compose, warp, warp_mask
+
+ASPECT_TOLERANCE = 0.01
+"""How far the aspect ratios of a mask and its image may differ, relative; more is a mask of something else."""
+
+SMALLEST_SIDE = 8
+"""Images with a side of fewer pixels are thumbnails, scout lines or broken files."""
+
+CLIPPED, RESIZED, OTHER_SIDE = (
+    "boxes clipped to their image",
+    "masks resized to their image",
+    "images whose side differs between table and header (table taken)",
+)
+"""Corrections that are counted but cost nothing."""
+
+
+class UnusableError(Exception):
+    """An image or truth that cannot be trusted; ``reason`` is countable, ``detail`` says what exactly."""
+
+    def __init__(self, reason: str, detail: str = "", transient: bool = False) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail, self.transient = reason, detail, transient
+
+    def issue(self, record: Record, subject: str) -> Issue:
+        """Return the issue this is for a record."""
+        return Issue(record.id, record.file.name, subject, self.reason, self.detail, self.transient)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What had to be left out of one image, with reasons, and what had to be corrected, one remark a correction."""
+
+    issues: tuple[Issue, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def transient(self) -> bool:
+        """Whether decoding again may go better although the files are the same."""
+        return any(issue.transient for issue in self.issues)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One image with its masks and boxes in the network's frame; classes, split and site stay with the record.
+
+    Attributes:
+        image: uint8 or uint16 (H, W): 0..255 or 0..65535 stand for [0, 1].
+        to_original: Affine from the frame to the original image (see ``mtmedformer.batch.Meta``).
+        original_size: ``(height, width)`` of the original image.
+        masks: Per segmentation task uint8 (K, H, W) of 0/1/``IGNORE``.
+        boxes: Per detection task float32 (N, 4) xyxy in pixels of the frame.
+        labels: Per detection task int64 (N,).
+        spacing: ``(row, column)`` spacing of the original image in mm, or ``None``.
+        view: View as the file's header has it, or ``None``.
+        laterality: Laterality as the file's header has it, or ``None``.
+        issues: What had to be left out, with reasons.
+        remarks: What had to be corrected, one entry a correction.
+    """
+
+    image: NDArray[np.uint8] | NDArray[np.uint16]
+    to_original: Affine
+    original_size: tuple[int, int]
+    masks: dict[str, Bytes] = field(default_factory=dict)
+    boxes: dict[str, Floats] = field(default_factory=dict)
+    labels: dict[str, Ints] = field(default_factory=dict)
+    spacing: tuple[float, float] | None = None
+    view: str | None = None
+    laterality: str | None = None
+    issues: tuple[Issue, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return self.image.nbytes + sum(a.nbytes for d in (self.masks, self.boxes, self.labels) for a in d.values())
+
+    def report(self) -> Report:
+        """Return what was left out and corrected."""
+        return Report(self.issues, self.remarks)
+
+
+@dataclass
+class Canvas:
+    """The original image as a place for shapes.
+
+    Attributes:
+        size: ``(height, width)`` of the original image.
+        frame: Where the network's input lies in it.
+        scale: ``(y, x)`` pixels of the original image per unit of the truth's coordinates.
+        remarks: Corrections made on the way.
+    """
+
+    size: tuple[int, int]
+    frame: Frame
+    scale: tuple[float, float] = (1.0, 1.0)
+    remarks: list[str] = field(default_factory=list)
+
+    def shape(self, points: Sequence[tuple[float, ...]], onto: tuple[int, int]) -> NDArray[np.float64]:
+        """Return points (or boxes: two corners each) as (N, 2) ``(x, y)`` in pixels of a mask of size ``onto``."""
+        factors = (self.scale[1] * onto[1] / self.size[1], self.scale[0] * onto[0] / self.size[0])
+        return np.asarray(points, np.float64).reshape(-1, 2) * factors
+
+
+def render(record: Record, preset: Preset, size: tuple[int, int]) -> Rendered | Issue:
+    """Decode one image, frame it, and draw its masks and boxes in that frame.
+
+    Args:
+        record: What is known of the image.
+        preset: Decides the frame (crop, flip, letterbox).
+        size: ``(height, width)`` of the frame.
+
+    Returns:
+        The framed image; a task whose truth is broken has neither mask nor boxes there, but an issue. Where the image
+        itself cannot be used, the issue alone.
+    """
+    try:
+        pixels = _read(record)
+    except UnusableError as error:
+        return error.issue(record, IMAGE)
+    height, width = pixels.pixels.shape
+    canvas = Canvas((height, width), preset.frame(pixels.pixels, size, record.laterality or pixels.laterality))
+    image = warp(pixels.pixels, canvas.frame)
+    masks, boxes, labels, issues = {}, {}, {}, []
+    for name, truth in record.truth.items():
+        try:
+            if isinstance(truth, MaskTruth):
+                canvas.scale = _scale(record, canvas.size)
+                masks[name] = render_masks(truth, canvas)
+            elif isinstance(truth, BoxTruth):
+                canvas.scale = _scale(record, canvas.size)
+                boxes[name], labels[name] = render_boxes(truth, canvas)
+        except UnusableError as error:
+            issues.append(error.issue(record, name))
+    if record.laterality and pixels.laterality and record.laterality != pixels.laterality:
+        canvas.remarks.append(OTHER_SIDE)
+    top, kind = (255, np.uint8) if pixels.bits <= 8 else (65535, np.uint16)
+    return Rendered(
+        image=np.rint(image.clip(0, 1) * top).astype(kind),
+        to_original=canvas.frame.to_original,
+        original_size=canvas.size,
+        masks=masks,
+        boxes=boxes,
+        labels=labels,
+        spacing=pixels.spacing,
+        view=pixels.view,
+        laterality=pixels.laterality,
+        issues=tuple(issues),
+        remarks=tuple(canvas.remarks),
+    )
+
+
+def render_masks(truth: MaskTruth, canvas: Canvas) -> Bytes:
+    """Draw the channels of a segmentation truth.
+
+    Returns:
+        uint8 (K, H, W): 1 inside, 0 outside, ``IGNORE`` throughout a channel that is not annotated.
+    """
+    masks = np.full((len(truth.channels), *canvas.frame.size), IGNORE, np.uint8)
+    for channel, source in zip(masks, truth.channels, strict=True):
+        if source is None:
+            continue
+        channel[:] = 0
+        for part in (source, *source.also):  # each file may have a size of its own
+            mask = draw(part, canvas)
+            height, width = mask.shape
+            to_mask = (width / canvas.size[1], 0.0, 0.0, 0.0, height / canvas.size[0], 0.0)
+            framed = warp_mask(
+                mask.astype(np.uint8), Frame(compose(to_mask, canvas.frame.to_original), canvas.frame.size)
+            )
+            if mask.any() and not framed.any():
+                raise UnusableError("mask outside the cropped frame", "what is there would turn into a negative")
+            np.maximum(channel, framed, out=channel)
+    return masks
+
+
+def render_boxes(truth: BoxTruth, canvas: Canvas) -> tuple[Floats, Ints]:
+    """Map boxes, and the boxes around masks, into the frame.
+
+    Returns:
+        float32 (N, 4) xyxy in pixels of the frame, and int64 (N,) class indices.
+    """
+    boxes, labels = [_original_boxes(truth, canvas)], list(truth.labels)
+    for source, label in zip(truth.masks, truth.mask_labels, strict=True):
+        found = mask_boxes(draw(source, canvas), canvas.size, truth.components, truth.min_area)
+        boxes.append(found)
+        labels += [label] * len(found)
+    framed = boxes_to_frame(np.concatenate(boxes), canvas.frame)
+    height, width = canvas.frame.size
+    clipped = framed.clip(0, (width, height, width, height)).astype(np.float32)
+    if ((clipped[:, 2:] - clipped[:, :2]) <= 0).any():
+        raise UnusableError("box outside the cropped frame", "what is there would turn into a negative")
+    return clipped, np.asarray(labels, np.int64)
+
+
+def draw(source: MaskSource, canvas: Canvas) -> Mask:
+    """Return one mask channel: file, polygons and discs united; with none of them it is empty.
+
+    Returns:
+        bool (h, w): the size of the source's file where it has one, else that of the original image.
+
+    Raises:
+        UnusableError: The file is missing, unreadable or of another aspect ratio, or a shape lies outside the image.
+    """
+    mask = np.zeros(canvas.size, bool) if source.file is None else _mask_file(source, canvas)
+    for polygon in source.polygons:
+        points = canvas.shape(polygon, mask.shape)
+        if not np.isfinite(points).all():
+            raise UnusableError("polygon with a coordinate that is no number")
+        if len(points) > 2 and fill_polygon(mask, points):
+            continue
+        radius = source.point_radius if len(points) <= 2 else 0.0  # 3 and more: smaller than a pixel
+        if not sum(fill_disc(mask, x, y, radius) for x, y in points):
+            raise UnusableError("shape outside the image", f"polygon at ({polygon[0][0]:g}, {polygon[0][1]:g})")
+    for x, y, r in source.discs:
+        (cx, cy), (edge, _) = canvas.shape([(x, y), (x + r, y)], mask.shape).tolist()
+        if not fill_disc(mask, cx, cy, abs(edge - cx)):
+            raise UnusableError("shape outside the image", f"disc at ({x:g}, {y:g}) of radius {r:g}")
+    return mask
+
+
+def _read(record: Record) -> Pixels:
+    if not record.file.is_file():
+        raise UnusableError("image file missing", str(record.file), transient=True)
+    try:
+        pixels = read_image(record.file)
+    except DataError as error:
+        raise UnusableError("image unreadable", str(error), transient=True) from error
+    values = pixels.pixels
+    if min(values.shape) < SMALLEST_SIDE:
+        raise UnusableError("image too small", f"{values.shape[1]}x{values.shape[0]} pixels")
+    if not np.isfinite(values).all():
+        raise UnusableError("image holds values that are no numbers")
+    if values.min() == values.max():
+        raise UnusableError("image constant", f"every pixel is {values.flat[0]:g}")
+    return pixels
+
+
+def _mask_file(source: MaskSource, canvas: Canvas) -> Mask:
+    assert source.file is not None
+    if not source.file.is_file():
+        raise UnusableError("mask file missing", str(source.file), transient=True)
+    try:
+        values = read_mask(source.file)
+    except DataError as error:
+        raise UnusableError("mask unreadable", str(error), transient=True) from error
+    size = (values.shape[0], values.shape[1])
+    if size != canvas.size:
+        _same_aspect("mask", size, canvas.size)
+        canvas.remarks.append(RESIZED)
+    return values > 0 if source.values is None else np.isin(values, source.values)
+
+
+def _same_aspect(what: str, size: tuple[int, int], original: tuple[int, int]) -> None:
+    expected = size[1] * original[0] / original[1]
+    if abs(size[0] - expected) > max(1.0, ASPECT_TOLERANCE * size[0]):  # 1: rounding of small masks
+        sizes = f"{what} {size[1]}x{size[0]}, image {original[1]}x{original[0]}"
+        raise UnusableError(f"{what} of another aspect ratio than its image", sizes)
+
+
+def _scale(record: Record, original: tuple[int, int]) -> tuple[float, float]:
+    if record.size is None:
+        return (1.0, 1.0)
+    _same_aspect("truth", record.size, original)
+    return (original[0] / record.size[0], original[1] / record.size[1])
+
+
+def _original_boxes(truth: BoxTruth, canvas: Canvas) -> NDArray[np.float64]:
+    boxes = canvas.shape(truth.boxes, canvas.size).reshape(-1, 4)
+    height, width = canvas.size
+    inside = boxes.clip(0, (width, height, width, height))
+    for box, sides in zip(truth.boxes, boxes[:, 2:] - boxes[:, :2], strict=True):
+        if not np.isfinite(sides).all():
+            raise UnusableError("box with a coordinate that is no number", f"{list(box)}")
+        if (sides <= 0).any():
+            raise UnusableError("box without area or with corners swapped", f"{list(box)}; boxes are [x0, y0, x1, y1]")
+    outside = ((inside[:, 2:] - inside[:, :2]) <= 0).any(axis=1)
+    if outside.any():
+        box = truth.boxes[int(outside.argmax())]
+        raise UnusableError("box outside the image", f"{list(box)} in an image of {width}x{height} pixels")
+    canvas.remarks += [CLIPPED] * int((inside != boxes).any(axis=1).sum())
+    return inside

@@ -1,0 +1,138 @@
+"""DICOM images as they are meant to be displayed, and the few facts of the header that matter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+from pydicom.pixels.processing import apply_color_lut
+
+from datamodules.images.dicom_decoding import read_file, reading
+from datamodules.images.grayscale import Values, apply_chain, display_chain, number_of
+from mtmedformer.errors import DataError
+
+_VIEWS = {
+    code: view
+    for view, codes in {
+        "CC": "399162004 R-10242",
+        "MLO": "399368009 R-10226",
+        "ML": "399260004 R-10224",
+        "LM": "399352003 R-10228",
+        "LMO": "399099002 R-10230",
+        "FB": "399196006 R-10244",
+        "XCCL": "399192008 R-1024A",
+        "XCCM": "399101009 R-1024B",
+        "SIO": "399188001 R-102D0",
+        "PA": "272479007 R-40888",
+        "AP": "399348003 R-10206",
+    }.items()
+    for code in codes.split()
+}
+"""SNOMED CT and SNOMED RT codes of PS3.16 CID 4014 (mammography) and CID 4010 (projection radiography)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """An image as it is displayed, and how it came about.
+
+    Attributes:
+        pixels: float32 (H, W) in [0, 1]; 0 is black (air in a radiograph), 1 is white.
+        bits: Bit depth of the stored values (8, 12, 16 …).
+        path: The steps taken, in order, for example ``("decode:JPEG2000Lossless", "window:0:LINEAR",
+            "invert:MONOCHROME1", "padding")``. A step that was tried and given up ends in ``:broken`` or ``:outside``.
+        spacing: ``(row, column)`` spacing of the pixels in mm, or ``None``.
+        view: ``PA``, ``AP``, ``CC``, ``MLO`` …, or ``None``.
+        laterality: ``L``, ``R`` or ``None``.
+    """
+
+    pixels: NDArray[np.float32]
+    bits: int
+    path: tuple[str, ...]
+    spacing: tuple[float, float] | None = None
+    view: str | None = None
+    laterality: str | None = None
+
+
+def is_dicom(head: bytes) -> bool:
+    """Tell from a file's first 132 bytes: ``DICM`` after the preamble, or no preamble but a group 2 or 8 element."""
+    return head[128:132] == b"DICM" or (head[:2] in (b"\2\0", b"\10\0") and head[3:4] == b"\0")
+
+
+def read_display(file: Path, refuse_for_processing: bool = False) -> Pixels:
+    """Read a DICOM image as it is meant to be displayed.
+
+    Args:
+        file: A single-frame DICOM file.
+        refuse_for_processing: Raise on images whose Presentation Intent Type is FOR PROCESSING (raw detector data);
+            otherwise they are read and ``path`` says ``for-processing``.
+
+    Raises:
+        DataError: The file is broken, not a single-frame grey image, or in an encoding that nothing here decodes.
+    """
+    with reading(file, "DICOM"):
+        header, stored, path = read_file(file)
+        if str(header.get("PresentationIntentType")).strip().upper() == "FOR PROCESSING":
+            if refuse_for_processing:
+                raise DataError(
+                    f"{file.name}: PresentationIntentType is FOR PROCESSING (raw detector data); use the FOR "
+                    "PRESENTATION image of the same exposure, or allow raw images."
+                )
+            path.append("for-processing")
+        if header.PhotometricInterpretation == "PALETTE COLOR":
+            stored = apply_color_lut(stored, header)
+        if stored.ndim == 3:
+            stored = _gray(file, stored)
+            path.append("equal-channels")
+        pixels = apply_chain(display_chain(header, stored, path), stored)
+        return Pixels(pixels, int(header.BitsStored), tuple(path), _spacing(header), _view(header), _laterality(header))
+
+
+def read_stored(file: Path) -> Values:
+    """Read the stored integers (H, W) of a DICOM image, without rescale, window, palette or inversion.
+
+    Raises:
+        DataError: As ``read_display``.
+    """
+    with reading(file, "DICOM"):
+        _, stored, _ = read_file(file)
+        return _gray(file, stored) if stored.ndim == 3 else stored.copy()
+
+
+def _gray(file: Path, channels: Values) -> Values:
+    """Return the one grey level of three equal channels; lossy colour transforms may leave them a little apart."""
+    red, green, blue = (channels[..., i].astype(np.int64) for i in range(3))
+    spread = max(int(np.abs(red - green).max()), int(np.abs(blue - green).max()))
+    if spread > 4 * np.iinfo(channels.dtype).max // 255:
+        raise DataError(
+            f"{file.name}: SamplesPerPixel or a palette makes it a colour image (channels differ by up to {spread}); "
+            "only grey images are read, leave it out or export it as MONOCHROME2."
+        )
+    return np.ascontiguousarray(channels[..., 1])
+
+
+def _spacing(header: Dataset) -> tuple[float, float] | None:
+    for key in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
+        row, column = number_of(header, key, 0), number_of(header, key, 1)
+        if row and column and row > 0 and column > 0:
+            return row, column
+    return None
+
+
+def _view(header: Dataset) -> str | None:
+    if view := str(header.get("ViewPosition") or "").strip().upper():
+        return view
+    for item in header.get("ViewCodeSequence") or ():
+        if coded := _VIEWS.get(str(item.get("CodeValue", "")).strip()):
+            return coded
+    orientation = str(header.get("PatientOrientation"))  # where CBIS-DDSM writes it
+    return orientation if orientation in _VIEWS.values() else None
+
+
+def _laterality(header: Dataset) -> str | None:
+    for key in ("ImageLaterality", "Laterality"):
+        if (side := str(header.get(key) or "").strip().upper()) in ("L", "R"):
+            return side
+    return None

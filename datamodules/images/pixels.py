@@ -1,0 +1,212 @@
+"""Image and mask files to arrays: DICOM, PNG, JPEG, TIFF, PGM and a few more, recognised by content, not by name.
+
+An image comes out as it is displayed (float32 in [0, 1], 0 = black); a mask comes out as its raw integers. A file that
+is broken, hostile or no image at all raises ``DataError`` with its name and the fix, and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from datamodules.images.dicom import Pixels, is_dicom, read_display, read_stored
+from datamodules.images.dicom_decoding import MAX_BYTES, MAX_PIXELS, reading
+from mtmedformer.errors import DataError
+
+__all__ = ["Pixels", "read_image", "read_mask"]
+
+Image.init()  # registers every format below; Image.open does not when told which to try
+_FORMATS = ("PNG", "JPEG", "TIFF", "PPM", "BMP", "GIF", "WEBP", "JPEG2000")
+"""What Pillow may try; none of them runs a program (EPS would)."""
+
+_PGM = re.compile(rb"P([25])" + rb"(?:\s|#[^\r\n]*[\r\n])+(\d{1,9})" * 3 + rb"\s")
+
+_LUMINANCE = tuple(np.float32(w) for w in (0.299, 0.587, 0.114))  # ITU-R BT.601, as JPEG
+
+
+def read_image(file: Path, refuse_for_processing: bool = False) -> Pixels:
+    """Read an image as it is displayed.
+
+    DICOM goes through modality LUT, VOI LUT or window, inversion and padding. In other formats white is the largest
+    value the format has, except that a 16-bit file without a value above 4095 (255) holds 12-bit (8-bit) data and is
+    shown so (``range:4095``, ``range:255``); equal colour channels are one grey channel, others become luminance
+    (ITU-R BT.601); transparency is dropped and an EXIF orientation applied.
+
+    Args:
+        file: A DICOM, PNG, JPEG, TIFF, PGM, BMP, GIF, WebP or JPEG 2000 file of one image.
+        refuse_for_processing: Raise on DICOM images that are FOR PROCESSING instead of flagging them in ``path``.
+
+    Raises:
+        DataError: The file is missing, empty, broken, not a single image, or holds values without a known white.
+    """
+    head = _head(file)
+    if is_dicom(head):
+        return read_display(file, refuse_for_processing)
+    with reading(file, "an image"):
+        return _display(file, *_read(file, head))
+
+
+def _display(file: Path, values: NDArray[Any], white: int, path: list[str]) -> Pixels:
+    if values.ndim == 3 and _spread(values) == 0:
+        values = values[..., 0]
+        path.append("equal-channels")
+    elif values.ndim == 3:
+        red, green, blue = (values[..., i] * weight for i, weight in enumerate(_LUMINANCE))
+        values = red + green + blue
+        path.append("luminance")
+    if white == 65535 and 0 < (most := values.max()) < 4096:
+        white = 255 if most < 256 else 4095
+        path.append(f"range:{white}")
+    if white == 0:  # no integer format: only [0, 1] has a meaning
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise DataError(
+                f"{file.name}: floating-point or signed values outside [0, 1] have no known white; save the image as "
+                "16-bit PNG or TIFF, or as floats in [0, 1]."
+            )
+        return Pixels(values.astype(np.float32), 8 * values.itemsize, tuple(path))
+    pixels = np.empty(values.shape, np.float32)
+    np.divide(values, np.float32(white), out=pixels, dtype=np.float32, casting="unsafe")
+    return Pixels(pixels, white.bit_length(), tuple(path))
+
+
+def read_mask(file: Path) -> NDArray[Any]:
+    """Read the raw integers of a mask.
+
+    A palette mask gives the grey levels of its palette where the colours in use are grey, else its indices (class
+    numbers, as in PASCAL VOC). A JPEG mask is cleaned to 0 and 255, which is all that its compression spares.
+
+    Args:
+        file: Any format ``read_image`` reads.
+
+    Returns:
+        Integer (H, W): uint8 or uint16, int32 or int64 where the file has such values; 0/1 for 1-bit files.
+
+    Raises:
+        DataError: As ``read_image``; also a mask in real colours, with fractions, or a JPEG of more than two levels.
+    """
+    head = _head(file)
+    if is_dicom(head):
+        return read_stored(file)
+    with reading(file, "a mask"):
+        return _integers(file, *_read(file, head, mask=True))
+
+
+def _integers(file: Path, values: NDArray[Any], white: int, path: list[str]) -> NDArray[Any]:
+    lossy = path[0] in ("decode:JPEG", "decode:MPO")
+    if values.ndim == 3:
+        if _spread(values) > (8 if lossy else 0):
+            raise DataError(
+                f"{file.name}: a mask in colours (channels differ by up to {_spread(values)}); save the class numbers "
+                "as one grey channel or as a palette PNG."
+            )
+        values = values[..., 1]
+    if lossy:
+        if np.mean((values > 48) & (values < 207)) > 0.02:
+            raise DataError(f"{file.name}: a JPEG mask of more than two levels, save it as PNG.")
+        values = np.where(values > 127, np.uint8(255), np.uint8(0))
+    if white == 0 and values.dtype.kind == "f":
+        whole = values.astype(np.int64)
+        if not np.array_equal(whole, values):
+            raise DataError(f"{file.name}: a mask with fractions; save integers (0 = background) as 8- or 16-bit PNG.")
+        values = whole
+    return np.ascontiguousarray(values)
+
+
+def _head(file: Path) -> bytes:
+    try:
+        regular, size, head = file.is_file(), 0, b""
+        if regular:
+            size = file.stat().st_size
+            with file.open("rb") as opened:
+                head = opened.read(132)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file.name}: cannot be opened ({type(error).__name__}); check path and rights.") from error
+    if not regular:
+        raise DataError(f"{file.name}: no such file (or not a regular one); check the path in the table.")
+    if not head:
+        raise DataError(f"{file.name}: the file is empty (0 bytes); copy or download it again.")
+    if size > MAX_BYTES:
+        raise DataError(f"{file.name}: {size} bytes, more than one image needs; save its frames as single files.")
+    return head
+
+
+def _read(file: Path, head: bytes, mask: bool = False) -> tuple[NDArray[Any], int, list[str]]:
+    """Return the values (H, W) or (H, W, 3), the value of white (0: unknown) and the steps taken."""
+    return _pgm(file) if head[:2] in (b"P2", b"P5") else _pillow(file, mask)
+
+
+def _pgm(file: Path) -> tuple[NDArray[Any], int, list[str]]:
+    """Read a grey Netpbm file; Pillow would stretch every depth but 8 and 16 bits, and slowly."""
+    content = file.read_bytes()
+    header = _PGM.match(content)
+    if header is None:
+        raise DataError(f"{file.name}: the PGM header lacks width, height or maximum; save the image again.")
+    columns, rows, white = (int(n) for n in header.groups()[1:])
+    if not 0 < rows * columns <= MAX_PIXELS or not 0 < white < 65536:
+        raise DataError(f"{file.name}: a PGM of {rows} x {columns} with maximum {white} is not read; save it again.")
+    if header[1] == b"5":
+        values: NDArray[Any] = np.frombuffer(content, "u1" if white < 256 else ">u2", rows * columns, header.end())
+        values = values.astype(values.dtype.newbyteorder("="), copy=False)
+    else:
+        values = np.array(re.sub(rb"#[^\r\n]*", b"", content[header.end() :]).split()[: rows * columns]).astype(
+            np.int64
+        )
+    if values.size < rows * columns or values.min() < 0 or values.max() > white:
+        raise DataError(f"{file.name}: PGM values missing or above the maximum {white} of its header; save it again.")
+    return values.reshape(rows, columns).astype(np.min_scalar_type(white), copy=False), white, ["decode:PGM"]
+
+
+def _pillow(file: Path, mask: bool) -> tuple[NDArray[Any], int, list[str]]:
+    with Image.open(file, formats=_FORMATS) as image:
+        path = [f"decode:{image.format}"]
+        if image.width * image.height > MAX_PIXELS:
+            raise DataError(f"{file.name}: {image.width} x {image.height} pixels, over {MAX_PIXELS}; downscale it.")
+        if image.format != "MPO" and getattr(image, "n_frames", 1) != 1:  # the further frames of an MPO are previews
+            raise DataError(f"{file.name}: holds several pages or frames; save each as a file of its own.")
+        arguments = image.tile[0].args if image.tile else ""
+        raw = str(arguments[0] if isinstance(arguments, tuple) else arguments)
+        inverted = image.format == "TIFF" and image.mode.startswith("I;16") and image.tag_v2.get(262) == 0  # type: ignore[attr-defined]
+        if ";16" in raw and image.mode in ("RGB", "RGBA"):  # Pillow would drop the low bytes
+            decoded: Any = cv2.imdecode(np.frombuffer(file.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
+            return np.ascontiguousarray(decoded[..., 2::-1]), np.iinfo(decoded.dtype).max, path
+        if (turn := image.getexif().get(0x0112, 1)) != 1:
+            path.append(f"exif-orientation:{turn}")
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode == "P":
+            index, colours = np.asarray(upright), np.asarray(upright.convert("RGB"))
+            return (index if mask and _spread(colours) else colours), 255, path
+        if upright.mode == "1":
+            return np.asarray(upright).astype(np.uint8), 1, path
+        if upright.mode in ("LA", "La"):
+            return np.asarray(upright.getchannel(0)), 255, path
+        if upright.mode not in ("L", "I", "F") and not upright.mode.startswith("I;16"):
+            return np.asarray(upright.convert("RGB")), 255, path
+        values = np.asarray(upright)
+        if upright.mode == "L":
+            scale = {"L;2": 85, "L;4": 17}.get(raw[:3], 1)  # Pillow stretches 2 and 4 bits to 8
+            return values // np.uint8(scale), 255 // scale, path
+        values = values.astype(values.dtype.newbyteorder("="), copy=False)
+        if inverted:
+            path.append("invert:WhiteIsZero")
+            values = np.uint16(65535) - values
+        white = 4095 if raw == "I;12" else 65535 if upright.mode.startswith("I;16") else 0
+        if upright.mode == "I" and values.min() >= 0 and values.max() <= 65535:
+            white = 65535
+        return values, white, path
+
+
+def _spread(channels: NDArray[Any]) -> int:
+    """Return by how much the channels of one pixel differ at most."""
+    if channels.size == 0:
+        return 0
+    lowest, highest = channels[..., 0].copy(), channels[..., 0].copy()
+    for i in (1, 2):
+        np.minimum(lowest, channels[..., i], out=lowest)
+        np.maximum(highest, channels[..., i], out=highest)
+    return int((highest - lowest).max())

@@ -1,0 +1,1 @@
+"""A folder of images described by one table."""

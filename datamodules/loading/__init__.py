@@ -1,0 +1,1 @@
+"""Records to batches: splits, samplers, datasets."""

@@ -1,0 +1,121 @@
+"""Check what a data set produced and select from it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from datamodules.loading.samplers import strata
+from datamodules.records import Catalogue, ClassTruth, MaskTruth, Record, Truth
+from mtmedformer.batch import Task
+from mtmedformer.errors import ConfigError, DataError
+
+
+def check_catalogue(catalogue: Catalogue, name: str) -> None:
+    """Refuse a catalogue that contradicts itself.
+
+    Args:
+        catalogue: What the data set produced.
+        name: Name of the data set, for the error.
+
+    Raises:
+        DataError: There is no record, an id comes twice, or a truth does not fit its task.
+    """
+    if not catalogue.records:
+        raise DataError(f"{name} has no images")
+    twice = [i for i, count in Counter(record.id for record in catalogue.records).items() if count > 1]
+    if twice:
+        raise DataError(f"{name}: {len(twice)} ids belong to several images, for example {twice[0]!r}")
+    for record in catalogue.records:
+        for task, truth in record.truth.items():
+            if task not in catalogue.tasks:
+                raise DataError(f"{name}: {record.file.name} is labelled for {task!r}, which is none of its tasks")
+            problem = _misfit(catalogue.tasks[task], truth)
+            if problem:
+                raise DataError(f"{name}: {record.file.name}, task {task!r}: {problem}")
+
+
+def _misfit(task: Task, truth: Truth) -> str:
+    count = len(task.classes)
+    if isinstance(truth, ClassTruth):
+        fits, found = task.kind == "classification", f"{len(truth.values)} values"
+        complete = len(truth.values) == count
+    elif isinstance(truth, MaskTruth):
+        fits, found = task.kind == "segmentation", f"{len(truth.channels)} masks"
+        complete = len(truth.channels) == count
+    else:
+        fits, found = task.kind == "detection", f"class indices {sorted({*truth.labels, *truth.mask_labels})}"
+        complete = all(0 <= label < count for label in (*truth.labels, *truth.mask_labels))
+        if len(truth.boxes) != len(truth.labels) or len(truth.masks) != len(truth.mask_labels):
+            return "there are not as many labels as boxes and masks"
+    if not fits:
+        return f"the task is one of {task.kind}, its truth is a {type(truth).__name__}"
+    return "" if complete else f"{found} for {count} classes ({', '.join(task.classes)})"
+
+
+def some_patients(records: list[Record], limit: int | None, seed: int) -> list[Record]:
+    """Keep the records of ``limit`` patients drawn with a seed, in their order; all with ``None``."""
+    patients = sorted({record.patient for record in records})
+    if limit is None or limit >= len(patients):
+        return records
+    chosen = {patients[i] for i in np.random.default_rng(seed).permutation(len(patients))[:limit]}
+    return [record for record in records if record.patient in chosen]
+
+
+def select(records: list[Record], where: Mapping[str, str | list[str]]) -> list[Record]:
+    """Keep the records whose site, view, laterality or group has one of the values allowed.
+
+    Raises:
+        ConfigError: A key is nothing records are known by, or nothing is left.
+    """
+    groups = list(dict.fromkeys(key for record in records for key in record.groups))
+    kept = records
+    for key, allowed in where.items():
+        if key not in (*_FIELDS, *groups):
+            known = ", ".join([*_FIELDS, *groups])
+            raise ConfigError(f"data.init_args.where: images are not known by {key!r}; choose from {known}")
+        values = {allowed} if isinstance(allowed, str) else set(allowed)
+        there = {_value(record, key) for record in records}
+        kept = [record for record in kept if _value(record, key) in values]
+        if not kept:
+            found = ", ".join(sorted(str(value) for value in there))
+            raise ConfigError(f"data.init_args.where: no image has {key} {allowed!r}; there are {found}")
+    return kept
+
+
+def choose_tasks(tasks: dict[str, Task], names: list[str] | None) -> dict[str, Task]:
+    """Keep the tasks of these names, or all with ``None``.
+
+    Raises:
+        ConfigError: A name is unknown or none is given.
+    """
+    unknown = sorted(set(names or []) - set(tasks))
+    if unknown or names == []:
+        raise ConfigError(f"data.init_args.tasks={names}: choose from {', '.join(tasks)}, or null for all")
+    return {name: task for name, task in tasks.items() if names is None or name in names}
+
+
+def advice(records: Sequence[Record], tasks: dict[str, Task]) -> str:
+    """Return a sentence on the tasks and classes that training on these records could not learn, or nothing."""
+    words = Counter(word for record in records for word in set(strata(record, tasks)))
+    problems = []
+    for name, task in tasks.items():
+        labelled = sum(name in record.truth for record in records)
+        if not labelled:
+            problems.append(f"no image is labelled for {name}")
+        elif task.kind == "classification":
+            absent = [c for c in task.classes if not words[f"{name}={c}"]]
+            problems += [f"{name} has no image of {', '.join(absent)}"] if absent else []
+        elif not words[f"{name}=+"]:
+            problems.append(f"{name} has {labelled} labelled images and no positive one")
+    return f"Of the {len(records)} training images: {'; '.join(problems)}" if problems else ""
+
+
+_FIELDS = ("site", "view", "laterality")
+
+
+def _value(record: Record, key: str) -> str | None:
+    value: str | None = getattr(record, key) if key in _FIELDS else record.groups.get(key)
+    return value

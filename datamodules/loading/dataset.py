@@ -1,0 +1,157 @@
+"""Serve decoded images as samples, augmented by ``(seed, epoch, record)`` alone and not by which worker does it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+
+from datamodules.cache.cache import Cache
+from datamodules.cache.entries import Recipe
+from datamodules.cache.rasterize import Rendered
+from datamodules.loading.samplers import TaskSampler
+from datamodules.records import ClassTruth, Record, hash_patient
+from mtmedformer.batch import IGNORE, Boxes, Meta, Sample, Task
+from mtmedformer.geometry import Affine, Floats, compose
+
+Key = tuple[int, int, int]
+"""``(epoch, turn, index)``: turn counts how often the record was drawn before in that epoch."""
+
+
+class CachedDataset(Dataset[Sample]):
+    """The samples of one split.
+
+    Args:
+        records: The images, truth that could not be used taken out.
+        keys: Their cache entries.
+        tasks: Tasks of a sample; truth of other tasks is left out.
+        cache: Where the decoded images are.
+        recipe: How to decode one that has gone missing; its preset augments.
+        augment: Whether to augment (training only).
+        seed: Seed of the augmentation.
+        salt: Salt of the patients' hashes.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        keys: Sequence[str],
+        tasks: dict[str, Task],
+        cache: Cache,
+        recipe: Recipe,
+        augment: bool = False,
+        seed: int = 0,
+        salt: str = "",
+    ) -> None:
+        self.records = list(records)
+        self.keys = list(keys)
+        self.tasks = tasks
+        self.cache = cache
+        self.recipe = recipe
+        self.augment = augment
+        self.seed = seed
+        self.salt = salt
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: int | Key) -> Sample:
+        """Return one sample.
+
+        Args:
+            key: Index of the record, or ``(epoch, turn, index)`` as ``EpochSampler`` yields; an index alone is drawn as
+                in epoch 0.
+        """
+        epoch, turn, index = (0, 0, key) if isinstance(key, int) else key
+        record = self.records[index]
+        entry = self.cache.fetch(self.keys[index], record, self.recipe)
+        image = pixels_of(entry)
+        masks = {n: entry.masks[n] for n in self._known(record, "segmentation") if n in entry.masks}
+        boxes = {n: (entry.boxes[n], entry.labels[n]) for n in self._known(record, "detection") if n in entry.boxes}
+        to_original = entry.to_original
+        if self.augment:
+            moved = self.recipe.preset.augment(
+                image,
+                np.concatenate([*masks.values(), np.zeros((0, *image.shape), np.uint8)]),
+                np.concatenate([*(b for b, _ in boxes.values()), np.zeros((0, 4), np.float32)]),
+                np.concatenate([i + 1000 * n for n, (_, i) in enumerate(boxes.values())] or [np.zeros(0, np.int64)]),
+                np.random.default_rng([self.seed, epoch, turn, _number(record.id)]),
+            )
+            image, to_original = moved.image, compose(to_original, moved.to_input)
+            ends = np.cumsum([len(m) for m in masks.values()])
+            masks = dict(zip(masks, np.split(moved.masks, ends[:-1]), strict=True)) if masks else {}
+            owner, label = np.divmod(moved.labels, 1000)  # which task a box belongs to travels in its label
+            boxes = {name: (moved.boxes[owner == n], label[owner == n]) for n, name in enumerate(boxes)}
+        truth: dict[str, Tensor | Boxes | None] = dict.fromkeys(self.tasks)
+        for name in self._known(record, "classification"):
+            classes = record.truth[name]
+            truth[name] = torch.tensor(classes.values, dtype=torch.float32) if isinstance(classes, ClassTruth) else None
+        truth |= {n: torch.from_numpy(np.ascontiguousarray(m)) for n, m in masks.items() if (m != IGNORE).any()}
+        truth |= {n: Boxes(torch.from_numpy(b), torch.from_numpy(i)) for n, (b, i) in boxes.items()}
+        return Sample(
+            torch.from_numpy(np.ascontiguousarray(image))[None], truth, meta_of(record, entry, to_original, self.salt)
+        )
+
+    def _known(self, record: Record, kind: str) -> list[str]:
+        return [name for name, task in self.tasks.items() if task.kind == kind and name in record.truth]
+
+
+def meta_of(record: Record, entry: Rendered, to_original: Affine, salt: str) -> Meta:
+    """Return what a batch says of an image besides its pixels; the table's word goes before the header's."""
+    return Meta(
+        id=record.id,
+        patient=hash_patient(record.patient, salt),
+        site=record.site,
+        view=record.view or entry.view,
+        laterality=record.laterality or entry.laterality,
+        to_original=to_original,
+        original_size=entry.original_size,
+        spacing=entry.spacing,
+    )
+
+
+def pixels_of(entry: Rendered) -> Floats:
+    """Return the image of an entry as float32 (H, W) in [0, 1]."""
+    pixels: Floats = np.divide(entry.image, np.iinfo(entry.image.dtype).max, dtype=np.float32)
+    return pixels
+
+
+class EpochSampler(DistributedSampler[Key]):
+    """Adds to each index of a sampler its epoch and turn, so that augmentation needs no other source of randomness.
+
+    Being a ``DistributedSampler``, Lightning leaves it in place and calls ``set_epoch``, after a resume too.
+
+    Args:
+        sampler: Yields indices.
+    """
+
+    def __init__(self, sampler: TaskSampler) -> None:
+        super().__init__(sampler.dataset, sampler.num_replicas, sampler.rank, seed=sampler.seed)
+        self.sampler = sampler
+        self.skip = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Key]:
+        """Yield an epoch's keys; once, where a run is resumed within it, without the first ``skip``."""
+        skip, self.skip = self.skip, 0
+        turns: dict[int, int] = {}
+        for place, index in enumerate(self.sampler):
+            turn = turns.get(index, 0)
+            turns[index] = turn + 1
+            if place >= skip:
+                yield self.epoch, turn, index
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the order and the augmentation of this epoch from now on."""
+        super().set_epoch(epoch)
+        self.sampler.set_epoch(epoch)
+
+
+def _number(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")

@@ -1,0 +1,211 @@
+"""Train, val and test by patient: no patient is in two of them, and rare labels and small sites are in each.
+
+The greedy rule is that of scikit-learn's ``StratifiedGroupKFold`` (patients one by one, each to the part where the
+label counts stay closest to their targets), with several labels an image, parts of different size and an order of
+patients that does not depend on that of the records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datamodules.loading.samplers import strata
+from datamodules.records import Record, Split
+from mtmedformer.batch import Task
+from mtmedformer.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+
+def assign_splits(
+    records: Sequence[Record],
+    tasks: dict[str, Task],
+    val_fraction: float = 0.15,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    official: bool = True,
+    fold: int | None = None,
+    folds: int = 5,
+) -> dict[str, Split]:
+    """Put every record into a split, all records of a patient into the same one.
+
+    Official splits are kept where records carry them; a patient without one counts as training. Whichever of val and
+    test nobody has officially is then carved out of training, so that the labels of every task and the sites keep
+    their shares. The result depends on the records, not on their order.
+
+    Args:
+        records: All usable records.
+        tasks: The tasks by name; their labels are what is balanced.
+        val_fraction: Share of the carved-up patients' images that goes to val, if val is carved; 0: no val.
+        test_fraction: The same for test; 0: no test (and val has to serve).
+        seed: Decides between patients who are alike.
+        official: Keep ``Record.split``; otherwise ignore it.
+        fold: Take val as this part of ``folds`` equal ones instead (cross-validation); every patient outside test is in
+            val in exactly one fold. Official val counts as training then; test is the same in every fold.
+        folds: Number of parts, at least 2.
+
+    Returns:
+        The split of each record by its id.
+
+    Raises:
+        DataError: A patient is in two official splits, a patient key is missing, an id appears twice, or there are too
+            few patients.
+        ConfigError: Fractions or folds that cannot be.
+    """
+    if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
+        raise ConfigError(
+            f"val_fraction {val_fraction} and test_fraction {test_fraction} must be 0 or more and leave some for "
+            f"training (sum below 1)"
+        )
+    if fold is not None and not (folds >= 2 and 0 <= fold < folds):
+        raise ConfigError(f"fold is {fold} of {folds}; choose folds of at least 2 and fold from 0 to folds - 1")
+    patients = _by_patient(records)
+    fixed = _official(patients) if official else {}
+    if fold is not None:
+        fixed = {p: s for p, s in fixed.items() if s == "test"}
+    official_splits = set(fixed.values())
+    splits: dict[str, Split] = {p: s for p, s in fixed.items() if s != "train"}
+    pool = [p for p in patients if p not in splits]
+    vectors = _label_counts(patients, tasks)
+
+    if "test" not in official_splits and test_fraction > 0:
+        rest = 1 - test_fraction
+        keep = folds if fold is not None else 2 if "val" not in official_splits and val_fraction > 0 else 1
+        parts = _partition(pool, patients, vectors, [rest, test_fraction], [keep, 1], f"{seed} test")
+        splits |= dict.fromkeys(parts[1], "test")
+        pool, val_share = parts[0], val_fraction / rest
+    else:
+        val_share = val_fraction
+        if "test" not in official_splits:
+            log.warning("splits: no test split (test_fraction is 0); val has to serve as test")
+    if fold is not None:
+        parts = _partition(pool, patients, vectors, [1 / folds] * folds, [1] * folds, f"{seed} fold")
+        splits |= dict.fromkeys(parts[fold], "val")
+    elif "val" not in official_splits and val_fraction > 0:
+        parts = _partition(pool, patients, vectors, [1 - val_share, val_share], [1, 1], f"{seed} val")
+        splits |= dict.fromkeys(parts[1], "val")
+    return {r.id: splits.get(r.patient, "train") for r in records}
+
+
+def check_disjoint(records: Iterable[Record], splits: dict[str, Split]) -> None:
+    """Raise unless every record has a split and no patient is in two.
+
+    Raises:
+        DataError: With the number of patients and the files concerned.
+    """
+    seen: dict[str, dict[Split, str]] = defaultdict(dict)
+    for record in records:
+        if record.id not in splits:
+            raise DataError(f"{record.file.name}: in no split; give every record one")
+        seen[record.patient].setdefault(splits[record.id], record.file.name)
+    _raise_if_crossing(seen, "give all images of a patient the same split")
+
+
+def _by_patient(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Group records by patient, in an order that does not depend on theirs."""
+    twice = [i for i, n in Counter(r.id for r in records).items() if n > 1]
+    if twice:
+        named = sorted(r.file.name for r in records if r.id in set(twice))
+        raise DataError(f"{len(twice)} image ids are not unique ({_few(named)}); remove the repeated rows")
+    nameless = [r.file.name for r in records if not r.patient.strip()]
+    if nameless:
+        raise DataError(
+            f"{len(nameless)} images have no patient key ({_few(sorted(nameless))}), so they cannot be kept out of two "
+            f"splits; fill the patient column (the image's own name, if every image is another patient)"
+        )
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in sorted(records, key=lambda r: (r.patient, r.id)):
+        groups[record.patient].append(record)
+    return dict(groups)
+
+
+def _official(patients: dict[str, list[Record]]) -> dict[str, Split]:
+    """Return the official split of each patient who has one."""
+    seen: dict[str, dict[Split, str]] = {}
+    for patient, records in patients.items():
+        for record in records:
+            if record.split is not None:
+                seen.setdefault(patient, {}).setdefault(record.split, record.file.name)
+    _raise_if_crossing(
+        seen,
+        "correct the split column, drop those images, or set official to false to split anew by patient (if only the "
+        "numbering of two sites coincides, put the site before the patient key)",
+    )
+    return {patient: next(iter(found)) for patient, found in seen.items()}
+
+
+def _raise_if_crossing(seen: dict[str, dict[Split, str]], fix: str) -> None:
+    crossing = [found for found in seen.values() if len(found) > 1]
+    if crossing:
+        named = sorted(" and ".join(f"{file} ({split})" for split, file in sorted(f.items())) for f in crossing)
+        who = "1 patient has" if len(crossing) == 1 else f"{len(crossing)} patients have"
+        raise DataError(f"{who} images in more than one split: {_few(named, '; ')}. Fix: {fix}")
+
+
+def _few(names: Sequence[str], between: str = ", ", limit: int = 5) -> str:
+    more = f"{between}and {len(names) - limit} more" if len(names) > limit else ""
+    return between.join(names[:limit]) + more
+
+
+def _label_counts(patients: dict[str, list[Record]], tasks: dict[str, Task]) -> dict[str, NDArray[np.float64]]:
+    """Count each patient's images, and the images with each label, overall and at each site."""
+    words: dict[str, list[str]] = {}
+    for patient, records in patients.items():
+        found = words[patient] = []
+        for record in records:
+            labels = strata(record, tasks)
+            found += ["image", *labels, f"@{record.site}", *(f"{label}@{record.site}" for label in labels)]
+    column = {word: i for i, word in enumerate(sorted({w for ws in words.values() for w in ws}))}
+    counts = {patient: np.zeros(len(column)) for patient in patients}
+    for patient, found in words.items():
+        for word in found:
+            counts[patient][column[word]] += 1
+    return counts
+
+
+def _partition(
+    pool: Sequence[str],
+    patients: dict[str, list[Record]],
+    vectors: dict[str, NDArray[np.float64]],
+    shares: Sequence[float],
+    least: Sequence[int],
+    seed: str,
+) -> list[list[str]]:
+    """Deal patients into parts of given shares, each to the part where the label counts stay closest to their targets.
+
+    Patients with the rarest labels go first, then those with the most images; a hash of the key and the seed decides
+    between equals. Every part gets at least as many patients as ``least`` says.
+    """
+    if len(pool) < sum(least):
+        images = sum(len(patients[p]) for p in pool)
+        raise DataError(
+            f"{len(pool)} patient(s) with {images} image(s) are too few to split: {sum(least)} are needed, one "
+            f"for each part; add patients, or ask for fewer parts (val_fraction: 0, test_fraction: 0, fewer folds)"
+        )
+    table = np.stack([vectors[p] for p in pool])
+    total = table.sum(axis=0)
+    table, total = table[:, total > 0], total[total > 0]
+    rarest = np.where(table > 0, total, np.inf).min(axis=1)
+    tie = [hashlib.blake2b(f"{seed}\x00{p}".encode(), digest_size=8).hexdigest() for p in pool]
+    turn = sorted(range(len(pool)), key=lambda i: (rarest[i], -len(patients[pool[i]]), tie[i]))
+    target = np.outer(shares, total)
+    gap = target.copy()  # what each part still lacks
+    parts: list[list[int]] = [[] for _ in shares]
+    for i in turn:
+        # how the sum of gap² / target (Pearson's chi-squared) changes when a part gets i
+        best = int(np.argmin(((table[i] ** 2 - 2 * table[i] * gap) / target).sum(axis=1)))
+        parts[best].append(i)
+        gap[best] -= table[i]
+    for k, part in enumerate(parts):
+        while len(part) < least[k]:
+            donor = parts[max(range(len(parts)), key=lambda j: len(parts[j]) - least[j])]
+            smallest = min(donor, key=lambda i: (len(patients[pool[i]]), tie[i]))
+            donor.remove(smallest)
+            part.append(smallest)
+    return [[pool[i] for i in part] for part in parts]

@@ -1,0 +1,1 @@
+"""Generated films with known truth, written as DICOM files."""

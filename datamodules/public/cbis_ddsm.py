@@ -1,0 +1,347 @@
+"""CBIS-DDSM: scanned film mammograms with a contour, a pathology and a BI-RADS each lesion; no normal images.
+
+Source: Lee et al., Scientific Data 2017, doi 10.1038/sdata.2017.177; TCIA doi 10.7937/K9/TCIA.2016.7O02S9CY. The
+Kaggle mirror ``awsaf49/cbis-ddsm-breast-cancer-image-dataset`` (JPEG) is read too.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pydicom
+from PIL import Image
+from pydicom.errors import InvalidDicomError
+
+from datamodules.base import MedicalDataModule
+from datamodules.images.pixels import read_mask
+from datamodules.images.presets import BreastPreset, Preset
+from datamodules.public.layout import (
+    disjoint_splits,
+    files_below,
+    locate,
+    one_hot,
+    read_table,
+    require_records,
+    rows_of,
+)
+from datamodules.records import BoxTruth, Catalogue, MaskSource, MaskTruth, Record, Split, Truth
+from mtmedformer.batch import Task
+from mtmedformer.errors import DataError
+
+log = logging.getLogger(__name__)
+
+TYPES = {"mass": "mass", "calc": "calcification"}
+CASES = re.compile(r"^(Mass|Calc)-(Training|Test)_(P_\d+)_(LEFT|RIGHT)_(CC|MLO)(?:_(\d+))?$")
+BIRADS, DENSITY = ("1", "2", "3", "4", "5"), ("A", "B", "C", "D")
+PATHOLOGIES = ("BENIGN_WITHOUT_CALLBACK", "BENIGN", "MALIGNANT")
+COLUMNS = [
+    "patient_id",
+    "left or right breast",
+    "image view",
+    "abnormality id",
+    "assessment",
+    "pathology",
+    "image file path",
+    "ROI mask file path",
+]
+
+
+@dataclass
+class Lesion:
+    """A row of a case table."""
+
+    kind: str
+    roi: str
+    pathology: str
+    assessment: str
+
+
+@dataclass
+class Film:
+    """A mammogram as one case table has it: its lesions of one type."""
+
+    name: str
+    kind: str
+    split: Split
+    patient: str
+    side: str
+    view: str
+    density: set[str] = field(default_factory=set)
+    lesions: list[Lesion] = field(default_factory=list)
+
+
+class CBISDDSMDataModule(MedicalDataModule):
+    """CBIS-DDSM: film mammograms with a mask and a pathology each lesion.
+
+    Args:
+        root: Folder with the four ``*_case_description_*_set.csv`` (there or in ``csv``) and the images.
+        lesion_types: Which tables' films to use. With ``both``, detection is two tasks, ``masses`` and
+            ``calcifications``, because one task cannot know one class and not the other; else it is ``lesions``.
+        benign_without_callback: Pathology of such lesions: benign, a class of its own, or unknown.
+        lesion_classes: Classes of the boxes: the type of lesion, or each lesion's own pathology.
+        preset: How images are framed and augmented: cropped to the breast and turned to one side by default.
+        kwargs: Arguments of ``MedicalDataModule``.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        lesion_types: Literal["mass", "calc", "both"] = "both",
+        benign_without_callback: Literal["benign", "separate", "unknown"] = "benign",
+        lesion_classes: Literal["type", "pathology"] = "type",
+        preset: Preset | None = BreastPreset(),  # noqa: B008  presets have no state
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(preset=preset, **kwargs)
+        self.root = Path(root)
+        self.lesion_types = lesion_types
+        self.benign_without_callback = benign_without_callback
+        self.lesion_classes = lesion_classes
+
+    def catalogue(self) -> Catalogue:
+        """Return the records; see ``read_catalogue``."""
+        return read_catalogue(
+            self.root, self.lesion_types, self.benign_without_callback, self.lesion_classes, self.official_splits
+        )
+
+
+def read_catalogue(
+    root: Path,
+    lesion_types: Literal["mass", "calc", "both"] = "both",
+    benign_without_callback: Literal["benign", "separate", "unknown"] = "benign",
+    lesion_classes: Literal["type", "pathology"] = "type",
+    official: bool = True,
+) -> Catalogue:
+    """Turn the case tables and the TCIA tree (or the JPEG mirror) into records, one a mammogram and lesion type.
+
+    Paths of the tables do not match the disk and name mask and crop the wrong way round in places, so files are found
+    by the first part of the path (``Mass-Training_P_00001_LEFT_CC``, lesions with ``_1`` appended), and mask and crop
+    told apart by content: the mask has the size of the mammogram, or at most two values.
+
+    Only the lesions of a table are known: a mass film without a row in the calcification table says nothing of
+    calcifications, so these are *unknown* there. A film whose mask is not found has unknown boxes and masks. There are
+    no true negatives.
+
+    Options are those of ``CBISDDSMDataModule``; without ``official`` splits nothing need be dropped.
+
+    Returns:
+        ``pathology`` and ``birads`` (the worst of the breast's view over all tables read; assessment 0, incomplete, is
+        unknown), ``density``, the detection task(s) and ``lesion``. Patient is ``P_…``: DICOM's own PatientID is a
+        view.
+
+    Raises:
+        DataError: Tables or images are missing or garbled.
+    """
+    chosen = [kind for kind in TYPES if lesion_types in (kind, "both")]
+    name = "{}_case_description_*_set.csv"
+    folder = locate(root, [f"{name}|csv/{name}".replace("{}", kind) for kind in chosen], "CBIS-DDSM")
+    tables = sorted(file for place in (folder, folder / "csv") for file in place.glob(name.format("*")))
+    films = [film for table in tables for film in read_films(table)]
+    index = _index(root, folder)
+    classes = tuple(TYPES[kind] for kind in chosen)
+    views = _views(films)
+
+    records, absent, unlocated, resized = [], 0, 0, 0
+    for film in films:
+        if film.kind not in chosen:
+            continue
+        files = index.get(film.name, [])
+        if not files:
+            absent += 1
+            continue
+        image = max(files, key=lambda file: (image_size(file) or (0, 0), file.name))
+        truth = _labels(views[film.patient, film.side, film.view], benign_without_callback)
+        masks = [find_mask(index.get(lesion.roi, []), image_size(image)) for lesion in film.lesions]
+        resized += sum(mask is not None and image_size(mask) != image_size(image) for mask in masks)
+        found = _lesion_truth(film, masks, classes, lesion_classes, benign_without_callback)
+        unlocated += not found
+        truth |= found
+        records.append(
+            Record(
+                film.name,
+                image,
+                film.patient,
+                truth,
+                "cbis_ddsm",
+                view=film.view,
+                laterality=film.side,
+                split=film.split,
+                groups={"client": TYPES[film.kind]},
+            )
+        )
+    require_records(records, "CBIS-DDSM", folder, len(films))
+    records, notes = disjoint_splits(records, "CBIS-DDSM") if official else (records, [])
+    if absent:
+        notes.append(f"CBIS-DDSM: {absent} mammograms of the case tables are not on disk")
+    if unlocated:
+        notes.append(f"CBIS-DDSM: {unlocated} mammograms lack the mask of a lesion; boxes and masks are unknown there")
+    if resized:
+        notes.append(f"CBIS-DDSM: {resized} masks differ in size from their mammogram and are resized to it (nearest)")
+    tasks = _tasks(classes, lesion_classes, benign_without_callback)
+    return Catalogue({task.name: task for task in tasks}, records, notes)
+
+
+def read_films(table: Path) -> list[Film]:
+    r"""Group the rows of a case table by mammogram.
+
+    Handles what the published tables hold: paths that end in ``"\n"``, ``breast density`` beside ``breast_density``.
+    """
+    films: dict[str, Film] = {}
+    for row in rows_of(read_table(table, COLUMNS)):
+        name = row["image file path"].split("/")[0]
+        roi = row["ROI mask file path"].split("/")[0]
+        match = CASES.match(name)
+        if match is None or row["pathology"] not in PATHOLOGIES or row["assessment"] not in {"0", *BIRADS}:
+            raise DataError(
+                f"{table}: a row names image {name!r}, pathology {row['pathology']!r} and assessment "
+                f"{row['assessment']!r}; expected e.g. Mass-Training_P_00001_LEFT_CC, {'/'.join(PATHOLOGIES)} and 0–5"
+            )
+        kind, part, patient, side, view, _ = match.groups()
+        split: Split = "train" if part == "Training" else "test"
+        film = films.setdefault(name, Film(name, kind.lower(), split, patient, side[0], view))
+        film.density.add(row.get("breast_density", row.get("breast density", "")))
+        roi = roi if CASES.match(roi) else f"{name}_{row['abnormality id']}"
+        film.lesions.append(Lesion(film.kind, roi, row["pathology"], row["assessment"]))
+    return list(films.values())
+
+
+@dataclass
+class _View:
+    lesions: list[Lesion] = field(default_factory=list)
+    density: set[str] = field(default_factory=set)
+
+
+def _views(films: Sequence[Film]) -> dict[tuple[str, str, str], _View]:
+    """Gather the lesions of each woman's view over all tables: a label of an image must know of both types."""
+    views: dict[tuple[str, str, str], _View] = {}
+    for film in films:
+        view = views.setdefault((film.patient, film.side, film.view), _View())
+        view.lesions += film.lesions
+        view.density |= film.density
+    return views
+
+
+def _labels(view: _View, without_callback: str) -> dict[str, Truth]:
+    truth: dict[str, Truth] = {}
+    worst = max((lesion.pathology for lesion in view.lesions), key=PATHOLOGIES.index)
+    unknown = without_callback == "unknown" and worst != "MALIGNANT"
+    if not (unknown and any(lesion.pathology == PATHOLOGIES[0] for lesion in view.lesions)):
+        merged = "BENIGN" if worst == PATHOLOGIES[0] and without_callback == "benign" else worst
+        truth["pathology"] = one_hot(_pathologies(without_callback), merged.lower())
+    grades = [lesion.assessment for lesion in view.lesions]
+    if "0" not in grades or "5" in grades:
+        truth["birads"] = one_hot(BIRADS, max(grades))
+    if len(view.density) == 1 and (density := next(iter(view.density))) in {"1", "2", "3", "4"}:
+        truth["density"] = one_hot(DENSITY, DENSITY[int(density) - 1])
+    return truth
+
+
+def _lesion_truth(
+    film: Film, masks: Sequence[Path | None], classes: tuple[str, ...], lesion_classes: str, without_callback: str
+) -> dict[str, Truth]:
+    """Return boxes and masks of a film, nothing where a lesion's mask is missing.
+
+    The mask channel of the type that the film's table does not list is not annotated.
+    """
+    sources = tuple(MaskSource(mask) for mask in masks if mask is not None)
+    if len(sources) < len(masks):
+        return {}
+    name = TYPES[film.kind]
+    united = replace(sources[0], also=sources[1:])
+    truth: dict[str, Truth] = {"lesion": MaskTruth(tuple(united if each == name else None for each in classes))}
+    labels = [_pathology(lesion.pathology, without_callback) for lesion in film.lesions]
+    if lesion_classes == "type":
+        truth[_detection(name, classes)] = BoxTruth(masks=sources, mask_labels=(0,) * len(sources))
+    elif None not in labels:
+        known = tuple(_pathologies(without_callback).index(label) for label in labels if label)
+        truth[_detection(name, classes)] = BoxTruth(masks=sources, mask_labels=known)
+    return truth
+
+
+def _detection(name: str, classes: tuple[str, ...]) -> str:
+    return {"mass": "masses", "calcification": "calcifications"}[name] if len(classes) == 2 else "lesions"
+
+
+def _tasks(classes: tuple[str, ...], lesion_classes: str, without_callback: str) -> list[Task]:
+    pathologies = _pathologies(without_callback)
+    boxes = {name: (name,) if lesion_classes == "type" else pathologies for name in classes}
+    return [
+        Task("pathology", "classification", pathologies),
+        Task("birads", "classification", BIRADS),
+        Task("density", "classification", DENSITY),
+        *(Task(_detection(name, classes), "detection", boxes[name]) for name in classes),
+        Task("lesion", "segmentation", classes, multi_label=True),
+    ]
+
+
+def _pathologies(without_callback: str) -> tuple[str, ...]:
+    names = tuple(name.lower() for name in PATHOLOGIES)
+    return names if without_callback == "separate" else names[1:]
+
+
+def _pathology(name: str, without_callback: str) -> str | None:
+    """Return the class a pathology of the table counts as, ``None`` for unknown."""
+    if name != PATHOLOGIES[0] or without_callback == "separate":
+        return name.lower()
+    return "benign" if without_callback == "benign" else None
+
+
+def find_mask(files: Sequence[Path], size: tuple[int, int] | None) -> Path | None:
+    """Return the mask among a lesion's files, told from the cropped image by content; ``None`` where none is one.
+
+    The mask has the mammogram's size. Only where no file or several have it are the pixels looked at: the mask then is
+    the one of two grey levels, the larger if there are several.
+    """
+    files = [file for file in files if image_size(file)]
+    full = [file for file in files if image_size(file) == size]
+    if len(full) == 1 or size is None:
+        return full[0] if full else None
+    binary = [file for file in full or files if _is_binary(file)]
+    return max(binary, key=lambda file: (image_size(file) or (0, 0), file.name), default=None)
+
+
+def _is_binary(file: Path) -> bool:
+    """Return whether an image holds one or two grey levels, give or take what JPEG leaves beside edges."""
+    if file.suffix.lower() == ".dcm":
+        values = read_mask(file).astype(np.int64)
+    else:  # read_mask would make any JPEG binary
+        with Image.open(file) as image:
+            values = np.asarray(image.convert("L"), np.int64)
+    low, high = int(values.min()), int(values.max())
+    slack = 0.1 * (high - low)
+    return bool(((values - low <= slack) | (high - values <= slack)).mean() > 0.995)
+
+
+def _index(root: Path, folder: Path) -> dict[str, list[Path]]:
+    """Return the image files by DICOM PatientID (a view, or a view and a lesion), from folders or the mirror's."""
+    table = folder / "csv" / "dicom_info.csv"
+    if table.is_file():
+        index: dict[str, list[Path]] = {}
+        for row in rows_of(read_table(table, ["PatientID", "image_path"])):
+            file = folder.joinpath(*Path(row["image_path"]).parts[-3:])
+            if file.is_file():
+                index.setdefault(row["PatientID"], []).append(file)
+        return {name: sorted(files) for name, files in index.items()}
+    first = locate(root, ["Mass-T*_P_*|Calc-T*_P_*"], "CBIS-DDSM images")
+    return {case.name: files_below(case, (".dcm",)) for case in sorted(first.iterdir()) if CASES.match(case.name)}
+
+
+@lru_cache(maxsize=65536)
+def image_size(file: Path) -> tuple[int, int] | None:
+    """Return (height, width) from the header alone, ``None`` of a file that is no readable image."""
+    try:
+        if file.suffix.lower() == ".dcm":
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
+            return int(header.Rows), int(header.Columns)
+        with Image.open(file) as image:
+            return image.height, image.width
+    except (InvalidDicomError, OSError, ValueError, AttributeError, TypeError, EOFError, NotImplementedError) as error:
+        log.warning("%s cannot be read as an image (%s); download it again", file, type(error).__name__)
+        return None

@@ -1,0 +1,1 @@
+"""Permutation symmetries of networks, and how to undo them."""

@@ -1,0 +1,1 @@
+"""Curvature, posteriors and what is computed from them."""

@@ -1,0 +1,122 @@
+"""A site's training in a process of its own: what kills it ends the site's round and not the run."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+
+import torch
+
+from federation.client.train import Interrupted, SiteResult, SiteState
+from federation.exchange.update import load_update, save_update
+from mtmedformer.errors import ConfigError
+
+
+class Late(Exception):  # noqa: N818 (nothing went wrong; it took too long)
+    """A site was not done by the deadline."""
+
+
+class Died(Exception):  # noqa: N818
+    """The process of a site ended without a word; the message says how."""
+
+
+class Raised(Exception):  # noqa: N818
+    """A site's training raised in its own process; the message is the traceback, which stays at the site.
+
+    Attributes:
+        kind: Name of the error's class.
+        words: Its message.
+    """
+
+    def __init__(self, text: str, kind: str, words: str) -> None:
+        super().__init__(text)
+        self.kind, self.words = kind, words
+
+
+def train_isolated(
+    work: Callable[[Callable[[], bool]], SiteResult],
+    folder: Path | None,
+    deadline: float | None,
+    stop: Callable[[], bool],
+) -> SiteResult:
+    """Train a site in a process forked for it, wait no longer than its deadline, and return what it made.
+
+    The process inherits all it needs and computes on one thread. Files come back: safetensors, and a pickle of tensors
+    and plain values that cannot run code. It ends by itself where the server's process is gone.
+
+    Args:
+        work: Trains the site, given what says after every batch whether to give up.
+        folder: Where the files are put; ``None`` takes the system's own folder.
+        deadline: Seconds to wait; ``None`` waits as long as it takes.
+        stop: Asked again and again whether to give the round up.
+
+    Raises:
+        Interrupted: When ``stop`` said so.
+        Late: When the deadline passed; the process is ended.
+        Died: When the process was killed.
+        Raised: When the training raised.
+        ConfigError: When it raised one: a mistake that no site can mend.
+    """
+    box = Path(tempfile.mkdtemp(prefix="site-", dir=folder))
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(work, box, os.getpid()))
+    until = time.monotonic() + (deadline or float("inf"))
+    try:
+        process.start()
+        while process.is_alive():
+            process.join(0.1)
+            if stop():
+                raise Interrupted
+            if time.monotonic() > until and process.is_alive():
+                raise Late
+        if process.exitcode:
+            raise _told(box, process.exitcode)
+        kept = torch.load(box / "kept.pt", weights_only=True)
+        state = SiteState(**kept["state"])
+        return SiteResult(load_update(box / "update.safetensors"), state, **kept["rest"])
+    finally:
+        _end(process)
+        shutil.rmtree(box, ignore_errors=True)
+
+
+def _run(work: Callable[[Callable[[], bool]], SiteResult], box: Path, server: int) -> None:
+    """Train, in the forked process, and write what came of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides what it means
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)  # the threads of the server's pool were not forked, and waiting for them would not end
+    try:
+        result = work(lambda: os.getppid() != server)
+        save_update(result.update, box / "update.safetensors")
+        rest = {"logged": result.logged, "moved": result.moved, "privacy": result.privacy}
+        torch.save({"state": result.state.plain(), "rest": rest}, box / "kept.pt")
+    except BaseException as error:
+        told = {"kind": type(error).__name__, "words": str(error), "text": traceback.format_exc()}
+        (box / "error.json").write_text(json.dumps(told | {"mistake": isinstance(error, ConfigError)}))
+        os._exit(1)
+    os._exit(0)  # past the exit handlers of what was inherited: they are the server's
+
+
+def _told(box: Path, exit_code: int) -> Exception:
+    """Return what a failed process said of its failure."""
+    if not (box / "error.json").is_file():
+        if exit_code < 0:
+            return Died(f"by signal {-exit_code}" + (", as where memory runs out" if exit_code == -9 else ""))
+        return Died(f"with code {exit_code}")
+    told = json.loads((box / "error.json").read_text())
+    return ConfigError(told["words"]) if told["mistake"] else Raised(told["text"], told["kind"], told["words"])
+
+
+def _end(process: ForkProcess) -> None:
+    """Kill a process that still runs, and wait for it."""
+    if process.pid is not None and process.is_alive():
+        process.kill()
+    if process.pid is not None:
+        process.join()

@@ -1,0 +1,224 @@
+"""One site in one round: local training in a Trainer of its own, and the update that leaves the site."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+
+from federation.aggregators.base import Aggregator, LocalRule
+from federation.bayes.curvature import Curvature, NoCurvature
+from federation.client.lightning_internals import copy_module, go_on_from, hushed, seeded, solo
+from federation.client.local_training import Interrupted, LocalTraining, RoundPlan, SiteState, state_of
+from federation.exchange.schema import Schema, State, block_of
+from federation.exchange.update import BlockUpdate, Update
+from federation.privacy.outgoing import Leaving
+from federation.privacy.policy import PrivacyPolicy
+
+__all__ = [
+    "Interrupted",
+    "RoundPlan",
+    "SiteResult",
+    "SiteState",
+    "home_keys",
+    "personal_keys",
+    "state_of",
+    "train_site",
+    "validate_site",
+]
+
+
+@dataclass
+class SiteResult:
+    """What comes of a site's round.
+
+    Attributes:
+        update: What the site sends.
+        state: What it keeps.
+        logged: Its training metrics.
+        moved: Share of units that were brought home, by group of units, where any were.
+        privacy: What its privacy policy says has left, as plain JSON values; empty where it has none.
+    """
+
+    update: Update
+    state: SiteState
+    logged: dict[str, float]
+    moved: dict[str, float] = field(default_factory=dict)
+    privacy: dict[str, Any] = field(default_factory=dict)
+
+
+def train_site(
+    site: str,
+    template: L.LightningModule,
+    datamodule: L.LightningDataModule,
+    plan: RoundPlan,
+    memory: SiteState,
+    aggregator: Aggregator,
+    make_trainer: Callable[[], L.Trainer],
+    stop: Callable[[], bool] = lambda: False,
+    privacy: PrivacyPolicy | None = None,
+) -> SiteResult:
+    """Train one site for one round and return its update; nothing it is given is changed.
+
+    Args:
+        site: Name of the site.
+        template: The module as it was built, belonging to no Trainer.
+        datamodule: The site's data, set up; every batch has an entry for each of the module's tasks.
+        plan: What the server says of the round.
+        memory: What the site kept from its earlier rounds.
+        aggregator: Says what the site does differently and what it measures.
+        make_trainer: Builds a fresh, configured Trainer.
+        stop: Asked after every batch whether to give the round up.
+        privacy: What the site does to its update before it leaves.
+
+    Raises:
+        Interrupted: When ``stop`` said so.
+    """
+    began = time.perf_counter()
+    home = home_keys(plan.schema, aggregator, privacy)
+    start = plan.state | memory.home
+    module = copy_module(template)
+    module.load_state_dict(start)
+    measures = aggregator.needs_precision and (privacy is None or privacy.sends_precision)
+    curvature: Curvature = aggregator.curvature.fresh() if measures and aggregator.curvature else NoCurvature()
+    rule = aggregator.local_rule(site)
+    training = LocalTraining(plan, memory, rule, curvature, home, stop)
+    leaving = Leaving(privacy, site, plan, memory)
+    trainer = make_trainer()
+    leaving.protect(module, trainer)
+    _fit(module, datamodule, trainer, training, plan, memory, (plan.seed, plan.round, site))
+    after = state_of(module)
+    kept = SiteState(
+        epochs=trainer.current_epoch,
+        steps=trainer.global_step,
+        home={key: after[key] for key in sorted(home)},
+        schedulers=training.schedulers,
+        optimizers=training.optimizers if plan.keep_optimizer else [],
+        own=memory.own,
+        deviation=memory.deviation,
+    )
+    personal = aggregator.personal_rule(site)
+    if personal is not None:
+        own = _personal(site, template, datamodule, plan, memory, personal, make_trainer, stop)
+        if aggregator.personal_follows:
+            kept.deviation = {key: own[key] - plan.state[key] for key in own if own[key].is_floating_point()}
+        else:
+            kept.own = own
+    update = Update(
+        site=site,
+        round=plan.round,
+        base=plan.base,
+        schema=plan.schema.digest(),
+        blocks=_news(plan.schema, home, start, after, training, aggregator),
+        counters={key: after[key] for key in plan.schema.counters if key not in home},
+        samples=dict(sorted(training.labelled.items())),
+        steps=trainer.global_step - memory.steps,
+        seconds=time.perf_counter() - began,
+    )
+    sent = {key for block in update.blocks.values() for key in block.delta}
+    extra = rule.extra(after, start, update.steps, training.mean_rate())
+    update.extra = {key: value for key, value in extra.items() if key in sent or key not in start}
+    logged = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("train/")}
+    update, kept.privacy, told = leaving.passed(update, module)
+    if privacy is not None and privacy.guarantees:  # what training logs is computed from images, and no noise covers it
+        return SiteResult(update, kept, {}, {}, told)
+    return SiteResult(update, kept, logged, training.moved, told)
+
+
+def validate_site(
+    template: L.LightningModule,
+    datamodule: L.LightningDataModule,
+    state: State,
+    make_trainer: Callable[[], L.Trainer],
+) -> dict[str, float]:
+    """Return the validation metrics of some weights on one site's own data, by ``<task>/<metric>``."""
+    module = copy_module(template)
+    module.load_state_dict(state)
+    with solo(module), hushed(), seeded("validation"):
+        results = make_trainer().validate(module, datamodule=datamodule, verbose=False)
+    return {key.removeprefix("val/"): float(value) for found in results for key, value in found.items()}
+
+
+def home_keys(schema: Schema, aggregator: Aggregator, privacy: PrivacyPolicy | None = None) -> frozenset[str]:
+    """Return the names that never leave a site.
+
+    Personal blocks and those the site's policy holds back, norms if the aggregator says so, or everything.
+    """
+    if not aggregator.merges:
+        return frozenset(schema.shapes)
+    held = frozenset(key for key in schema.shapes if privacy is not None and not privacy.may_leave(block_of(key)))
+    return personal_keys(schema) | held | (schema.norms if aggregator.personal_norms else frozenset())
+
+
+def personal_keys(schema: Schema) -> frozenset[str]:
+    """Return the names of personal blocks, integer buffers among them."""
+    personal = {block.name for block in schema.blocks if block.personal}
+    return frozenset(key for key in schema.shapes if key.split(".")[0] in personal)
+
+
+def _fit(
+    module: L.LightningModule,
+    datamodule: L.LightningDataModule,
+    trainer: L.Trainer,
+    training: LocalTraining,
+    plan: RoundPlan,
+    memory: SiteState,
+    key: tuple[object, ...],
+) -> L.Trainer:
+    """Fit a module in an isolated Trainer that counts on from the site's earlier rounds, and return the Trainer."""
+    go_on_from(trainer, memory.epochs, memory.steps)
+    trainer.callbacks.append(training)  # type: ignore[attr-defined]
+    with seeded(*key), hushed():
+        if plan.distributed:
+            trainer.fit(module, datamodule=datamodule)
+        else:
+            with solo(module):
+                trainer.fit(module, datamodule=datamodule)
+    return trainer
+
+
+def _personal(
+    site: str,
+    template: L.LightningModule,
+    datamodule: L.LightningDataModule,
+    plan: RoundPlan,
+    memory: SiteState,
+    rule: LocalRule,
+    make_trainer: Callable[[], L.Trainer],
+    stop: Callable[[], bool],
+) -> State:
+    """Train the site's personal model on from where it stands beside the global one, under a rule of its own."""
+    module = copy_module(template)
+    module.load_state_dict(memory.weights(plan.state))
+    resting = SiteState(memory.epochs, memory.steps, schedulers=memory.schedulers)
+    training = LocalTraining(plan, resting, rule, NoCurvature(), personal_keys(plan.schema), stop)
+    _fit(module, datamodule, make_trainer(), training, plan, resting, (plan.seed, plan.round, site, "personal"))
+    return state_of(module)
+
+
+def _news(
+    schema: Schema,
+    home: frozenset[str],
+    start: State,
+    after: State,
+    training: LocalTraining,
+    aggregator: Aggregator,
+) -> dict[str, BlockUpdate]:
+    """Return the blocks that labels reached: change, evidence, and precision where it was measured."""
+    measured = {key: value for key, value in training.curvatures.items() if key not in home}
+    precision, scale = aggregator.relative(measured) if measured else ({}, {})
+    blocks = {}
+    for block in schema.blocks:
+        keys = [key for key in block.keys if not block.personal and (key not in home or not aggregator.merges)]
+        evidence = training.evidence(block.task)
+        if evidence > 0 and keys:
+            blocks[block.name] = BlockUpdate(
+                evidence=evidence,
+                delta={key: after[key].float() - start[key].float() for key in keys},
+                precision={key: precision[key] for key in keys if key in precision},
+                scale={key: scale[key] for key in keys if key in scale},
+            )
+    return blocks

@@ -1,0 +1,167 @@
+"""What a site sends to the server after its local training: arrays, counts and metrics, and nothing of a patient."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from federation.exchange.quantization import Rounding, decoded, encoded
+from mtmedformer.errors import DataError
+from mtmedformer.storage.atomic_write import whole
+
+FACTS = ("site", "round", "base", "schema", "metrics", "samples", "steps", "seconds", "rounding")
+"""What the header of an update says besides its blocks."""
+
+
+@dataclass
+class BlockUpdate:
+    """A site's news of one block.
+
+    Attributes:
+        evidence: Labelled training samples whose loss reached the block in this round; 0 means nothing was learnt, and
+            the block is not sent.
+        delta: By key, the local weights minus the global ones the round began with, float32.
+        precision: By key, the relative precision of the weights, mean about 1, strictly positive, of a shape that
+            broadcasts to the weights': a scalar, one number an output row (rows, 1, …), or one an element. Empty where
+            the aggregator asked for none.
+        scale: By key, the mean curvature the relative precision was divided by.
+        step: By key, what a change is divided by before it is rounded (``federation.exchange.quantization``);
+            the change in memory is float32 in any case, and one that fits its step crosses without further loss.
+    """
+
+    evidence: int
+    delta: dict[str, Tensor]
+    precision: dict[str, Tensor] = field(default_factory=dict)
+    scale: dict[str, float] = field(default_factory=dict)
+    step: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Update:
+    """One site's update of one round.
+
+    Attributes:
+        site: Name of the site.
+        round: Number of the round, from 0.
+        base: ``state_hash`` of the global state the round began with.
+        schema: ``Schema.digest`` of the model.
+        blocks: News by block name; a block without evidence, or personal to the site, is absent.
+        counters: Integer buffers by name.
+        metrics: The site's own validation metrics, ``<task>/<metric>``.
+        samples: Labelled training samples by task in this round.
+        steps: Optimiser steps taken in this round.
+        seconds: Wall time of the local training.
+        extra: Further tensors an aggregator asked for (control variates, for example), by name.
+        rounding: In which form changes that have a step cross the network.
+    """
+
+    site: str
+    round: int
+    base: str
+    schema: str
+    blocks: dict[str, BlockUpdate]
+    counters: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
+    steps: int = 0
+    seconds: float = 0.0
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    rounding: Rounding = "none"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every array of the update under a flat name, in the form in which it crosses the network."""
+        flat: dict[str, Tensor] = {}
+        for name, block in self.blocks.items():
+            for key, value in block.delta.items():
+                rounds = key in block.step
+                flat[f"delta|{name}|{key}"] = encoded(value, block.step[key], self.rounding) if rounds else value
+            for key, value in block.precision.items():
+                flat[f"precision|{name}|{key}"] = value.half() if key in block.step else value
+        flat |= {f"counter||{k}": v for k, v in self.counters.items()}
+        return flat | {f"extra||{k}": v for k, v in self.extra.items()}
+
+    def header(self) -> dict[str, Any]:
+        """Return everything that is not an array, as plain JSON values."""
+        blocks = {n: {"evidence": b.evidence, "scale": b.scale, "step": b.step} for n, b in self.blocks.items()}
+        return {name: getattr(self, name) for name in FACTS} | {"blocks": blocks}
+
+    def nbytes(self) -> int:
+        """Return the bytes of its arrays, as they cross the network."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+
+def save_update(update: Update, file: Path) -> None:
+    """Write an update as safetensors, whole or not at all."""
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in update.tensors().items()}
+    with whole(file) as part:
+        save_file(tensors, part, metadata={"update": json.dumps(update.header())})
+
+
+def load_update(file: Path) -> Update:
+    """Read an update back; it cannot run code.
+
+    Raises:
+        DataError: When the file is not an update, whatever is wrong with it.
+    """
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            header = json.loads(opened.metadata()["update"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        return assemble(header, tensors)
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file.name}: not a site's update ({type(error).__name__}: {error})") from error
+
+
+def assemble(header: dict[str, Any], tensors: dict[str, Tensor]) -> Update:
+    """Build an update from its header and its flat arrays (the inverse of ``header`` and ``tensors``)."""
+    blocks = {
+        n: BlockUpdate(int(b["evidence"]), {}, {}, dict(b["scale"]), dict(b["step"]))
+        for n, b in header["blocks"].items()
+    }
+    counters: dict[str, Tensor] = {}
+    extra: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        kind, block, key = name.split("|", 2)
+        if kind == "delta":
+            step = blocks[block].step.get(key)
+            blocks[block].delta[key] = value if step is None else decoded(value, step)
+        elif kind == "precision":
+            blocks[block].precision[key] = value.float()
+        else:
+            (counters if kind == "counter" else extra)[key] = value
+    return Update(blocks=blocks, counters=counters, extra=extra, **{name: header[name] for name in FACTS})
+
+
+def sha256(update: Update) -> str:
+    """Return the SHA-256 of all that crosses the network: the header, and every array's name, type, shape and bits.
+
+    Sender and receiver compute the same one, so each can show the other what was sent.
+    """
+    digest = hashlib.sha256(json.dumps(update.header(), sort_keys=True).encode())
+    for name, value in sorted(update.tensors().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def norms_of(update: Update) -> dict[str, float]:
+    """Return the L2 norm of the change of every block, summed in float64."""
+    return {
+        name: math.sqrt(sum(float(delta.double().square().sum()) for delta in block.delta.values()))
+        for name, block in update.blocks.items()
+    }
+
+
+def summary(update: Update) -> dict[str, Any]:
+    """Return names, norms and bytes of an update for a site's own log and the report; no weights."""
+    return {**update.header(), "norms": norms_of(update), "bytes": update.nbytes()}

@@ -1,0 +1,1 @@
+"""What a site does to its update before it leaves."""

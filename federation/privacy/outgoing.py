@@ -1,0 +1,60 @@
+"""Where a site's privacy policy meets its round: during local training, and at the door."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+from federation.client.local_training import RoundPlan, SiteState
+from federation.exchange.update import Update
+from federation.privacy.accounting import PrivacyMemory, add
+from federation.privacy.dp_sgd import PrivateGradients
+from federation.privacy.policy import PrivacyPolicy
+from mtmedformer.errors import ConfigError
+
+
+class Leaving:
+    """Sees to a site's privacy policy in one round.
+
+    Args:
+        policy: The policy; ``None`` lets everything pass.
+        site: Name of the site.
+        plan: What the server says of the round.
+        memory: What the site kept from its earlier rounds.
+
+    Raises:
+        ConfigError: When gradients were noised for another unit before.
+    """
+
+    def __init__(self, policy: PrivacyPolicy | None, site: str, plan: RoundPlan, memory: SiteState) -> None:
+        self.policy = policy
+        self.memory = PrivacyMemory(**memory.privacy).twin()
+        self.gradients: PrivateGradients | None = None
+        if policy is not None and policy.examples is not None:
+            before, self.memory.unit = self.memory.unit, policy.examples.unit
+            if before not in ("", policy.examples.unit):
+                raise ConfigError(f"privacy.examples.unit was {before} when this federation was begun; keep it")
+            label = f"gradient|{site}|{plan.round}|{plan.base}"
+            self.gradients = PrivateGradients(policy.examples, policy.key(self.memory), label)
+
+    def protect(self, module: L.LightningModule, trainer: L.Trainer) -> None:
+        """Give the module noised gradients, where the policy asks for them."""
+        if self.gradients is not None:
+            self.gradients.attach(module, trainer)
+
+    def passed(self, update: Update, module: L.LightningModule) -> tuple[Update, dict[str, Any], dict[str, Any]]:
+        """Return the update as it may leave, what the policy keeps, and its report, both as plain values.
+
+        What leaves without noise is counted as well, and without a policy: one that comes later cannot take it back.
+        """
+        if self.gradients is None:
+            add(self.memory.examples, 0.0)
+        else:
+            add(self.memory.examples, self.gradients.settings.noise_multiplier, self.gradients.releases)
+        if self.policy is None:
+            add(self.memory.updates, 0.0)
+            return update, self.memory.plain(), {}
+        trained = frozenset(name for name, parameter in module.named_parameters() if parameter.requires_grad)
+        sent, memory, report = self.policy.apply(update, self.memory, trained)
+        return sent, memory.plain(), report.plain()

@@ -1,0 +1,184 @@
+"""How a round copes with sites that do not deliver: who is let in, how many must come, and what was done about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from federation.exchange.schema import Schema
+from federation.exchange.update import Update
+from mtmedformer.errors import ConfigError, UserError
+
+SPREAD = 1 / 3  # least spread of the logarithms of the norms: sites that agree closely do not make strangers of others
+
+
+class RoundError(UserError):
+    """A round that cannot count; the run ends, and goes on from the last whole round with ``--ckpt_path=last``."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something a site did not do in a round, and what became of it.
+
+    Attributes:
+        site: Name of the site.
+        fault: What happened, in words that hold nothing of a patient: no message of the site's own, which may name
+            files, only the kind of its error.
+        action: What was done about it.
+    """
+
+    site: str
+    fault: str
+    action: str = "left out of this round"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the server does about sites that fail.
+
+    Args:
+        quorum: Updates that must be admitted for a round to count: a share of the sites asked, in (0, 1), or a number
+            of sites. A round below it ends the run.
+        deadline: Seconds a site may take for one round; ``null`` waits as long as it takes. It is asked after every
+            batch; under ``placement: isolated`` a site that does not answer at all is ended.
+        missing: ``continue``: merge those who came; ``fail``: end the run at the first site that does not deliver.
+        retries: How often a site that failed is tried again within the round.
+        outlier: A site whose change of a block lies further from the others' than this many robust standard deviations
+            (of the logarithm of the norm) is left out; ``null`` lets every size in. Asked from three sites on.
+
+    Raises:
+        ConfigError: When a value cannot be.
+    """
+
+    quorum: float | int = 0.5
+    deadline: float | None = None
+    missing: Literal["continue", "fail"] = "continue"
+    retries: int = 0
+    outlier: float | None = 6.0
+
+    def __post_init__(self) -> None:
+        if self.quorum <= 0 or (self.quorum > 1 and self.quorum != int(self.quorum)):
+            raise ConfigError(f"federation.policy.quorum is {self.quorum}; give a share in (0, 1) or a number of sites")
+        if self.deadline is not None and self.deadline <= 0:
+            raise ConfigError(f"federation.policy.deadline is {self.deadline}; give seconds above 0, or null")
+        if self.retries < 0:
+            raise ConfigError(f"federation.policy.retries is {self.retries}; give 0 or more")
+        if self.outlier is not None and self.outlier <= 0:
+            raise ConfigError(f"federation.policy.outlier is {self.outlier}; give a number above 0, or null")
+
+    def needed(self, asked: int) -> int:
+        """Return how many of the sites asked must be admitted; at least one, and no more than were asked."""
+        share = isinstance(self.quorum, float) and self.quorum < 1
+        number = math.ceil(self.quorum * asked - 1e-9) if share else int(self.quorum)
+        return min(max(1, number), asked)
+
+    def check(self, round: int, asked: int, admitted: int, faults: list[Fault]) -> None:
+        """Let a round count, or end the run.
+
+        Raises:
+            RoundError: When too few sites were admitted, or one was not and none may be missing.
+        """
+        told = "; ".join(f"{fault.site}: {fault.fault}" for fault in faults)
+        if faults and self.missing == "fail":
+            raise RoundError(f"round {round + 1}: {told}; federation.policy.missing=fail ends the run")
+        needed = self.needed(asked)
+        if admitted < needed:
+            raise RoundError(
+                f"round {round + 1}: {admitted} of {asked} sites were admitted and federation.policy.quorum asks for "
+                f"{needed}; {told}. Each site's folder under sites/ says more; go on with --ckpt_path=last"
+            )
+
+
+def refusal(update: Update, round: int, base: str, schema: Schema) -> str | None:
+    """Return why an update is not let in, or ``None`` where nothing is wrong with it.
+
+    Args:
+        update: What a site sent.
+        round: Number of the round the server is in, from 0.
+        base: ``state_hash`` of the global weights the round began with.
+        schema: Schema of the server's model.
+    """
+    if update.schema != schema.digest():
+        return "update of another model (schema)"
+    if update.round != round or update.base != base:
+        return f"update of another round ({update.round + 1}, not {round + 1})"
+    known = {block.name: block for block in schema.blocks if not block.personal}
+    for name, block in update.blocks.items():
+        if name not in known:
+            return f"unknown block {name!r:.60}"
+        if block.evidence <= 0:
+            return f"{name}: no evidence"
+        if not set(block.delta) <= set(known[name].keys):
+            return f"{name}: unknown weights"
+        if not set(block.precision) | set(block.scale) <= set(block.delta):
+            return f"{name}: precision of weights that were not sent"
+        for key, delta in block.delta.items():
+            wrong = _wrong(key, delta, schema.shapes[key]) or _wrong_precision(key, block.precision.get(key), delta)
+            if wrong:
+                return wrong
+        if not all(math.isfinite(value) and value >= 0 for value in block.scale.values()):
+            return f"{name}: curvature that is not finite or below 0"
+    for key, counter in update.counters.items():
+        if key not in schema.counters or tuple(counter.shape) != schema.shapes[key] or counter.is_floating_point():
+            return f"{key!r:.60}: not a counter of this model"
+    if not all(bool(torch.isfinite(value).all()) for value in update.extra.values()):
+        return "extra tensors that are not finite"
+    return None
+
+
+def _wrong(key: str, delta: Tensor, shape: tuple[int, ...]) -> str | None:
+    if tuple(delta.shape) != shape:
+        return f"{key}: shape {tuple(delta.shape)}, not {shape}"
+    if not delta.is_floating_point() or not bool(torch.isfinite(delta).all()):
+        return f"{key}: not finite"
+    return None
+
+
+def _wrong_precision(key: str, precision: Tensor | None, delta: Tensor) -> str | None:
+    if precision is None:
+        return None
+    theirs = (1,) * (delta.ndim - precision.ndim) + tuple(precision.shape)
+    if len(theirs) != delta.ndim or any(p not in (1, d) for p, d in zip(theirs, delta.shape, strict=True)):
+        return f"{key}: precision of shape {tuple(precision.shape)} for weights of {tuple(delta.shape)}"
+    if not bool(torch.isfinite(precision).all()) or bool((precision < 0).any()):
+        return f"{key}: precision that is not finite or below 0"
+    return None
+
+
+def outliers(norms: Mapping[str, Mapping[str, float]], limit: float | None) -> dict[str, str]:
+    """Return the sites whose change of some block is far larger than the others', each with the reason.
+
+    The distance is that of the logarithm of the norm from the median over the sites, in robust standard deviations
+    (1.4826 times the median absolute deviation, Hampel 1974), which are taken to be a third at least: with a limit of 6
+    nothing below e² = 7.4 times the median is ever refused. Small changes do no harm and pass.
+
+    Args:
+        norms: By site and block, the L2 norm of the change.
+        limit: Distance above which a site is an outlier; ``None`` lets all in.
+    """
+    found: dict[str, str] = {}
+    if limit is None:
+        return found
+    for block in sorted({name for held in norms.values() for name in held}):
+        logs = {site: math.log(held[block]) for site, held in norms.items() if held.get(block, 0.0) > 0}
+        if len(logs) < 3:
+            continue
+        middle = median(logs.values())
+        spread = max(1.4826 * median(abs(value - middle) for value in logs.values()), SPREAD)
+        for site, value in logs.items():
+            if (value - middle) / spread > limit:
+                found.setdefault(site, f"change of {block} {math.exp(value - middle):.0f} times the median")
+    return found
+
+
+def plain(faults: list[Fault]) -> list[dict[str, Any]]:
+    """Return faults as plain values, as a history or a report holds them."""
+    return [{"site": fault.site, "fault": fault.fault, "action": fault.action} for fault in faults]

@@ -1,0 +1,117 @@
+"""How far the sites pull apart in a round, and how much each has to say: numbers for the report alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from federation.aggregators.base import Aggregator
+from federation.aggregators.bayesian import BayesianAggregator
+from federation.aggregators.fedavg import FedAvg
+from federation.aggregators.weighted_mean import WeightedMeans
+from federation.bayes.posterior import SILENT, relative_precision
+from federation.exchange.schema import Schema, State
+from federation.exchange.update import BlockUpdate, Update
+
+
+class Drift:
+    """Watches the updates of one round go by and compares them with what the merge made of them.
+
+    Keeps at most ``most`` elements of every tensor of a site, the same ones for all sites, so that memory stays a
+    fraction of a model whatever the number of sites; of smaller tensors it keeps all, and the numbers are exact.
+
+    Args:
+        aggregator: What merges; says how much each update weighs.
+        schema: The model's schema.
+        most: Elements looked at in a tensor.
+    """
+
+    def __init__(self, aggregator: Aggregator, schema: Schema, most: int = 4096) -> None:
+        self.aggregator, self.schema, self.most = aggregator, schema, most
+        self._changes: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        self._weights: dict[str, dict[str, Tensor]] = defaultdict(dict)
+
+    def add(self, update: Update) -> None:
+        """Look at one site's update; it is not changed."""
+        for name, block in update.blocks.items():
+            if block.evidence <= 0 or self.schema.block(name).personal:
+                continue
+            for key, delta in block.delta.items():
+                if self.aggregator.personal_norms and key in self.schema.norms:
+                    continue
+                places = self._places(delta.numel())
+                self._changes[key][update.site] = delta.flatten()[places].double()
+                weight = self._weight(block, key)
+                if weight is not None:
+                    spread = weight.expand(delta.shape).flatten()[places] if weight.ndim else weight.expand(len(places))
+                    self._weights[key][update.site] = spread.double()
+
+    def finish(self, before: State, after: State) -> dict[str, dict[str, Any]]:
+        """Return the numbers of every site that sent something.
+
+        Args:
+            before: The global state the round began with.
+            after: What the aggregator made of it.
+
+        Returns:
+            By site: ``cosine``, the cosine of its change to the merged one over all it sent, and ``share``, by block,
+            its mean part in the weights of the merge (0 to 1 over the sites that sent the block). An entry is left out
+            where nothing was merged or the merge has no weights.
+        """
+        products: dict[str, list[float]] = {}
+        shares: dict[str, dict[str, list[float]]] = {}
+        for block in self.schema.blocks:
+            for key in (key for key in block.keys if key in self._changes):
+                count = before[key].numel()
+                places = self._places(count)
+                merged = (after[key].flatten()[places].double() - before[key].flatten()[places].double()).cpu()
+                for site, change in self._changes[key].items():
+                    found = torch.stack([change @ merged, change @ change, merged @ merged]) * (count / len(places))
+                    sums = products.setdefault(site, [0.0, 0.0, 0.0])
+                    products[site] = [a + b for a, b in zip(sums, found.tolist(), strict=True)]
+                for site, share in self.shares(key).items():
+                    total = shares.setdefault(site, {}).setdefault(block.name, [0.0, 0.0])
+                    shares[site][block.name] = [total[0] + float(share.mean()) * count, total[1] + count]
+        told: dict[str, dict[str, Any]] = {site: {} for site in products}
+        for site, (product, own, whole) in products.items():
+            if own > 0 and whole > 0:
+                told[site]["cosine"] = product / (own * whole) ** 0.5
+            if site in shares:
+                told[site]["share"] = {name: part / count for name, (part, count) in shares[site].items()}
+        return told
+
+    def shares(self, key: str) -> dict[str, Tensor]:
+        """Return each site's part in the merge of a tensor, at the elements looked at; they sum to 1 over the sites."""
+        weights = {site: self._final(key, weight) for site, weight in self._weights[key].items()}
+        total = sum(weights.values(), torch.zeros(()))
+        return {site: weight / total for site, weight in weights.items()}
+
+    def _places(self, count: int) -> Tensor:
+        if count <= self.most:
+            return torch.arange(count)
+        return torch.randint(count, (self.most,), generator=torch.Generator().manual_seed(count))
+
+    def _weight(self, block: BlockUpdate, key: str) -> Tensor | None:
+        """Return what a tensor weighs when it arrives; its absolute precision where sites are then found to differ."""
+        if self._differ:
+            known = key in self.schema.parameters and self.aggregator.needs_precision
+            scale = max(block.scale.get(key, 1.0), SILENT) if known else 1.0
+            return (relative_precision(block, key) if known else torch.ones(())).double() * scale * block.evidence
+        if isinstance(self.aggregator, FedAvg) and isinstance(self.aggregator.centre(), WeightedMeans):
+            return torch.as_tensor(self.aggregator.weight(block, key))
+        return None
+
+    def _final(self, key: str, weight: Tensor) -> Tensor:
+        """Return what a tensor weighed in the end: where sites differ, no precision counts beyond their variance."""
+        if not self._differ:
+            return weight
+        assert isinstance(self.aggregator, BayesianAggregator)
+        even = 1 / (1 / weight + self.aggregator.variances.get(key, 0.0))
+        return (even + self.aggregator.kappa * even.mean()) / (1 + self.aggregator.kappa)
+
+    @property
+    def _differ(self) -> bool:
+        return isinstance(self.aggregator, BayesianAggregator) and self.aggregator.between

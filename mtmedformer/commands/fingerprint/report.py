@@ -1,0 +1,246 @@
+"""A data set's fingerprint for people: tables for the terminal and one picture, without any image in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from datamodules.audit.survey import Facts
+    from mtmedformer.commands.fingerprint.summary import Fingerprint
+
+SPLITS = ("train", "val", "test")
+COLOURS = {"train": "#4c72b0", "val": "#dd8452", "test": "#55a868"}
+INK, WARN = "#333333", "#c44e52"
+MOST_SITES = 12
+"""Sites drawn one by one; the rest of a longer list is left out of the picture, never of the JSON file."""
+
+
+def show(found: Fingerprint, console: Console) -> None:
+    """Print the fingerprint as tables."""
+    console.print(
+        f"\n[bold]{found.dataset}[/]: {found.images} images of {found.patients} patients at {len(found.labelled)} "
+        f"site(s); "
+        + ", ".join(f"{s} {n['images']} images / {n['patients']} patients" for s, n in found.splits.items())
+    )
+    console.print(_labels_table(found))
+    if any(found.structures.values()):
+        console.print(_structures_table(found))
+    height, width = found.original_size["height"], found.original_size["width"]
+    spacing = found.spacing_mm
+    console.print(
+        f"Images: median {height['50']:.0f} x {width['50']:.0f} px (5-95 %: {height['5']:.0f}-{height['95']:.0f} x "
+        f"{width['5']:.0f}-{width['95']:.0f}); pixel spacing "
+        + (f"{spacing['50']:.3g} mm" if spacing else "unknown")
+        + f"; framed part {found.content_size[0]} x {found.content_size[1]} px."
+    )
+    console.print(f"Leak check: {found.leaks.summary()}.")
+    if found.shortcuts:
+        best = found.shortcuts[0]
+        console.print(
+            f"Without looking at the image: best guess is {escape(best.task)}/{escape(best.finding)} from "
+            f"{best.source}, AUC {best.auc:.2f} (0.5 is chance)."
+        )
+    for warning in found.warnings:
+        console.print(f"[bold yellow]![/] {escape(warning)}", highlight=False)
+    wish = found.suggestion
+    console.print(
+        f"[bold green]Suggested[/]: image_size {list(wish.image_size)}, sampler {wish.sampler}, strides from "
+        f"{wish.strides[0]}."
+    )
+    for reason in wish.reasons:
+        console.print(f"  - {escape(reason)}", highlight=False)
+
+
+def _labels_table(found: Fingerprint) -> Table:
+    table = Table(title="Labelled images (positive) by site; – is unknown, not negative", title_justify="left")
+    table.add_column("site")
+    table.add_column("split")
+    for name in found.tasks:
+        table.add_column(escape(name), justify="right")
+    for site, splits in found.labelled.items():
+        for split in SPLITS:
+            if split in splits:
+                cells = [splits[split].get(name) for name in found.tasks]
+                table.add_row(escape(site), split, *(f"{c['labelled']} ({c['positive']})" if c else "–" for c in cells))
+        table.add_section()
+    return table
+
+
+def _structures_table(found: Fingerprint) -> Table:
+    table = Table(title="Sizes: √area, 5 % / median / 95 %", title_justify="left")
+    for name in ("task", "class", "count", "original px", "mm", "input px now", "input px suggested"):
+        table.add_column(name, justify="left" if name in ("task", "class") else "right")
+    for task, classes in found.structures.items():
+        for label, row in classes.items():
+            sizes = [row[key] for key in ("original_px", "mm", "input_px", "suggested_px")]
+            cells = [f"{q['5']:.0f} / {q['50']:.0f} / {q['95']:.0f}" if q else "–" for q in sizes]
+            table.add_row(escape(task), escape(label), str(row["count"]), *cells)
+    return table
+
+
+def draw(found: Fingerprint, facts: Sequence[Facts], file: Path) -> None:
+    """Draw the fingerprint into a PNG: labels by site, classes, sizes, structures, grey values, shortcuts.
+
+    Args:
+        found: The fingerprint.
+        facts: The images it was made from.
+        file: Where to write.
+    """
+    figure = Figure(figsize=(15, 9.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(rect=(0.005, 0.075, 0.99, 0.86), h_pad=0.09, w_pad=0.06)  # type: ignore[call-arg, union-attr]
+    panels = figure.subplots(2, 3)
+    _draw_labels(panels[0, 0], found)
+    _draw_classes(panels[0, 1], found)
+    _draw_structures(panels[0, 2], found)
+    _draw_sizes(panels[1, 0], found, facts)
+    _draw_grey(panels[1, 1], found)
+    _draw_shortcuts(panels[1, 2], found)
+    for panel in panels.flat:
+        panel.title.set_fontweight("bold")
+        panel.title.set_fontsize(11)
+        panel.tick_params(labelsize=8.5)
+        panel.spines[["top", "right"]].set_visible(False)
+    splits = " · ".join(f"{s} {n['images']} images / {n['patients']} patients" for s, n in found.splits.items())
+    figure.text(0.012, 0.972, found.dataset, fontsize=17, weight="bold", color=INK, va="center")
+    figure.text(
+        0.988, 0.972, f"{found.images} images · {found.patients} patients · {len(found.labelled)} site(s)",
+        fontsize=13, ha="right", va="center", color=INK,
+    )  # fmt: skip
+    figure.text(0.988, 0.945, splits, fontsize=10, ha="right", va="center", color=INK)
+    wish = found.suggestion
+    figure.text(
+        0.012, 0.052,
+        f"Suggested: image_size [{wish.image_size[0]}, {wish.image_size[1]}] · sampler {wish.sampler} · detection from "
+        f"stride {wish.strides[0]}",
+        fontsize=12, weight="bold", color=COLOURS["test"], va="center",
+    )  # fmt: skip
+    figure.text(
+        0.012, 0.022, f"Leak check: {found.leaks.summary()}", fontsize=11, va="center",
+        color=WARN if found.leaks.across_splits else INK, weight="bold" if found.leaks.across_splits else "normal",
+    )  # fmt: skip
+    figure.savefig(file, dpi=110)
+
+
+def _draw_labels(panel: Axes, found: Fingerprint) -> None:
+    """Draw how many images of each site are labelled for each task, as a heat map of shares with the counts in it."""
+    sites, tasks = list(found.labelled)[:MOST_SITES], list(found.tasks)
+    counts = np.zeros((len(sites), len(tasks)), int)
+    hits = np.zeros_like(counts)
+    for i, site in enumerate(sites):
+        for cells in found.labelled[site].values():
+            for name, cell in cells.items():
+                counts[i, tasks.index(name)] += cell["labelled"]
+                hits[i, tasks.index(name)] += cell["positive"]
+    panel.imshow(counts / np.maximum(counts.max(axis=1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=2, aspect="auto")
+    for i, j in np.ndindex(counts.shape):
+        some = counts[i, j] > 0
+        panel.text(
+            j, i, f"{counts[i, j]}\n({hits[i, j]} pos.)" if some else "unknown", ha="center", va="center", fontsize=8.5,
+            color=INK if some else "#999999", style="normal" if some else "italic",
+        )  # fmt: skip
+    panel.set_xticks(range(len(tasks)), tasks)
+    panel.set_yticks(range(len(sites)), sites)
+    more = len(found.labelled) - len(sites)
+    panel.set_title("Labelled images by site and task" + (f" ({more} more sites)" if more else ""))
+
+
+def _draw_classes(panel: Axes, found: Fingerprint) -> None:
+    """Draw images per class as bars, one colour a split."""
+    rows = [(task, label, n) for task, classes in found.classes.items() for label, n in classes.items()]
+    left = np.zeros(len(rows))
+    for split in SPLITS:
+        width = np.array([n[split] for _, _, n in rows], float)
+        if width.any():
+            panel.barh(range(len(rows)), width, left=left, color=COLOURS[split], label=split, height=0.72)
+        left += width
+    for i, total in enumerate(left):
+        panel.text(total, i, f" {total:.0f}", va="center", fontsize=8, color=INK)
+    panel.set_yticks(range(len(rows)), [f"{task}: {label}" for task, label, _ in rows])
+    panel.invert_yaxis()
+    panel.margins(x=0.12)
+    panel.legend(frameon=False, fontsize=8.5, loc="best")
+    panel.set_xlabel("images", fontsize=9)
+    panel.set_title("Images with each class, box or mask")
+
+
+def _draw_structures(panel: Axes, found: Fingerprint) -> None:
+    """Draw the range of sizes at the suggested input against the strides of the network."""
+    rows = [(t, label, row) for t, classes in found.structures.items() for label, row in classes.items()]
+    for i, (_, _, row) in enumerate(rows):
+        q = row["suggested_px"]
+        panel.plot([q["5"], q["95"]], [i, i], color=COLOURS["train"], lw=2, alpha=0.5, solid_capstyle="round")
+        panel.plot([q["25"], q["75"]], [i, i], color=COLOURS["train"], lw=7, alpha=0.8, solid_capstyle="round")
+        panel.plot(q["50"], i, "o", color="white", ms=4.5, mec=INK)
+        panel.text(q["95"] * 1.08, i, f"n={row['count']}", va="center", fontsize=8, color=INK)
+    if not rows:
+        panel.text(0.5, 0.5, "no boxes or masks", transform=panel.transAxes, ha="center", color="#999999")
+    else:
+        for stride in (4, 8, 16, 32):
+            panel.axvline(stride, color="#bbbbbb", lw=0.8, ls=":", zorder=0)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(ScalarFormatter())
+        panel.set_ylim(len(rows) - 0.4, -0.6)
+    panel.set_yticks(range(len(rows)), [f"{task}: {label}" for task, label, _ in rows])
+    height, width = found.suggestion.image_size
+    panel.set_xlabel(f"√area in pixels of a {height} x {width} input", fontsize=9)
+    panel.set_title("Sizes (5–95 %, quartiles, median) and strides")
+
+
+def _draw_sizes(panel: Axes, found: Fingerprint, facts: Sequence[Facts]) -> None:
+    """Draw width against height of the original images, one colour a site."""
+    sites = list(found.labelled)[:MOST_SITES]
+    for k, site in enumerate(sites):
+        sizes = np.array([f.size for f in facts if f.record.site == site], float).reshape(-1, 2)
+        panel.scatter(sizes[:, 1], sizes[:, 0], s=16, alpha=0.45, color=f"C{k % 10}", label=site, edgecolors="none")
+    biggest = max(max(f.size) for f in facts) * 1.06
+    panel.set(xlim=(0, biggest), ylim=(0, biggest), aspect="equal")
+    panel.xaxis.set_major_locator(MaxNLocator(6))
+    if len(sites) > 1:
+        panel.legend(frameon=False, fontsize=8.5, loc="lower left")
+    panel.set_xlabel("width in pixels", fontsize=9)
+    panel.set_ylabel("height in pixels", fontsize=9)
+    spacing = f"spacing {found.spacing_mm['50']:.3g} mm" if found.spacing_mm else "spacing unknown"
+    panel.set_title(f"Original sizes ({spacing})")
+
+
+def _draw_grey(panel: Axes, found: Fingerprint) -> None:
+    """Draw the grey values of each site; sites that differ here differ in scanner or processing."""
+    tallest = 0.0
+    for k, (site, row) in enumerate(list(found.intensity.items())[:MOST_SITES]):
+        density = np.array(row["histogram"]) * len(row["histogram"])
+        panel.stairs(density, np.linspace(0, 1, len(density) + 1), color=f"C{k % 10}", lw=1.6, label=site)
+        tallest = max(tallest, float(np.sort(density)[-3]))
+    panel.set(xlim=(0, 1), ylim=(0, tallest * 1.25))  # the black of the background may rise above it
+    panel.set_xlabel("grey value", fontsize=9)
+    panel.set_yticks([])
+    if len(found.intensity) > 1:
+        panel.legend(frameon=False, fontsize=8.5)
+    panel.set_title("Grey values by site")
+
+
+def _draw_shortcuts(panel: Axes, found: Fingerprint) -> None:
+    """Draw how well findings can be told without the image."""
+    rows: list[Any] = found.shortcuts[:10]
+    colours = [WARN if s.warning else "#bbbbbb" for s in rows]
+    panel.barh(range(len(rows)), [max(s.auc - 0.5, 0) for s in rows], left=0.5, color=colours, height=0.72)
+    for i, s in enumerate(rows):
+        panel.text(max(s.auc, 0.5) + 0.005, i, f"{s.auc:.2f}", va="center", fontsize=8.5, color=INK)
+    panel.set_yticks(range(len(rows)), [f"{s.source} → {s.task}: {s.finding}" for s in rows])
+    panel.set_xlim(0.5, 1)
+    panel.invert_yaxis()
+    if not rows:
+        panel.text(0.5, 0.5, "nothing to compare", transform=panel.transAxes, ha="center", color="#999999")
+    panel.set_xlabel("AUC without the image (0.5 is chance)", fontsize=9)
+    panel.set_title("Shortcuts")

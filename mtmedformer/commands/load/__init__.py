@@ -1,0 +1,1 @@
+"""Load a stored model without running code from its files."""

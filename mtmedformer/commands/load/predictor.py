@@ -1,0 +1,209 @@
+"""``mtmedformer.load``: a trained model as one object that takes an image and says what it sees. Research use only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mtmedformer.batch import Meta, Task
+from mtmedformer.calibration import TaskCalibration
+from mtmedformer.commands.load.stored_model import PRESET_HOMES, build, build_model, read_model
+from mtmedformer.errors import ConfigError, DataError
+from mtmedformer.geometry import Floats, warp
+from mtmedformer.inference.results import NOTE, FoundBox, findings
+
+if TYPE_CHECKING:
+    from datamodules.images.presets import Preset
+    from mtmedformer.module import MultiTaskModule
+
+SMALLEST_SIDE = 8
+"""Arrays with a side of fewer pixels are thumbnails, as for files."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one image, in pixels of that image. Research use only.
+
+    Attributes:
+        size: ``(height, width)`` of the image.
+        spacing: ``(row, column)`` spacing of its pixels in mm, where the file tells.
+        classes: Probability of each class by its name, by classification task.
+        boxes: Boxes with ``name``, ``score`` and ``xyxy``, the best first, by detection task.
+        masks: bool (height, width) by class, by segmentation task: at least as likely there as not.
+        uncertainty: By task, the entropy in nats; larger is less sure.
+        calibrated: The tasks whose probabilities a temperature from validation has made honest.
+        note: What these numbers are good for.
+    """
+
+    size: tuple[int, int]
+    spacing: tuple[float, float] | None
+    classes: dict[str, dict[str, float]]
+    boxes: dict[str, list[FoundBox]]
+    masks: dict[str, dict[str, NDArray[np.bool_]]]
+    uncertainty: dict[str, dict[str, float]]
+    calibrated: tuple[str, ...] = ()
+    note: str = NOTE
+
+
+class Predictor:
+    """A model and how its images are prepared.
+
+    Args:
+        module: The model, in evaluation mode.
+        image_size: ``(height, width)`` of its input, or ``None`` where nobody said.
+        preset: How images are framed.
+
+    Attributes:
+        module: The model; ``module(image)`` gives raw outputs.
+        image_size: As given.
+        preset: As given.
+    """
+
+    def __init__(self, module: MultiTaskModule, image_size: tuple[int, int] | None, preset: Preset) -> None:
+        self.module, self.image_size, self.preset = module, image_size, preset
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """What the model answers, with the names of its classes."""
+        return self.module.tasks
+
+    @property
+    def calibration(self) -> dict[str, TaskCalibration]:
+        """Temperatures and thresholds found on validation, by task; empty where the training asked for none."""
+        return self.module.calibration
+
+    @torch.inference_mode()
+    def predict(
+        self, image: NDArray[Any] | str | Path, laterality: Literal["L", "R"] | None = None, score: float = 0.05
+    ) -> Prediction:
+        """Return what the model says of one image.
+
+        Args:
+            image: A file (DICOM, PNG, JPEG, TIFF …), or its grey values (H, W), black the lowest: float in [0, 1],
+                uint8, or uint16, which without a value above 4095 (255) is taken for 12 (8) bits, as in files.
+            laterality: ``L`` or ``R`` where a mammogram's side is known and not in the file.
+            score: Boxes below this score are left out.
+
+        Raises:
+            DataError: The image cannot be read, or used.
+            ConfigError: It is not known how images are to be prepared.
+        """
+        pixels, meta = self._prepared(image, laterality)
+        inputs = torch.from_numpy(pixels)[None, None].to(self.module.device)
+        found = findings(self.module.predict_whole(inputs), 0, meta, self.tasks, score)
+        calibrated = (name for name, one in self.calibration.items() if one.temperature is not None)
+        return Prediction(
+            meta.original_size,
+            meta.spacing,
+            found.classes,
+            found.boxes,
+            {name: {c: mask.astype(bool) for c, mask in masks.items()} for name, masks in found.masks.items()},
+            found.uncertainty,
+            tuple(calibrated),
+        )
+
+    def _prepared(self, image: NDArray[Any] | str | Path, laterality: Literal["L", "R"] | None) -> tuple[Floats, Meta]:
+        """Return the network's input, float32 (H, W) in [0, 1], and where it lies in the image."""
+        from datamodules.cache.entries import Recipe
+        from datamodules.cache.quarantine import Issue
+        from datamodules.loading.dataset import meta_of, pixels_of
+        from datamodules.records import Record
+
+        if self.image_size is None:
+            raise ConfigError(
+                "it is not known how this model's images were prepared, because no config.yaml of its run lies beside "
+                "it, or its sites differ; say it: load(path, image_size=(HEIGHT, WIDTH), preset=...)"
+            )
+        if isinstance(image, np.ndarray):
+            return self._framed(*_grey(image), laterality)
+        file = Path(image)
+        record = Record(id=file.name, file=file, patient=file.name, laterality=laterality)
+        made = Recipe(self.preset, self.image_size).render(record)
+        if isinstance(made, Issue):
+            raise DataError(f"{file.name}: {made.reason}; {made.detail}")
+        return pixels_of(made), meta_of(record, made, made.to_original, "")
+
+    def _framed(self, pixels: Floats, top: int, laterality: Literal["L", "R"] | None) -> tuple[Floats, Meta]:
+        """Frame an array as a file of its depth would be: ``top`` is the whitest value its input is rounded to."""
+        assert self.image_size is not None
+        frame = self.preset.frame(pixels, self.image_size, laterality)
+        rounded = np.rint(warp(pixels, frame).clip(0, 1) * top)
+        meta = Meta("array", "", laterality=laterality, to_original=frame.to_original, original_size=_size(pixels))
+        return np.divide(rounded, top, dtype=np.float32), meta
+
+
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    image_size: int | tuple[int, int] | None = None,
+    preset: Preset | None = None,
+    trusted: bool = False,
+) -> Predictor:
+    """Load a model to predict with, from a checkpoint of ``fit`` or the folder of ``mtmedformer export``.
+
+    No code in the file is run: weights are read as tensors alone, and a class that is not this project's is refused.
+
+    Args:
+        path: The checkpoint or the folder.
+        device: Where it predicts: ``cpu``, ``cuda``.
+        image_size: ``(height, width)`` of its input, or one number for both; by default that of its training.
+        preset: How images are framed; by default that of its training.
+        trusted: Allow classes of your own that the file names; importing them runs their code.
+
+    Raises:
+        ConfigError: The file is missing, damaged, or asks for what may not be run.
+    """
+    from datamodules.images.presets import ChestPreset, PlainPreset, Preset
+
+    stored = read_model(path)
+    module = build_model(stored, trusted)
+    size = image_size if image_size is not None else stored.preparation.get("image_size")
+    own: Preset = ChestPreset()  # the default of every data set
+    if isinstance(described := stored.preparation.get("preset", own), Mapping):
+        own = build(described, Preset, PRESET_HOMES, trusted, str(stored.source))  # type: ignore[type-abstract]
+    elif described is None:
+        own = PlainPreset()
+    return Predictor(module.to(device), _height_width(size), preset or own)
+
+
+def _height_width(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    sides = [size, size] if isinstance(size, int) else list(size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side >= 16 for side in sides):
+        raise ConfigError(f"image_size is {size}; give (height, width) in pixels, at least 16 each")
+    return sides[0], sides[1]
+
+
+def _grey(image: NDArray[Any]) -> tuple[Floats, int]:
+    """Return an array as float32 (H, W) in [0, 1], and the whitest value its input is rounded to.
+
+    Raises:
+        DataError: It is no grey image of a known range.
+    """
+    if image.ndim != 2 or min(image.shape) < SMALLEST_SIDE:
+        raise DataError(f"the array has shape {image.shape}; give one grey image (height, width) of at least 8 x 8")
+    if image.min() == image.max():
+        raise DataError(f"the array is {image.flat[0]} everywhere; there is nothing to see")
+    if image.dtype == np.uint8:
+        return np.divide(image, 255, dtype=np.float32), 255
+    if image.dtype == np.uint16:
+        most = int(image.max())
+        white = 255 if most < 256 else 4095 if most < 4096 else 65535
+        return np.divide(image, white, dtype=np.float32), 255 if white == 255 else 65535
+    if image.dtype.kind != "f" or not (image.min() >= 0 and image.max() <= 1):  # NaN compares False
+        raise DataError(
+            f"the array is {image.dtype} from {image.min()} to {image.max()}; give float in [0, 1] (0 black, 1 white), "
+            "uint8 or uint16"
+        )
+    return image.astype(np.float32), 65535
+
+
+def _size(pixels: Floats) -> tuple[int, int]:
+    return int(pixels.shape[0]), int(pixels.shape[1])

@@ -1,0 +1,1 @@
+"""Encoders: any timm model as a feature pyramid."""

@@ -1,0 +1,241 @@
+"""Boxes by learned queries, each of which finds one lesion or none (experimental)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torchvision.ops import (
+    box_convert,
+    clip_boxes_to_image,
+    generalized_box_iou,
+    generalized_box_iou_loss,
+    remove_small_boxes,
+)
+
+from mtmedformer.batch import DetectionTarget, Target
+from mtmedformer.errors import ConfigError
+from mtmedformer.heads.base import TaskHead
+from mtmedformer.heads.layers import pick_levels
+
+if TYPE_CHECKING:
+    from mtmedformer.metrics.base import TaskMetrics
+
+
+@dataclass
+class QueryOutputs:
+    """What each of Q queries says after each of D decoder layers; the last layer is the prediction.
+
+    Attributes:
+        logits: (B, D, Q, K + 1) class logits; the last class is "no object".
+        boxes: float32 (B, D, Q, 4) centre x, centre y, width, height as shares of the image, in (0, 1).
+        size: ``(H, W)`` of the image.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    size: tuple[int, int]
+
+
+class QueryHead(TaskHead):
+    """DETR: queries attend to the pyramid's tokens, each answers with one box or "no object"; no suppression needed.
+
+    Experimental: a set predictor converges slowly, wants much data and is weak on tiny lesions; prefer
+    ``DetectionHead`` unless you study it. Every decoder layer is trained (the terms are means over the layers, so that
+    their number does not change the scale). Of more boxes than queries, the ones that match worst go untrained.
+
+    Args:
+        classes: Class names in channel order.
+        num_queries: Most boxes an image can have.
+        num_layers: Decoder layers.
+        num_heads: Attention heads; divides ``width``.
+        width: Channels of the decoder, a multiple of 4; ``None`` is the pyramid's.
+        strides: Strides of the pyramid levels attended to.
+        dropout: Dropout of the decoder, in [0, 1).
+        score_threshold: Boxes with a lower score are dropped, in [0, 1].
+        no_object_weight: Weight of "no object" in the cross-entropy.
+        classification_weight: Factor of the class terms in matching and loss.
+        l1_weight: Factor of the L1 distance of boxes (as shares of the image) in matching and loss.
+        giou_weight: Factor of the generalised IoU in matching and loss.
+
+    Reference:
+        Carion et al., End-to-end object detection with transformers, ECCV 2020, sections 3.1 and A.2.
+    """
+
+    kind = "detection"
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        num_queries: int = 20,
+        num_layers: int = 2,
+        num_heads: int = 4,
+        width: int | None = None,
+        strides: tuple[int, ...] = (16, 32),
+        dropout: float = 0.0,
+        score_threshold: float = 0.01,
+        no_object_weight: float = 0.1,
+        classification_weight: float = 1.0,
+        l1_weight: float = 5.0,
+        giou_weight: float = 2.0,
+    ) -> None:
+        super().__init__(classes)
+        self.num_queries = num_queries
+        self.num_layers = num_layers
+        self.num_heads = num_heads
+        self.width = width
+        self.strides = tuple(strides)
+        self.dropout = dropout
+        self.score_threshold = score_threshold
+        self.no_object_weight = no_object_weight
+        self.classification_weight = classification_weight
+        self.l1_weight = l1_weight
+        self.giou_weight = giou_weight
+
+    def build(self, channels: int, strides: Sequence[int]) -> None:
+        """Create the layers; see ``TaskHead.build``."""
+        self.levels = pick_levels(strides, self.strides)
+        width = self.width or channels
+        if width % self.num_heads or width % 4:
+            raise ConfigError(f"width: {width} must be a multiple of 4 and of num_heads: {self.num_heads}")
+        self.project = nn.ModuleList(nn.Conv2d(channels, width, 1) for _ in self.levels)
+        self.norm = nn.ModuleList(nn.LayerNorm(width) for _ in self.levels)
+        self.query = nn.Embedding(self.num_queries, width)
+        layer = (width, self.num_heads, 4 * width, self.dropout)
+        self.layers = nn.ModuleList(
+            nn.TransformerDecoderLayer(*layer, batch_first=True, norm_first=True) for _ in range(self.num_layers)
+        )
+        self.final = nn.LayerNorm(width)
+        self.to_class = nn.Linear(width, len(self.classes) + 1)
+        self.to_box = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4)
+        )
+
+    def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> QueryOutputs:
+        """Return what every query says after every layer; see ``TaskHead.forward``."""
+        memory = torch.cat(
+            [
+                norm(project(pyramid[level]).flatten(2).transpose(1, 2))
+                + position_encoding(self.query.embedding_dim, pyramid[level], stride, size)
+                for project, norm, level, stride in zip(self.project, self.norm, self.levels, self.strides, strict=True)
+            ],
+            dim=1,
+        )
+        x = self.query.weight.expand(memory.shape[0], -1, -1)
+        states = []
+        for layer in self.layers:
+            x = layer(x, memory)
+            states.append(self.final(x))
+        state = torch.stack(states, dim=1)
+        return QueryOutputs(self.to_class(state), self.to_box(state).float().sigmoid(), size)
+
+    def loss(self, outputs: QueryOutputs, target: Target) -> dict[str, Tensor]:
+        """Return the weighted DETR terms over labelled images; see ``TaskHead.loss``.
+
+        ``classification`` is a weighted mean over queries, ``l1`` and ``giou`` are means over the boxes of the batch.
+        """
+        assert isinstance(target, DetectionTarget)
+        rows, target = target.present, target[target.present]
+        logits, boxes = outputs.logits[rows].float(), outputs.boxes[rows].float()
+        with torch.autocast(logits.device.type, enabled=False):
+            true = [box_convert(b.float(), "xyxy", "cxcywh") / _whwh(outputs.size, b) for b in target.boxes]
+            layers = [self._layer_loss(logits[:, d], boxes[:, d], true, target.labels) for d in range(logits.shape[1])]
+            return {name: torch.stack([layer[name] for layer in layers]).mean() for name in layers[0]}
+
+    def predict(self, outputs: QueryOutputs, size: tuple[int, int]) -> list[dict[str, Tensor]]:
+        """Return each query's likeliest class and box, best first, within the image; see ``TaskHead.predict``."""
+        return self.decoded(self.exported(outputs, size), size)
+
+    def exported(self, outputs: QueryOutputs, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Return ``scores`` (B, Q, K) and ``boxes`` (B, Q, 4) of every query; see ``TaskHead.exported``."""
+        corners = box_convert(outputs.boxes[:, -1].float(), "cxcywh", "xyxy")
+        pixels = torch.stack([corners[..., ::2] * size[1], corners[..., 1::2] * size[0]], dim=-1).flatten(-2)
+        scores = outputs.logits[:, -1].float().softmax(-1)[..., :-1]
+        return {"scores": scores, "boxes": clip_boxes_to_image(pixels, size)}
+
+    def decoded(self, exported: dict[str, Tensor], size: tuple[int, int]) -> list[dict[str, Tensor]]:
+        """Return the boxes worth keeping, best first; see ``TaskHead.decoded``."""
+        scores, labels = exported["scores"].max(-1)
+        predictions = []
+        for score, label, box in zip(scores, labels, exported["boxes"], strict=True):
+            order = score.argsort(descending=True)
+            order = order[score[order] > self.score_threshold]
+            order = order[remove_small_boxes(box[order], 1e-2)]
+            predictions.append({"boxes": box[order], "scores": score[order], "labels": label[order]})
+        return predictions
+
+    def class_score(self, outputs: QueryOutputs, label: int) -> Tensor:
+        """Return the log-probability of the query that is surest of the class; see ``TaskHead.class_score``."""
+        return outputs.logits[:, -1].float().log_softmax(-1)[..., label].amax(1)
+
+    def metrics(self) -> TaskMetrics:
+        """Return mAP, FROC and their companions; see ``TaskHead.metrics``."""
+        from mtmedformer.metrics import DetectionMetrics
+
+        return DetectionMetrics(self.classes)
+
+    def _layer_loss(self, logits: Tensor, boxes: Tensor, true: list[Tensor], labels: list[Tensor]) -> dict[str, Tensor]:
+        """Match the queries of one layer, (N, Q, K + 1) and (N, Q, 4), and return its weighted terms."""
+        wanted = torch.full(logits.shape[:2], len(self.classes), device=logits.device)
+        predicted, matched = [boxes[:0].flatten(0, 1)], [boxes[:0].flatten(0, 1)]
+        for i in range(len(logits)):
+            query, box = self.match(logits[i], boxes[i], true[i], labels[i])
+            wanted[i, query] = labels[i][box]
+            predicted.append(boxes[i, query])
+            matched.append(true[i][box])
+        p, t = torch.cat(predicted), torch.cat(matched)
+        weights = logits.new_ones(logits.shape[2])
+        weights[-1] = self.no_object_weight
+        entropy = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weights, reduction="sum")
+        iou = generalized_box_iou_loss(box_convert(p, "cxcywh", "xyxy"), box_convert(t, "cxcywh", "xyxy"))
+        count = max(1, sum(len(b) for b in true))
+        return {
+            "classification": self.classification_weight * entropy / weights[wanted].sum().clamp_min(1e-12),
+            "l1": self.l1_weight * (p - t).abs().sum() / count,
+            "giou": self.giou_weight * iou.sum() / count,
+        }
+
+    @torch.no_grad()
+    def match(self, logits: Tensor, boxes: Tensor, true: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pair queries with boxes of one image at the least total cost (Hungarian algorithm, scipy).
+
+        Args:
+            logits: float32 (Q, K + 1).
+            boxes: float32 (Q, 4), centre and size as shares of the image.
+            true: float32 (M, 4), likewise.
+            labels: int64 (M,).
+
+        Returns:
+            int64 indices of the paired queries and of their boxes, both (min(Q, M),).
+        """
+        cost = -self.classification_weight * logits.softmax(-1)[:, labels]
+        cost = cost + self.l1_weight * torch.cdist(boxes, true, p=1)
+        corners, true_corners = box_convert(boxes, "cxcywh", "xyxy"), box_convert(true, "cxcywh", "xyxy")
+        cost = cost - self.giou_weight * generalized_box_iou(corners, true_corners)
+        query, box = linear_sum_assignment(cost.cpu().numpy())
+        return torch.as_tensor(query, device=logits.device), torch.as_tensor(box, device=logits.device)
+
+
+def position_encoding(channels: int, level: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
+    """Return sines and cosines of the position, as a share of the image, of each cell of a level: (h * w, channels).
+
+    Half of the channels stand for y, half for x; frequencies run from half a period an image side to 32 periods.
+    """
+    frequency = math.pi * torch.logspace(0, 6, channels // 4, base=2.0, device=level.device)
+    codes = []
+    for cells, side in zip(level.shape[-2:], size, strict=True):
+        place = (torch.arange(cells, device=level.device) + 0.5) * stride / side
+        angle = place[:, None] * frequency
+        codes.append(torch.cat([angle.sin(), angle.cos()], dim=1))
+    y, x = codes
+    return torch.cat([y[:, None].expand(-1, x.shape[0], -1), x[None].expand(y.shape[0], -1, -1)], dim=2).flatten(0, 1)
+
+
+def _whwh(size: tuple[int, int], like: Tensor) -> Tensor:
+    return like.new_tensor([size[1], size[0], size[1], size[0]])

@@ -1,0 +1,1 @@
+"""Predictions: tiling, results by image, Grad-CAM."""

@@ -1,0 +1,130 @@
+"""What a model says of one image, in pixels of the original file: probabilities, boxes, masks, and how sure it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtmedformer.batch import Meta, Task
+from mtmedformer.geometry import Bytes, boxes_in_original, mask_in_original
+from mtmedformer.metrics.entropy import entropy
+
+NOTE = "research use only"
+"""Stands on everything that is written of a prediction."""
+
+ABOUT = "about_predictions.json"
+"""Lies in a folder of predictions and says which model made them, and how; what lies there is never an input."""
+
+UNCERTAINTY = "uncertainty"
+"""Key under which predictions may carry ``{task: {measure: (B,) numbers}}`` beside the tasks' own entries."""
+
+
+@dataclass(frozen=True)
+class FoundBox:
+    """One box.
+
+    Attributes:
+        name: Its class.
+        score: In [0, 1].
+        xyxy: ``(x0, y0, x1, y1)`` in pixels of the original image (see `mtmedformer.batch`), clipped to it.
+    """
+
+    name: str
+    score: float
+    xyxy: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything a model says of one image.
+
+    Attributes:
+        meta: What is known of the image.
+        classes: Probability of each class, by classification task.
+        boxes: Boxes by detection task, the best first.
+        masks: uint8 (H, W) of 0 and 1 for each class, by segmentation task.
+        uncertainty: By task, numbers that are larger the less sure the model is (see `entropies`).
+    """
+
+    meta: Meta
+    classes: dict[str, dict[str, float]] = field(default_factory=dict)
+    boxes: dict[str, list[FoundBox]] = field(default_factory=dict)
+    masks: dict[str, dict[str, Bytes]] = field(default_factory=dict)
+    uncertainty: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def findings(
+    predictions: Mapping[str, Any], i: int, meta: Meta, tasks: Mapping[str, Task], score: float = 0.05
+) -> Findings:
+    """Take image ``i`` out of a batch's predictions and bring it back to its original frame.
+
+    Args:
+        predictions: By task, in the formats of ``TaskHead.predict``; may carry more measures of uncertainty under
+            `UNCERTAINTY`.
+        i: Number of the image in the batch.
+        meta: What is known of it.
+        tasks: The tasks to take.
+        score: Boxes below this score are left out.
+    """
+    found = Findings(meta, uncertainty=entropies(predictions, i, meta, tasks))
+    for name, task in tasks.items():
+        if task.kind == "classification":
+            found.classes[name] = dict(zip(task.classes, predictions[name][i].float().tolist(), strict=True))
+        elif task.kind == "detection":
+            found.boxes[name] = _boxes(predictions[name][i], meta, task, score)
+        else:
+            channels = predictions[name][i].float().cpu().numpy()
+            found.masks[name] = {
+                c: mask_in_original(channel, meta) for c, channel in zip(task.classes, channels, strict=True)
+            }
+    for name, measures in predictions.get(UNCERTAINTY, {}).items():
+        found.uncertainty.setdefault(name, {}).update({key: float(values[i]) for key, values in measures.items()})
+    return found
+
+
+def entropies(
+    predictions: Mapping[str, Any], i: int, meta: Meta, tasks: Mapping[str, Task]
+) -> dict[str, dict[str, float]]:
+    """Return ``{task: {"entropy": nats}}`` of image ``i``, for tasks of classes and of masks.
+
+    The entropy of one class out of several is at most ``log K``. Where several may hold at once it is the mean of the
+    classes' own entropies, and of a mask the mean over its pixels, both at most ``log 2``; pixels of the input that lie
+    outside the image do not count.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name, task in tasks.items():
+        if task.kind == "classification":
+            p = predictions[name][i].double().cpu()
+            exclusive = len(task.classes) > 1 and not task.multi_label
+            value = entropy(p, 0) if exclusive else entropy(p).mean()
+        elif task.kind == "segmentation":
+            p = predictions[name][i].float().cpu()
+            value = entropy(p)[:, inside_original(meta, (p.shape[-2], p.shape[-1]))].mean()
+        else:
+            continue
+        found[name] = {"entropy": max(0.0, float(value))}
+    return found
+
+
+def inside_original(meta: Meta, size: tuple[int, int]) -> Tensor:
+    """Return bool (h, w): which pixels of the input have their centre in the original image; all where none has."""
+    a, b, c, d, e, f = meta.to_original
+    x, y = np.arange(size[1]) + 0.5, (np.arange(size[0]) + 0.5)[:, None]
+    column, row = a * x + b * y + c, d * x + e * y + f
+    height, width = meta.original_size
+    inside = (column >= 0) & (column <= width) & (row >= 0) & (row <= height)
+    return torch.from_numpy(inside if inside.any() else ~inside)
+
+
+def _boxes(found: Mapping[str, Tensor], meta: Meta, task: Task, score: float) -> list[FoundBox]:
+    kept = found["scores"] >= score
+    xyxy = boxes_in_original(found["boxes"][kept].float().cpu().numpy(), meta).tolist()
+    rest = zip(xyxy, found["scores"][kept].tolist(), found["labels"][kept].tolist(), strict=True)
+    there = [one for one in rest if one[0][2] > one[0][0] and one[0][3] > one[0][1]]  # not in the margin beside it
+    boxes = [FoundBox(task.classes[int(k)], float(s), (b[0], b[1], b[2], b[3])) for b, s, k in there]
+    return sorted(boxes, key=lambda box: -box.score)

@@ -1,0 +1,192 @@
+"""Draws what a model found in one image on the whole original image, as it lies: never mirrored, never cropped."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+
+import cv2
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
+
+from mtmedformer.batch import Meta, Task
+from mtmedformer.geometry import Bytes, Floats, Frame, compose, invert, warp
+from mtmedformer.inference.results import NOTE, Findings, FoundBox
+from mtmedformer.plots.overlays import palette
+
+LONGEST = 1400
+"""Longer side in pixels of the image in the picture; larger originals are shown reduced."""
+
+LINE, MARGIN, TITLE = 0.21, 0.12, 0.28
+"""Heights in inches of a line of text, of the border, and of the line above an image."""
+
+Classes = Mapping[tuple[str, str], str]
+
+
+def preview_of(pixels: Floats) -> Floats:
+    """Return an original image (H, W) reduced to at most `LONGEST` pixels a side, every pixel counted."""
+    height, width = _preview_size((pixels.shape[0], pixels.shape[1]))
+    reduced: Floats = pixels
+    if (height, width) != pixels.shape:
+        reduced = np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), np.float32)
+    return reduced
+
+
+def preview_from_input(image: Floats, meta: Meta) -> Floats:
+    """Return what the network's input (h, w) shows of the original image, in the size that ``preview_of`` gives."""
+    size = _preview_size(meta.original_size)
+    shrunk = (meta.original_size[1] / size[1], 0.0, 0.0, 0.0, meta.original_size[0] / size[0], 0.0)
+    preview: Floats = warp(image, Frame(compose(invert(meta.to_original), shrunk), size))
+    return preview
+
+
+def prediction_figure(
+    preview: Floats,
+    found: Findings,
+    tasks: Mapping[str, Task],
+    least: Mapping[tuple[str, str], float],
+    footer: str = "",
+) -> Figure:
+    """Draw an image beside the same image with its findings; probabilities and a legend below.
+
+    Args:
+        preview: float (h, w) in [0, 1]: the whole original image, reduced or not.
+        found: What was found in it.
+        tasks: The tasks to draw.
+        least: Least score of a box that is drawn, by task and class.
+        footer: Small print below all, besides the note every output carries.
+
+    Returns:
+        A figure of its own, for ``savefig``: no window, nothing to close.
+    """
+    colours = palette(dict(tasks))
+    height, width = preview.shape
+    side = 4.4 if height < 1.25 * width else 3.5
+    words = [part for line in _words(found, tasks, least) for part in textwrap.wrap(line, int(26 * side))]
+    high = side * height / width
+    rows = len(words) + -(-len(colours) // 3)
+    whole = (2 * side + 3 * MARGIN, high + TITLE + LINE * (rows + 1) + 3 * MARGIN)
+    figure = Figure(figsize=whole, facecolor="white")
+    scale = width / max(1, found.meta.original_size[1])
+    for number, title in enumerate((_about(found.meta), "prediction")):
+        left = MARGIN + number * (side + MARGIN)
+        axis = figure.add_axes((left / whole[0], 1 - (TITLE + high) / whole[1], side / whole[0], high / whole[1]))
+        axis.imshow(preview, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
+        axis.set_title(title, fontsize=9, loc="left", pad=4, color="#333333")
+        axis.set_axis_off()
+        if number:
+            _draw(axis, found, colours, least, scale)
+    top = whole[1] - TITLE - high - MARGIN
+    for number, line in enumerate(words):
+        _write(figure, whole, top - LINE * number, line, 9, "#111111")
+    top -= 0.04
+    handles = [Patch(color=colour, label=c if task == c else f"{task}: {c}") for (task, c), colour in colours.items()]
+    if handles:
+        figure.legend(
+            handles=handles,
+            loc="upper left",
+            bbox_to_anchor=(MARGIN / whole[0], (top - LINE * len(words)) / whole[1]),
+            ncols=3,
+            fontsize=8.5,
+            frameon=False,
+            handlelength=1.1,
+            borderaxespad=0,
+            borderpad=0,
+        )
+    _write(figure, whole, MARGIN + LINE * 0.7, " · ".join(filter(None, (NOTE.capitalize(), footer))), 7.5, "#777777")
+    return figure
+
+
+def _write(figure: Figure, whole: tuple[float, float], y: float, text: str, size: float, colour: str) -> None:
+    figure.text(MARGIN / whole[0], y / whole[1], text, fontsize=size, color=colour, va="top")
+
+
+def _preview_size(original: tuple[int, int]) -> tuple[int, int]:
+    scale = min(1.0, LONGEST / max(1, *original))
+    return max(1, round(original[0] * scale)), max(1, round(original[1] * scale))
+
+
+def _about(meta: Meta) -> str:
+    height, width = meta.original_size
+    facts = [meta.laterality, meta.view, f"{width} × {height} px"]
+    facts += [f"{meta.spacing[1]:.3g} mm a pixel"] if meta.spacing else []
+    return " · ".join(str(fact) for fact in facts if fact)
+
+
+def _words(found: Findings, tasks: Mapping[str, Task], least: Mapping[tuple[str, str], float]) -> list[str]:
+    """Say in a line a task what is there: probabilities, numbers of boxes, areas."""
+    lines = []
+    for name, task in tasks.items():
+        if task.kind == "classification":
+            ranked = sorted(found.classes[name].items(), key=lambda item: -item[1])
+            shown = ", ".join(f"{c} {p:.2f}" for c, p in ranked[:5])
+            lines.append(f"{name}: {shown}" + (f" and {len(ranked) - 5} more" if len(ranked) > 5 else ""))
+        elif task.kind == "detection":
+            counts = {
+                c: sum(b.name == c and b.score >= least[name, c] for b in found.boxes[name]) for c in task.classes
+            }
+            lines.append(f"{name}: " + (", ".join(f"{n} {c}" for c, n in counts.items() if n) or "none"))
+        else:
+            areas = [f"{c} {_area(mask, found.meta)}" for c, mask in found.masks[name].items()]
+            lines.append((f"{name}: " if areas != [name] else "") + ", ".join(areas))
+    return lines
+
+
+def _area(mask: Bytes, meta: Meta) -> str:
+    pixels = int(mask.sum())
+    if not pixels:
+        return "none"
+    if meta.spacing is None:
+        return f"{100 * pixels / mask.size:.2g} % of the image"
+    return f"{pixels * meta.spacing[0] * meta.spacing[1] / 100:.3g} cm²"
+
+
+def _draw(axis: Axes, found: Findings, colours: Classes, least: Mapping[tuple[str, str], float], scale: float) -> None:
+    width, height = axis.get_xlim()[1], axis.get_ylim()[0]
+    size = (round(height), round(width))
+    for name, masks in found.masks.items():
+        for c, mask in masks.items():
+            _draw_mask(axis, mask, size, colours[name, c])
+    for name, boxes in found.boxes.items():
+        for box in reversed(boxes):  # the best on top
+            if box.score >= least[name, box.name]:
+                _draw_box(axis, box, scale, colours[name, box.name])
+    axis.set_xlim(0, width)
+    axis.set_ylim(height, 0)
+
+
+def _draw_mask(axis: Axes, mask: Bytes, size: tuple[int, int], colour: str) -> None:
+    if not mask.any():
+        return
+    cover = cv2.resize(mask * np.uint8(255), size[::-1], interpolation=cv2.INTER_AREA)
+    inside = cover >= 128
+    rgba = np.zeros((*size, 4), np.uint8)
+    rgba[inside, :3] = [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
+    rgba[inside, 3] = 64
+    axis.imshow(rgba, extent=(0, size[1], size[0], 0), interpolation="nearest")
+    outlines, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    for outline in outlines:
+        ring = np.concatenate([outline[:, 0], outline[:1, 0]]) + 0.5
+        axis.plot(ring[:, 0], ring[:, 1], color=colour, linewidth=1.1, solid_joinstyle="round")
+
+
+def _draw_box(axis: Axes, box: FoundBox, scale: float, colour: str) -> None:
+    x0, y0, x1, y1 = (v * scale for v in box.xyxy)
+    outline = [withStroke(linewidth=2.6, foreground="black", alpha=0.6)]
+    axis.add_patch(
+        Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.4, path_effects=outline)
+    )
+    top = y0 > 0.05 * axis.get_ylim()[0]  # no room above: write inside
+    axis.annotate(
+        f"{box.score:.2f}",
+        (x0, y0),
+        xytext=(0, 2 if top else -2),
+        textcoords="offset points",
+        va="bottom" if top else "top",
+        fontsize=7.5,
+        color=colour,
+        path_effects=[withStroke(linewidth=2, foreground="black")],
+    )
