@@ -1,7 +1,7 @@
 """How a site's Trainer runs inside the server's without either noticing: every private name of Lightning, in one place.
 
 Lightning says that Trainers were not made to be nested; they can be as long as no object is shared. What is private
-here is pinned by a test each (``tests/federation/test_isolation.py``) and by ``lightning>=2.6,<2.7``.
+here is pinned by a test each (``tests/federation/client/test_lightning_internals.py``) and by ``lightning>=2.6,<2.7``.
 """
 
 from __future__ import annotations

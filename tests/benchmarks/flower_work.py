@@ -11,7 +11,7 @@ import tempfile
 import lightning as L
 import torch
 
-from tests.toy_sites import ToySite, toy_module
+from tests.fixtures.toy_sites import ToySite, toy_module
 
 SITES, ROUNDS = 2, 3
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}

@@ -14,8 +14,8 @@ from pydicom.data import get_testdata_file
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
 from datamodules.images.pixels import read_image
-from tests.dicom_files import film, write_dicom
-from tests.real_data import real
+from tests.fixtures.dicom_files import film, write_dicom
+from tests.fixtures.real_data import real
 
 ROUNDS = 15
 

@@ -33,7 +33,7 @@ from federation.aggregators import (
 )
 from federation.bayes.curvature import NoCurvature
 from federation.exchange.schema import State
-from tests.toy_federation import news, toy
+from tests.fixtures.toy_federation import news, toy
 
 MEANS: dict[str, Callable[[], Aggregator]] = {
     "fedavg": FedAvg,

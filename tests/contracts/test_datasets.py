@@ -14,7 +14,7 @@ from datamodules.base import MedicalDataModule
 from datamodules.records import BoxTruth, ClassTruth, MaskTruth
 from mtmedformer.batch import IGNORE, ClassificationTarget, DetectionTarget, SegmentationTarget
 from mtmedformer.errors import DataError
-from tests import trees
+from tests.fixtures import public_layouts
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
 
@@ -39,7 +39,7 @@ class Set:
         return self.datamodule(root=root, **plain | self.options | options)
 
     def tree(self, folder):
-        write = getattr(trees, self.layout or self.name)
+        write = getattr(public_layouts, self.layout or self.name)
         return write(folder)
 
     def __str__(self):

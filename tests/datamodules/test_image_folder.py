@@ -9,7 +9,7 @@ from datamodules.image_folder import ImageFolderDataModule
 from datamodules.images.find_files import find_images
 from mtmedformer.errors import ConfigError, DataError
 from mtmedformer.inference.results import ABOUT
-from tests.dicom_files import film, write_dicom
+from tests.fixtures.dicom_files import film, write_dicom
 
 
 @pytest.fixture

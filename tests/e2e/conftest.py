@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.small_set import write_small_set
+from tests.fixtures.small_set import write_small_set
 
 
 @pytest.fixture(scope="module")

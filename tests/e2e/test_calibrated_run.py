@@ -9,7 +9,7 @@ from PIL import Image
 
 from federation.bayes.posterior import Posterior
 from mtmedformer.commands.main import main
-from tests.small_set import small_config, write_config
+from tests.fixtures.small_set import small_config, write_config
 
 QUIET = "--trainer.enable_progress_bar=false"
 ADD = "--trainer.callbacks+="

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from mtmedformer.commands.main import main
-from tests.small_set import small_config, write_config
+from tests.fixtures.small_set import small_config, write_config
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import yaml
 
 from mtmedformer.commands.compare.study import metric_words, read_study
 from mtmedformer.commands.main import main
-from tests.real_data import real
+from tests.fixtures.real_data import real
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted((ROOT / "configs/compare").glob("*.yaml"))

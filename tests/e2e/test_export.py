@@ -14,7 +14,7 @@ from PIL import Image
 
 import mtmedformer
 from mtmedformer.commands.main import main
-from tests.small_set import small_config, write_config
+from tests.fixtures.small_set import small_config, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

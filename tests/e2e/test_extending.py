@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from federation import FedAvg, merge
 from mtmedformer import MultiTaskModule, SegmentationHead, SharedEncoder
 from mtmedformer.batch import Batch, ClassificationTarget, Meta, SegmentationTarget
-from tests.toy_federation import news, toy
+from tests.fixtures.toy_federation import news, toy
 
 TEXT = Path("docs/extending.md").read_text()
 

@@ -17,8 +17,8 @@ import yaml
 
 from federation.server.run_state import read_state
 from mtmedformer.commands.main import main
-from tests.real_data import real
-from tests.small_set import small_config, write_config
+from tests.fixtures.real_data import real
+from tests.fixtures.small_set import small_config, write_config
 
 
 def federated(images: Path, runs: Path, rounds: int = 2, **federation: object) -> dict:

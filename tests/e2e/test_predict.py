@@ -27,9 +27,9 @@ from pydicom.uid import (
 from callbacks.prediction.image_outputs import ImageOutputs
 from mtmedformer.commands.main import main
 from mtmedformer.storage.hashing import weights_digest
-from tests.dicom_files import film, write_dicom
-from tests.real_data import real
-from tests.small_set import small_config, write_config
+from tests.fixtures.dicom_files import film, write_dicom
+from tests.fixtures.real_data import real
+from tests.fixtures.small_set import small_config, write_config
 
 QUIET = "--trainer.enable_progress_bar=false"
 

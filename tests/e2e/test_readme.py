@@ -14,7 +14,7 @@ import mtmedformer
 from datamodules.records import BoxTruth, MaskTruth
 from mtmedformer.commands.load.predictor import Prediction
 from mtmedformer.commands.main import COMMANDS, TOOLS, main
-from tests.dicom_files import film, write_dicom
+from tests.fixtures.dicom_files import film, write_dicom
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()

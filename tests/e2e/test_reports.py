@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from mtmedformer.commands.main import main
-from tests.small_set import small_config, write_config
+from tests.fixtures.small_set import small_config, write_config
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""

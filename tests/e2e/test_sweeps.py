@@ -14,7 +14,7 @@ import yaml
 
 from mtmedformer.commands.main import main
 from mtmedformer.commands.sweep.sweep_file import read_sweep
-from tests.small_set import small_config, write_config
+from tests.fixtures.small_set import small_config, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEPS = sorted((ROOT / "configs/sweeps").glob("*.yaml"))

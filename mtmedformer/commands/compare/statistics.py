@@ -16,7 +16,7 @@ for every variant.
 3. Sites are fixed: the claim is about these sites.
 
 `scipy.stats.bootstrap` draws from one level only, and `n` of `n`; the test compares the two where they agree.
-`tests/mtmedformer/test_compare_statistics.py` also simulates the rate of false alarms.
+`tests/mtmedformer/commands/compare/test_statistics.py` also simulates the rate of false alarms.
 """
 
 from __future__ import annotations

@@ -1,0 +1,348 @@
+"""Rounds as the epochs of a Trainer, on sites that train in milliseconds."""
+
+import copy
+import os
+import signal
+import threading
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from callbacks.federation.callback import Federation
+from federation import (
+    BayesianAggregator,
+    CoordinateMedian,
+    Ditto,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedBN,
+    FederatedDataModule,
+    FedProx,
+    FedYogi,
+    FineTuned,
+    Local,
+    Pooled,
+    Scaffold,
+    TrimmedMean,
+)
+from federation.server.participation import taking_part
+from mtmedformer.errors import ConfigError
+from tests.fixtures.toy_sites import ToySite, toy_module
+
+
+def sites(**more):
+    named = {"a": ToySite(n=12), "b": ToySite(n=8, tasks=("right",), seed=1), "c": ToySite(n=6, seed=2), **more}
+    return FederatedDataModule(sites=named)
+
+
+def run(folder, federation=None, rounds=3, data=None, module=None, ckpt=None, callbacks=(), **settings):
+    """Train a federation of three toy sites; return the Trainer, its module and the federation."""
+    federation = federation or Federation(FedAvg())
+    module = module or toy_module()
+    L.seed_everything(1, verbose=False)
+    saved = ModelCheckpoint(folder, save_last=True, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=rounds,
+        default_root_dir=folder,
+        callbacks=[federation, saved, *callbacks],
+        enable_progress_bar=settings.pop("enable_progress_bar", False),
+        enable_model_summary=False,
+        logger=settings.pop("logger", False),
+        **settings,
+    )
+    trainer.fit(module, datamodule=data or sites(), ckpt_path=ckpt)
+    return trainer, module, federation
+
+
+def weights(module):
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+AGGREGATORS = {
+    "bayes": lambda: BayesianAggregator(),
+    "bayes_full": lambda: BayesianAggregator(between=True, beta=0.1, personal_models=True, granularity="row"),
+    "fedavg": lambda: FedAvg(),
+    "prox": lambda: FedProx(0.1),
+    "avgm": lambda: FedAvgM(),
+    "adam": lambda: FedAdam(),
+    "yogi": lambda: FedYogi(),
+    "scaffold": lambda: Scaffold(),
+    "bn": lambda: FedBN(),
+    "ditto": lambda: Ditto(),
+    "fine_tuned": lambda: FineTuned(after=2),
+    "median": lambda: CoordinateMedian(),
+    "trimmed": lambda: TrimmedMean(),
+    "local": lambda: Local(),
+    "pooled": lambda: Pooled(),
+}
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+@pytest.mark.parametrize("keep", ["reset", "keep"])
+def test_interrupted_and_resumed_is_as_if_nothing_happened(tmp_path, name, keep):
+    def federation():
+        return Federation(AGGREGATORS[name](), optimizer_state=keep)
+
+    settings = {"momentum": 0.9, "warmup": 20}
+    _, whole, straight = run(tmp_path / "whole", federation(), rounds=3, module=toy_module(**settings))
+    module = toy_module(seed=9, **settings)
+    checkpoint = tmp_path / "whole" / "epoch=1.ckpt"
+    _, resumed, told = run(tmp_path / "more", federation(), rounds=3, module=module, ckpt=checkpoint)
+    assert equal(weights(whole), weights(resumed))
+    assert all(equal(straight.model_of(site), told.model_of(site)) for site in straight.sites)
+    assert [entry["round"] for entry in told.history] == [0, 1, 2]
+
+
+def test_any_order_of_the_sites_gives_the_same_bits(tmp_path):
+    _, one, _ = run(tmp_path / "a")
+    turned = FederatedDataModule(sites=dict(reversed(list(sites().named.items()))))
+    _, other, _ = run(tmp_path / "b", data=turned)
+    assert equal(weights(one), weights(other))
+
+
+def test_the_step_lands_on_the_aggregate_and_counts_rounds(tmp_path):
+    merged = []
+
+    class Watched(FedAvg):
+        def finish(self):
+            merged.append(super().finish())
+            return merged[-1]
+
+    trainer, module, _ = run(tmp_path, Federation(Watched()))
+    assert trainer.global_step == 3
+    final = weights(module)
+    assert all(torch.equal(final[key], merged[-1][key]) for key in final)
+    assert {p.name for p in tmp_path.glob("*.ckpt")} == {"epoch=0.ckpt", "epoch=1.ckpt", "epoch=2.ckpt", "last.ckpt"}
+
+
+def test_one_site_alone_is_plain_training(tmp_path):
+    """A federation of one, one epoch a round, against a Trainer of its own: the order is that of the epochs."""
+
+    def module():
+        built = toy_module(lr=0.05)
+        built.encoder[3].p = 0.0
+        return built
+
+    _, federated, _ = run(tmp_path, data=FederatedDataModule(sites={"a": ToySite(n=12)}), module=module())
+    plain = module()
+    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    L.Trainer(accelerator="cpu", max_epochs=3, **settings).fit(plain, datamodule=ToySite(n=12))
+    for key, value in weights(plain).items():
+        if not key.startswith("loss"):
+            torch.testing.assert_close(weights(federated)[key], value, atol=1e-6, rtol=1e-5)
+
+
+def test_a_task_nobody_labels_stays_at_its_start(tmp_path):
+    module = toy_module()
+    start = weights(module)
+    data = FederatedDataModule(sites={"a": ToySite(tasks=("right",)), "b": ToySite(tasks=("right",), seed=1)})
+    data.tasks["left"] = ToySite().tasks["left"]
+    run(tmp_path, Federation(BayesianAggregator()), module=module, data=data)
+    for key in start:
+        moved = not torch.equal(start[key], weights(module)[key])
+        assert moved == key.startswith(("encoder", "heads.right")), key
+
+
+@pytest.mark.parametrize("aggregator", [FedAvg, BayesianAggregator])
+def test_the_servers_own_loss_state_does_not_move(tmp_path, aggregator):
+    _, module, federation = run(tmp_path, Federation(aggregator()))
+    assert module.loss.seen == 0
+    assert federation.sites["a"].home["loss.seen"] == 9
+
+
+def test_early_stopping_counts_rounds(tmp_path):
+    stop = EarlyStopping("val/score", mode="max", patience=1, min_delta=1e9)
+    trainer, _, federation = run(tmp_path, rounds=9, callbacks=[stop])
+    assert trainer.current_epoch == 2
+    assert len(federation.history) == 2
+
+
+def test_sites_log_under_their_names_and_the_server_counts_rounds(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    run(tmp_path, logger=logger, log_every_n_steps=1)
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    header = rows[0].split(",")
+    assert {"client/a/train/loss", "client/b/train/loss", "val/score"} <= set(header)
+    steps = [row.split(",")[header.index("step")] for row in rows[1:]]
+    assert sorted(set(steps)) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    "participation, expected",
+    [
+        (1.0, [["a", "b", "c"]] * 3),
+        ([["b"], ["c", "a"]], [["b"], ["a", "c"], ["b"]]),
+    ],
+)
+def test_participation(tmp_path, participation, expected):
+    _, _, federation = run(tmp_path, Federation(FedAvg(), participation=participation))
+    assert [list(entry["sites"]) for entry in federation.history] == expected
+
+
+def test_a_fraction_of_the_sites_is_drawn_anew_every_round_by_the_seed():
+    names = [f"s{i}" for i in range(10)]
+    drawn = [taking_part(0.5, r, names, seed=3) for r in range(40)]
+    assert all(len(d) == 5 and d == sorted(d) for d in drawn)
+    assert len({tuple(d) for d in drawn}) > 20
+    assert drawn == [taking_part(0.5, r, names, seed=3) for r in range(40)]
+    assert len(taking_part(0.5, 0, ["only"], seed=3)) == 1
+
+
+def test_the_budget_may_be_steps(tmp_path):
+    federation = Federation(FedAvg(), lambda **kw: L.Trainer(max_steps=5, **kw))
+    run(tmp_path, federation, rounds=2)
+    assert {name: site.steps for name, site in federation.sites.items()} == {"a": 10, "b": 10, "c": 10}
+
+
+def test_pooled_trains_on_the_union(tmp_path):
+    _, _, federation = run(tmp_path, Federation(Pooled()), rounds=1)
+    assert list(federation.history[0]["sites"]) == ["pooled"]
+    assert federation.history[0]["sites"]["pooled"]["blocks"]["encoder"]["evidence"] == 26
+
+
+def test_sites_with_models_of_their_own_are_judged_by_them_and_exported(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    _, module, federation = run(tmp_path, Federation(FedBN()), logger=logger, log_every_n_steps=1)
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"client/a/val/score", "client/mean_score", "client/worst_score"} <= set(header)
+    from safetensors.torch import load_file
+
+    own = load_file(tmp_path / "sites" / "a" / "model.safetensors")
+    assert torch.equal(own["encoder.2.weight"], federation.sites["a"].home["encoder.2.weight"])
+    assert torch.equal(own["encoder.1.weight"], weights(module)["encoder.1.weight"])
+
+
+def test_personal_models_ride_on_the_global_one_which_knows_nothing_of_them(tmp_path):
+    _, plain, _ = run(tmp_path / "plain", Federation(BayesianAggregator()))
+    _, module, federation = run(tmp_path / "own", Federation(BayesianAggregator(personal_models=True)))
+    assert equal(weights(plain), weights(module))
+    shared, own = weights(module), {site: federation.model_of(site) for site in "abc"}
+    assert all(not equal(own[site], shared) for site in "abc")
+    assert not equal(own["a"], own["b"])
+    kept = federation.sites["a"]
+    assert not kept.own
+    later = {key: value + 1 if value.is_floating_point() else value for key, value in shared.items()}
+    for key, value in kept.weights(later).items():  # the news of a round reaches them whole
+        assert torch.allclose(value, own["a"][key] + 1 if value.is_floating_point() else value, atol=1e-6)
+
+
+class Watched(FedAvgM):
+    """Notes where every round began, what was known then, and what came out."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.rounds = []
+
+    def start(self, state, schema):
+        self.rounds.append({"began": state, "momentum": dict(self._moments)})
+        super().start(state, schema)
+
+    def finish(self):
+        merged = super().finish()
+        self.rounds[-1]["came out"] = merged
+        return merged
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_sites_begin_where_the_momentum_leads_and_the_model_is_what_came_out(tmp_path, lookahead):
+    aggregator = Watched(momentum=0.5, lookahead=lookahead)
+    _, module, _ = run(tmp_path, Federation(aggregator))
+    first, *later = aggregator.rounds
+    last = first["came out"]
+    for seen in later:
+        for key, value in seen["momentum"].items():
+            expected = last[key] + lookahead * 0.5 * value
+            torch.testing.assert_close(seen["began"][key], expected, rtol=0, atol=1e-6)
+            assert (value != 0).any()
+        last = seen["came out"]
+    assert equal(weights(module), last)
+
+
+def test_the_module_gets_its_own_methods_back(tmp_path):
+    trainer, module, _ = run(tmp_path)
+    assert module.automatic_optimization
+    assert "training_step" not in vars(module)
+    assert trainer.validate(module, datamodule=sites(), verbose=False)[0]["val/score"] < 0
+
+
+def test_the_checkpoint_is_safe_plain_and_names_no_patient(tmp_path):
+    run(tmp_path, Federation(BayesianAggregator(personal_models=True), optimizer_state="keep"))
+    stored = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert stored["state_dict"].keys() == toy_module().state_dict().keys()
+    content = (tmp_path / "last.ckpt").read_bytes()
+    for sample in ToySite(n=12).samples:
+        assert sample.meta.patient.encode() + b"x" not in content
+        assert f"'{sample.meta.id}'".encode() not in content
+
+
+def test_fast_dev_run_goes_through(tmp_path):
+    _, _, federation = run(tmp_path, fast_dev_run=2)
+    assert federation.sites["a"].steps == 2
+
+
+def test_bars_and_a_line_a_round(tmp_path, capsys):
+    run(tmp_path, enable_progress_bar=True)
+    out = capsys.readouterr()
+    assert "round 1/3 · 3 sites" in out.out + out.err
+    assert "  b" in out.out + out.err, "the site's own bar"
+
+
+def test_sigterm_within_a_site_stops_and_the_round_is_begun_again(tmp_path):
+    class Kill(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.current_epoch == 1 and batch_idx == 1 and module.loss.seen > 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    _, whole, _ = run(tmp_path / "whole")
+    federation = Federation(FedAvg(), lambda **kw: L.Trainer(callbacks=[Kill()], **kw))
+    before = threading.active_count()
+    with pytest.raises(SIGTERMException):
+        run(tmp_path / "part", federation)
+    assert threading.active_count() <= before + 1
+    assert not (tmp_path / "part" / "epoch=1.ckpt").exists()
+    _, resumed, _ = run(tmp_path / "part", ckpt=tmp_path / "part" / "last.ckpt")
+    assert equal(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"gradient_clip_val": 1.0}, "federation.client_trainer.gradient_clip_val"),
+        ({"limit_train_batches": 3}, "federation.client_trainer.limit_train_batches"),
+        ({"rounds": -1}, "counts the rounds"),
+    ],
+)
+def test_settings_that_mean_nothing_to_rounds_are_refused(tmp_path, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        run(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("participation", [0.0, 1.5, [], [["a"], []]])
+def test_a_participation_that_cannot_be_is_refused(participation):
+    with pytest.raises(ConfigError, match="participation"):
+        Federation(participation=participation)
+
+
+def test_a_schedule_with_an_unknown_site_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no site is called z"):
+        run(tmp_path, Federation(FedAvg(), participation=[["a", "z"]]))
+
+
+def test_a_data_set_without_sites_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="FederatedDataModule"):
+        run(tmp_path, data=ToySite())
+
+
+def test_a_federation_can_be_copied_before_it_runs():
+    assert copy.deepcopy(Federation(FedAvg())).aggregator.power == 1

@@ -1,0 +1,214 @@
+"""DICOM segmentations and reports: valid, readable, tied to their source, coded, and alike when made twice."""
+
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+import highdicom as hd
+import numpy as np
+import pytest
+from pydicom import dcmread
+from pydicom.data import get_testdata_file
+from pydicom.sr.codedict import codes
+from pydicom.uid import DigitalMammographyXRayImageStorageForPresentation, DigitalXRayImageStorageForPresentation
+
+from callbacks.prediction.dicom.codes import PRIVATE, category, concept
+from callbacks.prediction.dicom.identity import Identity
+from callbacks.prediction.dicom.outputs import DicomOutputs
+from mtmedformer.batch import Meta
+from mtmedformer.errors import DataError
+from mtmedformer.inference.results import Findings, FoundBox
+from tests.fixtures.dicom_files import film, write_dicom
+from tests.fixtures.real_data import real
+
+OUTPUTS = DicomOutputs(Identity("0123456789abcdef"), {("lesions", "nodule"): 0.4, ("lesions", "odd thing"): 0.4})
+REFERENCES = {"StudyInstanceUID": "1.2.3.4", "SeriesInstanceUID": "1.2.3.4.5", "InstanceNumber": "7"}
+KINDS = {
+    "CR": {},
+    "DX": {"SOPClassUID": DigitalXRayImageStorageForPresentation, "Modality": "DX", "PatientOrientation": ["L", "F"]},
+    "MG": {
+        "SOPClassUID": DigitalMammographyXRayImageStorageForPresentation,
+        "Modality": "MG",
+        "ImageLaterality": "R",
+        "ImagerPixelSpacing": [0.07, 0.07],
+    },
+}
+
+
+def source(folder: Path, **attributes) -> Path:
+    return write_dicom(folder / "film.dcm", film(60, 48), bits=12, **REFERENCES, **attributes)
+
+
+def found_in(file: Path, spacing=(0.2, 0.1)) -> Findings:
+    """Return findings with a mask, an empty mask, a sure box and one that is not."""
+    header = dcmread(file, stop_before_pixels=True)
+    mask = np.zeros((header.Rows, header.Columns), np.uint8)
+    mask[10:30, 5:25] = 1
+    return Findings(
+        Meta("film.dcm", "p", original_size=mask.shape, spacing=spacing),
+        classes={"health": {"normal": 0.3, "an odd class with a long name": 0.7}},
+        boxes={"lesions": [FoundBox("nodule", 0.9, (1.5, 2.5, 10, 20)), FoundBox("odd thing", 0.2, (1, 2, 8, 9))]},
+        masks={"lungs": {"lung": mask, "scar": np.zeros_like(mask)}},
+    )
+
+
+def saved(made, folder: Path) -> dict[str, Path]:
+    for kind, one in made.items():
+        one.save_as(folder / f"made.{kind}.dcm")
+    return {kind: folder / f"made.{kind}.dcm" for kind in made}
+
+
+def errors_of(file: Path) -> set[str]:
+    if shutil.which("dciodvfy") is None:
+        pytest.skip("dciodvfy (package dicom3tools) is not installed")
+    told = subprocess.run(["dciodvfy", str(file)], capture_output=True, text=True, check=False).stderr
+    assert told.strip(), "dciodvfy says at least what kind of object it is"
+    return {line for line in told.splitlines() if line.startswith("Error")}
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of highdicom on reading what it wrote
+        yield
+
+
+@pytest.mark.parametrize("spacing", [(0.2, 0.1), None], ids=["spacing", "no-spacing"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_objects_are_valid(kind, spacing, tmp_path):
+    file = source(tmp_path, **KINDS[kind])
+    for made in saved(OUTPUTS.make(file, found_in(file, spacing)), tmp_path).values():
+        assert errors_of(made) == set()
+
+
+def test_masks_and_references_come_back(tmp_path):
+    file = source(tmp_path)
+    found, header = found_in(file), dcmread(file)
+    made = hd.seg.segread(saved(OUTPUTS.make(file, found), tmp_path)["seg"])
+    pixels = made.get_pixels_by_source_instance([header.SOPInstanceUID])
+    np.testing.assert_array_equal(pixels[0], np.stack(list(found.masks["lungs"].values()), axis=-1))
+    for attribute in ("StudyInstanceUID", "PatientID", "PatientName"):
+        assert made[attribute].value == header[attribute].value
+    assert made.SeriesInstanceUID != header.SeriesInstanceUID
+    assert made.get_segment_description(1).segmented_property_type == codes.SCT.Lung
+    assert made.get_segment_description(2).segmented_property_type.scheme_designator == PRIVATE
+    assert "esearch use only" in made.SeriesDescription
+    assert "esearch use only" in made.ContentDescription
+
+
+def test_the_report_says_everything_under_coded_names(tmp_path):
+    file = source(tmp_path)
+    found, header = found_in(file), dcmread(file)
+    made = saved(OUTPUTS.make(file, found), tmp_path)
+    report, masks = hd.sr.srread(made["sr"]), dcmread(made["seg"])
+    assert report.ContentTemplateSequence[0].TemplateIdentifier == "1500"
+    classes = report.content.get_image_measurement_groups()
+    assert [g.get_measurements()[0].value for g in classes] == [0.3, 0.7]
+    assert classes[0].finding_type == codes.SCT.Normal
+    assert classes[0].source_images[0].referenced_sop_instance_uid == header.SOPInstanceUID
+    box, lung, scar = report.content.get_planar_roi_measurement_groups()
+    assert box.finding_type == codes.SCT.Nodule
+    assert box.get_measurements(name=codes.DCM.CertaintyOfFinding)[0].value == 90
+    corners = box.roi.value
+    np.testing.assert_allclose([*corners.min(axis=0), *corners.max(axis=0)], [1.5, 2.5, 10, 20])
+    for group, area in ((lung, 20 * 20 * 0.02), (scar, 0)):
+        measured = group.get_measurements(name=codes.SCT.Area)[0]
+        assert (measured.value, measured.unit) == (pytest.approx(area), codes.UCUM.SquareMillimeter)
+    assert lung.referenced_segmentation_frame.referenced_sop_instance_uid == masks.SOPInstanceUID
+    evidence = {
+        item.ReferencedSOPInstanceUID
+        for study in report.CurrentRequestedProcedureEvidenceSequence
+        for series in study.ReferencedSeriesSequence
+        for item in series.ReferencedSOPSequence
+    }
+    assert evidence == {header.SOPInstanceUID, masks.SOPInstanceUID}
+    assert "research use only" in made["sr"].read_bytes().decode("utf-8", "ignore")
+
+
+def test_areas_are_in_pixels_where_the_spacing_is_unknown(tmp_path):
+    file = source(tmp_path)
+    report = hd.sr.srread(saved(OUTPUTS.make(file, found_in(file, None)), tmp_path)["sr"])
+    lung = report.content.get_planar_roi_measurement_groups()[1].get_measurements()[0]
+    assert (lung.value, lung.unit.value) == (400, "{pixels}")
+
+
+def test_a_model_without_masks_makes_a_report_alone(tmp_path):
+    file = source(tmp_path)
+    found = found_in(file)
+    made = OUTPUTS.make(file, Findings(found.meta, found.classes, found.boxes))
+    assert list(made) == ["sr"]
+    assert errors_of(saved(made, tmp_path)["sr"]) == set()
+
+
+def test_equal_predictions_have_equal_identifiers_and_others_others(tmp_path):
+    file = source(tmp_path)
+    once, twice = (OUTPUTS.make(file, found_in(file)) for _ in range(2))
+    changed = found_in(file)
+    changed.masks["lungs"]["lung"][0, 0] = 1
+    other = OUTPUTS.make(file, changed)
+    for kind in ("seg", "sr"):
+        assert once[kind].SOPInstanceUID == twice[kind].SOPInstanceUID
+        assert once[kind].SOPInstanceUID != other[kind].SOPInstanceUID
+        assert once[kind].SeriesInstanceUID == other[kind].SeriesInstanceUID
+
+
+NAMES = [("ISO_IR 100", "Müller^Jörg"), (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎"), ("ISO_IR 192", "Ελένη^Α")]
+
+
+@pytest.mark.parametrize(("charset", "name"), NAMES)
+def test_names_in_any_script_stay_as_they_are(charset, name, tmp_path):
+    file = source(tmp_path, SpecificCharacterSet=charset, PatientName=name)
+    for made in saved(OUTPUTS.make(file, found_in(file)), tmp_path).values():
+        assert str(dcmread(made).PatientName) == name
+
+
+def test_a_source_without_identifiers_is_refused_in_words(tmp_path):
+    file = write_dicom(tmp_path / "film.dcm", film(60, 48), StudyInstanceUID="1.2")
+    with pytest.raises(DataError, match=r"film\.dcm: lacks SeriesInstanceUID"):
+        OUTPUTS.make(file, found_in(file))
+
+
+def test_nothing_of_the_patient_is_said(tmp_path, recwarn):
+    file = source(tmp_path, PatientName="Secret")  # highdicom would warn of a name of one part, and quote it
+    warnings.simplefilter("always")
+    OUTPUTS.make(file, found_in(file))
+    assert not any("Secret" in str(w.message) for w in recwarn)
+
+
+def test_codes_are_found_by_any_spelling_and_users_codes_come_first():
+    assert concept("Lungs", {}) == concept("lung", {}) == codes.SCT.Lung
+    assert concept("ground-glass_opacity", {}) == codes.DCM.GroundGlassOpacity
+    own = concept("nodule", {"nodule": ("1", "99ABC", "a nodule of ours")})
+    assert (own.value, own.scheme_designator, own.meaning) == ("1", "99ABC", "a nodule of ours")
+    fallback = concept("ein sehr ungewöhnlicher Befund " * 4, {})
+    assert fallback.scheme_designator == PRIVATE
+    assert len(fallback.value) <= 16
+    assert len(fallback.meaning) <= 64
+    kinds = [category(name) for name in ("lung", "nodules", "whatever")]
+    assert kinds == [codes.SCT.AnatomicalStructure, codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.BodyStructure]
+
+
+@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small.dcm", "RG1_UNCR.dcm", "JPGLosslessP14SV1_1s_1f_8b.dcm"])
+def test_real_headers_of_pydicom(name, tmp_path):
+    file = get_testdata_file(name, download=False)
+    if file is None:
+        pytest.skip(f"{name} is not in this installation of pydicom-data")
+    check_real(Path(file), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["dicom_raw/cxr_Fake_MONOHR1.dcm", "dicom_small/ddsm_P_00173_RMLO.dcm"])
+def test_real_headers_of_archives(name, tmp_path):
+    check_real(real("dicom_fixtures", *name.split("/")), tmp_path)
+
+
+def check_real(file: Path, folder: Path) -> None:
+    """Check that objects have no errors of their own, only those of values they take over, and read back."""
+    found, inherited = found_in(file, None), errors_of(file)
+    made = saved(OUTPUTS.make(file, found), folder)
+    for one in made.values():
+        assert errors_of(one) <= inherited
+    uid = dcmread(file, stop_before_pixels=True).SOPInstanceUID
+    pixels = hd.seg.segread(made["seg"]).get_pixels_by_source_instance([uid])
+    np.testing.assert_array_equal(pixels[0, ..., 0], found.masks["lungs"]["lung"])
+    assert len(hd.sr.srread(made["sr"]).content.get_planar_roi_measurement_groups()) == 3

@@ -1,0 +1,364 @@
+"""What predict writes: in the original frame to the pixel, whole or not at all, resumable, and nothing of a patient."""
+
+import csv
+import json
+from pathlib import Path
+
+import highdicom as hd
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pydicom import dcmread
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    RLELossless,
+)
+
+from callbacks.prediction.prediction_files import PredictionFolder, safe_name
+from callbacks.prediction.writer import PredictionWriter
+from datamodules.image_folder import ImageFolderDataModule
+from datamodules.images.presets import BreastPreset, PlainPreset
+from mtmedformer.batch import Task
+from mtmedformer.calibration import TaskCalibration
+from mtmedformer.errors import ConfigError
+from mtmedformer.storage.hashing import file_digest
+from tests.fixtures.dicom_files import write_dicom
+
+SYNTAXES = [
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    DeflatedExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    RLELossless,
+]
+PLACE = (slice(64, 128), slice(32, 96))
+"""Rows and columns of what is planted, on the grid of the network's input."""
+BOX = [32, 64, 96, 128]
+
+
+class Echo(L.LightningModule):
+    """Finds exactly what is bright in the network's input."""
+
+    def __init__(self, bias: float = 0.0) -> None:
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.tensor(bias))
+        self.seen = 0
+
+    @property
+    def tasks(self):
+        kinds = {"health": "classification", "lesions": "detection", "organ": "segmentation"}
+        classes = {"health": ("well", "sick"), "lesions": ("nodule",), "organ": ("organ",)}
+        return {name: Task(name, kind, classes[name]) for name, kind in kinds.items()}
+
+    def predict_step(self, batch, batch_idx):
+        self.seen += len(batch)
+        bright = batch.image[:, 0] > 0.5
+        boxes = []
+        for one in bright:
+            rows, columns = torch.nonzero(one, as_tuple=True)
+            xyxy = [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], [20, 0, 29, 9]]
+            boxes.append(
+                {
+                    "boxes": torch.tensor(xyxy).float(),
+                    "scores": torch.tensor([0.9, 0.2]),
+                    "labels": torch.zeros(2, dtype=torch.int64),
+                }
+            )
+        share = bright.float().mean(dim=(1, 2))
+        return {
+            "health": torch.stack([1 - share, share], dim=1),
+            "lesions": boxes,
+            "organ": bright.float()[:, None],
+            "uncertainty": {"health": {"mutual_information": share}},
+        }
+
+
+def planted(bright: int = 255, dark: int = 40, kind: str = "u1") -> np.ndarray:
+    pixels = np.random.default_rng(0).integers(0, dark, (256, 192)).astype(kind)
+    pixels[PLACE] = bright
+    return pixels
+
+
+def dicom(file: Path, syntax=ExplicitVRLittleEndian, pixels=None, **attributes) -> Path:
+    pixels = planted(4095, 600, "u2") if pixels is None else pixels
+    references = {"StudyInstanceUID": "1.2.3", "SeriesInstanceUID": "1.2.3.4", "PixelSpacing": [0.5, 0.25]}
+    return write_dicom(file, pixels, syntax, bits=12, **(references | attributes))
+
+
+def predict(images, output: Path, preset=None, model=None, batch_size=2, **options) -> PredictionWriter:
+    writer = PredictionWriter(str(output), **({"overlays": False, "dicom": True} | options))
+    data = ImageFolderDataModule(images, image_size=128, preset=preset, batch_size=batch_size, num_workers=0)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[writer],
+    )
+    trainer.predict(model or Echo(), datamodule=data, return_predictions=False)
+    return writer
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def mask_of(output: Path, name: str) -> np.ndarray:
+    return np.asarray(Image.open(output / f"masks/organ/{name}_organ.png")) > 0
+
+
+def expected() -> np.ndarray:
+    mask = np.zeros((256, 192), bool)
+    mask[PLACE] = True
+    return mask
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """A tree of images in every format, and what is predicted of it."""
+    root = tmp_path_factory.mktemp("images")
+    (root / "a/deep").mkdir(parents=True)
+    for name in ("one.png", "two.tif", "three.jpg", "a/one.png"):
+        Image.fromarray(planted()).save(root / name)
+    for number, syntax in enumerate(SYNTAXES):
+        dicom(root / "a/deep" / f"film{number}", syntax)
+    output = tmp_path_factory.mktemp("output")
+    writer = predict([root], output)
+    return root, output, writer
+
+
+def test_every_format_comes_back_to_the_pixel(everything):
+    root, output, writer = everything
+    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    assert writer.exit_code == 0
+    assert [row["image"] for row in rows_of(output / "predictions.csv")] == names
+    assert len(names) == 4 + len(SYNTAXES)
+    for name in names:
+        np.testing.assert_array_equal(mask_of(output, name), expected(), err_msg=name)
+        entry = json.loads((output / f"images/{name}.json").read_text())
+        assert entry["boxes"]["lesions"][0] == {"class": "nodule", "score": 0.9, "xyxy": BOX}
+        assert entry["input"]["sha256"] == file_digest(root / name)
+
+
+def test_rows_say_what_was_found(everything):
+    _, output, _ = everything
+    rows = {row["image"]: row for row in rows_of(output / "predictions.csv")}
+    plain, film = rows["one.png"], rows["a/deep/film0"]
+    assert plain["health:sick"] == f"{64 * 64 / 4 / 128**2:.4f}"
+    assert plain["lesions:boxes"] == "1", "a box below the threshold does not count"
+    assert (plain["lesions:best"], plain["organ:organ:pixels"], plain["organ:organ:mm2"]) == ("0.9000", "4096", "")
+    assert film["organ:organ:mm2"] == f"{4096 * 0.5 * 0.25:.1f}"
+    assert float(plain["organ:entropy"]) == 0
+    assert float(plain["health:entropy"]) == pytest.approx(0.2338, abs=1e-3)
+    assert plain["health:mutual_information"] == plain["health:sick"], "what a model adds of uncertainty is written too"
+    assert len({row["model"] for row in rows.values()}) == 1
+
+
+def test_boxes_are_a_coco_set(everything, capsys):
+    _, output, _ = everything
+    coco = COCO(str(output / "boxes.json"))
+    assert {one["file_name"] for one in coco.imgs.values()} == {
+        row["image"] for row in rows_of(output / "predictions.csv")
+    }
+    best = [one for one in coco.anns.values() if one["score"] == 0.9]
+    assert all(one["bbox"] == [32, 64, 64, 64] for one in best)
+    assert len(best) == len(coco.imgs)
+    assert [c["name"] for c in coco.cats.values()] == ["nodule"]
+
+
+@pytest.mark.parametrize("number", range(len(SYNTAXES)))
+def test_dicom_objects_lie_beside_their_film(everything, number):
+    root, output, _ = everything
+    uid = dcmread(root / f"a/deep/film{number}").SOPInstanceUID
+    masks = hd.seg.segread(output / f"dicom/a/deep/film{number}.seg.dcm")
+    pixels = masks.get_pixels_by_source_instance([uid])
+    np.testing.assert_array_equal(pixels[0, ..., 0] > 0, expected())
+    report = hd.sr.srread(output / f"dicom/a/deep/film{number}.sr.dcm")
+    box = report.content.get_planar_roi_measurement_groups()[0].roi.value
+    np.testing.assert_allclose([*box.min(axis=0), *box.max(axis=0)], BOX)
+
+
+def test_only_dicom_objects_hold_anything_of_the_patient_and_all_say_what_they_are_for(everything):
+    _, output, _ = everything
+    for file in filter(Path.is_file, output.rglob("*")):
+        content = file.read_bytes()
+        assert (b"Secret" in content) == (file.suffix == ".dcm"), file
+        if file.name != "failed.csv":  # nothing failed, nothing is said
+            assert b"esearch use only" in content, file
+
+
+@pytest.mark.parametrize("side", ["L", "R"])
+def test_a_film_turned_for_the_network_comes_back_as_it_lies(side, tmp_path):
+    pixels = np.zeros((256, 192), np.uint16)
+    pixels[20:236, :120] = 1500  # chest wall at the left edge
+    pixels[PLACE] = 4095
+    mask = expected()
+    if side == "R":
+        pixels, mask = pixels[:, ::-1].copy(), mask[:, ::-1]
+    dicom(tmp_path / "film.dcm", pixels=pixels, ImageLaterality=side, ViewPosition="MLO")
+    predict([tmp_path / "film.dcm"], tmp_path / "out", BreastPreset(crop=False, flip_to="L"), overlays=True)
+    np.testing.assert_array_equal(mask_of(tmp_path / "out", "film.dcm"), mask)
+    row = rows_of(tmp_path / "out/predictions.csv")[0]
+    assert (row["laterality"], row["view"]) == (side, "MLO")
+    assert Image.open(tmp_path / "out/overlays/film.dcm.png").width > 500
+
+
+def test_a_bad_file_is_listed_and_the_rest_is_done(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(3):
+        Image.fromarray(planted()).save(images / f"good{number}.png")
+    (images / "broken.png").write_bytes((images / "good0.png").read_bytes()[:200])
+    (images / "empty.jpg").write_bytes(b"")
+    dicom(images / "cut.dcm").write_bytes((images / "cut.dcm").read_bytes()[:-500])
+    (images / "notes.txt").write_text("not an image, and not taken for one")
+    writer = predict([images], tmp_path / "out")
+    assert writer.exit_code == 3
+    failed = rows_of(tmp_path / "out/failed.csv")
+    assert [row["image"] for row in failed] == ["broken.png", "cut.dcm", "empty.jpg"]
+    assert all(row["reason"] == "image unreadable" and row["detail"] for row in failed)
+    assert not any(str(tmp_path) in row["detail"] for row in failed), "folders may be called like patients"
+    assert len(rows_of(tmp_path / "out/predictions.csv")) == 3
+    for row in failed:
+        (images / row["image"]).unlink()
+    model = Echo()
+    assert predict([images], tmp_path / "out", model=model).exit_code == 0
+    assert model.seen == 0
+    assert rows_of(tmp_path / "out/failed.csv") == []
+
+
+def test_nothing_readable_is_a_failure_and_not_a_crash(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG and no more")
+    assert predict([tmp_path / "broken.png"], tmp_path / "out").exit_code == 3
+    assert (tmp_path / "out/predictions.csv").is_file()
+
+
+def test_a_film_nothing_can_refer_to_is_predicted_without_dicom_objects_and_listed(tmp_path):
+    dicom(tmp_path / "film.dcm", SeriesInstanceUID="")
+    assert predict([tmp_path / "film.dcm"], tmp_path / "out").exit_code == 3
+    assert rows_of(tmp_path / "out/failed.csv")[0]["reason"] == "no DICOM objects"
+    assert rows_of(tmp_path / "out/predictions.csv")[0]["organ:organ:pixels"] == "4096"
+
+
+def test_thresholds_of_the_calibration_decide_what_counts(four, tmp_path):
+    model = Echo()
+    model.calibration = {
+        "health": TaskCalibration(images=9, thresholds={"sick": {"youden": 0.05, "f1": 0.9}}),
+        "lesions": TaskCalibration(images=9, thresholds={"nodule": {"f1": 0.1}}),
+    }
+    predict([four], tmp_path / "out", model=model)
+    row = rows_of(tmp_path / "out/predictions.csv")[0]
+    assert row["health:sick:found"] == "1"
+    assert "health:well:found" not in row, "there is no threshold for it"
+    assert row["lesions:boxes"] == "2"
+    predict([four], tmp_path / "other", model=model, threshold=0.95, operating_point="f1")
+    row = rows_of(tmp_path / "other/predictions.csv")[0]
+    assert (row["health:sick:found"], row["lesions:boxes"]) == ("0", "0")
+    with pytest.raises(ConfigError, match="calibration"):
+        predict([four], tmp_path / "out")
+
+
+@pytest.fixture
+def four(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(4):
+        Image.fromarray(planted(dark=40 + number)).save(images / f"{number}.png")
+    return images
+
+
+def interrupt(monkeypatch, at: int) -> None:
+    """Interrupt the run after all files of an image but its JSON are written."""
+    finish = PredictionFolder.finish
+
+    def stop(self, image, entry):
+        if image == f"{at}.png":
+            raise KeyboardInterrupt
+        finish(self, image, entry)
+
+    monkeypatch.setattr(PredictionFolder, "finish", stop)
+
+
+def test_an_interrupted_run_goes_on_with_what_is_missing(four, tmp_path, monkeypatch):
+    predict([four], tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt(patch, at=2)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            predict([four], tmp_path / "out", batch_size=1)
+    assert [row["image"] for row in rows_of(tmp_path / "out/predictions.csv")] == ["0.png", "1.png"]
+    model = Echo()
+    predict([four], tmp_path / "out", model=model, batch_size=1)
+    assert model.seen == 2
+    for name in ("predictions.csv", "boxes.json", "masks/organ/2.png_organ.png"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list((tmp_path / "out").rglob(".*.part"))
+
+
+def test_what_changed_or_went_missing_is_done_again(four, tmp_path):
+    predict([four], tmp_path / "out")
+    Image.fromarray(planted(dark=200)).save(four / "0.png")
+    (tmp_path / "out/masks/organ/1.png_organ.png").unlink()
+    (tmp_path / "out/images/2.png.json").write_text('{"image": ')
+    (four / "3.png").touch()  # another time, the same content
+    model = Echo()
+    predict([four], tmp_path / "out", model=model)
+    assert model.seen == 3
+    assert len(rows_of(tmp_path / "out/predictions.csv")) == 4
+
+
+def test_half_written_files_of_a_killed_run_are_swept_away(four, tmp_path):
+    predict([four], tmp_path / "out")
+    left = tmp_path / "out/masks/organ/.9.png_organ.png.123.part"
+    left.write_bytes(b"half")
+    predict([four], tmp_path / "out")
+    assert not left.exists()
+
+
+def test_predictions_of_two_models_or_settings_do_not_mix(four, tmp_path):
+    predict([four], tmp_path / "out")
+    with pytest.raises(ConfigError, match="holds predictions of model"):
+        predict([four], tmp_path / "out", model=Echo(bias=1.0))
+    with pytest.raises(ConfigError, match=r"made otherwise \(score differ\)"):
+        predict([four], tmp_path / "out", score=0.5)
+    with pytest.raises(ConfigError, match=r"made otherwise \(preset differ\)"):
+        predict([four], tmp_path / "out", preset=BreastPreset())
+    predict([four], tmp_path / "out", preset=PlainPreset())
+
+
+def test_predictions_in_the_image_folder_are_no_images(four):
+    predict([four], four / "out")
+    model = Echo()
+    predict([four], four / "out", model=model)
+    assert model.seen == 0
+    assert len(rows_of(four / "out/predictions.csv")) == 4
+
+
+def test_names_are_safe_and_different():
+    ids = [
+        "a/b.png",
+        "a_b.png",
+        "a b.png",
+        "../../etc/passwd",
+        "ä/ö.png",
+        "x" * 300,
+        ".hidden",
+        "a//b.png",
+        "a/./b.png",
+    ]
+    names = [safe_name(one) for one in ids]
+    assert names[0] == "a/b.png"
+    assert len(set(names)) == len(ids)
+    for name in names:
+        assert ".." not in name.split("/")
+        assert not name.startswith("/")
+        assert max(map(len, name.split("/"))) < 120

@@ -1,0 +1,263 @@
+"""What W&B is told of a run, offline; and that other loggers take its place."""
+
+import csv
+import importlib.util
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from callbacks.run.data_identity import data_identity
+from callbacks.run.wandb_run import code_version, record_in_wandb
+from datamodules import LabelsCSVDataModule
+from mtmedformer.commands.main import main
+from tests.fixtures.small_set import small_config, write_config, write_small_set
+
+WANDB = "lightning.pytorch.loggers.WandbLogger"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_small_set(tmp_path_factory.mktemp("set"))
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    wandb.teardown()  # it has read the environment of whatever ran before
+    yield
+    if wandb.run is not None:
+        wandb.run.finish()
+
+
+@pytest.fixture
+def artifacts(monkeypatch):
+    """The artifacts that runs have logged: name, aliases, metadata, files."""
+    from wandb.sdk.wandb_run import Run
+
+    seen, log = [], Run.log_artifact
+
+    def watched(self, artifact, aliases=None, **options):
+        entries = artifact.manifest.entries
+        seen.append((artifact.name, aliases, dict(artifact.metadata), {k: e.size for k, e in entries.items()}))
+        return log(self, artifact, aliases=aliases, **options)
+
+    monkeypatch.setattr(Run, "log_artifact", watched)
+    return seen
+
+
+def config_of(images, folder, **logger):
+    config = small_config(images, folder, max_epochs=1)
+    config["trainer"]["logger"] = {"class_path": WANDB, "init_args": {"project": "t", **logger}}
+    return config
+
+
+def fit(config, folder, *more):
+    assert main(["fit", "--config", write_config(config, folder / "c.yaml"), *more]) == 0
+
+
+def test_a_run_can_be_found_and_repeated_and_goes_on(images, tmp_path, artifacts):
+    import wandb
+
+    config = config_of(images, tmp_path)
+    fit(config, tmp_path)
+    run = wandb.run
+    assert (run.name, run.group, run.job_type) == ("run", "run", "fit")
+    assert {"mtmedformer_tiny", "LabelsCSV", "health", "nodules", "organ"} <= set(run.tags)
+    told = run.config["record"]
+    assert told["note"] == "research use only"
+    assert told["code"]["version"]
+    assert told["data"]["images"]["train"] > told["data"]["patients"]["train"] > 1
+    assert set(told["data"]["labelled"]["train"]) == {"health", "nodules", "organ"}
+    assert "secret-patient" not in json.dumps(dict(run.config))
+    best = tmp_path / "run/checkpoints/best.ckpt"
+    ((name, aliases, facts, files),) = artifacts
+    assert (name.split(":")[0], aliases) == (f"model-{run.id}", ["best"])
+    assert files == {"best.ckpt": best.stat().st_size}
+    assert facts["monitor"] == "val/score"
+    assert facts["score"] == pytest.approx(run.summary["val/score"])
+    kept = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["callbacks"]["WandbRecord"]
+    assert kept == {"run": run.id}
+    before = run.id
+    run.finish()
+
+    config["trainer"]["max_epochs"] = 2
+    fit(config, tmp_path, "--ckpt_path=last")
+    assert wandb.run.id == before, "a resumed training goes on with its run"
+    wandb.run.finish()
+
+    config["trainer"]["max_epochs"] = 1
+    fit(config, tmp_path)
+    assert wandb.run.id != before
+    assert (wandb.run.name, wandb.run.group) == ("run-2", "run"), "runs of one configuration lie together"
+
+
+def test_what_the_user_says_stays(images, tmp_path, artifacts):
+    import wandb
+
+    said = {"name": "mine", "id": "abc", "group": "study", "tags": ["pilot"], "job_type": "try", "log_model": True}
+    fit(config_of(images, tmp_path, **said), tmp_path)
+    run = wandb.run
+    assert (run.id, run.name, run.group, run.job_type) == ("abc", "mine", "study", "try")
+    assert {"pilot", "mtmedformer_tiny"} <= set(run.tags)
+    assert all(aliases != ["best"] for _, aliases, _, _ in artifacts), "Lightning logs the checkpoints itself"
+
+
+@pytest.mark.parametrize(
+    "variable, open_still",
+    [
+        (None, set()),
+        ("WANDB_RUN_GROUP", {"group"}),
+        ("WANDB_NAME", {"name"}),
+        ("WANDB_JOB_TYPE", {"job_type"}),
+        ("WANDB_RUN_ID", {"id", "name", "group"}),
+        ("WANDB_SWEEP_ID", {"id", "name", "group"}),
+    ],
+)
+def test_what_the_environment_and_a_sweep_say_stays(variable, open_still, monkeypatch):
+    from lightning.pytorch.loggers import WandbLogger
+
+    if variable:
+        monkeypatch.setenv(variable, "x")
+    logger = WandbLogger(project="t")
+    record_in_wandb([logger], Path("runs/quickstart-12"), "fit", None, rounds=False)
+    init = logger._wandb_init
+    assert {key for key in ("id", "name", "group", "job_type") if init.get(key) is None} == open_still
+    if not variable:
+        assert (init["name"], init["group"], init["job_type"]) == ("quickstart-12", "quickstart", "fit")
+        assert logger.version == init["id"]
+
+
+def test_a_federation_has_one_group(images, tmp_path, artifacts, monkeypatch):
+    import wandb
+
+    started, init = [], wandb.init
+
+    def watched(*args, **kwargs):
+        run = init(*args, **kwargs)
+        started.append((run.name, run.group, run.job_type))
+        return run
+
+    monkeypatch.setattr(wandb, "init", watched)
+    config = config_of(images, tmp_path)
+    config["data"]["init_args"] |= {"val_fraction": 0.25, "test_fraction": 0.25}
+    data = {"class_path": "federation.FederatedDataModule", "init_args": {"data": config["data"], "by": "site"}}
+    config |= {"data": data, "federation": {"class_path": "callbacks.Federation"}}
+    fit(config, tmp_path)
+    server = wandb.run
+    assert started == [
+        ("run", server.id, "server"),
+        ("north", server.id, "client"),
+        ("south", server.id, "client"),
+    ]
+    assert "federated" in server.tags
+    assert "LabelsCSV" in server.tags
+    sites = server.config["record"]["data"]["sites"]
+    assert set(sites) == {"north", "south"}
+    assert sites["north"]["digest"] != sites["south"]["digest"]
+    assert len(artifacts) == 1, "the sites' trainings have no artifact of their own"
+
+
+def test_without_a_wandb_logger_there_is_nothing(tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    assert record_in_wandb([CSVLogger(tmp_path)], tmp_path, "fit", None, False) == []
+    assert record_in_wandb(False, tmp_path, "fit", None, False) == []
+
+
+@pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
+def test_other_loggers_are_drop_in(images, tmp_path, logger):
+    if logger == "TensorBoardLogger":
+        pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    config = config_of(images, tmp_path)
+    arguments = {"save_dir": str(tmp_path / "logs"), "name": "x", "version": "one"}
+    config["trainer"]["logger"] = {"class_path": f"lightning.pytorch.loggers.{logger}", "init_args": arguments}
+    fit(config, tmp_path)
+    folder = tmp_path / "logs/x/one"
+    if logger == "CSVLogger":
+        with (folder / "metrics.csv").open(newline="") as lines:
+            assert any(row["val/score"] for row in csv.DictReader(lines))
+        return
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert {"val/score", "val/organ/dice", "train/organ/loss"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"], "overlays"
+    assert (folder / "hparams.yaml").is_file()
+    assert (tmp_path / "run/metrics.csv").is_file()
+
+
+def data_of(images, **changes):
+    section = small_config(images, images)["data"]["init_args"] | {"cache_dir": None, "image_size": 32} | changes
+    from jsonargparse import ArgumentParser
+
+    from datamodules.labels_csv.columns import ClassColumns  # noqa: F401  the table's columns, built by jsonargparse
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(LabelsCSVDataModule, "data")
+    made = parser.instantiate(parser.parse_object({"data": section})).data
+    made.setup("fit")
+    return made
+
+
+def test_the_digest_follows_the_data_and_nothing_else(images, tmp_path):
+    first = data_identity(data_of(images))
+    assert first == data_identity(data_of(images, num_workers=0, batch_size=2))
+    moved = write_small_set(tmp_path / "elsewhere")
+    assert data_identity(data_of(moved)) == first
+    assert data_identity(data_of(images, seed=1))["digest"] != first["digest"], "another split"
+    table = moved / "labels.csv"
+    text = table.read_text()
+    assert ",well," in text
+    table.write_text(text.replace(",well,", ",sick,", 1))
+    changed = data_identity(data_of(moved))
+    assert changed["digest"] != first["digest"], "a corrected class"
+    picture = next(iter((moved / "images").glob("*.png")))
+    table.write_text(text)
+    picture.write_bytes((moved / "images/im001.png").read_bytes())
+    assert data_identity(data_of(moved))["digest"] != first["digest"], "another image"
+    assert "secret" not in json.dumps(first)
+    assert "im0" not in json.dumps(first)
+
+
+def test_other_data_modules_are_named_only():
+    import lightning as L
+
+    assert data_identity(L.LightningDataModule()) == {"dataset": "LightningDataModule"}
+    assert data_identity(None) == {"dataset": "NoneType"}
+
+
+def test_the_code_version_is_the_commit_of_this_code(tmp_path, monkeypatch):
+    import callbacks.run.wandb_run as record
+
+    home = Path(record.__file__).resolve().parents[2]
+    head = subprocess.run(["git", "-C", str(home), "rev-parse", "HEAD"], capture_output=True, text=True)
+    if head.returncode:
+        pytest.skip("not a checkout")
+    assert code_version()["commit"] == head.stdout.strip()
+    assert isinstance(code_version()["changed"], bool)
+    (tmp_path / "mtmedformer").mkdir()
+    (tmp_path / "mtmedformer/__init__.py").touch()
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.setattr(record.mtmedformer, "__file__", str(tmp_path / "mtmedformer/__init__.py"))
+    assert set(code_version()) == {"version"}, "somebody else's repository around an installation"
+    monkeypatch.setenv("PATH", "")
+    assert set(code_version()) == {"version"}
+
+
+def test_a_logger_whose_package_is_missing_is_told_in_words(images, tmp_path, capsys):
+    if importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX"):
+        pytest.skip("TensorBoard is installed")
+    config = config_of(images, tmp_path)
+    arguments = {"save_dir": str(tmp_path)}
+    config["trainer"]["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": arguments}
+    assert main(["fit", "--config", write_config(config, tmp_path / "c.yaml")]) == 2
+    message = capsys.readouterr().err
+    assert "pip install" in message
+    assert "Traceback" not in message

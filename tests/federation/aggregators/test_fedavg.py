@@ -1,0 +1,212 @@
+"""Averages, server optimisers, robust centres and the two ends, each against an independent calculation."""
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from federation.aggregators import (
+    CoordinateMedian,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedBN,
+    FedYogi,
+    Local,
+    Pooled,
+    TrimmedMean,
+    merge,
+)
+from federation.aggregators.weighted_mean import CHUNK, WeightedMeans
+from mtmedformer.errors import ConfigError
+from tests.fixtures.toy_federation import news, toy
+
+KEY = "encoder.0.weight"
+
+
+def numbers(updates, key=KEY, block="encoder"):
+    return np.stack([u.blocks[block].delta[key].double().numpy() for u in updates])
+
+
+def test_means_by_evidence_and_of_equal_sites():
+    state, schema = toy()
+    counts = [10, 300, 41]
+    updates = [news("abc"[i], state, schema, i, evidence=n) for i, n in enumerate(counts)]
+    for weights, expected in {"evidence": counts, "equal": [1, 1, 1]}.items():
+        merged = merge(FedAvg(weights), state, schema, updates)
+        for key in schema.block("encoder").keys:  # running statistics too
+            mean = np.average(numbers(updates, key), axis=0, weights=expected)
+            np.testing.assert_allclose(merged[key].numpy(), state[key].numpy() + mean, rtol=0, atol=3e-7)
+    with pytest.raises(ConfigError, match="neither"):
+        FedAvg("samples")
+
+
+def test_evidence_is_counted_a_block():
+    state, schema = toy()
+    a, b = news("a", state, schema, 1), news("b", state, schema, 2)
+    a.blocks["heads.lungs"].evidence = 300
+    merged = merge(FedAvg(), state, schema, [a, b])
+    for block, weights in {"encoder": [1, 1], "heads.lungs": [3, 1]}.items():
+        key = schema.block(block).keys[0]
+        mean = np.average(numbers([a, b], key, block), axis=0, weights=weights)
+        np.testing.assert_allclose((merged[key] - state[key]).numpy(), mean, atol=3e-7)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, CHUNK // 2 + 5), (CHUNK + 3, 2), (5, 2, 3, 3), (1, 4), (0, 3)])
+@pytest.mark.parametrize("grains", ["tensor", "row", "element", "tensor row element", "element tensor", "row element"])
+def test_running_sums_are_the_weighted_mean_whatever_the_grain(shape, grains):
+    generator = torch.Generator().manual_seed(0)
+    means, top, bottom = WeightedMeans(), 0.0, 0.0
+    for grain in grains.split() * 2:
+        rows = (shape[0], *[1] * (len(shape) - 1)) if shape else ()
+        size = {"tensor": (), "row": rows, "element": shape}[grain]
+        weight = torch.rand(size, generator=generator).double() + 0.1
+        value = torch.randn(shape, generator=generator)
+        means.add("w", value, weight)
+        top, bottom = top + value.double() * weight, bottom + weight
+    assert list(means) == ["w"]
+    mean = means.pop("w")
+    assert mean.dtype == torch.float64
+    assert mean.shape == shape
+    exact = "element" not in grains or len(shape) < 2
+    torch.testing.assert_close(mean, top / bottom, rtol=1e-14 if exact else 1e-6, atol=1e-14 if exact else 1e-6)
+    assert list(means) == []
+    assert means.nbytes() == 0
+
+
+def test_sums_take_two_copies_of_the_model_at_most():
+    for weight in (1.0, torch.rand(500, 1) + 0.1, torch.rand(500, 400) + 0.1):
+        means = WeightedMeans()
+        for _ in range(3):
+            means.add("w", torch.randn(500, 400), weight)
+        assert means.nbytes() <= 2.01 * 4 * 500 * 400
+
+
+def test_fedbn_leaves_every_norm_at_home():
+    state, schema = toy()
+    merged = merge(FedBN(), state, schema, [news("a", state, schema, 1), news("b", state, schema, 2)])
+    assert any(".1." in key for key in schema.norms)
+    assert any("running_var" in key for key in schema.norms)
+    for key in schema.block("encoder").keys:
+        assert torch.equal(merged[key], state[key]) == (key in schema.norms)
+
+
+def descend(aggregator, rounds=4):
+    """Return weights and mean changes of a few rounds."""
+    state, schema = toy()
+    path, changes = [state[KEY].double().numpy()], []
+    for i in range(rounds):
+        updates = [news(site, state, schema, 10 * i + j, round=i) for j, site in enumerate("ab")]
+        state = merge(aggregator, state, schema, updates)
+        path.append(state[KEY].double().numpy())
+        changes.append(numbers(updates).mean(0))
+    return path, changes
+
+
+def test_fedavgm_is_torchs_sgd_with_momentum_on_the_pseudo_gradient():
+    path, changes = descend(FedAvgM(momentum=0.8, lr=0.7))
+    parameter = torch.nn.Parameter(torch.tensor(path[0]))
+    optimiser = torch.optim.SGD([parameter], lr=0.7, momentum=0.8)
+    for weights, change in zip(path[1:], changes, strict=True):
+        parameter.grad = -torch.tensor(change)
+        optimiser.step()
+        np.testing.assert_allclose(weights, parameter.detach().numpy(), atol=2e-6)
+
+
+def test_sites_that_begin_ahead_follow_torchs_nesterov():
+    """Oracle: torch moves where gradients are taken, so its path is that of ``ahead``."""
+    state, schema = toy()
+    aggregator = FedAvgM(momentum=0.8, lr=0.7, lookahead=True)
+    parameter = torch.nn.Parameter(state[KEY].double().clone())
+    optimiser = torch.optim.SGD([parameter], lr=0.7, momentum=0.8, nesterov=True)
+    for i in range(5):
+        begun = aggregator.ahead(state)
+        torch.testing.assert_close(begun[KEY].double(), parameter.detach(), rtol=0, atol=3e-6)
+        updates = [news(site, begun, schema, 10 * i + j, round=i) for j, site in enumerate("ab")]
+        state = merge(aggregator, begun, schema, updates)
+        parameter.grad = -torch.tensor(numbers(updates).mean(0))
+        optimiser.step()
+
+
+def test_looking_ahead_takes_a_step_as_long_and_stops_after_the_last_news():
+    """The same changes add up to the same weights; only where they were measured differs."""
+    state, schema = toy()
+    plain, ahead = FedAvgM(0.6), FedAvgM(0.6, lookahead=True)
+    one = other = state
+    for i in range(4):
+        begun = ahead.ahead(other)
+        assert (i == 0) == torch.equal(begun[KEY], other[KEY])
+        one = merge(plain, one, schema, [news("a", one, schema, i, round=i)])
+        other = merge(ahead, begun, schema, [news("a", begun, schema, i, round=i)])
+        torch.testing.assert_close(one[KEY], other[KEY], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", [FedAdam, FedYogi])
+def test_adaptive_steps_follow_algorithm_2(kind):
+    lr, beta1, beta2, tau = 0.05, 0.7, 0.9, 0.02
+    path, changes = descend(kind(lr=lr, beta1=beta1, beta2=beta2, tau=tau))
+    m, v, w = np.zeros_like(path[0]), np.full_like(path[0], tau**2), path[0]
+    for weights, d in zip(path[1:], changes, strict=True):
+        m = beta1 * m + (1 - beta1) * d
+        v = beta2 * v + (1 - beta2) * d**2 if kind is FedAdam else v - (1 - beta2) * d**2 * np.sign(v - d**2)
+        w = w + lr * m / (np.sqrt(v) + tau)
+        np.testing.assert_allclose(weights, w, atol=3e-6)
+
+
+def test_server_optimisers_average_running_statistics_plainly():
+    state, schema = toy()
+    updates = [news(site, state, schema, i) for i, site in enumerate("ab")]
+    plain = merge(FedAvg(), state, schema, updates)
+    for aggregator in (FedAdam(lr=1.0), FedAvgM(lr=0.1)):
+        merged = merge(aggregator, state, schema, updates)
+        assert torch.equal(merged["encoder.2.running_mean"], plain["encoder.2.running_mean"])
+        assert not torch.equal(merged[KEY], plain[KEY])
+
+
+def test_momentum_of_a_task_rests_while_nobody_labels_it():
+    state, schema = toy()
+    aggregator = FedAvgM()
+    first = merge(aggregator, state, schema, [news("a", state, schema)])
+    second = merge(aggregator, first, schema, [news("a", first, schema, 1, ["finding"])])
+    for key in schema.block("heads.lungs").keys:
+        assert torch.equal(first[key], second[key])
+
+
+@pytest.mark.parametrize("sites", [1, 2, 4, 5, 7])
+def test_robust_centres_are_numpys_and_scipys(sites):
+    state, schema = toy()
+    updates = [news("abcdefg"[i], state, schema, i, evidence=10**i) for i in range(sites)]
+    deltas = numbers(updates)
+    expected = {
+        CoordinateMedian(): np.median(deltas, axis=0),
+        TrimmedMean(0.3): scipy.stats.trim_mean(deltas, 0.3, axis=0),
+        TrimmedMean(0): deltas.mean(0),
+    }
+    for aggregator, centre in expected.items():
+        merged = merge(aggregator, state, schema, updates)
+        np.testing.assert_allclose((merged[KEY] - state[KEY]).numpy(), centre, atol=5e-7)
+    with pytest.raises(ConfigError, match=r"\[0, 0\.5\)"):
+        TrimmedMean(0.5)
+
+
+@pytest.mark.parametrize("aggregator", [CoordinateMedian(), TrimmedMean(0.2)], ids=["median", "trimmed"])
+def test_one_wild_site_moves_nothing_beyond_the_others(aggregator):
+    state, schema = toy()
+    good = [news(site, state, schema, i) for i, site in enumerate("abcd")]
+    wild = news("wild", state, schema, 9, size=1e6, evidence=10**9)
+    moved = merge(aggregator, state, schema, [*good, wild])[KEY] - state[KEY]
+    deltas = numbers(good)
+    assert (moved.numpy() <= deltas.max(0) + 1e-6).all()
+    assert (moved.numpy() >= deltas.min(0) - 1e-6).all()
+
+
+def test_local_merges_nothing_and_pooled_takes_one_site_whole():
+    state, schema = toy()
+    updates = [news(site, state, schema, i) for i, site in enumerate("ab")]
+    assert not Local.merges
+    assert all(torch.equal(v, state[k]) for k, v in merge(Local(), state, schema, updates).items())
+    assert Pooled.pooled
+    merged = merge(Pooled(), state, schema, updates[:1])
+    torch.testing.assert_close(merged[KEY], state[KEY] + updates[0].blocks["encoder"].delta[KEY])
+    with pytest.raises(ValueError, match="one site"):
+        merge(Pooled(), state, schema, updates)

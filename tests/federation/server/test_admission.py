@@ -1,0 +1,160 @@
+"""Who is let into a round, how many must come, and what the state of a run says."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from federation.exchange.update import norms_of
+from federation.server.admission import Fault, Policy, RoundError, outliers, refusal
+from federation.server.run_state import RunState, read_state, write_state
+from mtmedformer.errors import ConfigError, DataError
+from tests.fixtures.toy_federation import news, toy
+
+
+@pytest.mark.parametrize(
+    "quorum, asked, needed",
+    [(0.5, 4, 2), (0.5, 5, 3), (0.1, 5, 1), (1, 5, 1), (3, 5, 3), (9, 5, 5), (0.5, 1, 1), (1.0, 4, 1)],
+)
+def test_the_quorum_is_a_share_or_a_number_of_the_sites_asked(quorum, asked, needed):
+    assert Policy(quorum=quorum).needed(asked) == needed
+
+
+@pytest.mark.parametrize(
+    "settings", [{"quorum": 0}, {"quorum": 1.5}, {"deadline": 0}, {"retries": -1}, {"outlier": 0.0}]
+)
+def test_a_policy_that_cannot_be_is_refused(settings):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        Policy(**settings)
+
+
+def test_a_round_below_its_quorum_ends_the_run_and_says_who_was_missing():
+    faults = [Fault("south", "out of memory")]
+    Policy(quorum=1).check(0, 2, 1, faults)
+    with pytest.raises(RoundError, match=r"round 3: 1 of 2 .*quorum asks for 2; south: out of memory"):
+        Policy(quorum=2).check(2, 2, 1, faults)
+    with pytest.raises(RoundError, match="missing=fail"):
+        Policy(missing="fail").check(0, 2, 1, faults)
+    Policy(missing="fail").check(0, 2, 2, [])
+    assert RoundError.exit_code == 1
+
+
+def broken(change):
+    state, schema = toy()
+    update = news("a", state, schema, precision="row")
+    change(update)
+    from federation.exchange.schema import state_hash
+
+    return refusal(update, 0, state_hash(state), schema)
+
+
+def of(update, name="encoder"):
+    return update.blocks[name]
+
+
+CASES = {
+    "schema": (lambda u: setattr(u, "schema", "other"), "another model"),
+    "round": (lambda u: setattr(u, "round", 3), r"another round \(4, not 1\)"),
+    "base": (lambda u: setattr(u, "base", "other"), "another round"),
+    "block": (lambda u: u.blocks.update(stranger=of(u)), "unknown block 'stranger'"),
+    "personal": (lambda u: u.blocks.update(loss=of(u)), "unknown block 'loss'"),
+    "evidence": (lambda u: setattr(of(u), "evidence", 0), "encoder: no evidence"),
+    "name": (lambda u: of(u).delta.update(other=torch.zeros(1)), "unknown weights"),
+    "foreign": (lambda u: of(u).delta.update({"heads.lungs.bias": torch.zeros(3)}), "unknown weights"),
+    "shape": (lambda u: of(u).delta.update({"encoder.0.bias": torch.zeros(4)}), r"shape \(4,\), not \(5,\)"),
+    "nan": (lambda u: of(u).delta["encoder.0.bias"].fill_(float("nan")), "encoder.0.bias: not finite"),
+    "inf": (lambda u: of(u).delta["encoder.0.bias"].fill_(float("inf")), "not finite"),
+    "integers": (lambda u: of(u).delta.update({"encoder.0.bias": torch.zeros(5, dtype=torch.long)}), "not finite"),
+    "precision_below": (lambda u: of(u).precision["encoder.0.weight"].neg_(), "precision that is not finite or below"),
+    "precision_shape": (lambda u: of(u).precision.update({"encoder.0.weight": torch.ones(3)}), "precision of shape"),
+    "precision_large": (lambda u: of(u).precision.update({"encoder.0.bias": torch.ones(2, 5)}), "precision of shape"),
+    "precision_alone": (lambda u: of(u).precision.update(other=torch.ones(1)), "were not sent"),
+    "scale": (lambda u: of(u).scale.update({"encoder.0.bias": float("inf")}), "curvature"),
+    "counter": (lambda u: u.counters.update({"encoder.2.num_batches_tracked": torch.zeros(2)}), "not a counter"),
+    "counter_name": (lambda u: u.counters.update(other=torch.tensor(1)), "not a counter"),
+    "extra": (lambda u: u.extra.update(other=torch.tensor(float("nan"))), "extra"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_update_that_cannot_be_used_is_refused_by_name(case):
+    change, words = CASES[case]
+    import re
+
+    assert re.search(words, broken(change) or "")
+
+
+@pytest.mark.parametrize("precision", [None, "tensor", "row", "element"])
+def test_a_good_update_is_let_in(precision):
+    state, schema = toy()
+    from federation.exchange.schema import state_hash
+
+    assert refusal(news("a", state, schema, precision=precision), 0, state_hash(state), schema) is None
+
+
+def test_a_change_far_larger_than_the_others_is_an_outlier_and_a_small_one_is_not():
+    usual = {f"s{i}": {"encoder": 1.0 + 0.1 * i, "heads.lungs": 2.0} for i in range(5)}
+    assert outliers(usual, 6.0) == {}
+    found = outliers(usual | {"bad": {"encoder": 100.0, "heads.lungs": 2.0}}, 6.0)
+    assert list(found) == ["bad"]
+    assert "encoder 80 times the median" in found["bad"]
+    assert outliers(usual | {"bad": {"encoder": 7.0}}, 6.0) == {}, "never below 7.4 times the median"
+    assert outliers(usual | {"idle": {"encoder": 1e-6}}, 6.0) == {}
+    assert outliers(usual | {"bad": {"encoder": 1e9}}, None) == {}
+    assert outliers({"a": {"encoder": 1.0}, "b": {"encoder": 1e9}}, 6.0) == {}, "of two, nobody knows which is wrong"
+
+
+def test_sites_that_differ_widely_are_not_outliers():
+    varied = {f"s{i}": {"encoder": 2.0**i} for i in range(7)}
+    assert outliers(varied, 6.0) == {}
+
+
+def test_norms_are_those_of_each_block():
+    state, schema = toy()
+    update = news("a", state, schema)
+    flat = torch.cat([delta.flatten() for delta in update.blocks["heads.lungs"].delta.values()])
+    assert norms_of(update)["heads.lungs"] == pytest.approx(float(flat.norm()), rel=1e-6)
+
+
+def test_the_state_is_written_whole_and_read_back(tmp_path):
+    said = write_state(tmp_path, "running", "4 sites", 1, 5)
+    assert read_state(tmp_path) == said
+    assert [p.name for p in tmp_path.iterdir()] == ["run_state.json"]
+    assert read_state(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize("state, code", [("finished", 0), ("failed", 1), ("degraded", 3)])
+def test_the_exit_code_tells(state, code):
+    assert RunState(state, "", 1, 1).exit_code == code
+
+
+def test_a_process_that_was_killed_is_found_out(tmp_path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from federation.server.run_state import write_state;"
+        "write_state(Path(sys.argv[1]), 'running', '2 sites', 2, 5); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert json.loads((tmp_path / "run_state.json").read_text())["state"] == "running"
+    said = read_state(tmp_path)
+    assert said.state == "failed"
+    assert "without a word after round 2" in said.reason
+
+
+def test_a_broken_state_is_an_error_that_names_the_file(tmp_path):
+    (tmp_path / "run_state.json").write_text("{")
+    with pytest.raises(DataError, match=r"run_state\.json"):
+        read_state(tmp_path)
+
+
+def test_a_full_disk_does_not_hide_why_the_run_ends(tmp_path, capsys, monkeypatch):
+    from pathlib import Path
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert write_state(tmp_path, "failed", "no space", 1, 5).state == "failed"
+    assert "the run is failed: no space" in capsys.readouterr().err

@@ -1,0 +1,113 @@
+"""What the report says of drift and shares is what the merge did."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from federation import (
+    BayesianAggregator,
+    CoordinateMedian,
+    FedAdam,
+    FedAvg,
+    FedBN,
+    Local,
+    Pooled,
+    Scaffold,
+)
+from federation.server.drift import Drift
+from tests.fixtures.toy_federation import news, toy
+
+
+def round_of(aggregator, updates, state, schema, most=4096):
+    aggregator.start(state, schema)
+    drift = Drift(aggregator, schema, most)
+    for update in updates:
+        drift.add(update)
+        aggregator.add(update)
+    after = aggregator.finish()
+    return drift, after, drift.finish(state, after)
+
+
+WEIGHTED = {
+    "fedavg": lambda: FedAvg(),
+    "equal": lambda: FedAvg("equal"),
+    "bayes": lambda: BayesianAggregator(momentum=0, a=0.5),
+    "row": lambda: BayesianAggregator(momentum=0, granularity="row"),
+    "between": lambda: BayesianAggregator(momentum=0, between=True),
+    "bn": lambda: FedBN(),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_shares_times_changes_are_the_merged_change(name):
+    state, schema = toy()
+    precision = "row" if name == "row" else "element"
+    updates = [
+        news("a", state, schema, seed=1, evidence=30, precision=precision),
+        news("b", state, schema, seed=2, evidence=90, tasks=("lungs",), precision=precision),
+        news("c", state, schema, seed=3, evidence=10, precision=precision),
+    ]
+    drift, after, told = round_of(WEIGHTED[name](), updates, state, schema)
+    for block in schema.blocks:
+        if block.personal:
+            continue
+        for key in block.keys:
+            if name == "bn" and key in schema.norms:
+                assert drift.shares(key) == {}
+                continue
+            senders = {u.site: u.blocks[block.name].delta[key] for u in updates if block.name in u.blocks}
+            shares = drift.shares(key)
+            assert set(shares) == set(senders)
+            expected = sum(shares[site] * senders[site].flatten() for site in senders)
+            torch.testing.assert_close(expected.float(), (after[key] - state[key]).flatten(), atol=1e-6, rtol=1e-5)
+    assert set(told) == {"a", "b", "c"}
+    assert "heads.finding" not in told["b"]["share"]
+    for block in ("encoder", "heads.finding", "heads.lungs"):
+        assert sum(found["share"].get(block, 0.0) for found in told.values()) == pytest.approx(1)
+
+
+def test_cosine_is_that_of_the_whole_change():
+    state, schema = toy()
+    updates = [news(site, state, schema, seed=i) for i, site in enumerate("ab")]
+    _, after, told = round_of(FedAvg(), updates, state, schema)
+    keys = [key for block in schema.blocks if not block.personal for key in block.keys]
+    merged = torch.cat([(after[key] - state[key]).flatten() for key in keys])
+    for update in updates:
+        own = torch.cat([block.delta[key].flatten() for block in update.blocks.values() for key in block.delta])
+        assert told[update.site]["cosine"] == pytest.approx(
+            float(torch.cosine_similarity(own, merged, dim=0)), abs=1e-5
+        )
+
+
+def test_few_elements_say_nearly_the_same():
+    state, schema = toy()
+    updates = [news(site, state, schema, seed=i) for i, site in enumerate("abc")]
+    _, _, whole = round_of(BayesianAggregator(), updates, state, schema)
+    _, _, few = round_of(BayesianAggregator(), updates, state, schema, most=12)
+    for site in "abc":
+        assert few[site]["cosine"] == pytest.approx(whole[site]["cosine"], abs=0.25)
+        assert few[site]["cosine"] != whole[site]["cosine"]
+        assert few[site]["share"]["encoder"] == pytest.approx(whole[site]["share"]["encoder"], abs=0.15)
+
+
+@pytest.mark.parametrize("make, shared, moved", [
+    (FedAdam, True, True), (Scaffold, True, True), (CoordinateMedian, False, True), (Local, False, False),
+])  # fmt: skip
+def test_what_has_no_weights_or_merges_nothing_claims_neither(make, shared, moved):
+    state, schema = toy()
+    updates = [news(site, state, schema, seed=i) for i, site in enumerate("abc")]
+    _, _, told = round_of(make(), updates, state, schema)
+    assert all(("share" in found) == shared and ("cosine" in found) == moved for found in told.values())
+
+
+def test_a_single_site_has_everything_to_say_and_the_merge_is_unchanged_by_the_watching():
+    state, schema = toy()
+    update = news("pooled", state, schema)
+    _, after, told = round_of(Pooled(), [update], state, schema)
+    assert told["pooled"]["cosine"] == pytest.approx(1)
+    assert set(told["pooled"]["share"].values()) == {1.0}
+    plain = Pooled()
+    plain.start(state, schema)
+    plain.add(news("pooled", state, schema))
+    assert all(torch.equal(value, after[key]) for key, value in plain.finish().items())
