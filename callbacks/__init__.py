@@ -1,15 +1,15 @@
 """Lightning callbacks of MTMedFormer, one file each."""
 
 from callbacks.evaluation.calibrate import Calibrate, ReliabilityReport
-from callbacks.evaluation.metrics_table import MetricsTable, TestReport
-from callbacks.evaluation.overlays import Overlays
 from callbacks.federation.callback import Federation
 from callbacks.federation.posterior_prediction import PosteriorPrediction
 from callbacks.federation.tune_posterior import TunePosterior
 from callbacks.prediction.explanations import Explanations
 from callbacks.prediction.writer import PredictionWriter
 from callbacks.reports.federation_report import FederationReport
+from callbacks.reports.metrics_table import MetricsTable, TestReport
 from callbacks.reports.model_report import ModelReport
+from callbacks.reports.overlays import Overlays
 from callbacks.run.atomic_checkpoints import AtomicCheckpoints
 from callbacks.run.checkpoints import LastCheckpoint, ResumePoint
 from callbacks.run.model_summary import PartsSummary

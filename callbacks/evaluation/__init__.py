@@ -1,1 +1,1 @@
-"""Callbacks that measure a model: tables, per-image results, calibration, overlays."""
+"""Callbacks that measure a model: per-image results and calibration."""

@@ -1,1 +1,1 @@
-"""Reports in one HTML file: of a federation and of a test, and the model card."""
+"""Callbacks that present results and change none: tables, overlays, HTML reports, the model card."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from callbacks.evaluation.metrics_table import HIDDEN
+from callbacks.reports.metrics_table import HIDDEN
 from callbacks.reports.model_page import leak_words
 from callbacks.reports.model_words import abilities, interval, limits
 from mtmedformer.plots.html import number

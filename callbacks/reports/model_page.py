@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from callbacks.evaluation.metrics_table import HEADLINES, HIDDEN
+from callbacks.reports.metrics_table import HEADLINES, HIDDEN
 from callbacks.reports.model_words import abilities, interval, limits
 from callbacks.reports.ranking_curves import task_figure
 from mtmedformer.plots.html import (

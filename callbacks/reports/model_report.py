@@ -15,9 +15,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from callbacks.evaluation.calibrate import ReliabilityReport
-from callbacks.evaluation.metrics_table import TestReport
 from callbacks.reports.cases import Case, case_figure, chosen, quality
 from callbacks.reports.environment import versions
+from callbacks.reports.metrics_table import TestReport
 from callbacks.reports.model_card import model_card
 from callbacks.reports.model_page import model_page
 from callbacks.reports.ranking_curves import curves_of

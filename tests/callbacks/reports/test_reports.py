@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from callbacks.evaluation.metrics_table import print_metrics
+from callbacks.reports.metrics_table import print_metrics
 from datamodules.images.presets import BreastPreset, PlainPreset, warp
 from mtmedformer.batch import Meta
 from mtmedformer.geometry import boxes_in_original, mask_in_original
