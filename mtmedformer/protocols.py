@@ -1,0 +1,329 @@
+"""Contracts between the packages: what the model, the data modules, the callbacks and the federation expect.
+
+Any object with these members will do; none has to inherit from a class here. ``isinstance`` tests whether the members
+exist, not their types. A user's own data module or callback may provide some of them and not others; what a missing
+one costs is stated at each protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+    from torch.nn.parameter import Parameter
+
+    from mtmedformer.batch import Task
+
+# --- model -----------------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """A ``torch.nn.Module`` that turns an image into a feature pyramid; the type of ``MultiTaskModule.encoder``.
+
+    Attributes:
+        name: Short name for reports and tags, for example ``pvt_v2_b0``.
+        channels: Channels of every level.
+        strides: Stride of each level in pixels, finest first.
+    """
+
+    name: str
+    channels: int
+    strides: tuple[int, ...]
+
+    def __call__(self, image: Tensor) -> list[Tensor]:
+        """Return the levels, finest first: (B, channels, ceil(H / s), ceil(W / s)) for an image (B, C, H, W)."""
+        ...
+
+    def layer_depths(self) -> dict[str, int]:
+        """Return the depth of each parameter by name, 0 nearest to the image; empty without layers."""
+        ...
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that must not decay, for example position embeddings."""
+        ...
+
+    # Members of torch.nn.Module that MultiTaskModule uses.
+    def parameters(self, recurse: bool = ...) -> Iterator[Parameter]: ...  # noqa: D102
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]: ...  # noqa: D102
+    def to(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
+    def compile(self, *args: Any, **kwargs: Any) -> None: ...  # noqa: D102
+
+
+class Predictor(Protocol):
+    """How ``test`` and ``predict`` compute the predictions of an image: directly, by tiles, from posterior samples.
+
+    ``MultiTaskModule.predictor`` holds one; a callback may set another before prediction starts.
+
+    Attributes:
+        settings: Settings that change the predictions, for the record kept beside them: names to plain values.
+    """
+
+    @property
+    def settings(self) -> Mapping[str, Any]: ...  # noqa: D102
+
+    def predict(self, module: Any, image: Tensor, raw: bool = False) -> dict[str, Any]:
+        """Return the predictions by task.
+
+        Args:
+            module: The ``MultiTaskModule``; its method ``predict`` computes the predictions of one forward pass.
+            image: float (B, C, H, W) in [0, 1].
+            raw: Add the predictions without calibration as ``raw/<task>``.
+        """
+        ...
+
+
+@runtime_checkable
+class StepSchedule(Protocol):
+    """A learning-rate schedule over the optimizer steps of the whole training; others are stepped per epoch."""
+
+    def spread(self, total_steps: int) -> None:
+        """Set the number of optimizer steps of the whole training, before the first step."""
+        ...
+
+
+@runtime_checkable
+class MonitoringSchedule(Protocol):
+    """A learning-rate schedule that follows a logged metric (``lightning.pytorch.cli.ReduceLROnPlateau``).
+
+    Attributes:
+        monitor: Name of the logged metric.
+    """
+
+    monitor: str
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class ClassLabels(Protocol):
+    """The classification truth of a record.
+
+    Attributes:
+        values: 1.0, 0.0 or NaN (unknown) per class.
+    """
+
+    @property
+    def values(self) -> tuple[float, ...]: ...  # noqa: D102
+
+
+class ImageRecord(Protocol):
+    """One image of a data set before its pixels are read (``datamodules.records.Record``).
+
+    Attributes:
+        id: Name of the image, unique in its data set.
+        patient: Identifier of the patient; images of one patient never cross splits.
+        site: Site (hospital, source) of the image.
+        groups: Further values by which a data set can be cut into sites.
+        truth: Label by task; a task without an entry is unknown.
+    """
+
+    @property
+    def id(self) -> str: ...  # noqa: D102
+    @property
+    def file(self) -> Path: ...  # noqa: D102
+    @property
+    def patient(self) -> str: ...  # noqa: D102
+    @property
+    def site(self) -> str: ...  # noqa: D102
+    @property
+    def groups(self) -> Mapping[str, str]: ...  # noqa: D102
+    @property
+    def truth(self) -> Mapping[str, Any]: ...  # noqa: D102
+
+
+# --- data modules ----------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class TaskedData(Protocol):
+    """A data module that declares its tasks. Without it the model's heads are not compared with the data.
+
+    Attributes:
+        tasks: Tasks by name, complete after ``setup``.
+    """
+
+    tasks: dict[str, Task]
+
+
+@runtime_checkable
+class RecordData(Protocol):
+    """A data module of records; only such a one can be cut into sites (``FederatedDataModule.by``, ``partition``).
+
+    Attributes:
+        tasks: Tasks by name.
+        where: Values a record's fields must have to be used.
+        records: Records in use, complete after ``plan``.
+        splits: ``train``, ``val`` or ``test`` by record id.
+    """
+
+    tasks: dict[str, Task]
+    where: Any
+    records: Any
+    splits: Any
+
+    def plan(self) -> None:
+        """Read the records and split them; decode no pixel."""
+        ...
+
+    def catalogue(self) -> Any:
+        """Return the tasks and records of the data set's own files."""
+        ...
+
+
+@runtime_checkable
+class SplitData(Protocol):
+    """A data module that keeps one data set per split.
+
+    Attributes:
+        datasets: Data set by split name; a split without images has no entry.
+    """
+
+    datasets: Mapping[str, Any]
+
+
+@runtime_checkable
+class RecordDataset(Protocol):
+    """The images of one split with their records; without it a run cannot be identified by its data.
+
+    Attributes:
+        records: Records in order.
+        keys: Key per record that changes with the content of its file and its preprocessing.
+        tasks: Tasks of a sample.
+    """
+
+    records: Sequence[Any]
+    keys: Sequence[str]
+    tasks: dict[str, Task]
+
+
+@runtime_checkable
+class DescribedData(Protocol):
+    """A data module that describes itself for reports."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return counts and plain text about the data, once set up: no names, ids or paths."""
+        ...
+
+
+class QuarantineTable(Protocol):
+    """The list of the items that could not be used."""
+
+    def write(self, folder: Path) -> Any:
+        """Write ``quarantine.csv`` into a folder."""
+        ...
+
+
+@runtime_checkable
+class QuarantiningData(Protocol):
+    """A data module that lists the items it could not use.
+
+    Attributes:
+        quarantine: The list so far.
+    """
+
+    quarantine: Any
+
+
+@runtime_checkable
+class OriginalImages(Protocol):
+    """A data module that gives access to its image files, for overlays and DICOM outputs.
+
+    Attributes:
+        files: Image file by record id.
+    """
+
+    @property
+    def files(self) -> dict[str, Path]: ...  # noqa: D102
+
+    def original(self, file: Path) -> NDArray[np.float32]:
+        """Return the whole image as displayed: float32 (H, W) in [0, 1]."""
+        ...
+
+    def is_dicom(self, file: Path) -> bool:
+        """Return whether a file is DICOM."""
+        ...
+
+
+@runtime_checkable
+class ResumablePrediction(Protocol):
+    """A data module for ``predict`` that skips finished images and lists the unreadable ones.
+
+    Attributes:
+        failures: Images that could not be read so far; each has ``id``, ``reason`` and ``detail``.
+    """
+
+    failures: list[Any]
+
+    @property
+    def settings(self) -> dict[str, Any]: ...  # noqa: D102
+
+    def ask_for_done(self, done: Callable[[Mapping[str, Path]], Collection[str]]) -> None:
+        """Set the function that returns the ids of the finished images, given all files by id."""
+        ...
+
+
+@runtime_checkable
+class SiteData(Protocol):
+    """The data module of one site of a federation.
+
+    Attributes:
+        site: Name of the site.
+    """
+
+    site: str
+
+
+# --- callbacks -------------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class RunsRounds(Protocol):
+    """A callback that trains in federated rounds: each epoch of the trainer is one round over the sites.
+
+    Attributes:
+        runs_rounds: Whether it does.
+    """
+
+    runs_rounds: bool
+
+
+@runtime_checkable
+class StopsTraining(Protocol):
+    """A callback that may ask for an early end of a round.
+
+    Attributes:
+        stopping: Whether training should end now.
+    """
+
+    @property
+    def stopping(self) -> bool: ...  # noqa: D102
+
+
+@runtime_checkable
+class HasExitCode(Protocol):
+    """A callback, or error, that decides the exit code of the command; the largest one counts.
+
+    Attributes:
+        exit_code: 0 for success.
+    """
+
+    @property
+    def exit_code(self) -> int: ...  # noqa: D102
+
+
+@runtime_checkable
+class WritesPredictions(Protocol):
+    """A callback that writes predictions; other callbacks put their files beside them.
+
+    Attributes:
+        predictions_root: Configured folder; ``None`` is ``predictions`` in the run folder.
+    """
+
+    predictions_root: str | None
