@@ -28,10 +28,10 @@ from federation.aggregators.bayesian import BayesianAggregator
 from federation.alignment.align import permutation_groups
 from federation.client.lightning_internals import (
     SiteBar,
+    build_site_trainer,
     copy_module,
     keep_metrics_home,
     note_sigterm_alone,
-    site_trainer,
 )
 from federation.client.subprocess import Late, train_isolated
 from federation.client.train import Interrupted, RoundPlan, SiteResult, SiteState, state_of, train_site
@@ -61,7 +61,7 @@ class Federation(L.Callback):
 
     Args:
         aggregator: How updates become the next global weights; ``null`` is the Bayesian aggregator.
-        client_trainer: The Trainer of a site. Its ``max_epochs`` (or ``max_steps``) is the budget of one round, by
+        site_trainer: The Trainer of a site. Its ``max_epochs`` (or ``max_steps``) is the budget of one round, by
             default one epoch; gradient clipping, accumulation and limits of training belong here too.
         placement: ``sequential``: one process trains all sites; ``isolated``: each site's round has a process of its
             own, of one thread, whose death is the site's alone (not on GPUs); ``per_rank``: every process trains some;
@@ -74,7 +74,7 @@ class Federation(L.Callback):
             rounds, each a list of site names, that is gone through again and again.
         align: Bring hidden units and attention heads of a site that changed places home to those of the global model
             before its update leaves. In an ordinary round none do, and it costs little.
-        validate_sites: Also validate each site's own model on its own data, as ``client/<site>/val/…``. Done in any
+        validate_sites: Also validate each site's own model on its own data, as ``site/<site>/val/…``. Done in any
             case where sites keep something for themselves (norms, personal models).
         policy: What is done about sites that fail: quorum, deadline, retries, outliers.
         privacy: What sites do to their updates before they leave: one policy for all, or one by site name; a site
@@ -89,7 +89,7 @@ class Federation(L.Callback):
     def __init__(
         self,
         aggregator: Aggregator | None = None,
-        client_trainer: Callable[[], L.Trainer] = L.Trainer,
+        site_trainer: Callable[[], L.Trainer] = L.Trainer,
         placement: Literal["auto", "sequential", "isolated", "per_rank", "ddp"] = "auto",
         sites_at_once: int = 1,
         optimizer_state: Literal["reset", "keep"] = "reset",
@@ -100,7 +100,7 @@ class Federation(L.Callback):
         privacy: PrivacyPolicy | dict[str, PrivacyPolicy] | None = None,
     ) -> None:
         self.aggregator = aggregator or BayesianAggregator()
-        self.client_trainer = client_trainer
+        self.site_trainer = site_trainer
         self.placement, self.optimizer_state, self.participation = placement, optimizer_state, participation
         self.sites_at_once, self.align, self.validate_sites, self.policy = sites_at_once, align, validate_sites, policy
         check_participation(participation)
@@ -227,7 +227,7 @@ class Federation(L.Callback):
                 if self._placed(trainer) == "isolated" and (logger := self.loggers.get(trainer, site)) is not None:
                     logger.log_metrics(arrival.logged, arrival.state.steps)
                 told[site] = arrival.told | pulls.get(site, {})
-                logged = {f"client/{site}/{key}": value for key, value in arrival.logged.items()}
+                logged = {f"site/{site}/{key}": value for key, value in arrival.logged.items()}
                 pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
             elif arrival.state is not None:  # refused, but it has left the site, whose policy must not forget that
                 self.sites[site] = replace(self.sites.get(site, SiteState()), privacy=arrival.state.privacy)
@@ -261,7 +261,7 @@ class Federation(L.Callback):
         bar = None
         if trainer.progress_bar_callback is not None and trainer.is_global_zero and not quiet:
             bar = SiteBar(f"  {site.site}")
-        make = partial(site_trainer, self._factory(trainer), trainer, distributed=plan.distributed)
+        make = partial(build_site_trainer, self._factory(trainer), trainer, distributed=plan.distributed)
         return train_site(
             site.site,
             self._template,
@@ -279,10 +279,10 @@ class Federation(L.Callback):
         own = self._sites_have_their_own()
         if not (own or self.validate_sites) or self.aggregator.pooled:
             return
-        make = partial(site_trainer, self._factory(trainer), trainer, validates=True)
+        make = partial(build_site_trainer, self._factory(trainer), trainer, validates=True)
         sites = federated_data(trainer).sites
         found = validate_own(sites, self._template, self._group(trainer), self.model_of, make)
-        logged = {f"client/{site}/val/{key}": v for site, values in found.items() for key, v in values.items()}
+        logged = {f"site/{site}/val/{key}": v for site, values in found.items() for key, v in values.items()}
         logged |= mean_and_worst(found) if own else {}
         pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
         for site, values in found.items():
@@ -384,5 +384,5 @@ class Federation(L.Callback):
 
     def _factory(self, trainer: L.Trainer) -> Callable[..., L.Trainer]:
         fast = int(getattr(trainer, "fast_dev_run", False))
-        factory: Callable[..., L.Trainer] = self.client_trainer
+        factory: Callable[..., L.Trainer] = self.site_trainer
         return partial(factory, limit_train_batches=fast, limit_val_batches=fast) if fast else factory

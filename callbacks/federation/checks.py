@@ -8,7 +8,7 @@ from datetime import timedelta
 import lightning as L
 from lightning.pytorch.strategies import DDPStrategy
 
-from federation.client.lightning_internals import budget, site_trainer
+from federation.client.lightning_internals import budget, build_site_trainer
 from federation.datamodule import FederatedDataModule
 from federation.server.admission import Policy
 from mtmedformer.errors import ConfigError
@@ -29,7 +29,7 @@ def federated_data(trainer: L.Trainer) -> FederatedDataModule:
     return data
 
 
-def check_server(trainer: L.Trainer, placement: str, policy: Policy, client_trainer: Callable[..., L.Trainer]) -> None:
+def check_server(trainer: L.Trainer, placement: str, policy: Policy, site_trainer: Callable[..., L.Trainer]) -> None:
     """Refuse settings of the Trainer that mean nothing to a server.
 
     Raises:
@@ -44,7 +44,7 @@ def check_server(trainer: L.Trainer, placement: str, policy: Policy, client_trai
     ):
         if value not in neutral and not getattr(trainer, "fast_dev_run", False):
             raise ConfigError(
-                f"trainer.{name}={value} means nothing to rounds; set federation.client_trainer.{name} instead"
+                f"trainer.{name}={value} means nothing to rounds; set federation.site_trainer.{name} instead"
             )
     if trainer.max_epochs in (None, -1):
         raise ConfigError("trainer.max_epochs counts the rounds; set it to 1 or more")
@@ -55,7 +55,7 @@ def check_server(trainer: L.Trainer, placement: str, policy: Policy, client_trai
         )
     if trainer.world_size > 1:
         _check_group(trainer, placement, policy)
-    budget(site_trainer(client_trainer, trainer))
+    budget(build_site_trainer(site_trainer, trainer))
 
 
 def _check_group(trainer: L.Trainer, placement: str, policy: Policy) -> None:

@@ -14,7 +14,7 @@ class ShuffleUnits(L.Callback):
     """Permutes the units of some sites before their training of every round; what they compute stays the same.
 
     A federation that averages without alignment is destroyed by it, one that aligns does not notice. Belongs to
-    ``federation.client_trainer.callbacks``.
+    ``federation.site_trainer.callbacks``.
 
     Args:
         sites: Names of the sites; the others train as usual.

@@ -14,7 +14,7 @@ class SiteLoggers:
     """Opens a W&B run for each site, where the server has one, and goes on with the same runs after a resume.
 
     Two W&B loggers of one process would share the server's run; each site's gets a run object of its own. Under a sweep
-    the process owns one run id only, so there sites are logged in the server's run alone (``client/<site>/…``).
+    the process owns one run id only, so there sites are logged in the server's run alone (``site/<site>/…``).
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class SiteLoggers:
                 project=server._wandb_init.get("project"),
                 dir=server._wandb_init.get("dir"),
                 group=self._group,
-                job_type="client",
+                job_type="site",
                 name=site,
                 id=f"{self._group}-{site}",
                 resume="allow",

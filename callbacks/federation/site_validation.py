@@ -28,7 +28,7 @@ def metrics_by_site(module: L.LightningModule) -> dict[str, float]:
             primary.setdefault(site, []).append(values.get(metric.primary, float("nan")))
             found |= {f"val/{task}/{k}/site={site}": v for k, v in values.items() if "/" not in k}
     scores = {site: mean_known(values) for site, values in primary.items()}
-    found |= {f"client/{site}/val/score": score for site, score in scores.items()}
+    found |= {f"site/{site}/val/score": score for site, score in scores.items()}
     known = [score for score in scores.values() if score == score]
     if known:
         found |= {"val/site_mean": sum(known) / len(known), "val/site_worst": min(known)}
@@ -60,7 +60,7 @@ def mean_and_worst(found: dict[str, dict[str, float]]) -> dict[str, float]:
     scores = [values.get("score", float("nan")) for values in found.values()]
     if not any(score == score for score in scores):
         return {}
-    return {"client/mean_score": float(np.nanmean(scores)), "client/worst_score": float(np.nanmin(scores))}
+    return {"site/mean_score": float(np.nanmean(scores)), "site/worst_score": float(np.nanmin(scores))}
 
 
 def mean_known(values: list[float]) -> float:

@@ -59,9 +59,7 @@ def best_round(told: Facts) -> Facts | None:
 
 def site_scores(entry: Facts) -> dict[str, float]:
     """Return each site's score in a round, mean of its tasks' primary metrics: of the model the site would use."""
-    said = {
-        key.removeprefix("client/"): value for key, value in _validation(entry).items() if key.startswith("client/")
-    }
+    said = {key.removeprefix("site/"): value for key, value in _validation(entry).items() if key.startswith("site/")}
     found = {key.removesuffix("/val/score"): value for key, value in said.items() if key.endswith("/val/score")}
     own = {site: told.get("metrics", {}).get("score") for site, told in entry["sites"].items()}
     own = {site: score for site, score in own.items() if score is not None}

@@ -98,7 +98,7 @@ def hushed() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def site_trainer(
+def build_site_trainer(
     factory: TrainerFactory,
     server: L.Trainer,
     logger: Logger | None = None,
@@ -176,7 +176,7 @@ def budget(trainer: L.Trainer) -> tuple[int, int]:
         epochs = 1 if steps == -1 else -1
     if epochs == 0 or steps == 0 or epochs == steps == -1:
         raise ConfigError(
-            f"federation.client_trainer: max_epochs={epochs} and max_steps={steps} are no budget for a round; set one "
+            f"federation.site_trainer: max_epochs={epochs} and max_steps={steps} are no budget for a round; set one "
             "of them to 1 or more"
         )
     return epochs, steps

@@ -85,7 +85,7 @@ class PrivateGradients:
         if trainer.precision == "16-mixed":
             raise ConfigError(
                 "privacy.examples: 16-mixed scales the loss, which noised gradients cannot follow; set "
-                "federation.client_trainer.precision to bf16-mixed or 32-true"
+                "federation.site_trainer.precision to bf16-mixed or 32-true"
             )
         if not module.automatic_optimization:
             raise ConfigError("privacy.examples needs automatic optimisation; this module optimises by hand")

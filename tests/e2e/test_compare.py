@@ -173,9 +173,9 @@ def test_the_federation_of_two_real_organs_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sites = list(yaml.safe_load(config.read_text())["data"]["init_args"]["sites"])
     small = [f"--data.sites.{s}.{k}" for s in sites for k in ("image_size=64", "num_workers=0", "limit=60")]
-    short = ["--trainer.max_epochs=1", "--federation.client_trainer.limit_train_batches=1"]
+    short = ["--trainer.max_epochs=1", "--federation.site_trainer.limit_train_batches=1"]
     quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     assert main(["fit", f"--config={config}", *small, *short, *quiet]) == 0
     rows = list(csv.DictReader((tmp_path / "runs/two_organs_real/metrics.csv").open(newline="")))
-    assert {"client/eurorad/train/lungs/loss", "client/tissue_F/train/breast/loss"} <= rows[-1].keys()
-    assert "client/eurorad/train/breast/loss" not in rows[-1]
+    assert {"site/eurorad/train/lungs/loss", "site/tissue_F/train/breast/loss"} <= rows[-1].keys()
+    assert "site/eurorad/train/breast/loss" not in rows[-1]

@@ -80,7 +80,7 @@ def fail_at(site: str, switch: Path, kill: bool = False) -> str:
     """Return the option that lets a site fail while the switch is on."""
     sys.modules["test_federation_e2e"] = sys.modules[__name__]
     arguments = json.dumps({"site": site, "switch": str(switch), "kill": kill})
-    return f"--federation.client_trainer.callbacks=[{{class_path: test_federation_e2e.FailAt, init_args: {arguments}}}]"
+    return f"--federation.site_trainer.callbacks=[{{class_path: test_federation_e2e.FailAt, init_args: {arguments}}}]"
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +106,11 @@ def test_fit_runs_rounds_and_counts_them(trained):
         "val/organ/dice/site=north",
         "val/organ/dice/site=south",
         "val/site_worst",
-        "client/north/val/score",
-        "client/south/train/loss_epoch",
-        "client/north/train/nodules/loss",
+        "site/north/val/score",
+        "site/south/train/loss_epoch",
+        "site/north/train/nodules/loss",
     } <= logged
-    assert "client/south/train/nodules/loss" not in logged, "the south labels no boxes"
+    assert "site/south/train/nodules/loss" not in logged, "the south labels no boxes"
 
 
 def test_the_matrix_of_sites_and_tasks_is_written(trained):
@@ -160,7 +160,7 @@ def test_ctrl_c_within_a_site_then_resume_is_as_if_nothing_happened(images, trai
     KillAt.steps = 0
     callback = f"[{{class_path: test_federation_e2e.KillAt, init_args: {{step: {step}}}}}]"
     with pytest.raises(SystemExit):
-        main(["fit", "--config", file, f"--federation.client_trainer.callbacks={callback}"])
+        main(["fit", "--config", file, f"--federation.site_trainer.callbacks={callback}"])
     assert KillAt.steps == step, "it stopped at the very step"
     assert main(["fit", "--config", file, "--ckpt_path=last"]) == 0
     assert same(whole / "checkpoints/last.ckpt", tmp_path / "run/checkpoints/last.ckpt")
@@ -210,7 +210,7 @@ def test_two_processes_give_the_bits_of_one_and_so_does_a_resume_from_two_to_one
     both = launch(config, tmp_path / "two", processes=2)
     assert same(alone, both)
     rows = [rows_of(p.parent.parent / "metrics.csv")[-1] for p in (alone, both)]
-    keys = {k for k in rows[0] if k.startswith(("val/", "client/")) and rows[0][k]}
+    keys = {k for k in rows[0] if k.startswith(("val/", "site/")) and rows[0][k]}
     assert {k: rows[0][k] for k in keys} == {k: rows[1][k] for k in keys}, "validation is whole on every process"
     config["trainer"]["max_epochs"] = 3
     config["lr_scheduler"] = {"class_path": "torch.optim.lr_scheduler.ConstantLR", "init_args": {"factor": 1.0}}
@@ -359,8 +359,8 @@ def test_wandb_has_a_run_for_the_server_and_one_for_each_site(images, tmp_path, 
     config["trainer"] |= {"logger": logger, "log_every_n_steps": 1}
     assert main(["fit", "--config", write_config(config, tmp_path / "c.yaml")]) == 0
     (server, *_), north, south = started
-    assert north == (f"{server}-north", server, "client", "north")
-    assert south == (f"{server}-south", server, "client", "south")
+    assert north == (f"{server}-north", server, "site", "north")
+    assert south == (f"{server}-south", server, "site", "south")
     assert wandb.run.id == server
     seen = set(wandb.run.summary.keys())
     assert "val/site_worst" in seen
@@ -389,7 +389,7 @@ def test_under_a_sweep_there_is_one_run(images, tmp_path, monkeypatch):
     config["trainer"]["logger"] = logger
     assert main(["fit", "--config", write_config(config, tmp_path / "c.yaml")]) == 0
     assert wandb.run.id == "the-only-one"
-    assert "client/north/train/loss_epoch" in set(wandb.run.summary.keys())
+    assert "site/north/train/loss_epoch" in set(wandb.run.summary.keys())
     wandb.run.finish()
     wandb.teardown()  # the next test is not part of the sweep
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
@@ -399,10 +399,10 @@ def test_under_a_sweep_there_is_one_run(images, tmp_path, monkeypatch):
     "arguments, words",
     [
         (["--federation.aggregator=FedAverage"], ["FedAverage"]),
-        (["--federation.client_trainer.max_epoch=2"], ["max_epoch"]),
+        (["--federation.site_trainer.max_epoch=2"], ["max_epoch"]),
         (["--federation.placement=everywhere"], ["everywhere", "per_rank"]),
         (["--data.by=hospital"], ["hospital", "site"]),
-        (["--trainer.gradient_clip_val=1"], ["federation.client_trainer.gradient_clip_val"]),
+        (["--trainer.gradient_clip_val=1"], ["federation.site_trainer.gradient_clip_val"]),
     ],
 )
 def test_mistakes_are_told_in_one_paragraph(trained, capsys, arguments, words):
@@ -416,8 +416,8 @@ def test_mistakes_are_told_in_one_paragraph(trained, capsys, arguments, words):
 def test_options_reach_the_sites_from_the_command_line(images, tmp_path):
     config = write_config(federated(images, tmp_path, rounds=1), tmp_path / "c.yaml")
     options = [
-        "--federation.client_trainer.max_steps=2",
-        "--federation.client_trainer.gradient_clip_val=1.0",
+        "--federation.site_trainer.max_steps=2",
+        "--federation.site_trainer.gradient_clip_val=1.0",
         "--federation.optimizer_state=keep",
         "--federation.aggregator=BayesianAggregator",
         "--federation.aggregator.granularity=row",
@@ -453,7 +453,7 @@ SMALL = [
     "--trainer.max_epochs=1",
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
-    "--federation.client_trainer.limit_train_batches=1",
+    "--federation.site_trainer.limit_train_batches=1",
     "--data.data.image_size=64",
     "--data.data.num_workers=0",
 ]

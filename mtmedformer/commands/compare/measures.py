@@ -48,7 +48,7 @@ def curve_of(cell: Cell, metric: str) -> Curve:
     if len(words) == 1:
         words = [r"[^/]+", *words]
     name = "/".join(words)
-    by_site = re.compile(rf"client/[^/]+/val/{name}" if own else rf"val/{name}/site=.+")
+    by_site = re.compile(rf"site/[^/]+/val/{name}" if own else rf"val/{name}/site=.+")
     whole = re.compile(rf"val/{name}")
     values: dict[int, float] = {}
     for row in cell.logged():

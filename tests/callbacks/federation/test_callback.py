@@ -173,7 +173,7 @@ def test_sites_log_under_their_names_and_the_server_counts_rounds(tmp_path):
     run(tmp_path, logger=logger, log_every_n_steps=1)
     rows = (tmp_path / "metrics.csv").read_text().splitlines()
     header = rows[0].split(",")
-    assert {"client/a/train/loss", "client/b/train/loss", "val/score"} <= set(header)
+    assert {"site/a/train/loss", "site/b/train/loss", "val/score"} <= set(header)
     steps = [row.split(",")[header.index("step")] for row in rows[1:]]
     assert sorted(set(steps)) == ["0", "1", "2"]
 
@@ -215,7 +215,7 @@ def test_sites_with_models_of_their_own_are_judged_by_them_and_exported(tmp_path
     logger = CSVLogger(tmp_path, name="", version="")
     _, module, federation = run(tmp_path, Federation(FedBN()), logger=logger, log_every_n_steps=1)
     header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert {"client/a/val/score", "client/mean_score", "client/worst_score"} <= set(header)
+    assert {"site/a/val/score", "site/mean_score", "site/worst_score"} <= set(header)
     from safetensors.torch import load_file
 
     own = load_file(tmp_path / "sites" / "a" / "model.safetensors")
@@ -318,8 +318,8 @@ def test_sigterm_within_a_site_stops_and_the_round_is_begun_again(tmp_path):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"gradient_clip_val": 1.0}, "federation.client_trainer.gradient_clip_val"),
-        ({"limit_train_batches": 3}, "federation.client_trainer.limit_train_batches"),
+        ({"gradient_clip_val": 1.0}, "federation.site_trainer.gradient_clip_val"),
+        ({"limit_train_batches": 3}, "federation.site_trainer.limit_train_batches"),
         ({"rounds": -1}, "counts the rounds"),
     ],
 )

@@ -158,9 +158,9 @@ def facts_of(**changes):
     validation = {
         f"val/lungs/dice/site={hostile}": 0.5,
         "val/lungs/dice/site=west": 0.75,
-        "client/west/val/score": 0.75,
+        "site/west/val/score": 0.75,
     }
-    validation |= {f"client/{hostile}/val/score": 0.5}
+    validation |= {f"site/{hostile}/val/score": 0.5}
     site = {
         "bytes": 2_000_000, "seconds": 1.5, "steps": 3, "norms": {"encoder": 3.0, "heads.lungs": 4.0}, "cosine": 0.25,
         "share": {"encoder": 0.75, "heads.lungs": 1.0}, "moved": {"blocks.0": 0.125}, "metrics": {},
@@ -220,7 +220,7 @@ def test_the_page_shows_faults_privacy_and_units_moved():
 
 
 def test_scores_of_a_sites_own_model_go_before_those_of_the_global_one():
-    validation = {"client/a/val/score": 0.1, "client/b/val/score": 0.2, "client/c/val/score": None}
+    validation = {"site/a/val/score": 0.1, "site/b/val/score": 0.2, "site/c/val/score": None}
     entry = {"sites": {"a": {"metrics": {"score": 0.9}}, "b": {"metrics": {}}}, "validation": validation}
     assert site_scores(entry) == {"a": 0.9, "b": 0.2}
 

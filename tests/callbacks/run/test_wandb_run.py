@@ -152,8 +152,8 @@ def test_a_federation_has_one_group(images, tmp_path, artifacts, monkeypatch):
     server = wandb.run
     assert started == [
         ("run", server.id, "server"),
-        ("north", server.id, "client"),
-        ("south", server.id, "client"),
+        ("north", server.id, "site"),
+        ("south", server.id, "site"),
     ]
     assert "federated" in server.tags
     assert "LabelsCSV" in server.tags

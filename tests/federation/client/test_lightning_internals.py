@@ -19,6 +19,7 @@ from torchmetrics import SumMetric
 from federation.client.lightning_internals import (
     SiteBar,
     budget,
+    build_site_trainer,
     copy_module,
     go_on_from,
     hushed,
@@ -26,7 +27,6 @@ from federation.client.lightning_internals import (
     note_sigterm_alone,
     seeded,
     server_step,
-    site_trainer,
     solo,
 )
 from federation.datamodule import Site
@@ -127,20 +127,20 @@ def test_trainers_are_hushed_and_warnings_are_not(caplog):
 
 def test_a_site_trainer_takes_the_servers_device_and_precision_and_leaves_the_rest(tmp_path):
     outer = server(precision="bf16-mixed", default_root_dir=tmp_path)
-    trainer = site_trainer(lambda **kw: L.Trainer(max_epochs=3, gradient_clip_val=0.5, **kw), outer)
+    trainer = build_site_trainer(lambda **kw: L.Trainer(max_epochs=3, gradient_clip_val=0.5, **kw), outer)
     assert trainer.precision == "bf16-mixed"
     assert (trainer.max_epochs, trainer.gradient_clip_val) == (3, 0.5)
     assert trainer.strategy.root_device == outer.strategy.root_device
     assert trainer.loggers == []
     assert trainer.checkpoint_callback is None
     assert trainer.default_root_dir == str(tmp_path)
-    own = site_trainer(lambda **kw: L.Trainer(**{"precision": "64-true", **kw}), outer)
+    own = build_site_trainer(lambda **kw: L.Trainer(**{"precision": "64-true", **kw}), outer)
     assert own.precision == "64-true", "the site's own choice wins"
 
 
 def test_one_bar_a_site_below_the_rounds():
     bar = SiteBar("north")
-    trainer = site_trainer(L.Trainer, server(), bar=bar)
+    trainer = build_site_trainer(L.Trainer, server(), bar=bar)
     assert trainer.progress_bar_callback is bar
     assert bar.process_position == 1
     go_on_from(trainer, 0, 0)
@@ -158,7 +158,7 @@ def test_the_servers_signal_handlers_stay_in_charge():
     plain = server(max_epochs=1, callbacks=[Look()], enable_progress_bar=False, enable_model_summary=False)
     plain.fit(toy_module(), datamodule=site())
     assert seen.pop()[signal.SIGTERM] != handlers[signal.SIGTERM], "a plain Trainer takes SIGTERM over"
-    trainer = site_trainer(L.Trainer, server())
+    trainer = build_site_trainer(L.Trainer, server())
     go_on_from(trainer, 0, 0)
     trainer.callbacks.append(Look())
     trainer.fit(toy_module(), datamodule=site())
@@ -201,7 +201,7 @@ def test_the_budget_of_a_round(settings, expected):
 
 @pytest.mark.parametrize("settings", [{"max_epochs": -1}, {"max_epochs": 0}, {"max_steps": 0}])
 def test_a_budget_that_is_none_is_refused(settings):
-    with pytest.raises(ConfigError, match="client_trainer"):
+    with pytest.raises(ConfigError, match="site_trainer"):
         budget(server(**settings))
 
 
@@ -215,7 +215,7 @@ def test_a_fresh_trainer_counts_on(settings, epochs, steps, tmp_path):
             orders.append((trainer.current_epoch, tuple(trainer.train_dataloader.sampler)))
 
     logger = CSVLogger(tmp_path, name="", version="", flush_logs_every_n_steps=1)
-    trainer = site_trainer(lambda **kw: L.Trainer(**settings, log_every_n_steps=1, **kw), server(), logger=logger)
+    trainer = build_site_trainer(lambda **kw: L.Trainer(**settings, log_every_n_steps=1, **kw), server(), logger=logger)
     trainer.callbacks.append(Watch())
     go_on_from(trainer, 10, 30)
     trainer.fit(toy_module(), datamodule=site())
@@ -274,7 +274,7 @@ def test_a_trainer_within_a_trainer_leaves_the_outer_one_alone():
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if batch_idx == 0:
                 before = (trainer.current_epoch, trainer.global_step, pl_module.trainer)
-                inner = site_trainer(L.Trainer, trainer)
+                inner = build_site_trainer(L.Trainer, trainer)
                 go_on_from(inner, 5, 15)
                 twin = copy_module(pl_module)
                 with seeded("inner"), solo(twin):
@@ -299,7 +299,7 @@ def test_many_trainers_in_a_row_leave_the_server_as_it_was():
     module, data = toy_module(), site()
     outer, before = server(), {key: value.clone() for key, value in module.state_dict().items()}
     for _ in range(5):
-        trainer = site_trainer(L.Trainer, outer)
+        trainer = build_site_trainer(L.Trainer, outer)
         go_on_from(trainer, 0, 0)
         trainer.fit(copy_module(module), datamodule=data)
         assert trainer.global_step > 0

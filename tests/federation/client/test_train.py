@@ -10,7 +10,7 @@ from federation.aggregators import FedAvg, FedBN, FedProx, Local, LocalRule
 from federation.aggregators.bayesian import BayesianAggregator
 from federation.alignment.align import permutation_groups, shuffle
 from federation.bayes.curvature import SquaredGradients
-from federation.client.lightning_internals import site_trainer
+from federation.client.lightning_internals import build_site_trainer
 from federation.client.train import Interrupted, SiteState, home_keys, train_site, validate_site
 from federation.datamodule import Site
 from mtmedformer.errors import ConfigError
@@ -19,7 +19,7 @@ from tests.fixtures.toy_sites import TASKS, ToyModule, ToySite, toy_module, toy_
 
 def make(**settings):
     outer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
-    return lambda: site_trainer(lambda **kw: L.Trainer(**settings, **kw), outer)
+    return lambda: build_site_trainer(lambda **kw: L.Trainer(**settings, **kw), outer)
 
 
 def site(**settings):
@@ -242,7 +242,7 @@ def test_a_site_is_validated_on_its_own_data():
     module = toy_module()
     state = {key: value.clone() for key, value in module.state_dict().items()}
     outer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
-    found = validate_site(module, site(), state, lambda: site_trainer(L.Trainer, outer, validates=True))
+    found = validate_site(module, site(), state, lambda: build_site_trainer(L.Trainer, outer, validates=True))
     assert found["score"] < 0
 
 

@@ -11,7 +11,7 @@ from opacus.accountants import RDPAccountant
 from torch import nn
 
 from federation import ExamplePrivacy, FedAvg, PrivacyPolicy
-from federation.client.lightning_internals import site_trainer
+from federation.client.lightning_internals import build_site_trainer
 from federation.client.train import SiteState, train_site
 from federation.datamodule import Site
 from federation.exchange.schema import schema_of
@@ -168,7 +168,7 @@ def test_a_gradient_that_is_not_finite_adds_nothing():
 
 def make(**settings):
     outer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
-    return lambda: site_trainer(lambda **kw: L.Trainer(**settings, **kw), outer)
+    return lambda: build_site_trainer(lambda **kw: L.Trainer(**settings, **kw), outer)
 
 
 def trained(policy=None, module=None, data=None, memory=None, round=0, **settings):
