@@ -1,9 +1,10 @@
-"""Short names for content: which weights made a prediction, and of which file."""
+"""Digests of content: of the weights that made a prediction, of a file, and of program code."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -31,3 +32,30 @@ def file_digest(file: Path) -> str:
     """Return the first digits of the SHA-256 of a file's bytes, as ``sha256sum`` prints them."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:LENGTH]
+
+
+def source_digest(files: Iterable[Path], root: Path) -> str:
+    """Return a digest of Python files that a changed comment, docstring or layout leaves as it is.
+
+    Args:
+        files: The files, in any order.
+        root: Folder that contains them; their paths below it are part of the digest, its own path is not.
+
+    Raises:
+        SyntaxError: A file is not Python.
+    """
+    total = hashlib.blake2b(digest_size=16)
+    for name, file in sorted((file.relative_to(root).as_posix(), file) for file in files):
+        total.update(f"{name}\x00{_without_comments(file.read_text(encoding='utf-8'))}\x00".encode())
+    return total.hexdigest()
+
+
+def _without_comments(source: str) -> str:
+    """Return the syntax tree of a program as text, without docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                node.body = node.body[1:] or [ast.Pass()]
+    return ast.dump(tree)

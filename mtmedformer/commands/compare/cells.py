@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import csv
 import hashlib
@@ -19,6 +18,7 @@ from mtmedformer.commands.compare.configuration import data_sets, essence, resol
 from mtmedformer.commands.compare.study import Study
 from mtmedformer.errors import ConfigError
 from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.hashing import source_digest
 
 Split = Literal["test", "val"]
 
@@ -171,26 +171,14 @@ def code_version() -> str:
 
     home = Path(__file__).resolve().parents[3]
     tools = tuple("/".join(module.split(".")[:2]) for module in TOOLS.values())
-    total = hashlib.blake2b(digest_size=16)
+    files = []
     for room in ROOMS:
         for file in sorted((home / room).rglob("*.py")):
             name = file.relative_to(home).as_posix()
             aside = room == "callbacks" and any(word in file.stem for word in NO_PART_OF_CALLBACKS)
             if not name.startswith((*NO_PART, *tools)) and not aside:
-                total.update(f"{name}\x00{_meaning(file.read_text())}\x00".encode())
-    total.update(" ".join(f"{name} {version(name)}" for name in LIBRARIES).encode())
-    return total.hexdigest()
-
-
-def _meaning(source: str) -> str:
-    """Return a program without comments, docstrings and layout."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
-            first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                node.body = node.body[1:] or [ast.Pass()]
-    return ast.dump(tree)
+                files.append(file)
+    return digest([source_digest(files, home), [f"{name} {version(name)}" for name in LIBRARIES]])
 
 
 def digest(value: Any) -> str:

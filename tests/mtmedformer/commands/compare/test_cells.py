@@ -91,13 +91,6 @@ def test_what_another_code_has_finished_is_kept_on_request_only(study, tmp_path,
     assert waiting.folder.name == "another"
 
 
-def test_comments_and_docstrings_are_no_part_of_the_code():
-    one = '"""Say."""\ndef f(x):\n    """Say."""\n    return x  # so\n'
-    other = '"""Tell."""\n\n\ndef f(x):\n    "Tell."\n    return   x\n'
-    assert cells._meaning(one) == cells._meaning(other)
-    assert cells._meaning(one) != cells._meaning(one.replace("return x", "return -x"))
-
-
 def test_what_a_cell_needs_is_written_beside_it(study, tmp_path):
     cell = cells_of(study, tmp_path)[0]
     prepare(cell, study, salt_of(tmp_path))
