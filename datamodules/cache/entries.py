@@ -1,7 +1,8 @@
 """One decoded image as a safetensors file, named by a digest of everything that decides what is in it.
 
-The name covers the bytes of the image and mask files, boxes and polygons, the framed size, the preset's framing and the
-code that draws. So a changed file, a corrected box or another crop is decoded again, and a copied folder is not.
+The name covers the bytes of the image and mask files, boxes and polygons, the framed size, the preset's framing, the
+code that decodes and draws (``PIXEL_CODE``) and the versions of the libraries that decode (``DECODERS``). So a changed
+file, a corrected box or another crop is decoded again; a copied folder or a changed comment is not.
 A safetensors file is memory-mapped and cannot run code.
 """
 
@@ -14,22 +15,41 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from datamodules.cache import rasterize as rendering
-from datamodules.cache import shapes
 from datamodules.cache.quarantine import Issue
 from datamodules.cache.rasterize import Rendered, Report, render
-from datamodules.images import breast_region as breast
-from datamodules.images import dicom, pixels
 from datamodules.images.presets import Preset
 from datamodules.records import BoxTruth, MaskTruth, Record
-from mtmedformer import geometry as frames
+from mtmedformer.storage.hashing import source_digest
+
+PIXEL_CODE = (
+    "datamodules/cache",
+    "datamodules/images",
+    "datamodules/records.py",
+    "mtmedformer/batch.py",
+    "mtmedformer/errors.py",
+    "mtmedformer/geometry.py",
+)
+"""Folders and files whose code can change an entry: a change in any of them decodes every image again.
+
+A test follows the imports of ``read_image`` and ``render`` and fails where they reach a module outside these.
+"""
+
+DECODERS = ("pydicom", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls", "python-gdcm", "pillow")
+"""Libraries whose versions, beside OpenCV's, are part of an entry's name.
+
+Decoders mend faults too (signed JPEG 2000, bit depths, colour conversion), and where one is not installed the next in
+line decodes. Upgrades are rare and decoding again takes minutes, whereas an image decoded by an old fault would stay in
+use unnoticed. NumPy and SciPy are left out: they compute, and differences of rounding are no reason to decode again.
+"""
 
 WHOLE_BYTES = 4 * 2**20
 """Files up to this size are digested whole."""
@@ -158,15 +178,38 @@ def _describe_preset(preset: Preset) -> dict[str, Any]:
     """Return what a preset's framing depends on: its code and its plain attributes (nested ones hold strengths)."""
     kind = type(preset)
     plain = {name: value for name, value in vars(preset).items() if isinstance(value, str | int | float | None)}
+    return {"frame": _preset_code(kind), **plain}
+
+
+@lru_cache(maxsize=64)
+def _preset_code(kind: type[Preset]) -> str:
+    """Return a name of a preset's code: its own and, where it lies outside this project, that of its file."""
     try:
-        code = inspect.getsource(kind.frame)
+        file = Path(inspect.getfile(kind)).resolve()
+        return f"{kind.__qualname__} {source_digest([file], file.parent)}"
     except (OSError, TypeError):  # defined in a console
-        code = kind.__qualname__
-    return {"frame": code, **plain}
+        return kind.__qualname__
 
 
 @lru_cache(maxsize=1)
 def _code() -> str:
-    """Return a digest of the code that turns files into entries: another version of it must decode again."""
-    modules = (pixels, dicom, frames, breast, rendering, shapes)
-    return hashlib.blake2b("".join(inspect.getsource(m) for m in modules).encode(), digest_size=8).hexdigest()
+    """Return a digest of the code and the libraries that turn files into entries."""
+    root = Path(__file__).resolve().parents[2]
+    return " ".join([source_digest(pixel_code(root), root), f"cv2 {cv2.__version__}", *map(_version, DECODERS)])
+
+
+def pixel_code(root: Path) -> list[Path]:
+    """Return the files of ``PIXEL_CODE``.
+
+    Args:
+        root: Folder that contains the packages.
+    """
+    places = [root / name for name in PIXEL_CODE]
+    return [file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place])]
+
+
+def _version(name: str) -> str:
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return f"{name} absent"
