@@ -36,7 +36,8 @@ class BayesianAggregator(FedAvgM):
     where with ``lookahead`` the sites measured $\Delta$ from $w + \eta \mu v$, the mean of their prior. With the
     curvature off (``rho`` and ``b`` 0, or ``NoCurvature``) this is FedAvg, with ``momentum`` FedAvgM, with or without
     lookahead, bit for bit: by counts at ``a`` 1, of equal sites at ``a`` 0, on the same sums. The mathematics of the
-    paper that gave the product its name are not public; these are ours, derived and compared in ``docs/federation.md``.
+    paper that gave the product its name are not public; these are ours, derived and compared in
+    ``docs/federation/mathematics.md``.
 
     While updates stream in, its sums take two copies of the model, ``momentum`` one and ``lookahead`` another.
     ``between`` and ``remember`` keep every site's weights and precision on the server: one to two copies a site.
@@ -46,7 +47,7 @@ class BayesianAggregator(FedAvgM):
             which costs nothing. ``NoCurvature`` turns precision off.
         granularity: Whether precision differs by ``element``, by output ``row``, or by ``tensor``.
         rho: Tempering of the relative curvature, in [0, 1]: 1 takes it as measured, which did best on validation where
-            sites differ (``docs/results.md``); 0 turns it off.
+            sites differ (``docs/results/``); 0 turns it off.
         low: Least relative curvature, before tempering.
         high: Greatest relative curvature, before tempering.
         a: Power of the evidence, in [0, 1]: 1 counts samples; 0 counts every owner the same, which does better where

@@ -129,7 +129,7 @@ def test_every_tool_of_readme_is_one():
 
 
 def test_every_file_that_readme_and_docs_link_to_exists():
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
             if not link.startswith(("http", "mailto")):
                 assert (page.parent / link).exists(), f"{page.name} links to {link}"
