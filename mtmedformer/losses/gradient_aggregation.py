@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from inspect import isabstract, isclass
+from inspect import isabstract, isclass, signature
 from typing import Any, cast
 
+import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor, nn
 from torchjd import Stateful, aggregation
 from torchjd.aggregation import Aggregator
 from torchjd.autojac import backward, jac_to_grad
+from torchjd.linalg import DualConeProjector
 
 from mtmedformer.errors import ConfigError
 from mtmedformer.losses.weighting import Weighting, stream
@@ -86,6 +89,40 @@ class GradientAggregation(Weighting):
             self.last[rows] = weights.detach().to(self.last)
 
 
+class NNLSProjector(DualConeProjector):
+    r"""Project gradients onto the dual cone of the tasks' gradients by non-negative least squares.
+
+    For each row $u$ the weights solve $\min_v v^\top G v$ subject to $v \ge u$. With $G = L L^\top$ and $v = u + s$
+    this is $\min_{s \ge 0} \lVert L^\top s + L^\top u \rVert$. It replaces torchjd's ``QuadprogProjector`` (quadprog is
+    GPL, qpsolvers LGPL) and scales $G$ in the same way, so the weights agree to rounding.
+
+    Args:
+        norm_eps: Trace of $G$ below which all gradients count as 0.
+        reg_eps: Value added to the diagonal of $G$ after it was divided by its trace.
+
+    Reference:
+        Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024, arXiv 2406.16232, proposition 1.
+    """
+
+    def __init__(self, norm_eps: float = 1e-4, reg_eps: float = 1e-4) -> None:
+        self.norm_eps, self.reg_eps = norm_eps, reg_eps
+
+    def __call__(self, U: Tensor, G: Tensor) -> Tensor:
+        """Return the weights of the projections.
+
+        Args:
+            U: float (..., tasks), one vector per row.
+            G: float (tasks, tasks), the Gramian of the tasks' gradients.
+        """
+        trace = G.trace()
+        scaled = torch.zeros_like(G) if trace < self.norm_eps else G / trace
+        scaled = scaled + self.reg_eps * torch.eye(len(G), dtype=G.dtype, device=G.device)
+        upper = np.linalg.cholesky(scaled.T.detach().cpu().double().numpy()).T  # of the upper triangle
+        rows = U.detach().cpu().double().reshape(-1, len(G)).numpy()
+        weights = np.stack([row + nnls(upper, -upper @ row)[0] for row in rows]).reshape(U.shape)
+        return torch.as_tensor(weights, device=G.device, dtype=G.dtype)
+
+
 def _choices() -> list[str]:
     every = ((name, getattr(aggregation, name)) for name in aggregation.__all__)
     return [
@@ -100,6 +137,8 @@ def _aggregator(name: str, options: dict[str, Any]) -> Aggregator:
     cls = getattr(aggregation, name, None)
     if not (isclass(cls) and issubclass(cls, Aggregator)):
         raise ConfigError(f"loss.weighting.aggregator: {name!r} is unknown; choose one of {', '.join(_choices())}")
+    if "projector" in signature(cls).parameters:
+        options = {"projector": NNLSProjector(), **options}
     try:
         made: Aggregator = cls(**options)
     except ImportError as error:
