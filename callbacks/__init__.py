@@ -1,13 +1,14 @@
-"""Lightning callbacks of MTMedFormer, one file each."""
+"""Lightning callbacks: evaluation, federation, prediction, reports, run folder."""
 
 from callbacks.evaluation.calibrate import Calibrate, ReliabilityReport
+from callbacks.evaluation.per_image_results import PerImageResults
 from callbacks.federation.callback import Federation
 from callbacks.federation.posterior_prediction import PosteriorPrediction
 from callbacks.federation.tune_posterior import TunePosterior
 from callbacks.prediction.explanations import Explanations
 from callbacks.prediction.writer import PredictionWriter
 from callbacks.reports.federation_report import FederationReport
-from callbacks.reports.metrics_table import MetricsTable, TestReport
+from callbacks.reports.metrics_table import MetricsReport, MetricsTable
 from callbacks.reports.model_report import ModelReport
 from callbacks.reports.overlays import Overlays
 from callbacks.run.atomic_checkpoints import AtomicCheckpoints
@@ -24,10 +25,12 @@ __all__ = [
     "Federation",
     "FederationReport",
     "LastCheckpoint",
+    "MetricsReport",
     "MetricsTable",
     "ModelReport",
     "Overlays",
     "PartsSummary",
+    "PerImageResults",
     "PosteriorPrediction",
     "PredictionWriter",
     "QuarantineReport",
@@ -35,7 +38,6 @@ __all__ = [
     "ResumePoint",
     "RunLogger",
     "SaveRunConfig",
-    "TestReport",
     "TunePosterior",
     "WandbRecord",
     "claim_run_folder",

@@ -23,7 +23,7 @@ KEPT = (
 """What is kept of each image's probabilities: its name, the output it is of, the kinds of task, the metric."""
 
 
-class TestRows(Callback):
+class PerImageResults(Callback):
     """Writes ``test_rows.npz`` after ``test`` and ``val_rows.npz`` after ``validate`` into the run folder.
 
     The files hold scores and keyed hashes, neither pixels nor names; ``mtmedformer.metrics.rows`` reads them. After
@@ -36,8 +36,6 @@ class TestRows(Callback):
             compared need the same. ``None`` hashes without a key.
         folder: Where the files go; ``None`` is the trainer's ``default_root_dir``.
     """
-
-    __test__ = False  # not a pytest class
 
     def __init__(self, salt_file: str | None = None, folder: str | None = None) -> None:
         self.salt_file, self.folder = salt_file, folder

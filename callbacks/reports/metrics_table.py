@@ -57,7 +57,7 @@ class MetricsTable(Callback):
         self._best, self._epoch = dict(state_dict["best"]), int(state_dict["epoch"])  # type: ignore[call-overload]
 
 
-class TestReport(Callback):
+class MetricsReport(Callback):
     """After ``test``: patient-level intervals, values per site and view, a table, and ``test_metrics.json``.
 
     Args:
@@ -65,8 +65,6 @@ class TestReport(Callback):
         replicates: Bootstrap replicates over patients; 0 leaves the intervals out.
         seed: Seed of the bootstrap.
     """
-
-    __test__ = False  # not a pytest class
 
     def __init__(self, folder: str | None = None, replicates: int = 1000, seed: int = 0) -> None:
         self.folder, self.replicates, self.seed = folder, replicates, seed

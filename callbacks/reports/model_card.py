@@ -7,7 +7,7 @@ from typing import Any
 
 from callbacks.reports.metrics_table import HIDDEN
 from callbacks.reports.model_page import leak_words
-from callbacks.reports.model_words import abilities, interval, limits
+from callbacks.reports.summary_text import abilities, interval, limits
 from mtmedformer.plots.html import number
 
 Facts = dict[str, Any]

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from callbacks.reports.metrics_table import HEADLINES, HIDDEN
-from callbacks.reports.model_words import abilities, interval, limits
 from callbacks.reports.ranking_curves import task_figure
+from callbacks.reports.summary_text import abilities, interval, limits
 from mtmedformer.plots.html import (
     Cell,
     Html,

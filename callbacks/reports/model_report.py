@@ -17,7 +17,7 @@ from rich.console import Console
 from callbacks.evaluation.calibrate import ReliabilityReport
 from callbacks.reports.cases import Case, case_figure, chosen, quality
 from callbacks.reports.environment import versions
-from callbacks.reports.metrics_table import TestReport
+from callbacks.reports.metrics_table import MetricsReport
 from callbacks.reports.model_card import model_card
 from callbacks.reports.model_page import model_page
 from callbacks.reports.ranking_curves import curves_of
@@ -88,7 +88,7 @@ class ModelReport(Callback):
         data: Any = getattr(trainer, "datamodule", None)
         described = data.describe() if hasattr(data, "describe") else {}
         metrics = _metrics(pl_module)
-        table = next((c for c in _callbacks(trainer) if isinstance(c, TestReport)), None)
+        table = next((c for c in _callbacks(trainer) if isinstance(c, MetricsReport)), None)
         values = dict(table.values) if table and table.values else _plain_values(metrics)
         calibration = next((c for c in _callbacks(trainer) if isinstance(c, ReliabilityReport)), None)
         return {

@@ -183,7 +183,7 @@ class CommandLine(LightningCLI):
         chosen = list(trainer_config.get("callbacks") or [])
         defaults: list[tuple[type[Callback], Callable[[], Callback]]] = [
             (rooms.QuarantineReport, lambda: rooms.QuarantineReport(folder)),
-            (rooms.TestReport, lambda: rooms.TestReport(folder)),
+            (rooms.MetricsReport, lambda: rooms.MetricsReport(folder)),
             (rooms.ReliabilityReport, lambda: rooms.ReliabilityReport(folder)),
             (rooms.ModelReport, lambda: rooms.ModelReport(folder)),
             (rooms.PredictionWriter, lambda: rooms.PredictionWriter(f"{folder}/predictions")),

@@ -140,7 +140,10 @@ def prepare(cell: Cell, study: Study, salt_file: Path) -> None:
     trainer["default_root_dir"] = str(cell.folder / "run")
     trainer |= {"enable_progress_bar": False, "enable_model_summary": False}
     own = [
-        {"class_path": "callbacks.evaluation.per_image_results.TestRows", "init_args": {"salt_file": str(salt_file)}},
+        {
+            "class_path": "callbacks.PerImageResults",
+            "init_args": {"salt_file": str(salt_file)},
+        },
         {"class_path": "callbacks.run.start_weights.StartWeights", "init_args": {"folder": str(cell.folder)}},
     ]
     chosen = trainer.get("callbacks") or []

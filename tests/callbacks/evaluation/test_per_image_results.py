@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from callbacks.evaluation.per_image_results import TestRows
+from callbacks.evaluation.per_image_results import PerImageResults
 from callbacks.run.start_weights import StartWeights
 from mtmedformer.batch import Batch, ClassificationTarget, DetectionTarget, Meta, SegmentationTarget, Task
 from mtmedformer.errors import DataError
@@ -140,7 +140,7 @@ class Probabilities(nn.Module):
 
 def test_the_callback_keeps_probabilities_raw_and_calibrated(tmp_path):
     trainer = SimpleNamespace(is_global_zero=True, fast_dev_run=False, default_root_dir=str(tmp_path))
-    module, callback, meta = Probabilities(), TestRows(str(tmp_path / "salt")), metas("north", 6)
+    module, callback, meta = Probabilities(), PerImageResults(str(tmp_path / "salt")), metas("north", 6)
     target = SegmentationTarget(torch.ones(6, 1, 8, 8, dtype=torch.uint8), torch.ones(6, dtype=torch.bool))
     batch = Batch(torch.zeros(6, 1, 8, 8), {"lungs": target}, meta)
     (tmp_path / "salt").write_text("salt")

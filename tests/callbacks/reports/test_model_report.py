@@ -13,8 +13,8 @@ from sklearn.metrics import confusion_matrix, precision_recall_curve, roc_curve
 from callbacks.reports.cases import chosen, quality
 from callbacks.reports.model_card import model_card
 from callbacks.reports.model_page import model_page
-from callbacks.reports.model_words import abilities, judged, limits
 from callbacks.reports.ranking_curves import curves_of, task_figure
+from callbacks.reports.summary_text import abilities, judged, limits
 from mtmedformer.batch import IGNORE, ClassificationTarget, DetectionTarget, Meta, SegmentationTarget, Task
 from mtmedformer.metrics.classification import ClassificationMetrics
 from mtmedformer.metrics.detection import DetectionMetrics

@@ -97,7 +97,7 @@ def test_what_a_cell_needs_is_written_beside_it(study, tmp_path):
     config = yaml.safe_load((cell.folder / "config.yaml").read_text())
     assert config["trainer"]["default_root_dir"] == str(cell.folder / "run")
     names = [c["class_path"].split(".")[-1] for c in config["trainer"]["callbacks"]]
-    assert names == ["TestRows", "StartWeights"]
+    assert names == ["PerImageResults", "StartWeights"]
     assert salt_of(tmp_path).read_text() not in (cell.folder / "config.yaml").read_text(), "loggers are shown this file"
     assert cell.config["trainer"]["callbacks"] is None, "the cell's own configuration is left as it is"
     assert not cell.finished("test")
