@@ -130,7 +130,7 @@ def _slim(entry: Facts) -> Facts:
     sites = {}
     for name, told in entry["sites"].items():
         kept = {k: v for k, v in told.items() if k not in ("blocks", "base", "schema")}
-        kept["evidence"] = {block: held["evidence"] for block, held in told.get("blocks", {}).items()}
+        kept["num_examples"] = {block: held["num_examples"] for block, held in told.get("blocks", {}).items()}
         if told.get("privacy"):
             kept["privacy"] = {k: len(v) if k == "names" else v for k, v in told["privacy"].items()}
         sites[name] = kept

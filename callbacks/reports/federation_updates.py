@@ -56,7 +56,7 @@ def shares(told: Facts) -> Html:
             cells.append(Cell(f"{100 * mean:.0f} %", mean) if any(f is not None for f in found) else Cell("–"))
         rows.append([site, *cells])
     text = (
-        "Each site's part in the weights of the merge, mean over rounds. It follows the evidence (labelled images) and "
+        "Each site's part in the weights of the merge, mean over rounds. It follows the number of labelled images and "
         "the precision of what the site learnt. A site without labels for a task has no part in that task's head."
     )
     return join(paragraph(text), table(rows, ["site", *blocks]))
@@ -124,15 +124,17 @@ def privacy(told: Facts) -> Html:
         for s, t in last["sites"].items()
         if "norms" in t
     ]
-    evidence = [
-        [s, *(t.get("evidence", {}).get(b) for b in blocks)] for s, t in last["sites"].items() if t.get("evidence")
+    num_examples = [
+        [s, *(t.get("num_examples", {}).get(b) for b in blocks)]
+        for s, t in last["sites"].items()
+        if t.get("num_examples")
     ]
     return join(
         what,
         policy,
         heading(f"In round {last['round'] + 1}"),
         table(plain, ["site", *blocks, "bytes"], "Norm of the change, by block; a dash is a block that did not leave"),
-        table(evidence, ["site", *blocks], "Labelled training images behind it"),
+        table(num_examples, ["site", *blocks], "Labelled training images behind it"),
     )
 
 
@@ -151,7 +153,7 @@ def _policies(told: Facts) -> Html:
     columns = ["site", "(ε, δ) spent", "protects a", "last norm, clipped", "sent in all", "last SHA-256"]
     lists = (f"{site}: {', '.join(names)}" for site, names in told.get("arrays", {}).items())
     hides = any(last.get("epsilon") is not None for last in guarded.values())
-    said = "A site that promises (ε, δ) tells neither its counts nor its times: its evidence is 1, its seconds are 0."
+    said = "A site with an (ε, δ) guarantee sends neither its counts nor its times: num_examples is 1, seconds are 0."
     return join(
         table(rows, columns, "After each site's own privacy policy"),
         paragraph(said, "note") if hides else Html(""),

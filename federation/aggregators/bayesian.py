@@ -50,9 +50,9 @@ class BayesianAggregator(FedAvgM):
             sites differ (``docs/results/``); 0 turns it off.
         low: Least relative curvature, before tempering.
         high: Greatest relative curvature, before tempering.
-        a: Power of the evidence, in [0, 1]: 1 counts samples; 0 counts every owner the same, which does better where
-            sites differ and ``momentum`` is off, and matters little with it. ``between`` has no use for it: it finds
-            out by itself how much sites differ.
+        a: Power of ``num_examples``, in [0, 1]: 1 counts samples; 0 counts every owner the same, which does better
+            where sites differ and ``momentum`` is off, and matters little with it. ``between`` ignores it and estimates
+            from the updates how much sites differ.
         b: Power of the mean curvature of a site's loss in a tensor, in [0, 1]: 0 lets no site win by a louder loss, 1
             takes it as measured, up to 10 times more or less than the sites' last. A site that is served badly has the
             louder loss.
@@ -63,7 +63,7 @@ class BayesianAggregator(FedAvgM):
             not at $w$. The step is as long, but it is measured at its end: a long ``momentum`` is safe then.
         eta: Length of the server's step.
         between: Estimate each tensor's variance between sites (DerSimonian and Laird) and weigh sites by
-            1 / (within + between), with within = 1 / (evidence × curvature), absolute this time.
+            1 / (within + between), with within = 1 / (num_examples × curvature), absolute this time.
         remember: Keep the weights of sites that are away and count them on, discounted by ``gamma``.
         gamma: Discount per round of what an absent site last said, in [0, 1]; for the posterior in any case, for the
             merge with ``remember`` or ``between``.
@@ -138,7 +138,7 @@ class BayesianAggregator(FedAvgM):
         else:
             super().add(update)
         for name, block in update.blocks.items():
-            if block.evidence > 0 and not self._schema.block(name).personal:
+            if block.num_examples > 0 and not self._schema.block(name).personal:
                 self._sent.setdefault(name, set()).add(update.site)
         self.memory.replace(update, self._state, self._schema)
 
@@ -207,9 +207,9 @@ class BayesianAggregator(FedAvgM):
         return math.pow(min(max(curvature / self._levels[key], 1 / LOUDEST), LOUDEST), self.b)
 
     def _precision(self, key: str, factor: Factor) -> Tensor:
-        """Return the absolute precision of a site's tensor, evidence × curvature (1 if none was measured), float64."""
+        """Return the absolute precision of a site's tensor, num_examples × curvature (1 if not measured), float64."""
         curvature = factor.curvature.get(key, torch.ones(())) if self.needs_precision else torch.ones(())
-        return curvature.double() * factor.evidence
+        return curvature.double() * factor.num_examples
 
     def _estimate(self, key: str, owners: dict[str, Factor]) -> None:
         """Estimate a tensor's variance between its owners from their latest weights."""
@@ -228,7 +228,7 @@ class BayesianAggregator(FedAvgM):
         precision = self._precision(key, factor)
         if self.between:
             return _shrunk(1 / (1 / precision + self.variances[key]), self.kappa).mul_(discount)
-        count = math.pow(factor.evidence, self.power)
+        count = math.pow(factor.num_examples, self.power)
         if self.needs_precision:
             count *= self._loudness(key, float(factor.curvature[key].mean()) if key in factor.curvature else 1.0)
         return _shrunk(precision / precision.mean(), self.kappa).mul_(discount * count)

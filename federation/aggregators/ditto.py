@@ -28,7 +28,7 @@ class Ditto(FedAvg):
 
     personal_models = True
 
-    def __init__(self, lam: float = 0.1, weights: Weights = "evidence") -> None:
+    def __init__(self, lam: float = 0.1, weights: Weights = "num_examples") -> None:
         super().__init__(weights)
         if lam < 0:
             raise ConfigError(f"aggregator.lam: {lam} is negative; use 0 (personal models alone) or more")

@@ -14,7 +14,7 @@ from federation.exchange.schema import Schema, State
 from federation.exchange.update import BlockUpdate, Update
 from mtmedformer.errors import ConfigError
 
-Weights = Literal["evidence", "equal"]
+Weights = Literal["num_examples", "equal"]
 
 
 class FedAvg(Aggregator):
@@ -25,8 +25,8 @@ class FedAvg(Aggregator):
     with another weight (``weight``) or another server step (``step``), so they share its sums to the last bit.
 
     Args:
-        weights: ``evidence`` counts each site by the labelled samples that reached the block; ``equal`` counts every
-            owner the same.
+        weights: ``num_examples`` weights each site by the labelled samples that reached the block; ``equal`` gives
+            every owner the same weight.
 
     Raises:
         ConfigError: When ``weights`` is neither.
@@ -35,10 +35,10 @@ class FedAvg(Aggregator):
         McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017.
     """
 
-    def __init__(self, weights: Weights = "evidence") -> None:
-        if weights not in ("evidence", "equal"):
-            raise ConfigError(f"aggregator.weights: {weights!r} is neither 'evidence' nor 'equal'")
-        self.power = 1.0 if weights == "evidence" else 0.0
+    def __init__(self, weights: Weights = "num_examples") -> None:
+        if weights not in ("num_examples", "equal"):
+            raise ConfigError(f"aggregator.weights: {weights!r} is neither 'num_examples' nor 'equal'")
+        self.power = 1.0 if weights == "num_examples" else 0.0
 
     def start(self, state: State, schema: Schema) -> None:
         """Begin a round from the state that the sites began at."""
@@ -72,7 +72,7 @@ class FedAvg(Aggregator):
 
     def weight(self, block: BlockUpdate, key: str) -> Tensor | float:
         """Return what one site's change of one tensor weighs, above 0; broadcasts to the tensor."""
-        return math.pow(block.evidence, self.power)
+        return math.pow(block.num_examples, self.power)
 
     def step(self, key: str, mean: Tensor) -> Tensor:
         """Return the server's change of one parameter for its owners' mean change; float64, may reuse ``mean``."""
@@ -92,11 +92,11 @@ class FedAvg(Aggregator):
                 self._counters[key] = torch.maximum(self._counters.get(key, self._state[key]), value)
 
     def _news(self, update: Update) -> list[tuple[BlockUpdate, str, Tensor]]:
-        """Return the changes of an update that are merged: blocks with evidence, nothing personal."""
+        """Return the changes of an update that are merged: blocks with examples, nothing personal."""
         return [
             (block, key, delta)
             for name, block in update.blocks.items()
-            if block.evidence > 0 and not self._schema.block(name).personal
+            if block.num_examples > 0 and not self._schema.block(name).personal
             for key, delta in block.delta.items()
             if not (self.personal_norms and key in self._schema.norms)
         ]

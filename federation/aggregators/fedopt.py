@@ -34,7 +34,7 @@ class FedAvgM(FedAvg):
     """
 
     def __init__(
-        self, momentum: float = 0.9, lr: float = 1.0, weights: Weights = "evidence", lookahead: bool = False
+        self, momentum: float = 0.9, lr: float = 1.0, weights: Weights = "num_examples", lookahead: bool = False
     ) -> None:
         super().__init__(weights)
         self.momentum, self.lr, self.lookahead = momentum, lr, lookahead
@@ -103,7 +103,7 @@ class FedAdam(FedAvg):
         beta1: float = 0.9,
         beta2: float = 0.99,
         tau: float = 1e-3,
-        weights: Weights = "evidence",
+        weights: Weights = "num_examples",
     ) -> None:
         super().__init__(weights)
         self.lr, self.beta1, self.beta2, self.tau = lr, beta1, beta2, tau

@@ -48,7 +48,7 @@ class FedProx(FedAvg):
         Li et al., Federated Optimization in Heterogeneous Networks, MLSys 2020, equation 2.
     """
 
-    def __init__(self, mu: float = 0.01, weights: Weights = "evidence") -> None:
+    def __init__(self, mu: float = 0.01, weights: Weights = "num_examples") -> None:
         super().__init__(weights)
         if mu < 0:
             raise ConfigError(f"aggregator.mu: {mu} is negative; use 0 (FedAvg) or more")

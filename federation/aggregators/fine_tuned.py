@@ -29,7 +29,7 @@ class FineTuned(FedAvg):
 
     personal_models = True
 
-    def __init__(self, after: int = 10, weights: Weights = "evidence") -> None:
+    def __init__(self, after: int = 10, weights: Weights = "num_examples") -> None:
         super().__init__(weights)
         if after < 1:
             raise ConfigError(f"aggregator.after: {after} is less than 1; the sites need a shared model to start from")

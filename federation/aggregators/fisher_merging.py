@@ -31,7 +31,7 @@ class FisherMerging(FedAvg):
 
     needs_precision = True
 
-    def __init__(self, curvature: Curvature | None = None, weights: Weights = "evidence") -> None:
+    def __init__(self, curvature: Curvature | None = None, weights: Weights = "num_examples") -> None:
         super().__init__(weights)
         self.curvature = Fisher() if curvature is None else curvature
 
@@ -40,6 +40,6 @@ class FisherMerging(FedAvg):
         return normalise(curvature, "element", 1.0, *UNCLIPPED)
 
     def weight(self, block: BlockUpdate, key: str) -> Tensor | float:
-        """Return evidence times curvature; where none was measured, the evidence."""
+        """Return num_examples × curvature; num_examples where no curvature was measured."""
         scale = max(block.scale[key], SILENT) if key in block.scale else 1.0
-        return relative_precision(block, key).mul_(math.pow(block.evidence, self.power) * scale)
+        return relative_precision(block, key).mul_(math.pow(block.num_examples, self.power) * scale)

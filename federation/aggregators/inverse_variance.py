@@ -25,7 +25,9 @@ class InverseVariance(FisherMerging):
         Reyes et al., Precision-Weighted Federated Learning, 2021, arXiv 2107.09627.
     """
 
-    def __init__(self, curvature: Curvature | None = None, weights: Weights = "evidence", floor: float = 1e-3) -> None:
+    def __init__(
+        self, curvature: Curvature | None = None, weights: Weights = "num_examples", floor: float = 1e-3
+    ) -> None:
         super().__init__(SquaredGradients() if curvature is None else curvature, weights)
         self.floor = floor
 

@@ -13,7 +13,7 @@ class Local(Aggregator):
 
     The orchestration reads ``merges = False``: a site begins each round with its own last weights and is judged by
     them; in the first round with the global ones, so all sites start equal. Updates are taken and forgotten, counters
-    too, so the report still has their evidence and norms.
+    too, so the report still has their counts and norms.
     """
 
     merges = False

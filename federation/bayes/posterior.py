@@ -41,16 +41,16 @@ def relative_precision(block: BlockUpdate, key: str) -> Tensor:
 
 @dataclass
 class Factor:
-    r"""A site's latest news of one block: an observation of its weights with precision evidence × curvature.
+    r"""A site's latest news of one block: an observation of its weights with precision num_examples × curvature.
 
     Attributes:
-        evidence: Labelled samples behind it.
+        num_examples: Labelled samples behind it.
         round: Round it came in.
         curvature: By parameter, mean curvature × relative precision; broadcasts to the parameter.
         weights: By key, the site's weights after its training; empty where only precision is remembered.
     """
 
-    evidence: int
+    num_examples: int
     round: int
     curvature: State = field(default_factory=dict)
     weights: State = field(default_factory=dict)
@@ -82,7 +82,7 @@ class SiteMemory:
         self.round = max(self.round, update.round)
         known = self.factors.setdefault(update.site, {})
         for name, block in update.blocks.items():
-            if block.evidence > 0 and not schema.block(name).personal:
+            if block.num_examples > 0 and not schema.block(name).personal:
                 curvature = {
                     key: self._kept(relative_precision(block, key).mul_(max(block.scale.get(key, 1.0), SILENT)))
                     for key in block.delta
@@ -91,7 +91,7 @@ class SiteMemory:
                 # side by side: one by one they would sit in the holes of large intermediates and waste their rest
                 curvature = {key: value.clone() for key, value in curvature.items()}
                 weights = {key: start[key] + delta for key, delta in block.delta.items()} if self.weights else {}
-                known[name] = Factor(block.evidence, update.round, curvature, weights)
+                known[name] = Factor(block.num_examples, update.round, curvature, weights)
 
     def owners(self, block: str) -> dict[str, Factor]:
         """Return every factor of a block by site, in the order of the names."""
@@ -110,7 +110,7 @@ class SiteMemory:
         total: dict[str, Tensor] = {}
         for site in sorted(self.factors):
             for factor in self.factors[site].values():
-                weight = gamma ** self.age(factor) * factor.evidence
+                weight = gamma ** self.age(factor) * factor.num_examples
                 for key, curvature in factor.curvature.items():
                     term = curvature.double() * weight
                     total[key] = total[key] + term if key in total else term
@@ -126,9 +126,9 @@ class SiteMemory:
         return {key: math.exp(math.fsum(found) / len(found)) for key, found in logs.items()}
 
     def summary(self) -> dict[str, dict[str, dict[str, int]]]:
-        """Return evidence and age by site and block, for the report."""
+        """Return num_examples and age by site and block, for the report."""
         return {
-            site: {name: {"evidence": f.evidence, "age": self.age(f)} for name, f in blocks.items()}
+            site: {name: {"num_examples": f.num_examples, "age": self.age(f)} for name, f in blocks.items()}
             for site, blocks in sorted(self.factors.items())
         }
 
@@ -136,7 +136,7 @@ class SiteMemory:
         """Return every factor as plain containers of tensors and numbers."""
         plain = {
             site: {
-                name: {"evidence": f.evidence, "round": f.round, "curvature": f.curvature, "weights": f.weights}
+                name: {"num_examples": f.num_examples, "round": f.round, "curvature": f.curvature, "weights": f.weights}
                 for name, f in blocks.items()
             }
             for site, blocks in self.factors.items()
@@ -165,7 +165,7 @@ class Posterior:
         mean: The global state.
         precision: By parameter, $S$ in 1/weight²; broadcasts to the parameter. Parameters without one are certain.
         blocks: Keys of every block by its name.
-        sites: Evidence and age of each site's factor by site and block.
+        sites: ``num_examples`` and age of each site's factor by site and block.
         tuning: How to draw from it, once validation has said so (see ``callbacks.TunePosterior``): ``blocks``, ``seed``
             and, by task, ``scale``, ``message`` and the ``nll`` at every scale tried; empty before.
     """

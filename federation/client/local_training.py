@@ -194,7 +194,7 @@ class LocalTraining(L.Callback):
             for optimizer in trainer.optimizers:
                 permute_optimizer(optimizer, pl_module, found.permutations)
 
-    def evidence(self, task: str | None) -> int:
+    def num_examples(self, task: str | None) -> int:
         """Return the labelled samples that reached a block of this task; of every task's with ``None``."""
         return self.images if task is None else self.labelled[task]
 

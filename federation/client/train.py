@@ -207,16 +207,16 @@ def _news(
     training: LocalTraining,
     aggregator: Aggregator,
 ) -> dict[str, BlockUpdate]:
-    """Return the blocks that labels reached: change, evidence, and precision where it was measured."""
+    """Return the blocks that labels reached: change, number of examples, and precision where it was measured."""
     measured = {key: value for key, value in training.curvatures.items() if key not in home}
     precision, scale = aggregator.relative(measured) if measured else ({}, {})
     blocks = {}
     for block in schema.blocks:
         keys = [key for key in block.keys if not block.personal and (key not in home or not aggregator.merges)]
-        evidence = training.evidence(block.task)
-        if evidence > 0 and keys:
+        num_examples = training.num_examples(block.task)
+        if num_examples > 0 and keys:
             blocks[block.name] = BlockUpdate(
-                evidence=evidence,
+                num_examples=num_examples,
                 delta={key: after[key].float() - start[key].float() for key in keys},
                 precision={key: precision[key] for key in keys if key in precision},
                 scale={key: scale[key] for key in keys if key in scale},

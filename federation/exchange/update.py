@@ -27,8 +27,7 @@ class BlockUpdate:
     """A site's news of one block.
 
     Attributes:
-        evidence: Labelled training samples whose loss reached the block in this round; 0 means nothing was learnt, and
-            the block is not sent.
+        num_examples: Labelled training samples whose loss reached the block in this round; a block with 0 is not sent.
         delta: By key, the local weights minus the global ones the round began with, float32.
         precision: By key, the relative precision of the weights, mean about 1, strictly positive, of a shape that
             broadcasts to the weights': a scalar, one number an output row (rows, 1, …), or one an element. Empty where
@@ -38,7 +37,7 @@ class BlockUpdate:
             the change in memory is float32 in any case, and one that fits its step crosses without further loss.
     """
 
-    evidence: int
+    num_examples: int
     delta: dict[str, Tensor]
     precision: dict[str, Tensor] = field(default_factory=dict)
     scale: dict[str, float] = field(default_factory=dict)
@@ -54,7 +53,7 @@ class Update:
         round: Number of the round, from 0.
         base: ``state_hash`` of the global state the round began with.
         schema: ``Schema.digest`` of the model.
-        blocks: News by block name; a block without evidence, or personal to the site, is absent.
+        blocks: News by block name; a block without examples, or personal to the site, is absent.
         counters: Integer buffers by name.
         metrics: The site's own validation metrics, ``<task>/<metric>``.
         samples: Labelled training samples by task in this round.
@@ -91,7 +90,7 @@ class Update:
 
     def header(self) -> dict[str, Any]:
         """Return everything that is not an array, as plain JSON values."""
-        blocks = {n: {"evidence": b.evidence, "scale": b.scale, "step": b.step} for n, b in self.blocks.items()}
+        blocks = {n: {"num_examples": b.num_examples, "scale": b.scale, "step": b.step} for n, b in self.blocks.items()}
         return {name: getattr(self, name) for name in FACTS} | {"blocks": blocks}
 
     def nbytes(self) -> int:
@@ -124,7 +123,7 @@ def load_update(file: Path) -> Update:
 def assemble(header: dict[str, Any], tensors: dict[str, Tensor]) -> Update:
     """Build an update from its header and its flat arrays (the inverse of ``header`` and ``tensors``)."""
     blocks = {
-        n: BlockUpdate(int(b["evidence"]), {}, {}, dict(b["scale"]), dict(b["step"]))
+        n: BlockUpdate(int(b["num_examples"]), {}, {}, dict(b["scale"]), dict(b["step"]))
         for n, b in header["blocks"].items()
     }
     counters: dict[str, Tensor] = {}

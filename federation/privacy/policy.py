@@ -30,10 +30,10 @@ class PrivacyPolicy:
     site's next update (error feedback). Rounding sees the noised change only, so it costs nothing of the guarantee.
 
     Under a guarantee (``noise_multiplier`` or ``examples``) an update holds the change of trained weights and nothing
-    else that was computed from images: evidence is sent as 1, so that owners of a block count the same, and curvature,
-    counters, buffers, samples, steps, seconds, training metrics and shares of moved units stay at the site. Which
-    blocks are sent tells which tasks the site has labels for; that is taken to be public. ``docs/privacy.md`` says what
-    the guarantees mean and where they end.
+    else that was computed from images: ``num_examples`` is sent as 1, so that owners of a block count the same, and
+    curvature, counters, buffers, samples, steps, seconds, training metrics and shares of moved units stay at the site.
+    The names of the sent blocks show which tasks the site has labels for; this is treated as public.
+    ``docs/privacy.md`` explains the guarantees and their limits.
 
     Args:
         clip: Greatest L2 norm of the whole change of the weights; a longer one is scaled down to it. ``null``: any.
@@ -117,8 +117,8 @@ class PrivacyPolicy:
             )
         if isinstance(aggregator, BayesianAggregator) and aggregator.between and not self.sends_precision:
             raise ConfigError(
-                "privacy: aggregator.between needs the sites' curvature and evidence, which this policy keeps at the "
-                "site; switch it off"
+                "privacy: aggregator.between needs the sites' curvature and example counts, which this policy does "
+                "not send; set aggregator.between to false"
             )
         if self.noise_multiplier > 0:
             if type(aggregator.local_rule("")).extra is not LocalRule.extra:
@@ -182,7 +182,7 @@ class PrivacyPolicy:
             if self.may_leave(name) and delta:
                 measured = self.sends_precision
                 blocks[name] = BlockUpdate(
-                    evidence=1 if self.guarantees else block.evidence,
+                    num_examples=1 if self.guarantees else block.num_examples,
                     delta=delta,
                     precision=dict(block.precision) if measured else {},
                     scale=dict(block.scale) if measured else {},

@@ -19,7 +19,7 @@ def summands(aggregator: FedAvg, update: Update, schema: Schema) -> dict[str, Te
     r"""Return a site's summands: of every weight $c\, \Delta$ (``top``) and $c$ (``bottom``), float64.
 
     $c = n^a (r + \kappa)$ as the aggregator has it. A block the site did not train is zeros in both, so the server does
-    not learn who holds which task. Counters and evidence are not sent.
+    not learn who holds which task. Counters and ``num_examples`` are not sent.
 
     Args:
         aggregator: As the server configured it; needs no state.
@@ -40,7 +40,7 @@ def summands(aggregator: FedAvg, update: Update, schema: Schema) -> dict[str, Te
                 continue
             weight = torch.zeros(schema.shapes[key], dtype=torch.float64)
             change = torch.zeros_like(weight)
-            if news is not None and news.evidence > 0 and key in news.delta:
+            if news is not None and news.num_examples > 0 and key in news.delta:
                 weight += aggregator.weight(news, key)
                 change = news.delta[key].double()
             found[f"top|{key}"], found[f"bottom|{key}"] = weight * change, weight

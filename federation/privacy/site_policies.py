@@ -20,7 +20,7 @@ def by_site(
         aggregator: How updates are merged.
 
     Raises:
-        ConfigError: When a name is no site's, or sites that send their evidence would drown those that must not.
+        ConfigError: When a name is no site's, or sites that send their counts would drown those that must not.
     """
     if not isinstance(privacy, dict):
         return {} if privacy is None else dict.fromkeys(sites, privacy)
@@ -30,7 +30,7 @@ def by_site(
     guarded = [site for site, policy in privacy.items() if policy.guarantees]
     if 0 < len(guarded) < len(sites) and getattr(aggregator, "power", 0.0) > 0:
         raise ConfigError(
-            f"federation.privacy: {', '.join(guarded)} would weigh as one image each, because evidence does not leave "
+            f"federation.privacy: {', '.join(guarded)} would weigh as one image each, because counts do not leave "
             "under a guarantee, and the others by theirs; set aggregator.weights: equal (a: 0 for the Bayesian one)"
         )
     return dict(privacy)

@@ -114,8 +114,8 @@ def refusal(update: Update, round: int, base: str, schema: Schema) -> str | None
     for name, block in update.blocks.items():
         if name not in known:
             return f"unknown block {name!r:.60}"
-        if block.evidence <= 0:
-            return f"{name}: no evidence"
+        if block.num_examples <= 0:
+            return f"{name}: no examples"
         if not set(block.delta) <= set(known[name].keys):
             return f"{name}: unknown weights"
         if not set(block.precision) | set(block.scale) <= set(block.delta):

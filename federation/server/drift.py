@@ -37,7 +37,7 @@ class Drift:
     def add(self, update: Update) -> None:
         """Look at one site's update; it is not changed."""
         for name, block in update.blocks.items():
-            if block.evidence <= 0 or self.schema.block(name).personal:
+            if block.num_examples <= 0 or self.schema.block(name).personal:
                 continue
             for key, delta in block.delta.items():
                 if self.aggregator.personal_norms and key in self.schema.norms:
@@ -99,7 +99,7 @@ class Drift:
         if self._differ:
             known = key in self.schema.parameters and self.aggregator.needs_precision
             scale = max(block.scale.get(key, 1.0), SILENT) if known else 1.0
-            return (relative_precision(block, key) if known else torch.ones(())).double() * scale * block.evidence
+            return (relative_precision(block, key) if known else torch.ones(())).double() * scale * block.num_examples
         if isinstance(self.aggregator, FedAvg) and isinstance(self.aggregator.centre(), WeightedMeans):
             return torch.as_tensor(self.aggregator.weight(block, key))
         return None

@@ -111,7 +111,7 @@ def test_a_round_without_updates_changes_nothing(make):
 @over(MEANS)
 def test_identical_sites_move_as_one(make):
     state, schema = toy()
-    updates = [news(site, state, schema, seed=7, evidence=n) for site, n in {"a": 10, "b": 300, "c": 41}.items()]
+    updates = [news(site, state, schema, seed=7, num_examples=n) for site, n in {"a": 10, "b": 300, "c": 41}.items()]
     aggregator = make()
     merged = merge(aggregator, state, schema, updates)
     for block in updates[0].blocks.values():
@@ -125,7 +125,7 @@ def test_order_of_arrival_changes_no_bit(make):
     state, schema = toy()
     sizes = {"a": 10, "b": 300, "c": 41, "d": 3}
     updates = [
-        news(site, state, schema, i, evidence=n, precision=["element", "row", None, "tensor"][i])
+        news(site, state, schema, i, num_examples=n, precision=["element", "row", None, "tensor"][i])
         for i, (site, n) in enumerate(sizes.items())
     ]
     first = merge(make(), state, schema, updates)
@@ -172,7 +172,7 @@ def test_a_task_nobody_labels_any_more_rests_wherever_the_sites_begin(make):
 @over(MEANS)
 def test_a_site_without_a_task_leaves_its_decoder_to_the_owners(make):
     state, schema = toy()
-    owner = news("b", state, schema, seed=2, evidence=3)
+    owner = news("b", state, schema, seed=2, num_examples=3)
     without = [news("a", state, schema, 1, ["finding"], 1000), news("c", state, schema, 3, ["finding"], 1000)]
     merged = merge(make(), state, schema, [*without, owner])
     for key, delta in owner.blocks["heads.lungs"].delta.items():
@@ -180,10 +180,10 @@ def test_a_site_without_a_task_leaves_its_decoder_to_the_owners(make):
 
 
 @over(EVERY)
-def test_no_evidence_and_personal_blocks_are_never_merged(make):
+def test_blocks_without_examples_and_personal_blocks_are_never_merged(make):
     state, schema = toy()
     update = news("a", state, schema)
-    update.blocks["heads.lungs"].evidence = 0
+    update.blocks["heads.lungs"].num_examples = 0
     update.blocks["loss"] = copy.deepcopy(update.blocks["heads.finding"])
     update.blocks["loss"].delta = {"loss.weights": torch.ones(2)}
     merged = merge(make(), state, schema, [update])

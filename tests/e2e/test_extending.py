@@ -69,7 +69,7 @@ def test_pixels_that_are_unknown_do_not_reach_the_loss(parts):
 
 def test_the_aggregator_lies_between_counts_and_equal_sites(parts):
     state, schema = toy()
-    updates = [news("a", state, schema, seed=1, evidence=100), news("b", state, schema, seed=2, evidence=4)]
+    updates = [news("a", state, schema, seed=1, num_examples=100), news("b", state, schema, seed=2, num_examples=4)]
     counts, root, equal = (
         merge(made, state, schema, updates)["encoder.0.bias"]
         for made in (FedAvg(), parts["RootAvg"](), FedAvg("equal"))

@@ -208,7 +208,7 @@ def test_the_budget_may_be_steps(tmp_path):
 def test_pooled_trains_on_the_union(tmp_path):
     _, _, federation = run(tmp_path, Federation(Pooled()), rounds=1)
     assert list(federation.history[0]["sites"]) == ["pooled"]
-    assert federation.history[0]["sites"]["pooled"]["blocks"]["encoder"]["evidence"] == 26
+    assert federation.history[0]["sites"]["pooled"]["blocks"]["encoder"]["num_examples"] == 26
 
 
 def test_sites_with_models_of_their_own_are_judged_by_them_and_exported(tmp_path):

@@ -164,7 +164,7 @@ def facts_of(**changes):
     site = {
         "bytes": 2_000_000, "seconds": 1.5, "steps": 3, "norms": {"encoder": 3.0, "heads.lungs": 4.0}, "cosine": 0.25,
         "share": {"encoder": 0.75, "heads.lungs": 1.0}, "moved": {"blocks.0": 0.125}, "metrics": {},
-        "evidence": {"encoder": 40, "heads.lungs": 20},
+        "num_examples": {"encoder": 40, "heads.lungs": 20},
     }  # fmt: skip
     private = {
         "unit": "site",
@@ -186,7 +186,7 @@ def facts_of(**changes):
     return {
         "state": {"state": "degraded", "reason": "west was not admitted"},
         "rounds": {"done": 2, "asked": 5},
-        "aggregator": {"class": "FedAvg", "options": {"weights": "evidence"}},
+        "aggregator": {"class": "FedAvg", "options": {"weights": "num_examples"}},
         "options": {"align": True},
         "primary": {"lungs": "dice"},
         "sites": [
@@ -209,7 +209,7 @@ def test_the_page_shows_faults_privacy_and_units_moved():
     assert "(1.75, 1e-05)" in said
     assert "(1.75, 1e-05) site 9 to 1" in said
     assert "delta|encoder|w" in said
-    assert "tells neither its counts nor its times" in said
+    assert "sends neither its counts nor its times" in said
     assert "abababababababab" in said
     assert "1 <b>east</b>&$x blocks.0 12.5 %" in said
     assert "west has no labels for lungs" in said

@@ -32,7 +32,7 @@ def start():
     return {"w": torch.randn(6, 4, generator=generator), "v": torch.randn(3, generator=generator)}
 
 
-def quadratic(site, state, seed, evidence, scale=None, spread=1.0, round=0, tasks=True):
+def quadratic(site, state, seed, num_examples, scale=None, spread=1.0, round=0, tasks=True):
     """Return a site whose loss is quadratic: its optimum is reached, and its curvature known exactly."""
     generator = torch.Generator().manual_seed(seed)
     blocks, facts = {}, {}
@@ -43,7 +43,7 @@ def quadratic(site, state, seed, evidence, scale=None, spread=1.0, round=0, task
         facts[key] = (optimum, relative * (scale or 1.0))
         if name == "encoder" or tasks:
             precision, scales = {key: relative}, {key: scale or 1.0}
-            blocks[name] = BlockUpdate(evidence, {key: optimum - state[key]}, precision, scales)
+            blocks[name] = BlockUpdate(num_examples, {key: optimum - state[key]}, precision, scales)
     return Update(site, round, "", "", blocks), facts
 
 
@@ -92,7 +92,7 @@ def test_the_merge_is_the_closed_form_with_shrinkage_to_the_owners_mean(kappa, a
 OFF = {"rho": {"rho": 0.0}, "curvature": {"curvature": NoCurvature()}, "ones": {"rho": 1.0}}
 
 
-@pytest.mark.parametrize("a, weights", [(1.0, "evidence"), (0.0, "equal")])
+@pytest.mark.parametrize("a, weights", [(1.0, "num_examples"), (0.0, "equal")])
 @pytest.mark.parametrize("off", list(OFF))
 def test_without_curvature_it_is_fedavg_to_the_last_bit(off, a, weights):
     state, schema = toy()
@@ -100,14 +100,22 @@ def test_without_curvature_it_is_fedavg_to_the_last_bit(off, a, weights):
     aggregator, plain, other = bayes(a=a, **OFF[off]), FedAvg(weights), state
     for number in range(3):
         updates = [
-            news("abc"[i], state, schema, 10 * number + i, evidence=[10, 301, 43][i], precision=kinds[i], round=number)
+            news(
+                "abc"[i],
+                state,
+                schema,
+                10 * number + i,
+                num_examples=[10, 301, 43][i],
+                precision=kinds[i],
+                round=number,
+            )
             for i in range(3)
         ]
         state, other = merge(aggregator, state, schema, updates), merge(plain, other, schema, updates)
         assert all(torch.equal(value, other[key]) for key, value in state.items())
     assert aggregator.needs_precision == (off == "ones")
     if off != "ones":
-        updates = [news("abc"[i], state, schema, i, evidence=[10, 301, 43][i]) for i in range(3)]
+        updates = [news("abc"[i], state, schema, i, num_examples=[10, 301, 43][i]) for i in range(3)]
         merged = merge(bayes(a=a), state, schema, updates)
         plainly = merge(FedAvg(weights), state, schema, updates)
         assert not torch.equal(merged["encoder.0.weight"], plainly["encoder.0.weight"])
@@ -143,9 +151,11 @@ def test_the_variance_between_sites_is_found_again():
     assert between_variance(changes, [sd**-2 for sd in noise]) == pytest.approx(0.7, rel=0.05)
 
 
-def one_number(site, state, change, precision, round=0, evidence=1):
+def one_number(site, state, change, precision, round=0, num_examples=1):
     """Return an update of the six by four tensor, all changes and precisions alike."""
-    block = BlockUpdate(evidence, {"w": torch.full((6, 4), change)}, {"w": torch.ones(())}, {"w": precision / evidence})
+    block = BlockUpdate(
+        num_examples, {"w": torch.full((6, 4), change)}, {"w": torch.ones(())}, {"w": precision / num_examples}
+    )
     return Update(site, round, "", "", {"encoder": block})
 
 
@@ -153,7 +163,9 @@ def test_sites_weigh_one_over_within_and_between():
     state = start()
     made = {"a": (1.0, 1.0, 5), "b": (2.0, 1.0, 1), "c": (4.0, 2.0, 2)}
     aggregator = bayes(between=True)
-    merged = merge(aggregator, state, SCHEMA, [one_number(s, state, d, p, evidence=n) for s, (d, p, n) in made.items()])
+    merged = merge(
+        aggregator, state, SCHEMA, [one_number(s, state, d, p, num_examples=n) for s, (d, p, n) in made.items()]
+    )
     assert aggregator.variances["w"] == pytest.approx(1.9, rel=1e-6)
     weights = [1 / (1 / p + 1.9) for _, p, _ in made.values()]
     mean = sum(w * d for w, (d, _, _) in zip(weights, made.values(), strict=True)) / sum(weights)
@@ -172,7 +184,7 @@ def test_a_factor_is_replaced_and_never_counted_twice():
     for number, expected in {3: 2.0 * 0.5 + 1.0, 4: 2.0 * 0.25 + 1.0}.items():  # a is away: discounted with its age
         state = merge(aggregator, state, SCHEMA, [one_number("b", state, 0.1, 1.0, number)])
         torch.testing.assert_close(aggregator.posterior(state, SCHEMA).precision["w"], torch.tensor(expected))
-    assert aggregator.posterior(state, SCHEMA).sites["a"]["encoder"] == {"evidence": 1, "age": 2}
+    assert aggregator.posterior(state, SCHEMA).sites["a"]["encoder"] == {"num_examples": 1, "age": 2}
     state = merge(aggregator, state, SCHEMA, [one_number("a", state, 0.1, 9.0, 5), one_number("b", state, 0.1, 1.0, 5)])
     torch.testing.assert_close(aggregator.posterior(state, SCHEMA).precision["w"], torch.tensor(10.0))
 
@@ -203,7 +215,7 @@ def test_remembering_changes_nothing_while_every_site_is_there():
     state, schema = toy()
     plain, remembering, other = bayes(a=1), bayes(a=1, remember=True), state
     for number in range(3):
-        updates = [news("abc"[i], state, schema, 3 * number + i, evidence=i + 1, round=number) for i in range(3)]
+        updates = [news("abc"[i], state, schema, 3 * number + i, num_examples=i + 1, round=number) for i in range(3)]
         state, other = merge(plain, state, schema, updates), merge(remembering, other, schema, updates)
         assert all(torch.equal(value, other[key]) for key, value in state.items())
 
@@ -262,7 +274,7 @@ def test_momentum_without_curvature_is_fedavgm_to_the_last_bit(lookahead):
     plain, other = FedAvgM(0.6, 0.8, lookahead=lookahead), state
     for number in range(3):
         state, other = aggregator.ahead(state), plain.ahead(other)
-        updates = [news("abc"[i], state, schema, 10 * number + i, evidence=i + 1, round=number) for i in range(3)]
+        updates = [news("abc"[i], state, schema, 10 * number + i, num_examples=i + 1, round=number) for i in range(3)]
         state, other = merge(aggregator, state, schema, updates), merge(plain, other, schema, updates)
         assert all(torch.equal(value, other[key]) for key, value in state.items())
 

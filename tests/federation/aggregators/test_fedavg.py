@@ -28,11 +28,11 @@ def numbers(updates, key=KEY, block="encoder"):
     return np.stack([u.blocks[block].delta[key].double().numpy() for u in updates])
 
 
-def test_means_by_evidence_and_of_equal_sites():
+def test_means_by_examples_and_of_equal_sites():
     state, schema = toy()
     counts = [10, 300, 41]
-    updates = [news("abc"[i], state, schema, i, evidence=n) for i, n in enumerate(counts)]
-    for weights, expected in {"evidence": counts, "equal": [1, 1, 1]}.items():
+    updates = [news("abc"[i], state, schema, i, num_examples=n) for i, n in enumerate(counts)]
+    for weights, expected in {"num_examples": counts, "equal": [1, 1, 1]}.items():
         merged = merge(FedAvg(weights), state, schema, updates)
         for key in schema.block("encoder").keys:  # running statistics too
             mean = np.average(numbers(updates, key), axis=0, weights=expected)
@@ -41,10 +41,10 @@ def test_means_by_evidence_and_of_equal_sites():
         FedAvg("samples")
 
 
-def test_evidence_is_counted_a_block():
+def test_examples_are_counted_per_block():
     state, schema = toy()
     a, b = news("a", state, schema, 1), news("b", state, schema, 2)
-    a.blocks["heads.lungs"].evidence = 300
+    a.blocks["heads.lungs"].num_examples = 300
     merged = merge(FedAvg(), state, schema, [a, b])
     for block, weights in {"encoder": [1, 1], "heads.lungs": [3, 1]}.items():
         key = schema.block(block).keys[0]
@@ -175,7 +175,7 @@ def test_momentum_of_a_task_rests_while_nobody_labels_it():
 @pytest.mark.parametrize("sites", [1, 2, 4, 5, 7])
 def test_robust_centres_are_numpys_and_scipys(sites):
     state, schema = toy()
-    updates = [news("abcdefg"[i], state, schema, i, evidence=10**i) for i in range(sites)]
+    updates = [news("abcdefg"[i], state, schema, i, num_examples=10**i) for i in range(sites)]
     deltas = numbers(updates)
     expected = {
         CoordinateMedian(): np.median(deltas, axis=0),
@@ -193,7 +193,7 @@ def test_robust_centres_are_numpys_and_scipys(sites):
 def test_one_wild_site_moves_nothing_beyond_the_others(aggregator):
     state, schema = toy()
     good = [news(site, state, schema, i) for i, site in enumerate("abcd")]
-    wild = news("wild", state, schema, 9, size=1e6, evidence=10**9)
+    wild = news("wild", state, schema, 9, size=1e6, num_examples=10**9)
     moved = merge(aggregator, state, schema, [*good, wild])[KEY] - state[KEY]
     deltas = numbers(good)
     assert (moved.numpy() <= deltas.max(0) + 1e-6).all()

@@ -34,7 +34,7 @@ def weighted(weights):
     return (top / sum(EVIDENCE[s] * weights[s].double() for s in DELTAS)).float()
 
 
-def test_fisher_merging_weighs_by_evidence_and_absolute_curvature():
+def test_fisher_merging_weighs_by_examples_and_absolute_curvature():
     torch.testing.assert_close(merged(FisherMerging(SquaredGradients())), weighted(CURVATURES))
 
 
@@ -52,7 +52,7 @@ def test_inverse_variance_weighs_the_other_way_round():
     torch.testing.assert_close(merged(InverseVariance()), weighted({s: 1 / c for s, c in CURVATURES.items()}))
 
 
-def test_a_tensor_no_gradient_reached_counts_by_evidence():
+def test_a_tensor_no_gradient_reached_counts_by_examples():
     with pytest.MonkeyPatch.context() as patch:
         for site in CURVATURES:
             patch.setitem(CURVATURES, site, torch.zeros(3))

@@ -85,7 +85,7 @@ def test_the_memory_keeps_a_row_a_matrix_and_nothing_personal():
     assert set(whole.factors["a"]) == {"encoder", "heads.finding", "heads.lungs"}
 
 
-def test_posterior_precision_is_evidence_times_curvature_summed_over_the_owners():
+def test_posterior_precision_is_examples_times_curvature_summed_over_the_owners():
     schema = Schema((Block("encoder", ("w",)),), {"w": (2,)}, frozenset({"w"}), frozenset(), ())
     memory = SiteMemory()
     for site, n, scale, relative in (("a", 10, 3.0, [0.5, 1.5]), ("b", 4, 0.5, [1.0, 1.0])):

@@ -48,13 +48,13 @@ def deltas(result):
     return {key: value for block in result.update.blocks.values() for key, value in block.delta.items()}
 
 
-def test_evidence_counts_the_labelled_samples_that_reached_each_block():
+def test_num_examples_counts_the_labelled_samples_that_reached_each_block():
     data = site(n=10)
     for i in (0, 3, 4):
         data.source.samples[i].truth["left"] = None
     data.source.samples[4].truth["right"] = None
     update = trained(data=data).update
-    assert {name: block.evidence for name, block in update.blocks.items()} == {
+    assert {name: block.num_examples for name, block in update.blocks.items()} == {
         "encoder": 9,
         "heads.left": 7,
         "heads.right": 9,
@@ -63,9 +63,9 @@ def test_evidence_counts_the_labelled_samples_that_reached_each_block():
     assert update.steps == 3
 
 
-def test_two_local_epochs_are_twice_the_evidence():
+def test_two_local_epochs_are_twice_the_examples():
     update = trained(trainer=make(max_epochs=2)).update
-    assert update.blocks["encoder"].evidence == 24
+    assert update.blocks["encoder"].num_examples == 24
     assert update.steps == 6
 
 

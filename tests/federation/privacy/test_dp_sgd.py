@@ -204,7 +204,10 @@ def test_with_no_clip_and_no_noise_a_round_is_as_it_was(settings):
 
 def test_what_was_counted_stays_at_the_site_and_the_labels_still_say_which_blocks_leave():
     result = trained(private(1.0, 1.0), data=ToySite(tasks=("right",)))
-    assert {name: block.evidence for name, block in result.update.blocks.items()} == {"encoder": 1, "heads.right": 1}
+    assert {name: block.num_examples for name, block in result.update.blocks.items()} == {
+        "encoder": 1,
+        "heads.right": 1,
+    }
     assert (result.update.samples, result.update.steps, result.logged, result.moved) == ({}, 0, {}, {})
 
 

@@ -129,14 +129,14 @@ def test_under_noise_nothing_else_that_was_computed_from_images_leaves():
     full, _, _ = apply(PrivacyPolicy())
     assert full.samples
     assert full.counters
-    assert full.blocks["encoder"].evidence == 100
+    assert full.blocks["encoder"].num_examples == 100
     assert full.blocks["encoder"].precision
     made = update()
     made.extra = {"encoder.0.weight": torch.ones(5, 6)}
     sent, _, report = apply(PrivacyPolicy(clip=1.0, noise_multiplier=1.0, seed=0), made)
     facts = (sent.samples, sent.metrics, sent.counters, sent.extra, sent.steps, sent.seconds)
     assert facts == ({}, {}, {}, {}, 0, 0.0)
-    assert {name: block.evidence for name, block in sent.blocks.items()} == dict.fromkeys(made.blocks, 1)
+    assert {name: block.num_examples for name, block in sent.blocks.items()} == dict.fromkeys(made.blocks, 1)
     assert not any(block.precision or block.scale for block in sent.blocks.values())
     assert {key for block in sent.blocks.values() for key in block.delta} == {k for k in TRAINED if k[:4] != "loss"}
     assert report.norm is None, "the norm of what was clipped is not told either"
@@ -360,7 +360,7 @@ def test_sites_are_called_by_their_names():
         by_site({"z": one}, ["a", "b"], FedAvg())
 
 
-def test_a_site_that_must_not_send_its_evidence_is_not_drowned_by_those_that_do():
+def test_a_site_that_must_not_send_its_counts_is_not_drowned_by_those_that_do():
     guarded = PrivacyPolicy(**NOISE)
     for aggregator in (FedAvg(), BayesianAggregator()):
         with pytest.raises(ConfigError, match="b would weigh as one image"):

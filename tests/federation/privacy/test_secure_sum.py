@@ -198,9 +198,9 @@ def test_the_merge_needs_only_sums(name):
     state, schema = toy()
     kind = "row" if name == "bayes_row" else "element"
     updates = [
-        news("a", state, schema, 1, evidence=120, precision=kind),
-        news("b", state, schema, 2, tasks=("lungs",), evidence=7, precision=kind),
-        news("c", state, schema, 3, tasks=("lungs",), evidence=55, precision=kind),
+        news("a", state, schema, 1, num_examples=120, precision=kind),
+        news("b", state, schema, 2, tasks=("lungs",), num_examples=7, precision=kind),
+        news("c", state, schema, 3, tasks=("lungs",), num_examples=55, precision=kind),
     ]
     plain = merge(AGGREGATORS[name](), state, schema, updates)
     sums = summed({u.site: summands(AGGREGATORS[name](), u, schema) for u in updates})

@@ -61,7 +61,7 @@ CASES = {
     "base": (lambda u: setattr(u, "base", "other"), "another round"),
     "block": (lambda u: u.blocks.update(stranger=of(u)), "unknown block 'stranger'"),
     "personal": (lambda u: u.blocks.update(loss=of(u)), "unknown block 'loss'"),
-    "evidence": (lambda u: setattr(of(u), "evidence", 0), "encoder: no evidence"),
+    "num_examples": (lambda u: setattr(of(u), "num_examples", 0), "encoder: no examples"),
     "name": (lambda u: of(u).delta.update(other=torch.zeros(1)), "unknown weights"),
     "foreign": (lambda u: of(u).delta.update({"heads.lungs.bias": torch.zeros(3)}), "unknown weights"),
     "shape": (lambda u: of(u).delta.update({"encoder.0.bias": torch.zeros(4)}), r"shape \(4,\), not \(5,\)"),

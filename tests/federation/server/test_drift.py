@@ -44,9 +44,9 @@ def test_shares_times_changes_are_the_merged_change(name):
     state, schema = toy()
     precision = "row" if name == "row" else "element"
     updates = [
-        news("a", state, schema, seed=1, evidence=30, precision=precision),
-        news("b", state, schema, seed=2, evidence=90, tasks=("lungs",), precision=precision),
-        news("c", state, schema, seed=3, evidence=10, precision=precision),
+        news("a", state, schema, seed=1, num_examples=30, precision=precision),
+        news("b", state, schema, seed=2, num_examples=90, tasks=("lungs",), precision=precision),
+        news("c", state, schema, seed=3, num_examples=10, precision=precision),
     ]
     drift, after, told = round_of(WEIGHTED[name](), updates, state, schema)
     for block in schema.blocks:
