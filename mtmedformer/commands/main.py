@@ -39,7 +39,7 @@ COMMANDS = ("fit", "validate", "test", "predict")
 TOOLS = {  # everything else: the module whose main(argv) runs it
     "compare": "mtmedformer.commands.compare.command",
     "export": "mtmedformer.commands.export.command",
-    "fingerprint": "mtmedformer.commands.fingerprint.summary",
+    "fingerprint": "mtmedformer.commands.fingerprint.command",
     "sweep": "mtmedformer.commands.sweep",
 }
 

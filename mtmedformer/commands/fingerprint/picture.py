@@ -1,92 +1,23 @@
-"""A data set's fingerprint for people: tables for the terminal and one picture, without any image in it."""
+"""The picture of a fingerprint: six panels of numbers about a data set or a federation, no image."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-if TYPE_CHECKING:
-    from datamodules.audit.survey import Facts
-    from mtmedformer.commands.fingerprint.summary import Fingerprint
+from datamodules.audit.survey import Facts
+from mtmedformer.commands.fingerprint.summary import SPLITS, Fingerprint
 
-SPLITS = ("train", "val", "test")
 COLOURS = {"train": "#4c72b0", "val": "#dd8452", "test": "#55a868"}
 INK, WARN = "#333333", "#c44e52"
 MOST_SITES = 12
-"""Sites drawn one by one; the rest of a longer list is left out of the picture, never of the JSON file."""
-
-
-def show(found: Fingerprint, console: Console) -> None:
-    """Print the fingerprint as tables."""
-    console.print(
-        f"\n[bold]{found.dataset}[/]: {found.images} images of {found.patients} patients at {len(found.labelled)} "
-        f"site(s); "
-        + ", ".join(f"{s} {n['images']} images / {n['patients']} patients" for s, n in found.splits.items())
-    )
-    console.print(_labels_table(found))
-    if any(found.structures.values()):
-        console.print(_structures_table(found))
-    height, width = found.original_size["height"], found.original_size["width"]
-    spacing = found.spacing_mm
-    console.print(
-        f"Images: median {height['50']:.0f} x {width['50']:.0f} px (5-95 %: {height['5']:.0f}-{height['95']:.0f} x "
-        f"{width['5']:.0f}-{width['95']:.0f}); pixel spacing "
-        + (f"{spacing['50']:.3g} mm" if spacing else "unknown")
-        + f"; framed part {found.content_size[0]} x {found.content_size[1]} px."
-    )
-    console.print(f"Leak check: {found.leaks.summary()}.")
-    if found.shortcuts:
-        best = found.shortcuts[0]
-        console.print(
-            f"Without looking at the image: best guess is {escape(best.task)}/{escape(best.finding)} from "
-            f"{best.source}, AUC {best.auc:.2f} (0.5 is chance)."
-        )
-    for warning in found.warnings:
-        console.print(f"[bold yellow]![/] {escape(warning)}", highlight=False)
-    wish = found.suggestion
-    console.print(
-        f"[bold green]Suggested[/]: image_size {list(wish.image_size)}, sampler {wish.sampler}, strides from "
-        f"{wish.strides[0]}."
-    )
-    for reason in wish.reasons:
-        console.print(f"  - {escape(reason)}", highlight=False)
-
-
-def _labels_table(found: Fingerprint) -> Table:
-    table = Table(title="Labelled images (positive) by site; – is unknown, not negative", title_justify="left")
-    table.add_column("site")
-    table.add_column("split")
-    for name in found.tasks:
-        table.add_column(escape(name), justify="right")
-    for site, splits in found.labelled.items():
-        for split in SPLITS:
-            if split in splits:
-                cells = [splits[split].get(name) for name in found.tasks]
-                table.add_row(escape(site), split, *(f"{c['labelled']} ({c['positive']})" if c else "–" for c in cells))
-        table.add_section()
-    return table
-
-
-def _structures_table(found: Fingerprint) -> Table:
-    table = Table(title="Sizes: √area, 5 % / median / 95 %", title_justify="left")
-    for name in ("task", "class", "count", "original px", "mm", "input px now", "input px suggested"):
-        table.add_column(name, justify="left" if name in ("task", "class") else "right")
-    for task, classes in found.structures.items():
-        for label, row in classes.items():
-            sizes = [row[key] for key in ("original_px", "mm", "input_px", "suggested_px")]
-            cells = [f"{q['5']:.0f} / {q['50']:.0f} / {q['95']:.0f}" if q else "–" for q in sizes]
-            table.add_row(escape(task), escape(label), str(row["count"]), *cells)
-    return table
+"""Sites drawn; further ones are left out of the picture, not of the tables and the JSON file."""
 
 
 def draw(found: Fingerprint, facts: Sequence[Facts], file: Path) -> None:
@@ -112,7 +43,7 @@ def draw(found: Fingerprint, facts: Sequence[Facts], file: Path) -> None:
         panel.title.set_fontsize(11)
         panel.tick_params(labelsize=8.5)
         panel.spines[["top", "right"]].set_visible(False)
-    splits = " · ".join(f"{s} {n['images']} images / {n['patients']} patients" for s, n in found.splits.items())
+    splits = " · ".join(f"{s} {n.images} images / {n.patients} patients" for s, n in found.splits.items())
     figure.text(0.012, 0.972, found.dataset, fontsize=17, weight="bold", color=INK, va="center")
     figure.text(
         0.988, 0.972, f"{found.images} images · {found.patients} patients · {len(found.labelled)} site(s)",
@@ -140,9 +71,9 @@ def _draw_labels(panel: Axes, found: Fingerprint) -> None:
     hits = np.zeros_like(counts)
     for i, site in enumerate(sites):
         for cells in found.labelled[site].values():
-            for name, cell in cells.items():
-                counts[i, tasks.index(name)] += cell["labelled"]
-                hits[i, tasks.index(name)] += cell["positive"]
+            for name, count in cells.items():
+                counts[i, tasks.index(name)] += count.labelled
+                hits[i, tasks.index(name)] += count.positive
     panel.imshow(counts / np.maximum(counts.max(axis=1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=2, aspect="auto")
     for i, j in np.ndindex(counts.shape):
         some = counts[i, j] > 0
@@ -179,11 +110,11 @@ def _draw_structures(panel: Axes, found: Fingerprint) -> None:
     """Draw the range of sizes at the suggested input against the strides of the network."""
     rows = [(t, label, row) for t, classes in found.structures.items() for label, row in classes.items()]
     for i, (_, _, row) in enumerate(rows):
-        q = row["suggested_px"]
+        q = row.suggested_px
         panel.plot([q["5"], q["95"]], [i, i], color=COLOURS["train"], lw=2, alpha=0.5, solid_capstyle="round")
         panel.plot([q["25"], q["75"]], [i, i], color=COLOURS["train"], lw=7, alpha=0.8, solid_capstyle="round")
         panel.plot(q["50"], i, "o", color="white", ms=4.5, mec=INK)
-        panel.text(q["95"] * 1.08, i, f"n={row['count']}", va="center", fontsize=8, color=INK)
+        panel.text(q["95"] * 1.08, i, f"n={row.count}", va="center", fontsize=8, color=INK)
     if not rows:
         panel.text(0.5, 0.5, "no boxes or masks", transform=panel.transAxes, ha="center", color="#999999")
     else:
@@ -219,7 +150,7 @@ def _draw_grey(panel: Axes, found: Fingerprint) -> None:
     """Draw the grey values of each site; sites that differ here differ in scanner or processing."""
     tallest = 0.0
     for k, (site, row) in enumerate(list(found.intensity.items())[:MOST_SITES]):
-        density = np.array(row["histogram"]) * len(row["histogram"])
+        density = np.array(row.histogram) * len(row.histogram)
         panel.stairs(density, np.linspace(0, 1, len(density) + 1), color=f"C{k % 10}", lw=1.6, label=site)
         tallest = max(tallest, float(np.sort(density)[-3]))
     panel.set(xlim=(0, 1), ylim=(0, tallest * 1.25))  # the black of the background may rise above it
@@ -232,7 +163,7 @@ def _draw_grey(panel: Axes, found: Fingerprint) -> None:
 
 def _draw_shortcuts(panel: Axes, found: Fingerprint) -> None:
     """Draw how well findings can be told without the image."""
-    rows: list[Any] = found.shortcuts[:10]
+    rows = found.shortcuts[:10]
     colours = [WARN if s.warning else "#bbbbbb" for s in rows]
     panel.barh(range(len(rows)), [max(s.auc - 0.5, 0) for s in rows], left=0.5, color=colours, height=0.72)
     for i, s in enumerate(rows):

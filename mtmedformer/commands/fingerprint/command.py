@@ -1,0 +1,118 @@
+"""``mtmedformer fingerprint``: describe a data set, or every site of a federation, before the first training.
+
+Writes ``fingerprint.json`` and ``fingerprint.png`` and prints tables. They contain numbers and the names of tasks,
+sites and image files, no image and no patient.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from datamodules.base import MedicalDataModule
+from federation.datamodule import FederatedDataModule
+from mtmedformer.commands.fingerprint.picture import draw
+from mtmedformer.commands.fingerprint.summary import Fingerprint, read_images, read_sites, summarise, summarise_sites
+from mtmedformer.commands.fingerprint.tables import show
+from mtmedformer.errors import ConfigError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``mtmedformer fingerprint --config FILE [--output DIR] [--data.init_args.KEY VALUE …]``.
+
+    Sections of a config file other than ``data`` are ignored, so the config file of a training can be used.
+
+    Returns:
+        0; mistakes raise ``UserError``.
+    """
+    parser = _parser()
+    with ExitStack() as stack:
+        namespace = parser.parse_args(_data_sections(argv, Path(stack.enter_context(tempfile.TemporaryDirectory()))))
+    instantiate = getattr(parser, "instantiate", parser.instantiate_classes)  # the new name is of jsonargparse 4.49
+    fingerprint(instantiate(namespace).data, Path(namespace.output))
+    return 0
+
+
+def fingerprint(data: L.LightningDataModule, output: Path, console: Console | None = None) -> Fingerprint:
+    """Measure every image of a data set or a federation, print tables, write ``fingerprint.json`` and ``.png``.
+
+    Args:
+        data: The data set or federation; set up here, its images decoded into its cache.
+        output: Folder of the two files; created if needed.
+        console: Where the tables are printed; the terminal by default.
+
+    Raises:
+        DataError: As ``MedicalDataModule.setup``.
+        ConfigError: The data module is of another kind, or the folder cannot be created or written.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if isinstance(data, FederatedDataModule):
+            sites = read_sites(data)
+            summary, facts = summarise_sites(sites, data.tasks)
+        elif isinstance(data, MedicalDataModule):
+            images = read_images(data)
+            summary, facts = summarise(images), list(images.facts)
+        else:
+            raise ConfigError(
+                f"fingerprint: {type(data).__name__} cannot be described; data must be a datamodules.MedicalDataModule "
+                "or a federation.FederatedDataModule"
+            )
+        (output / "fingerprint.json").write_text(json.dumps(asdict(summary), indent=2, allow_nan=False) + "\n")
+        draw(summary, facts, output / "fingerprint.png")
+    except OSError as error:
+        raise ConfigError(
+            f"--output {output}: {error.strerror or error}; choose a folder that can be written"
+        ) from error
+    console = console or Console()
+    show(summary, console)
+    files = f"{output / 'fingerprint.json'} and {output / 'fingerprint.png'}"
+    console.print(f"Written: {files}", markup=False, soft_wrap=True)
+    return summary
+
+
+class _Parser(ArgumentParser):  # type: ignore[misc, unused-ignore]
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise ConfigError(" ".join(message.split())) from ex
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="mtmedformer fingerprint", description="Describe a data set before training on it.")
+    parser.add_argument("--config", action="config", help="YAML file with a data section; may be given several times")
+    parser.add_argument("--output", type=str, default="fingerprint", help="folder of the JSON and PNG files")
+    parser.add_subclass_arguments(L.LightningDataModule, "data", required=True)
+    return parser
+
+
+def _data_sections(argv: Sequence[str], folder: Path) -> list[str]:
+    """Replace every config file on a command line by one that contains only its ``data`` section."""
+    words: list[str] = []
+    files = 0
+    for word in argv:
+        follows = words and words[-1] in ("--config", "-c")
+        if not follows and not word.startswith("--config="):
+            words.append("--config" if word == "-c" else word)
+            continue
+        file = Path(word.removeprefix("--config="))
+        try:
+            config = yaml.safe_load(file.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"--config {file}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+        if not isinstance(config, dict):
+            raise ConfigError(f"--config {file}: has no keys; it needs a data section, like configs/quickstart.yaml")
+        section = {"data": config["data"]} if "data" in config else {}
+        target = folder / f"{files}.yaml"
+        target.write_text(yaml.safe_dump(section))
+        files += 1
+        words = [*words, str(target)] if follows else [*words, f"--config={target}"]
+    return words
