@@ -170,10 +170,10 @@ def code_version() -> str:
     Comments, docstrings and layout do not count, nor do tools and reports: what cannot change a result must not make
     a finished training run again.
     """
-    from mtmedformer.commands.main import TOOLS
+    from mtmedformer.commands.main import COMMANDS
 
     home = Path(__file__).resolve().parents[3]
-    tools = tuple("/".join(module.split(".")[:2]) for module in TOOLS.values())
+    tools = tuple("/".join(command.module.split(".")[:2]) for command in COMMANDS.values())
     files = []
     for room in ROOMS:
         for file in sorted((home / room).rglob("*.py")):

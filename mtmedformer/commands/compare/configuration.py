@@ -41,7 +41,7 @@ def resolved(study: Study, variant: Variant) -> dict[str, Any]:
     Raises:
         ConfigError: What the command line says of a mistake, and in which variant it is.
     """
-    from mtmedformer.commands.main import CommandLine
+    from mtmedformer.commands.lightning_cli import CommandLine
 
     class Reader(CommandLine):
         """A command line that stops once it has understood its arguments."""

@@ -169,7 +169,7 @@ def test_a_class_of_somebody_else_is_not_imported(tmp_path, monkeypatch, picture
 @pytest.mark.parametrize(
     "path",
     [
-        "mtmedformer.commands.main.CommandLine",
+        "mtmedformer.commands.lightning_cli.CommandLine",
         "mtmedformer.__main__.main",
         "mtmedformer.commands.main.main",
         "mtmedformer.load",
