@@ -65,6 +65,7 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         predict_split: The split that ``predict`` runs on, or ``all``.
 
     Attributes:
+        only_patients: Patients to be used, set before ``setup``; ``None`` uses all. Splits count all patients.
         tasks: Tasks by name, once set up.
         records: Images that can be used, with the truth that can be used, once set up.
         splits: Split of each record by its id, once set up.
@@ -108,6 +109,7 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         self.sampler: Strategy = sampler
         self.only_tasks = tasks
         self.where = where or {}
+        self.only_patients: frozenset[str] | None = None
         self.cache_dir = cache_dir
         self.cache_max_gb = cache_max_gb
         self.max_quarantine_share = max_quarantine_share
@@ -164,7 +166,8 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         lost = {subject: len(ids) for subject, ids in self.quarantine.lost().items()}  # by ``catalogue`` itself
         totals = _labelled(catalogue.records, self.tasks)
         self.quarantine.check({k: n + lost.get(k, 0) for k, n in totals.items()}, self.max_quarantine_share)
-        self._planned = self.records = select(records, self.where)
+        kept = [r for r in records if self.only_patients is None or r.patient in self.only_patients]
+        self._planned = self.records = select(kept, self.where)
         mine = {(record.id, task) for record in self.records for task in self.tasks}
         issues = self.quarantine.issues
         self.quarantine.issues = [i for i in issues if i.subject == IMAGE or (i.id, i.subject) in mine]

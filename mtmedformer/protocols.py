@@ -159,12 +159,14 @@ class RecordData(Protocol):
     Attributes:
         tasks: Tasks by name.
         where: Values a record's fields must have to be used.
+        only_patients: Patients to be used, set before ``plan``; ``None`` uses all. Splits count all patients.
         records: Records in use, complete after ``plan``.
         splits: ``train``, ``val`` or ``test`` by record id.
     """
 
     tasks: dict[str, Task]
     where: Any
+    only_patients: frozenset[str] | None
     records: Any
     splits: Any
 
@@ -175,6 +177,19 @@ class RecordData(Protocol):
     def catalogue(self) -> Any:
         """Return the tasks and records of the data set's own files."""
         ...
+
+
+@runtime_checkable
+class LimitedData(Protocol):
+    """A data module that a federation can limit for quick trials (``FederatedDataModule.limit``, ``num_workers``).
+
+    Attributes:
+        limit: Largest number of patients, set before ``setup``; ``None`` uses all.
+        num_workers: Worker processes per loader.
+    """
+
+    limit: int | None
+    num_workers: int
 
 
 @runtime_checkable

@@ -35,7 +35,6 @@ from federation.client.lightning_internals import (
 )
 from federation.client.subprocess import Late, train_isolated
 from federation.client.train import Interrupted, RoundPlan, SiteResult, SiteState, state_of, train_site
-from federation.datamodule import Site
 from federation.exchange.schema import State, schema_of, state_hash
 from federation.partition import Holding
 from federation.privacy.policy import PrivacyPolicy
@@ -45,6 +44,7 @@ from federation.server.drift import Drift
 from federation.server.participation import Participation, check_participation, taking_part
 from federation.server.round import Gathering, Group
 from federation.server.run_state import RunState, write_state
+from federation.site_loaders import Site
 from mtmedformer.errors import ConfigError, UserError
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from federation.datamodule import Site
 from federation.exchange.schema import State
+from federation.site_loaders import Site
 from mtmedformer.storage.atomic_write import whole
 
 

@@ -8,9 +8,9 @@ import lightning as L
 import numpy as np
 
 from federation.client.train import validate_site
-from federation.datamodule import Site
 from federation.exchange.schema import State
 from federation.server.round import Group
+from federation.site_loaders import Site
 from mtmedformer.metrics.base import TaskMetrics
 
 

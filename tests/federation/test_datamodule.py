@@ -12,7 +12,7 @@ from datamodules.labels_csv.columns import BoxColumns, ClassColumns, MaskColumns
 from federation.datamodule import FederatedDataModule
 from federation.partition import Dirichlet, EqualShares
 from mtmedformer.batch import Batch, Task
-from mtmedformer.errors import ConfigError
+from mtmedformer.errors import ConfigError, DataError
 from tests.fixtures.small_set import write_small_set
 from tests.fixtures.toy_sites import ToySite, toy_module
 
@@ -195,3 +195,68 @@ def test_a_site_trainer_leaves_no_trainer_in_the_data():
     data.sites["a"].trainer = object()
     assert isinstance(data.sites["a"].train_dataloader(), DataLoader)
     assert data.sites["a"].source.trainer is None
+
+
+class Broken(ToySite):
+    """A site whose own loader raises a ``KeyError``."""
+
+    def __init__(self, loader: str) -> None:
+        super().__init__()
+        setattr(self, loader, self.fail)
+
+    def fail(self):
+        return {"image": "a.png"}["path"]
+
+
+@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
+def test_an_error_in_a_sites_own_loader_is_raised_and_not_read_as_no_images(loader):
+    data = FederatedDataModule(sites={"a": Broken(loader), "b": ToySite(seed=1)})
+    data.setup("fit")
+    with pytest.raises(KeyError, match="path"):
+        getattr(data.sites["a"], loader)()
+
+
+def test_a_split_without_images_is_an_empty_loader(root, cache):
+    class TrainingOnly(L.LightningDataModule):
+        def train_dataloader(self):
+            return ToySite().train_dataloader()
+
+    listed = one_set(root, cache, val_fraction=0, test_fraction=0, official_splits=False)
+    data = FederatedDataModule(sites={"listed": listed, "plain": TrainingOnly()})
+    data.setup("fit")
+    assert list(data.sites["listed"].source.datasets) == ["train"]
+    assert [site.val_dataloader() for site in data.sites.values()] == [[], []]
+    assert data.val_dataloader() == data.test_dataloader() == []
+
+
+def test_a_site_without_training_images_is_named(root, cache):
+    data = FederatedDataModule(sites={"a": ToySite()})
+    data.setup("fit")
+    data.sites["a"].source.datasets = {}
+    with pytest.raises(DataError, match="site a: it has no training images"):
+        data.sites["a"].train_dataloader()
+
+
+@pytest.mark.parametrize("cut", [{"by": "site"}, {"partition": EqualShares(2)}], ids=["by", "partition"])
+def test_limit_keeps_whole_patients_of_every_site_in_their_splits(root, cache, cut):
+    whole = one_set(root, cache, val_fraction=0.25)
+    whole.plan()
+    limited = [FederatedDataModule(data=one_set(root, cache, val_fraction=0.25), limit=8, **cut) for _ in range(2)]
+    for data in limited:
+        data.setup("fit")
+    held = [{n: {r.id for r in s.source.records} for n, s in data.sites.items()} for data in limited]
+    assert held[0] == held[1]
+    for site in limited[0].sites.values():
+        patients = {r.patient for r in site.source.records}
+        assert len(patients) == 8
+        assert all(whole.splits[r.id] == site.source.splits[r.id] for r in site.source.records)
+    assert limited[0].data.only_patients is None, "the data set that was given keeps its own patients"
+
+
+def test_limit_and_workers_reach_the_named_sites(root, cache):
+    data = FederatedDataModule(sites={"a": one_set(root, cache)}, limit=8, num_workers=1)
+    data.setup("fit")
+    assert len({r.patient for r in data.sites["a"].source.records}) == 8
+    assert data.sites["a"].train_dataloader().num_workers == 1
+    with pytest.raises(ConfigError, match=r"data.limit: data.sites.a is a ToySite, which has no option limit"):
+        FederatedDataModule(sites={"a": ToySite()}, limit=8).setup("fit")

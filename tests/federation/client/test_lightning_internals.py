@@ -29,7 +29,7 @@ from federation.client.lightning_internals import (
     server_step,
     solo,
 )
-from federation.datamodule import Site
+from federation.site_loaders import Site
 from mtmedformer.errors import ConfigError
 from tests.fixtures.toy_sites import TASKS, ToySite, toy_module
 

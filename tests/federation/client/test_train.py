@@ -12,7 +12,7 @@ from federation.alignment.align import permutation_groups, shuffle
 from federation.bayes.curvature import SquaredGradients
 from federation.client.lightning_internals import build_site_trainer
 from federation.client.train import Interrupted, SiteState, home_keys, train_site, validate_site
-from federation.datamodule import Site
+from federation.site_loaders import Site
 from mtmedformer.errors import ConfigError
 from tests.fixtures.toy_sites import TASKS, ToyModule, ToySite, toy_module, toy_plan
 

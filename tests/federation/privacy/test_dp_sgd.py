@@ -13,10 +13,10 @@ from torch import nn
 from federation import ExamplePrivacy, FedAvg, PrivacyPolicy
 from federation.client.lightning_internals import build_site_trainer
 from federation.client.train import SiteState, train_site
-from federation.datamodule import Site
 from federation.exchange.schema import schema_of
 from federation.privacy.dp_sgd import PrivateGradients, add_clipped
 from federation.privacy.random_stream import key_of
+from federation.site_loaders import Site
 from mtmedformer import (
     ClassificationHead,
     DetectionHead,
