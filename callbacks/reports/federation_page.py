@@ -7,8 +7,8 @@ from typing import Any
 from callbacks.reports.federation_updates import cost, drift, moved, privacy, shares
 from callbacks.reports.round_curves import Panel, by_site, curves, line_of
 from mtmedformer.plots.html import (
-    Cell,
     Html,
+    ShadedCell,
     details,
     duration,
     facts,
@@ -106,7 +106,7 @@ def _matrix(told: Facts) -> Html:
     most = max((site["images"] for site in sites), default=0) or 1
     rows = []
     for site in sites:
-        cells = [Cell(site["labels"][t] or "none", site["labels"][t] / most) for t in tasks]
+        cells = [ShadedCell(site["labels"][t] or "none", site["labels"][t] / most) for t in tasks]
         rows.append([site["site"], site["patients"], site["images"], *cells, site["validation"]])
     without = {s["site"]: ", ".join(t for t in tasks if not s["labels"][t]) for s in sites}
     said = [f"{site} has no labels for {names}" for site, names in without.items() if names]

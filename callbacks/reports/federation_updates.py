@@ -7,8 +7,8 @@ from typing import Any
 
 from callbacks.reports.round_curves import Panel, by_site, curves, line_of
 from mtmedformer.plots.html import (
-    Cell,
     Html,
+    ShadedCell,
     details,
     duration,
     figure,
@@ -53,7 +53,9 @@ def shares(told: Facts) -> Html:
         for block in blocks:
             found = [e["sites"].get(site, {}).get("share", {}).get(block) for e in history]
             mean = sum(f or 0.0 for f in found) / len(found)
-            cells.append(Cell(f"{100 * mean:.0f} %", mean) if any(f is not None for f in found) else Cell("–"))
+            cells.append(
+                ShadedCell(f"{100 * mean:.0f} %", mean) if any(f is not None for f in found) else ShadedCell("–")
+            )
         rows.append([site, *cells])
     text = (
         "Each site's part in the weights of the merge, mean over rounds. It follows the number of labelled images and "

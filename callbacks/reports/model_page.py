@@ -9,8 +9,8 @@ from callbacks.reports.metrics_table import HEADLINES, HIDDEN
 from callbacks.reports.ranking_curves import task_figure
 from callbacks.reports.summary_text import abilities, interval, limits
 from mtmedformer.plots.html import (
-    Cell,
     Html,
+    ShadedCell,
     code,
     details,
     facts,
@@ -160,7 +160,7 @@ def _confusion(curves: Facts, classes: list[str]) -> Html:
     rows = []
     for name, line in zip(classes, counts, strict=True):
         total = sum(line) or 1
-        rows.append([name, *(Cell(count, count / total) for count in line)])
+        rows.append([name, *(ShadedCell(count, count / total) for count in line)])
     return table(rows, ["truth ↓ said →", *classes], "What is taken for what (test images)")
 
 

@@ -16,7 +16,7 @@ from mtmedformer.metrics.classification import ClassificationMetrics
 from mtmedformer.metrics.curves import Floats, counts_above, operating_points
 from mtmedformer.metrics.detection import DetectionMetrics
 from mtmedformer.metrics.segmentation import SegmentationMetrics
-from mtmedformer.plots.html import COLOURS, FAINT, INK, STYLE
+from mtmedformer.plots.style import COLOURS, FAINT, INK, STYLE
 
 Facts = dict[str, Any]
 FALSE_ALARMS = 8.0

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mtmedformer.plots.html import COLOURS, FAINT, INK, STYLE
+from mtmedformer.plots.style import COLOURS, FAINT, INK, STYLE
 
 MOST_LINES = 10
 """Sites that get a colour of their own; of more, those with the lowest last value do."""

@@ -1,1 +1,1 @@
-"""Pictures and HTML pages."""
+"""Overlays, heat maps and the HTML page toolkit of the reports."""

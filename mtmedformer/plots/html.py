@@ -1,6 +1,6 @@
-"""The page every report is written on: one HTML file with its style and pictures inside, no script and no network.
+"""HTML page toolkit of all reports: one file with embedded style and pictures, without scripts or network access.
 
-Whatever is not ``Html`` is escaped, so a site or a class may be called anything.
+Text that is not ``Html`` is escaped, so names of sites and classes may contain any character.
 """
 
 from __future__ import annotations
@@ -18,46 +18,8 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from mtmedformer.plots.style import INK, STYLE
 from mtmedformer.storage.atomic_write import whole
-
-INK, FAINT = "#20242a", "#8b929c"
-"""Text and grid of a plot; ``INK`` becomes the colour of the page's text, in the light and in the dark."""
-
-COLOURS = ("#3f7fbf", "#d9822b", "#3f9a6c", "#c2536b", "#8a6fc0", "#a38a2d", "#2f9aa0", "#9a6b4f", "#7a8794", "#c77fb5")
-"""Lines and bars, readable on white and on dark."""
-
-STYLE: dict[Any, Any] = {
-    "font.size": 9.5,
-    "font.family": "sans-serif",
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.prop_cycle": mpl.cycler(color=COLOURS),  # type: ignore[attr-defined]
-    "axes.edgecolor": FAINT,
-    "grid.color": FAINT,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.7,
-    "text.color": INK,
-    "text.parse_math": False,  # a name with dollar signs is a name
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "mtmedformer",
-}
-"""matplotlib settings for plots of a report: ``with mpl.rc_context(STYLE): figure = Figure(...)``."""
 
 CSS = """
 :root { color-scheme: light dark; --ink: #20242a; --soft: #5d6671; --paper: #ffffff; --line: #dfe3e8; --wash: #f5f7f9;
@@ -116,19 +78,19 @@ footer { font-size: .82rem; padding-top: 2rem; padding-bottom: 2.5rem; }
 """
 
 QUANTITY = re.compile(r"[\u2212-]?[\d.\u202f]+ ?(%|s|min|h|bytes|kB|MB|GB)?")
-"""Text that stands on the right of a table's column, as numbers do."""
+"""Text that is right-aligned in a table, like numbers."""
 
 
 class Html(str):
-    """Markup made by this module; everything else is text and is escaped."""
+    """Markup made by this module; any other text is escaped."""
 
 
-class Cell(NamedTuple):
-    """A field of a table with a shade behind it.
+class ShadedCell(NamedTuple):
+    """A table cell with a shaded background.
 
     Attributes:
         value: Text or number.
-        shade: From 0 (none) to 1.
+        shade: Strength of the shade, 0 (none) to 1.
     """
 
     value: Any
@@ -139,10 +101,10 @@ def page(title: str, subtitle: str, sections: Sequence[tuple[str, Html]], summar
     """Lay sections out as one HTML page.
 
     Args:
-        title: What the page is about.
-        subtitle: One line below it.
-        sections: Heading and content of each section; those without content are left out.
-        summary: What a reader in a hurry sees first, above all sections.
+        title: Title of the page.
+        subtitle: One line below the title.
+        sections: Heading and content of each section; sections without content are left out.
+        summary: Content above all sections.
 
     Returns:
         The whole file.
@@ -166,7 +128,7 @@ def page(title: str, subtitle: str, sections: Sequence[tuple[str, Html]], summar
 
 
 def write_page(file: Path, text: str) -> None:
-    """Write a page, whole or not at all."""
+    """Write a page atomically."""
     with whole(file) as part:
         part.write_text(text, encoding="utf-8")
 
@@ -175,15 +137,16 @@ def table(rows: Iterable[Sequence[Any]], columns: Sequence[str], caption: str = 
     """Lay rows out as a table that scrolls where it is wider than the page.
 
     Args:
-        rows: Cells of each row; the first names it. Numbers stand on the right, ``None`` and NaN become a dash.
+        rows: Cells of each row; the first cell is the row header. Numbers are right-aligned, ``None`` and NaN become a
+            dash.
         columns: Heading of each column.
         caption: A line above the table.
-        digits: Digits after the point of a ``float``.
+        digits: Digits after the decimal point of a ``float``.
     """
     filled = [list(row) for row in rows]
     if not filled:
         return Html("")
-    plain = [[cell.value if isinstance(cell, Cell) else cell for cell in row] for row in filled]
+    plain = [[cell.value if isinstance(cell, ShadedCell) else cell for cell in row] for row in filled]
     numeric = [any(_looks_like_number(row[i]) for row in plain if i < len(row)) for i in range(len(columns))]
     head = "".join(
         f'<th scope="col"{_n(i > 0 and numeric[i])}>{escape(c)}</th>' if c else "<td></td>"
@@ -201,13 +164,13 @@ def table(rows: Iterable[Sequence[Any]], columns: Sequence[str], caption: str = 
 
 
 def figure(drawing: Figure, caption: str, alt: str, raster: bool = False, dpi: int = 110) -> Html:
-    """Put a matplotlib figure on the page: as SVG, which takes the page's colours, or as a PNG.
+    """Embed a matplotlib figure: as SVG, which takes the text colour of the page, or as PNG.
 
     Args:
-        drawing: The figure; its colours ``INK`` follow the reader's light or dark setting.
-        caption: A line below it.
-        alt: What it shows, for those who cannot see it.
-        raster: Embed a PNG: right for medical images, and for plots of many thousand points.
+        drawing: The figure; the colour ``INK`` in it follows the light or dark theme of the reader.
+        caption: A line below the figure.
+        alt: Alternative text for readers who cannot see the figure.
+        raster: Embed a PNG, for medical images and for plots of many thousand points.
         dpi: Resolution of the PNG.
     """
     buffer = io.BytesIO()
@@ -224,7 +187,7 @@ def figure(drawing: Figure, caption: str, alt: str, raster: bool = False, dpi: i
 
 
 def _inline_svg(svg: str, alt: str) -> str:
-    """Return the SVG element alone, without addresses, in the page's colour, its names unlike any other picture's."""
+    """Return the SVG element without addresses, in the text colour of the page, with ids unique on the page."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href=", "href=").replace(INK, "currentColor")
     mark = f"f{hashlib.blake2b(svg.encode(), digest_size=5).hexdigest()}-"
@@ -233,7 +196,7 @@ def _inline_svg(svg: str, alt: str) -> str:
 
 
 def join(*parts: str) -> Html:
-    """Put parts below each other; plain text becomes a paragraph."""
+    """Join parts vertically; plain text becomes a paragraph."""
     return Html("".join(part if isinstance(part, Html) else paragraph(part) for part in parts if part))
 
 
@@ -248,12 +211,12 @@ def paragraph(text: str, kind: str = "") -> Html:
 
 
 def heading(text: str) -> Html:
-    """Return a heading below that of the section."""
+    """Return a heading one level below that of the section."""
     return Html(f"<h3>{escape(text)}</h3>")
 
 
 def points(lines: Iterable[str]) -> Html:
-    """Return a list with bullets; nothing for no lines."""
+    """Return a bullet list; empty without lines."""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return Html(f"<ul>{items}</ul>" if items else "")
 
@@ -265,7 +228,7 @@ def facts(pairs: Mapping[str, Any]) -> Html:
 
 
 def tiles(pairs: Sequence[tuple[str, str]]) -> Html:
-    """Return large values, each with what it is below it."""
+    """Return tiles of large values, each with its label below it."""
     boxes = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for value, name in pairs
     )
@@ -273,17 +236,17 @@ def tiles(pairs: Sequence[tuple[str, str]]) -> Html:
 
 
 def code(text: str) -> Html:
-    """Return text as it is, in a fixed-width face."""
+    """Return preformatted text in a fixed-width font."""
     return Html(f"<pre>{escape(text)}</pre>")
 
 
 def details(summary: str, body: Html) -> Html:
-    """Fold a part that few readers need away under one line."""
+    """Return content that is folded under a summary line."""
     return Html(f"<details><summary>{escape(summary)}</summary>{body}</details>" if body else "")
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Return a number for people: a dash where there is none, thin spaces between thousands."""
+    """Format a number: a dash for ``None`` and NaN, thin spaces between thousands."""
     if value is None or math.isnan(value):
         return "–"
     text = f"{value:,d}" if isinstance(value, int) else f"{value:,.{digits}f}"
@@ -291,7 +254,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def size_of(count: float) -> str:
-    """Return a number of bytes for people, such as ``1.4 MB``."""
+    """Format a number of bytes, for example ``1.4 MB``."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             break
@@ -300,14 +263,14 @@ def size_of(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time for people, such as ``2.5 min``."""
+    """Format seconds, for example ``2.5 min``."""
     if seconds < 90:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def escape(value: Any) -> str:
-    """Return text fit for HTML; ``Html`` is left as it is."""
+    """Escape text for HTML; ``Html`` is returned unchanged."""
     return value if isinstance(value, Html) else html.escape(str(value))
 
 
@@ -318,10 +281,10 @@ def _text(value: Any, digits: int = 3) -> str:
 
 
 def _cell(cell: Any, numeric: bool, digits: int) -> str:
-    value, shade = (cell.value, cell.shade) if isinstance(cell, Cell) else (cell, 0.0)
-    classes = " ".join(name for name, there in (("n", numeric), ("s", isinstance(cell, Cell))) if there)
+    value, shade = (cell.value, cell.shade) if isinstance(cell, ShadedCell) else (cell, 0.0)
+    classes = " ".join(name for name, there in (("n", numeric), ("s", isinstance(cell, ShadedCell))) if there)
     marks = f' class="{classes}"' if classes else ""
-    style = f' style="--s:{min(max(shade, 0.0), 1.0):.2f}"' if isinstance(cell, Cell) else ""
+    style = f' style="--s:{min(max(shade, 0.0), 1.0):.2f}"' if isinstance(cell, ShadedCell) else ""
     return f"<td{marks}{style}>{_text(value, digits)}</td>"
 
 

@@ -1,4 +1,4 @@
-"""Draws an image with its truth and its predictions side by side."""
+"""Overlays of a batch: image, truth and prediction side by side, in pixels of the network input."""
 
 from __future__ import annotations
 
@@ -23,32 +23,24 @@ from mtmedformer.batch import (
     Target,
     Task,
 )
-
-COLOURS = ("#4FC3F7", "#FFB74D", "#AED581", "#F06292", "#BA68C8", "#FFF176", "#4DB6AC", "#E57373")
-"""Colours that stay apart on a grey image, one a class across all tasks."""
-
-
-def palette(tasks: dict[str, Task]) -> dict[tuple[str, str], str]:
-    """Return one colour for every ``(task, class)`` that is drawn as a mask or a box."""
-    drawn = [(name, c) for name, task in tasks.items() if task.kind != "classification" for c in task.classes]
-    return {key: COLOURS[i % len(COLOURS)] for i, key in enumerate(drawn)}
+from mtmedformer.plots.style import class_colours
 
 
 def overlay_figure(
     images: Sequence[Batch], predictions: Sequence[dict[str, Any]], tasks: dict[str, Task], score: float = 0.4
 ) -> Figure:
-    """Draw one row an image: the image, its truth and the predictions.
+    """Draw one row per image: the image, its truth and the predictions.
 
     Args:
         images: Batches of one image each, on any device.
-        predictions: For each of them the predictions by task (formats of ``TaskHead.predict``).
+        predictions: Predictions by task for each image, in the formats of ``TaskHead.predict``.
         tasks: The tasks to draw.
         score: Boxes below this score are not drawn.
 
     Returns:
         A matplotlib figure; close it after use.
     """
-    colours = palette(tasks)
+    colours = class_colours(tasks.values())
     figure, axes = plt.subplots(
         len(images), 3, figsize=(9.6, 3.3 * len(images) + 0.5), squeeze=False, layout="constrained"
     )
@@ -76,25 +68,25 @@ def overlay_figure(
 def _draw_truth(
     axis: Axes, targets: dict[str, Target], tasks: dict[str, Task], colours: dict[tuple[str, str], str]
 ) -> str:
-    words = []
+    lines = []
     for name, task in tasks.items():
         target = targets[name]
         if not bool(target.present[0]):
-            words.append(f"{name}: not labelled")
+            lines.append(f"{name}: not labelled")
         elif isinstance(target, ClassificationTarget):
             chosen = [c for c, v in zip(task.classes, target.labels[0].tolist(), strict=True) if v == 1]
-            words.append(f"{name}: {', '.join(chosen) or 'none'}")
+            lines.append(f"{name}: {', '.join(chosen) or 'none'}")
         elif isinstance(target, DetectionTarget):
             for box, label in zip(target.boxes[0].tolist(), target.labels[0].tolist(), strict=True):
                 _box(axis, box, colours[name, task.classes[label]], "")
             if not len(target.boxes[0]):
-                words.append(f"{name}: none")
+                lines.append(f"{name}: none")
         elif isinstance(target, SegmentationTarget):
             for c, mask in zip(task.classes, target.masks[0], strict=True):
                 _mask(axis, (mask == 1).cpu(), colours[name, c])
                 if bool((mask == IGNORE).all()):
-                    words.append(f"{c}: not labelled")
-    return "\n".join(words)
+                    lines.append(f"{c}: not labelled")
+    return "\n".join(lines)
 
 
 def _draw_prediction(
@@ -104,29 +96,29 @@ def _draw_prediction(
     colours: dict[tuple[str, str], str],
     score: float,
 ) -> str:
-    words = []
+    lines = []
     for name, task in tasks.items():
         predicted = predictions[name]
         if task.kind == "classification":
             p = predicted[0].float().tolist()
             best = max(range(len(p)), key=p.__getitem__)
             shown = range(len(p)) if task.multi_label else [best]
-            words.append(f"{name}: " + ", ".join(f"{task.classes[k]} {p[k]:.2f}" for k in shown))
+            lines.append(f"{name}: " + ", ".join(f"{task.classes[k]} {p[k]:.2f}" for k in shown))
         elif task.kind == "detection":
-            found = predicted[0]
+            boxes = predicted[0]
             for box, s, label in zip(
-                found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True
+                boxes["boxes"].tolist(), boxes["scores"].tolist(), boxes["labels"].tolist(), strict=True
             ):
                 if s >= score:
                     _box(axis, box, colours[name, task.classes[label]], f"{s:.2f}")
         else:
             for c, p in zip(task.classes, predicted[0], strict=True):
                 _mask(axis, (p >= 0.5).cpu(), colours[name, c])
-    return "\n".join(words)
+    return "\n".join(lines)
 
 
 def _box(axis: Axes, box: Sequence[float], colour: str, text: str) -> None:
-    x0, y0, x1, y1 = (v - 0.5 for v in box)  # imshow puts pixel centres, not corners, on whole numbers
+    x0, y0, x1, y1 = (v - 0.5 for v in box)  # imshow puts pixel centres, not corners, on integers
     axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.5))
     if text:
         axis.text(x0, y0, text, color="black", fontsize=6, backgroundcolor=colour, va="bottom", clip_on=True)

@@ -1,4 +1,4 @@
-"""Draws what a model found in one image on the whole original image, as it lies: never mirrored, never cropped."""
+"""Predictions drawn on the whole original image, in its own orientation: neither mirrored nor cropped."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from matplotlib.patheffects import withStroke
 from mtmedformer.batch import Meta, Task
 from mtmedformer.geometry import Bytes, Floats, Frame, compose, invert, warp
 from mtmedformer.inference.results import NOTE, Findings, FoundBox
-from mtmedformer.plots.overlays import palette
+from mtmedformer.plots.style import class_colours
 
 LONGEST = 1400
-"""Longer side in pixels of the image in the picture; larger originals are shown reduced."""
+"""Maximum side in pixels of the image in a picture; larger originals are reduced."""
 
 LINE, MARGIN, TITLE = 0.21, 0.12, 0.28
-"""Heights in inches of a line of text, of the border, and of the line above an image."""
+"""Inches: height of a line of text, margin, height of the title."""
 
 Classes = Mapping[tuple[str, str], str]
 
 
 def preview_of(pixels: Floats) -> Floats:
-    """Return an original image (H, W) reduced to at most `LONGEST` pixels a side, every pixel counted."""
+    """Reduce an original image (H, W) to at most `LONGEST` pixels per side by area averaging."""
     height, width = _preview_size((pixels.shape[0], pixels.shape[1]))
     reduced: Floats = pixels
     if (height, width) != pixels.shape:
@@ -36,7 +36,7 @@ def preview_of(pixels: Floats) -> Floats:
 
 
 def preview_from_input(image: Floats, meta: Meta) -> Floats:
-    """Return what the network's input (h, w) shows of the original image, in the size that ``preview_of`` gives."""
+    """Map the network input (h, w) back to the original image, in the size that ``preview_of`` gives."""
     size = _preview_size(meta.original_size)
     shrunk = (meta.original_size[1] / size[1], 0.0, 0.0, 0.0, meta.original_size[0] / size[0], 0.0)
     preview: Floats = warp(image, Frame(compose(invert(meta.to_original), shrunk), size))
@@ -45,42 +45,44 @@ def preview_from_input(image: Floats, meta: Meta) -> Floats:
 
 def prediction_figure(
     preview: Floats,
-    found: Findings,
+    result: Findings,
     tasks: Mapping[str, Task],
-    least: Mapping[tuple[str, str], float],
+    score_thresholds: Mapping[tuple[str, str], float],
     footer: str = "",
 ) -> Figure:
-    """Draw an image beside the same image with its findings; probabilities and a legend below.
+    """Draw an image beside the same image with its predictions; probabilities and a legend below.
 
     Args:
         preview: float (h, w) in [0, 1]: the whole original image, reduced or not.
-        found: What was found in it.
+        result: Predictions in original pixels.
         tasks: The tasks to draw.
-        least: Least score of a box that is drawn, by task and class.
-        footer: Small print below all, besides the note every output carries.
+        score_thresholds: Minimum score of a drawn box, by task and class.
+        footer: Small print after the note that every output carries.
 
     Returns:
-        A figure of its own, for ``savefig``: no window, nothing to close.
+        A figure without a window; it does not have to be closed.
     """
-    colours = palette(dict(tasks))
+    colours = class_colours(tasks.values())
     height, width = preview.shape
     side = 4.4 if height < 1.25 * width else 3.5
-    words = [part for line in _words(found, tasks, least) for part in textwrap.wrap(line, int(26 * side))]
+    lines = [
+        part for line in _summary_lines(result, tasks, score_thresholds) for part in textwrap.wrap(line, int(26 * side))
+    ]
     high = side * height / width
-    rows = len(words) + -(-len(colours) // 3)
+    rows = len(lines) + -(-len(colours) // 3)
     whole = (2 * side + 3 * MARGIN, high + TITLE + LINE * (rows + 1) + 3 * MARGIN)
     figure = Figure(figsize=whole, facecolor="white")
-    scale = width / max(1, found.meta.original_size[1])
-    for number, title in enumerate((_about(found.meta), "prediction")):
+    scale = width / max(1, result.meta.original_size[1])
+    for number, title in enumerate((image_caption(result.meta, spacing=True), "prediction")):
         left = MARGIN + number * (side + MARGIN)
         axis = figure.add_axes((left / whole[0], 1 - (TITLE + high) / whole[1], side / whole[0], high / whole[1]))
         axis.imshow(preview, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
         axis.set_title(title, fontsize=9, loc="left", pad=4, color="#333333")
         axis.set_axis_off()
         if number:
-            _draw(axis, found, colours, least, scale)
+            _draw(axis, result, colours, score_thresholds, scale)
     top = whole[1] - TITLE - high - MARGIN
-    for number, line in enumerate(words):
+    for number, line in enumerate(lines):
         _write(figure, whole, top - LINE * number, line, 9, "#111111")
     top -= 0.04
     handles = [Patch(color=colour, label=c if task == c else f"{task}: {c}") for (task, c), colour in colours.items()]
@@ -88,7 +90,7 @@ def prediction_figure(
         figure.legend(
             handles=handles,
             loc="upper left",
-            bbox_to_anchor=(MARGIN / whole[0], (top - LINE * len(words)) / whole[1]),
+            bbox_to_anchor=(MARGIN / whole[0], (top - LINE * len(lines)) / whole[1]),
             ncols=3,
             fontsize=8.5,
             frameon=False,
@@ -109,28 +111,32 @@ def _preview_size(original: tuple[int, int]) -> tuple[int, int]:
     return max(1, round(original[0] * scale)), max(1, round(original[1] * scale))
 
 
-def _about(meta: Meta) -> str:
+def image_caption(meta: Meta, spacing: bool = False) -> str:
+    """Return laterality, view and size of an image as a caption; pixel spacing on request, where it is known."""
     height, width = meta.original_size
-    facts = [meta.laterality, meta.view, f"{width} × {height} px"]
-    facts += [f"{meta.spacing[1]:.3g} mm a pixel"] if meta.spacing else []
-    return " · ".join(str(fact) for fact in facts if fact)
+    parts = [meta.laterality, meta.view, f"{width} × {height} px"]
+    parts += [f"{meta.spacing[1]:.3g} mm per pixel"] if spacing and meta.spacing else []
+    return " · ".join(str(part) for part in parts if part)
 
 
-def _words(found: Findings, tasks: Mapping[str, Task], least: Mapping[tuple[str, str], float]) -> list[str]:
-    """Say in a line a task what is there: probabilities, numbers of boxes, areas."""
+def _summary_lines(
+    result: Findings, tasks: Mapping[str, Task], score_thresholds: Mapping[tuple[str, str], float]
+) -> list[str]:
+    """Return one line per task: probabilities, numbers of boxes, areas."""
     lines = []
     for name, task in tasks.items():
         if task.kind == "classification":
-            ranked = sorted(found.classes[name].items(), key=lambda item: -item[1])
+            ranked = sorted(result.classes[name].items(), key=lambda item: -item[1])
             shown = ", ".join(f"{c} {p:.2f}" for c, p in ranked[:5])
             lines.append(f"{name}: {shown}" + (f" and {len(ranked) - 5} more" if len(ranked) > 5 else ""))
         elif task.kind == "detection":
             counts = {
-                c: sum(b.name == c and b.score >= least[name, c] for b in found.boxes[name]) for c in task.classes
+                c: sum(b.name == c and b.score >= score_thresholds[name, c] for b in result.boxes[name])
+                for c in task.classes
             }
             lines.append(f"{name}: " + (", ".join(f"{n} {c}" for c, n in counts.items() if n) or "none"))
         else:
-            areas = [f"{c} {_area(mask, found.meta)}" for c, mask in found.masks[name].items()]
+            areas = [f"{c} {_area(mask, result.meta)}" for c, mask in result.masks[name].items()]
             lines.append((f"{name}: " if areas != [name] else "") + ", ".join(areas))
     return lines
 
@@ -144,15 +150,17 @@ def _area(mask: Bytes, meta: Meta) -> str:
     return f"{pixels * meta.spacing[0] * meta.spacing[1] / 100:.3g} cm²"
 
 
-def _draw(axis: Axes, found: Findings, colours: Classes, least: Mapping[tuple[str, str], float], scale: float) -> None:
+def _draw(
+    axis: Axes, result: Findings, colours: Classes, score_thresholds: Mapping[tuple[str, str], float], scale: float
+) -> None:
     width, height = axis.get_xlim()[1], axis.get_ylim()[0]
     size = (round(height), round(width))
-    for name, masks in found.masks.items():
+    for name, masks in result.masks.items():
         for c, mask in masks.items():
             _draw_mask(axis, mask, size, colours[name, c])
-    for name, boxes in found.boxes.items():
-        for box in reversed(boxes):  # the best on top
-            if box.score >= least[name, box.name]:
+    for name, boxes in result.boxes.items():
+        for box in reversed(boxes):  # best score on top
+            if box.score >= score_thresholds[name, box.name]:
                 _draw_box(axis, box, scale, colours[name, box.name])
     axis.set_xlim(0, width)
     axis.set_ylim(height, 0)
@@ -179,7 +187,7 @@ def _draw_box(axis: Axes, box: FoundBox, scale: float, colour: str) -> None:
     axis.add_patch(
         Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.4, path_effects=outline)
     )
-    top = y0 > 0.05 * axis.get_ylim()[0]  # no room above: write inside
+    top = y0 > 0.05 * axis.get_ylim()[0]  # no space above: write inside
     axis.annotate(
         f"{box.score:.2f}",
         (x0, y0),

@@ -83,12 +83,13 @@ def _sentences(comparison: Mapping[str, Any], metric: str) -> list[str]:
 
 def _metric(comparison: Mapping[str, Any], name: str, deciding: bool, page: Any) -> Any:
     from mtmedformer.commands.compare.plots import dots, forest
+    from mtmedformer.plots import style
 
     told, reference = comparison["metrics"][name], comparison["reference"]
     direction = "more is better" if told["higher_is_better"] else "less is better"
     parts = [page.table(_rows(comparison, told, page), _columns(comparison, told), f"{name}; {direction}")]
     if told["differences"]:
-        drawing = forest(told, name, reference, page.STYLE, page.INK)
+        drawing = forest(told, name, reference, style.STYLE, style.INK)
         parts.append(
             page.figure(
                 drawing,
@@ -96,7 +97,7 @@ def _metric(comparison: Mapping[str, Any], name: str, deciding: bool, page: Any)
                 f"Differences of {name} from {reference}",
             )
         )
-    drawing = dots(told, name, page.COLOURS, page.STYLE, page.INK)
+    drawing = dots(told, name, style.COLOURS, style.STYLE, style.INK)
     parts.append(page.figure(drawing, "", f"{name} of every run at every site"))
     pairs = page.table(
         _pairs(told), ["row minus column", *list(told["values"])[1:]], "* after correction for all pairs"

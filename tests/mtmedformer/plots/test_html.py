@@ -1,4 +1,4 @@
-"""The page of the reports: well-formed, on its own, and safe whatever names are in it."""
+"""The HTML page of the reports: well-formed, self-contained, and safe with any names in it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from mtmedformer.plots.html import (
-    STYLE,
-    Cell,
     Html,
+    ShadedCell,
     code,
     details,
     facts,
@@ -29,13 +28,14 @@ from mtmedformer.plots.html import (
     tiles,
     write_page,
 )
+from mtmedformer.plots.style import STYLE
 
 HOSTILE = "\"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> $\\frac{$ & 'quoted'"
 VOID = {"meta", "img", "br", "hr", "input", "link", "col"}
 
 
 class Reader(HTMLParser):
-    """Follows open elements, and gathers attributes and text."""
+    """Follows open elements, and collects attributes and text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,9 @@ def whole_page(name: str = "north") -> str:
         points([name, name]),
         facts({name: name, "count": 3}),
         tiles([(name, name)]),
-        table([[name, name, 1.0], [name, Cell(name, 0.5), Cell(2, 2.0)]], [name, name, "value"], caption=name),
+        table(
+            [[name, name, 1.0], [name, ShadedCell(name, 0.5), ShadedCell(2, 2.0)]], [name, name, "value"], caption=name
+        ),
         figure(plot(name), name, name),
         figure(plot(name + " again"), name, name),
         figure(image, name, name, raster=True),
@@ -120,7 +122,7 @@ def test_hostile_names_stay_text():
     assert HOSTILE in reader.text
 
 
-def test_nothing_comes_from_elsewhere():
+def test_page_loads_nothing_from_outside():
     text = whole_page()
     assert "http:" not in text
     assert "https:" not in text
@@ -130,7 +132,7 @@ def test_nothing_comes_from_elsewhere():
     assert all(v.startswith(("#", "data:image/png;base64,")) for v in addresses)
 
 
-def test_every_id_is_its_own_and_every_reference_finds_one():
+def test_ids_are_unique_and_references_resolve():
     first, second = figure(plot("one"), "", "one"), figure(plot("two"), "", "two")
     text = page("t", "s", [("a", first), ("b", second), ("c", paragraph("x"))])
     ids = [v for _, n, v in read(text).attributes if n == "id"]
@@ -140,7 +142,7 @@ def test_every_id_is_its_own_and_every_reference_finds_one():
     assert set(references) <= set(ids)
 
 
-def test_plots_take_the_colour_of_the_page_and_are_the_same_every_time():
+def test_plots_use_the_text_colour_of_the_page_and_are_reproducible():
     drawn = figure(plot(), "below", "what it shows")
     assert "currentColor" in drawn
     assert 'aria-label="what it shows"' in drawn
@@ -148,7 +150,7 @@ def test_plots_take_the_colour_of_the_page_and_are_the_same_every_time():
     assert drawn == figure(plot(), "below", "what it shows")
 
 
-def test_table_puts_numbers_right_and_dashes_for_the_unknown():
+def test_table_aligns_numbers_right_and_shows_dashes_for_missing_values():
     text = table([["a", 1.23456, None], ["b", float("nan"), 12345]], ["site", "score", "images"])
     assert '<td class="n">1.235</td>' in text
     assert text.count("–") == 2
@@ -169,13 +171,13 @@ def test_numbers():
     assert number(-0.5, 1) == "\u22120.5"
 
 
-def test_a_page_is_written_whole(tmp_path):
+def test_page_is_written_atomically(tmp_path):
     write_page(tmp_path / "new" / "report.html", "é")
     assert [f.name for f in (tmp_path / "new").iterdir()] == ["report.html"]
     assert (tmp_path / "new" / "report.html").read_text(encoding="utf-8") == "é"
 
 
-def test_the_example_in_the_docs_makes_a_page(tmp_path, monkeypatch):
+def test_example_in_the_docs_makes_a_page(tmp_path, monkeypatch):
     text = (Path(__file__).parents[3] / "docs" / "reports.md").read_text()
     monkeypatch.chdir(tmp_path)
     exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], {})

@@ -1,0 +1,59 @@
+"""Colours and matplotlib settings shared by every picture and report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import matplotlib as mpl
+
+from mtmedformer.batch import Task
+
+COLOURS = ("#3d8fd6", "#e08a2c", "#3fa372", "#d9567a", "#9372d0", "#b39b2e", "#2ba3a8", "#a8745a", "#7f8c9b", "#c97fb7")
+"""Colours of classes, sites and variants: readable as lines on white and on dark pages and as outlines on grey images.
+"""
+
+HEAT = "inferno"
+"""matplotlib colour map of heat maps."""
+
+INK, FAINT = "#20242a", "#8b929c"
+"""Text and grid of a plot. On an HTML page ``INK`` is replaced by the text colour of the light or dark theme."""
+
+STYLE: dict[Any, Any] = {
+    "font.size": 9.5,
+    "font.family": "sans-serif",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": mpl.cycler(color=COLOURS),  # type: ignore[attr-defined]
+    "axes.edgecolor": FAINT,
+    "grid.color": FAINT,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.7,
+    "text.color": INK,
+    "text.parse_math": False,  # names with dollar signs are not formulas
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mtmedformer",
+}
+"""matplotlib settings for plots of a report: ``with mpl.rc_context(STYLE): figure = Figure(...)``."""
+
+
+def class_colours(tasks: Iterable[Task]) -> dict[tuple[str, str], str]:
+    """Return one colour per ``(task, class)`` that is drawn as a mask or a box, the same in overlays and in reports."""
+    drawn = [(task.name, c) for task in tasks if task.kind != "classification" for c in task.classes]
+    return {key: COLOURS[i % len(COLOURS)] for i, key in enumerate(drawn)}
