@@ -16,7 +16,7 @@ from mtmedformer.geometry import Floats, Ints, invert, map_boxes
 
 if TYPE_CHECKING:
     from datamodules.base import MedicalDataModule
-    from datamodules.cache.rasterize import Rendered
+    from datamodules.cache.rasterize import CacheEntry
     from datamodules.loading.dataset import CachedDataset
 
 BINS = 64
@@ -115,7 +115,7 @@ def _look(split: Split, dataset: CachedDataset, index: int) -> Facts:
     )
 
 
-def content_of(entry: Rendered, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+def content_of(entry: CacheEntry, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     """Return the part of the frame that shows the original image: left, top, right, bottom; at least one pixel."""
     height, width = entry.original_size
     box = map_boxes(invert(entry.to_original), np.array([[0.0, 0.0, width, height]]))[0]
@@ -124,7 +124,7 @@ def content_of(entry: Rendered, shape: tuple[int, ...]) -> tuple[int, int, int, 
     return left, top, max(right, left + 1), max(bottom, top + 1)
 
 
-def _structures(dataset: CachedDataset, record: Record, entry: Rendered, scale: float) -> list[Structure]:
+def _structures(dataset: CachedDataset, record: Record, entry: CacheEntry, scale: float) -> list[Structure]:
     found = []
     spacing = float(np.mean(entry.spacing)) if entry.spacing else None
     for name, task in dataset.tasks.items():

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from datamodules.cache.entries import Recipe, load_entry, load_report, save_entry
 from datamodules.cache.quarantine import Issue
-from datamodules.cache.rasterize import Rendered, Report
+from datamodules.cache.rasterize import CacheEntry, Report
 from datamodules.records import Record
 from mtmedformer.errors import DataError
 from mtmedformer.storage.atomic_write import whole
@@ -48,7 +48,7 @@ class Cache:
     def __init__(self, folder: Path | None, max_gb: float = 20.0) -> None:
         self.folder = None if folder is None else Path(folder).expanduser().absolute()
         self.max_gb = max_gb
-        self.memory: dict[str, Rendered] = {}
+        self.memory: dict[str, CacheEntry] = {}
         self._bytes = 0
 
     def path(self, key: str) -> Path:
@@ -56,7 +56,7 @@ class Cache:
         assert self.folder is not None
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def load(self, key: str) -> Rendered | None:
+    def load(self, key: str) -> CacheEntry | None:
         """Return an entry, or ``None`` where it is absent or damaged."""
         return self.memory.get(key) if self.folder is None else self._read(load_entry, key)
 
@@ -66,7 +66,7 @@ class Cache:
             return self.memory[key].report() if key in self.memory else None
         return self._read(load_report, key)
 
-    def save(self, key: str, entry: Rendered) -> None:
+    def save(self, key: str, entry: CacheEntry) -> None:
         """Store an entry; it is there whole or not at all.
 
         Raises:
@@ -81,7 +81,7 @@ class Cache:
         except OSError as error:
             raise self._refusal(error) from error
 
-    def fetch(self, key: str, record: Record, recipe: Recipe) -> Rendered:
+    def fetch(self, key: str, record: Record, recipe: Recipe) -> CacheEntry:
         """Return an entry, decoding it where it has gone missing since ``fill``.
 
         Raises:
@@ -148,7 +148,7 @@ class Cache:
         for key, done, size in tqdm(loader, f"Decoding {len(jobs)} images once", len(jobs), leave=False, unit="image"):
             if isinstance(done, DataError):
                 raise done
-            if isinstance(done, Rendered):
+            if isinstance(done, CacheEntry):
                 self.memory[key] = done
                 done = done.report()
             reports[key] = done
@@ -237,7 +237,7 @@ class _Jobs(Dataset[tuple[str, object, int]]):
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def __getitem__(self, index: int) -> tuple[str, Rendered | Report | DataError, int]:
+    def __getitem__(self, index: int) -> tuple[str, CacheEntry | Report | DataError, int]:
         """Return the key, the entry (in memory) or report (on disk) or why there is none, and the bytes it takes."""
         key, record = self.jobs[index]
         try:

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from datamodules.cache.quarantine import Issue
-from datamodules.cache.rasterize import Rendered, Report, render
+from datamodules.cache.rasterize import CacheEntry, Report, render
 from datamodules.images.presets import Preset
 from datamodules.records import BoxTruth, MaskTruth, Record
 from mtmedformer.storage.hashing import source_digest
@@ -73,7 +73,7 @@ class Recipe:
     preset: Preset
     size: tuple[int, int]
 
-    def render(self, record: Record) -> Rendered | Issue:
+    def render(self, record: Record) -> CacheEntry | Issue:
         """Decode and draw a record (see ``datamodules.cache.rasterize.render``)."""
         return render(record, self.preset, self.size)
 
@@ -90,7 +90,7 @@ class Recipe:
         return self.size[0] * self.size[1] * (1 + channels)
 
 
-def save_entry(entry: Rendered, path: Path) -> None:
+def save_entry(entry: CacheEntry, path: Path) -> None:
     """Write a decoded image into a file."""
     arrays = {"image": entry.image}
     for kind in _ARRAYS:
@@ -99,7 +99,7 @@ def save_entry(entry: Rendered, path: Path) -> None:
     path.write_bytes(save(arrays, metadata={"facts": json.dumps(facts)}))  # save_file would make it the owner's alone
 
 
-def load_entry(path: Path) -> Rendered:
+def load_entry(path: Path) -> CacheEntry:
     """Read a decoded image back."""
     with safe_open(path, framework="numpy") as file:
         facts = json.loads(file.metadata()["facts"])
@@ -108,7 +108,7 @@ def load_entry(path: Path) -> Rendered:
             kind, _, task = name.partition("/")
             if kind in arrays:
                 arrays[kind][task] = file.get_tensor(name)
-        return Rendered(
+        return CacheEntry(
             image=file.get_tensor("image"),
             **arrays,
             to_original=tuple(facts["to_original"]),

@@ -61,7 +61,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Rendered:
+class CacheEntry:
     """One image with its masks and boxes in the network's frame; classes, split and site stay with the record.
 
     Attributes:
@@ -122,7 +122,7 @@ class Canvas:
         return np.asarray(points, np.float64).reshape(-1, 2) * factors
 
 
-def render(record: Record, preset: Preset, size: tuple[int, int]) -> Rendered | Issue:
+def render(record: Record, preset: Preset, size: tuple[int, int]) -> CacheEntry | Issue:
     """Decode one image, frame it, and draw its masks and boxes in that frame.
 
     Args:
@@ -155,7 +155,7 @@ def render(record: Record, preset: Preset, size: tuple[int, int]) -> Rendered | 
     if record.laterality and pixels.laterality and record.laterality != pixels.laterality:
         canvas.remarks.append(OTHER_SIDE)
     top, kind = (255, np.uint8) if pixels.bits <= 8 else (65535, np.uint16)
-    return Rendered(
+    return CacheEntry(
         image=np.rint(image.clip(0, 1) * top).astype(kind),
         to_original=canvas.frame.to_original,
         original_size=canvas.size,

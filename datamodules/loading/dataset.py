@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from datamodules.cache.cache import Cache
 from datamodules.cache.entries import Recipe
-from datamodules.cache.rasterize import Rendered
+from datamodules.cache.rasterize import CacheEntry
 from datamodules.loading.samplers import TaskSampler
 from datamodules.records import ClassTruth, Record, hash_patient
 from mtmedformer.batch import IGNORE, Boxes, Meta, Sample, Task
@@ -100,7 +100,7 @@ class CachedDataset(Dataset[Sample]):
         return [name for name, task in self.tasks.items() if task.kind == kind and name in record.truth]
 
 
-def meta_of(record: Record, entry: Rendered, to_original: Affine, salt: str) -> Meta:
+def meta_of(record: Record, entry: CacheEntry, to_original: Affine, salt: str) -> Meta:
     """Return what a batch says of an image besides its pixels; the table's word goes before the header's."""
     return Meta(
         id=record.id,
@@ -114,7 +114,7 @@ def meta_of(record: Record, entry: Rendered, to_original: Affine, salt: str) -> 
     )
 
 
-def pixels_of(entry: Rendered) -> Floats:
+def pixels_of(entry: CacheEntry) -> Floats:
     """Return the image of an entry as float32 (H, W) in [0, 1]."""
     pixels: Floats = np.divide(entry.image, np.iinfo(entry.image.dtype).max, dtype=np.float32)
     return pixels

@@ -20,7 +20,7 @@ from datamodules.cache import rasterize as rendering
 from datamodules.cache.cache import Cache
 from datamodules.cache.entries import Recipe, digest, load_entry, load_report, save_entry
 from datamodules.cache.quarantine import Issue
-from datamodules.cache.rasterize import Rendered
+from datamodules.cache.rasterize import CacheEntry
 from datamodules.images.pixels import Pixels
 from datamodules.images.presets import BreastPreset, ChestPreset, PlainPreset
 from datamodules.records import BoxTruth, ClassTruth, MaskSource, MaskTruth, Record
@@ -78,7 +78,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def same(a: Rendered | None, b: Rendered | None) -> bool:
+def same(a: CacheEntry | None, b: CacheEntry | None) -> bool:
     assert a is not None
     assert b is not None
     arrays = ("image", "masks", "boxes", "labels")
@@ -92,7 +92,7 @@ def same(a: Rendered | None, b: Rendered | None) -> bool:
 
 
 def test_an_entry_comes_back_as_it_was(tmp_path: Path) -> None:
-    entry = Rendered(
+    entry = CacheEntry(
         image=np.arange(12, dtype=np.uint16).reshape(3, 4) * 5000,
         to_original=(-1.5, 0.0, 3.0, 0.0, 1.5, 0.25),
         original_size=(300, 400),
@@ -120,7 +120,7 @@ def test_what_is_served_is_what_was_rendered(tmp_path: Path, films: Path, kept: 
     keys = fill(cache, records(films), workers=workers)
     for key, record in zip(keys, records(films), strict=True):
         made = RECIPE.render(record)
-        assert isinstance(made, Rendered)
+        assert isinstance(made, CacheEntry)
         assert same(cache.load(key), made)
 
 
@@ -303,7 +303,7 @@ def test_what_cannot_be_read_has_no_entry_and_is_tried_again(
 def test_a_full_disk_is_told(
     tmp_path: Path, films: Path, monkeypatch: pytest.MonkeyPatch, code: int, workers: int
 ) -> None:
-    def full(entry: Rendered, path: Path) -> None:
+    def full(entry: CacheEntry, path: Path) -> None:
         path.write_bytes(b"half an en")
         raise OSError(code, os.strerror(code), str(path))
 

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.path import Path as Outline
 from PIL import Image, ImageDraw
 
-from datamodules.cache.rasterize import CLIPPED, OTHER_SIDE, RESIZED, Canvas, Rendered, UnusableError, draw, render
+from datamodules.cache.rasterize import CLIPPED, OTHER_SIDE, RESIZED, CacheEntry, Canvas, UnusableError, draw, render
 from datamodules.cache.shapes import fill_disc, fill_polygon, mask_boxes
 from datamodules.images.pixels import Pixels
 from datamodules.images.presets import BreastPreset, PlainPreset, Preset
@@ -30,9 +30,9 @@ def mask_file(folder: Path, values: np.ndarray, name: str = "mask.png") -> Path:
     return folder / name
 
 
-def rendered(record: Record, size: tuple[int, int] = (32, 32), preset: Preset | None = None) -> Rendered:
+def rendered(record: Record, size: tuple[int, int] = (32, 32), preset: Preset | None = None) -> CacheEntry:
     found = render(record, preset or PlainPreset(), size)
-    assert isinstance(found, Rendered), found
+    assert isinstance(found, CacheEntry), found
     return found
 
 
@@ -40,7 +40,7 @@ def canvas(size: tuple[int, int] = SIZE, **more: object) -> Canvas:
     return Canvas(size, letterbox((0, 0, size[1], size[0]), size), **more)  # type: ignore[arg-type]
 
 
-def only_issue(entry: Rendered, task: str) -> str:
+def only_issue(entry: CacheEntry, task: str) -> str:
     assert [issue.subject for issue in entry.issues] == [task]
     assert task not in entry.masks
     assert task not in entry.boxes
@@ -289,7 +289,7 @@ def test_boxes_come_from_components_of_masks(tmp_path: Path) -> None:
 def test_an_image_with_nothing_in_it_is_an_issue(tmp_path: Path, pixels: np.ndarray, reason: str) -> None:
     file = mask_file(tmp_path, pixels, "film.png")
     issue = render(Record("a", file, "Name^X"), PlainPreset(), (32, 32))
-    assert not isinstance(issue, Rendered)
+    assert not isinstance(issue, CacheEntry)
     assert (issue.subject, issue.reason, issue.file) == ("image", reason, "film.png")
     assert "Name" not in repr(issue)
 
@@ -298,7 +298,7 @@ def test_an_image_that_cannot_be_read_is_an_issue_and_tried_again(tmp_path: Path
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n cut off")
     for name, reason in (("bad.png", "image unreadable"), ("gone.png", "image file missing")):
         issue = render(Record("a", tmp_path / name, "p"), PlainPreset(), (32, 32))
-        assert not isinstance(issue, Rendered)
+        assert not isinstance(issue, CacheEntry)
         assert issue.reason == reason
         assert issue.transient
 
@@ -308,7 +308,7 @@ def test_values_that_are_no_numbers_are_an_issue(tmp_path: Path, monkeypatch: py
     pixels[3, 3] = np.nan
     monkeypatch.setattr("datamodules.cache.rasterize.read_image", lambda file: Pixels(pixels, 16, ()))
     issue = render(Record("a", film(tmp_path), "p"), PlainPreset(), (32, 32))
-    assert not isinstance(issue, Rendered)
+    assert not isinstance(issue, CacheEntry)
     assert issue.reason == "image holds values that are no numbers"
 
 
