@@ -168,7 +168,7 @@ class _Reader(Dataset[Sample | Issue]):
     def __getitem__(self, index: int) -> Sample | Issue:
         record = self.records[index]
         try:
-            made = self.recipe.render(record)
+            made = self.recipe.apply(record)
         except Exception as error:  # a fault of ours in one image must not end a night's work; it is told and listed
             log.exception("%s could not be prepared", record.file.name)
             return Issue(record.id, record.file.name, IMAGE, "image cannot be prepared", f"{type(error).__name__}")

@@ -89,7 +89,7 @@ class Cache:
         """
         entry = self.load(key)
         if entry is None:
-            made = recipe.render(record)
+            made = recipe.apply(record)
             if isinstance(made, Issue):
                 raise DataError(
                     f"{record.file}: {made.reason} {made.detail}. It could be read when training began: was the file "
@@ -241,7 +241,7 @@ class _Jobs(Dataset[tuple[str, object, int]]):
         """Return the key, the entry (in memory) or report (on disk) or why there is none, and the bytes it takes."""
         key, record = self.jobs[index]
         try:
-            made = self.recipe.render(record)
+            made = self.recipe.apply(record)
             if isinstance(made, Issue):
                 return key, Report((made,)), 0
             if self.cache.folder is None:

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from datamodules.cache.quarantine import Issue
-from datamodules.cache.rasterize import CacheEntry, Report, render
+from datamodules.cache.rasterize import CacheEntry, Report, rasterize
 from datamodules.images.presets import Preset
 from datamodules.records import BoxTruth, MaskTruth, Record
 from mtmedformer.storage.hashing import source_digest
@@ -40,7 +40,7 @@ PIXEL_CODE = (
 )
 """Folders and files whose code can change an entry: a change in any of them decodes every image again.
 
-A test follows the imports of ``read_image`` and ``render`` and fails where they reach a module outside these.
+A test follows the imports of ``read_image`` and ``rasterize`` and fails where they reach a module outside these.
 """
 
 DECODERS = ("pydicom", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls", "python-gdcm", "pillow")
@@ -73,9 +73,9 @@ class Recipe:
     preset: Preset
     size: tuple[int, int]
 
-    def render(self, record: Record) -> CacheEntry | Issue:
-        """Decode and draw a record (see ``datamodules.cache.rasterize.render``)."""
-        return render(record, self.preset, self.size)
+    def apply(self, record: Record) -> CacheEntry | Issue:
+        """Decode and draw a record (see ``datamodules.cache.rasterize.rasterize``)."""
+        return rasterize(record, self.preset, self.size)
 
     def keys(self, records: Sequence[Record]) -> list[str]:
         """Return the name of each record's entry; reads the files' bytes but decodes nothing."""

@@ -122,7 +122,7 @@ class Canvas:
         return np.asarray(points, np.float64).reshape(-1, 2) * factors
 
 
-def render(record: Record, preset: Preset, size: tuple[int, int]) -> CacheEntry | Issue:
+def rasterize(record: Record, preset: Preset, size: tuple[int, int]) -> CacheEntry | Issue:
     """Decode one image, frame it, and draw its masks and boxes in that frame.
 
     Args:
@@ -146,10 +146,10 @@ def render(record: Record, preset: Preset, size: tuple[int, int]) -> CacheEntry 
         try:
             if isinstance(truth, MaskTruth):
                 canvas.scale = _scale(record, canvas.size)
-                masks[name] = render_masks(truth, canvas)
+                masks[name] = rasterize_masks(truth, canvas)
             elif isinstance(truth, BoxTruth):
                 canvas.scale = _scale(record, canvas.size)
-                boxes[name], labels[name] = render_boxes(truth, canvas)
+                boxes[name], labels[name] = rasterize_boxes(truth, canvas)
         except UnusableError as error:
             issues.append(error.issue(record, name))
     if record.laterality and pixels.laterality and record.laterality != pixels.laterality:
@@ -170,7 +170,7 @@ def render(record: Record, preset: Preset, size: tuple[int, int]) -> CacheEntry 
     )
 
 
-def render_masks(truth: MaskTruth, canvas: Canvas) -> Bytes:
+def rasterize_masks(truth: MaskTruth, canvas: Canvas) -> Bytes:
     """Draw the channels of a segmentation truth.
 
     Returns:
@@ -194,7 +194,7 @@ def render_masks(truth: MaskTruth, canvas: Canvas) -> Bytes:
     return masks
 
 
-def render_boxes(truth: BoxTruth, canvas: Canvas) -> tuple[Floats, Ints]:
+def rasterize_boxes(truth: BoxTruth, canvas: Canvas) -> tuple[Floats, Ints]:
     """Map boxes, and the boxes around masks, into the frame.
 
     Returns:

@@ -15,7 +15,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
 from datamodules.base import MedicalDataModule
-from datamodules.cache import rasterize as rendering
+from datamodules.cache import rasterize
 from datamodules.images.presets import ChestPreset, PlainPreset, Preset
 from datamodules.records import BoxTruth, Catalogue, ClassTruth, MaskSource, MaskTruth, Record
 from mtmedformer.batch import Task
@@ -107,7 +107,7 @@ def test_a_warm_epoch_is_twenty_times_faster_than_decoding(
     tmp_path: Path, syntax: str, monkeypatch: pytest.MonkeyPatch, record_property: Any
 ) -> None:
     data, cold = ready(films(tmp_path, syntax), PlainPreset())
-    monkeypatch.setattr(rendering, "read_image", lambda file: pytest.fail("the warm cache was not used"))
+    monkeypatch.setattr(rasterize, "read_image", lambda file: pytest.fail("the warm cache was not used"))
     warm = seconds_an_image(data)
     record_property("decode_ms", round(1e3 * cold, 1))
     record_property("warm_ms", round(1e3 * warm, 2))
@@ -116,7 +116,7 @@ def test_a_warm_epoch_is_twenty_times_faster_than_decoding(
 
 def test_augmented_images_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any) -> None:
     data, cold = ready(films(tmp_path, RLELossless), ChestPreset())
-    monkeypatch.setattr(rendering, "read_image", lambda file: pytest.fail("the warm cache was not used"))
+    monkeypatch.setattr(rasterize, "read_image", lambda file: pytest.fail("the warm cache was not used"))
     warm = seconds_an_image(data)
     record_property("images_per_second", round(1 / warm))
     print(f"{1 / warm:.0f} augmented images a second and core: {cold / warm:.0f} times faster than decoding")

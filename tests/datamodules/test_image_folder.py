@@ -87,15 +87,15 @@ def test_batches_hold_what_can_be_read_and_failures_the_rest(tree, workers):
 
 
 def test_a_fault_in_one_image_does_not_end_the_rest(tree, monkeypatch, caplog):
-    render = type(ImageFolderDataModule([tree]).recipe).render
+    apply = type(ImageFolderDataModule([tree]).recipe).apply
 
     def faulty(self, record):
         if record.id == "one.PNG":
             raise ZeroDivisionError("a fault of ours")
-        return render(self, record)
+        return apply(self, record)
 
     data = ImageFolderDataModule([tree], image_size=32, num_workers=0)
-    monkeypatch.setattr(type(data.recipe), "render", faulty)
+    monkeypatch.setattr(type(data.recipe), "apply", faulty)
     data.setup("predict")
     assert len(list(data.predict_dataloader())) == 2
     assert (data.failures[0].id, data.failures[0].detail) == ("one.PNG", "ZeroDivisionError")

@@ -124,7 +124,7 @@ class Predictor:
             return self._framed(*_grey(image), laterality)
         file = Path(image)
         record = Record(id=file.name, file=file, patient=file.name, laterality=laterality)
-        made = Recipe(self.preset, self.image_size).render(record)
+        made = Recipe(self.preset, self.image_size).apply(record)
         if isinstance(made, Issue):
             raise DataError(f"{file.name}: {made.reason}; {made.detail}")
         return pixels_of(made), meta_of(record, made, made.to_original, "")

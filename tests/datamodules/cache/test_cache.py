@@ -15,8 +15,7 @@ import pytest
 from PIL import Image
 
 from datamodules.cache import cache as cache_module
-from datamodules.cache import entries
-from datamodules.cache import rasterize as rendering
+from datamodules.cache import entries, rasterize
 from datamodules.cache.cache import Cache
 from datamodules.cache.entries import Recipe, digest, load_entry, load_report, save_entry
 from datamodules.cache.quarantine import Issue
@@ -68,13 +67,13 @@ def fill(cache: Cache, of: list[Record], recipe: Recipe = RECIPE, workers: int =
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the images decoded in this process, in order."""
     names: list[str] = []
-    real = rendering.read_image
+    real = rasterize.read_image
 
     def counting(file: Path) -> Pixels:
         names.append(file.name)
         return real(file)
 
-    monkeypatch.setattr(rendering, "read_image", counting)
+    monkeypatch.setattr(rasterize, "read_image", counting)
     return names
 
 
@@ -119,7 +118,7 @@ def test_what_is_served_is_what_was_rendered(tmp_path: Path, films: Path, kept: 
     cache = Cache(tmp_path / "cache" if kept == "disk" else None)
     keys = fill(cache, records(films), workers=workers)
     for key, record in zip(keys, records(films), strict=True):
-        made = RECIPE.render(record)
+        made = RECIPE.apply(record)
         assert isinstance(made, CacheEntry)
         assert same(cache.load(key), made)
 
@@ -356,7 +355,7 @@ def test_entries_of_this_run_never_make_room(tmp_path: Path, films: Path) -> Non
 
 
 def _slow_fill(folder: Path, films: Path, log: Path, seconds: float) -> None:
-    real = rendering.read_image
+    real = rasterize.read_image
 
     def slow(file: Path) -> Pixels:
         with log.open("a") as stream:
@@ -364,7 +363,7 @@ def _slow_fill(folder: Path, films: Path, log: Path, seconds: float) -> None:
         time.sleep(seconds)
         return real(file)
 
-    rendering.read_image = slow
+    rasterize.read_image = slow
     fill(Cache(folder), records(films))
 
 

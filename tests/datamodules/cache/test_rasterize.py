@@ -8,7 +8,7 @@ import pytest
 from matplotlib.path import Path as Outline
 from PIL import Image, ImageDraw
 
-from datamodules.cache.rasterize import CLIPPED, OTHER_SIDE, RESIZED, CacheEntry, Canvas, UnusableError, draw, render
+from datamodules.cache.rasterize import CLIPPED, OTHER_SIDE, RESIZED, CacheEntry, Canvas, UnusableError, draw, rasterize
 from datamodules.cache.shapes import fill_disc, fill_polygon, mask_boxes
 from datamodules.images.pixels import Pixels
 from datamodules.images.presets import BreastPreset, PlainPreset, Preset
@@ -30,8 +30,8 @@ def mask_file(folder: Path, values: np.ndarray, name: str = "mask.png") -> Path:
     return folder / name
 
 
-def rendered(record: Record, size: tuple[int, int] = (32, 32), preset: Preset | None = None) -> CacheEntry:
-    found = render(record, preset or PlainPreset(), size)
+def rasterized(record: Record, size: tuple[int, int] = (32, 32), preset: Preset | None = None) -> CacheEntry:
+    found = rasterize(record, preset or PlainPreset(), size)
     assert isinstance(found, CacheEntry), found
     return found
 
@@ -94,17 +94,17 @@ def test_boxes_around_components_agree_with_opencv() -> None:
 
 
 def test_pixels_keep_their_depth(tmp_path: Path) -> None:
-    eight = rendered(Record("a", film(tmp_path), "p"), SIZE)
+    eight = rasterized(Record("a", film(tmp_path), "p"), SIZE)
     assert eight.image.dtype == np.uint8
     np.testing.assert_array_equal(eight.image, np.asarray(Image.open(tmp_path / "film.png")))
-    sixteen = rendered(Record("a", film(tmp_path, kind=np.uint16), "p"), SIZE)
+    sixteen = rasterized(Record("a", film(tmp_path, kind=np.uint16), "p"), SIZE)
     assert sixteen.image.dtype == np.uint16
     np.testing.assert_array_equal(sixteen.image, np.asarray(Image.open(tmp_path / "film.png")))
 
 
 def test_boxes_find_their_way_back(tmp_path: Path) -> None:
     boxes = ((2.0, 3.0, 20.0, 30.0), (40.5, 10.25, 63.0, 47.5))
-    entry = rendered(Record("a", film(tmp_path), "p", {"spots": BoxTruth(boxes, (1, 0))}), (40, 24))
+    entry = rasterized(Record("a", film(tmp_path), "p", {"spots": BoxTruth(boxes, (1, 0))}), (40, 24))
     back = boxes_to_original(entry.boxes["spots"], Frame(entry.to_original, (40, 24)))
     np.testing.assert_allclose(back, boxes, atol=1e-4)
     assert entry.labels["spots"].tolist() == [1, 0]
@@ -116,7 +116,7 @@ def test_annotated_and_empty_differs_from_unknown(tmp_path: Path) -> None:
         "spots": BoxTruth(),
         "lungs": MaskTruth((MaskSource(), None)),
     }
-    entry = rendered(Record("a", film(tmp_path), "p", truth))
+    entry = rasterized(Record("a", film(tmp_path), "p", truth))
     assert entry.boxes["spots"].shape == (0, 4)
     assert entry.labels["spots"].shape == (0,)
     assert not entry.masks["lungs"][0].any()
@@ -129,7 +129,7 @@ def test_mask_values_make_classes(tmp_path: Path) -> None:
     values[:16], values[16:32] = 1, 7
     file = mask_file(tmp_path, values)
     truth = MaskTruth((MaskSource(file, (1,)), MaskSource(file, (1, 7)), MaskSource(file)))
-    masks = rendered(Record("a", film(tmp_path), "p", {"m": truth}), SIZE).masks["m"]
+    masks = rasterized(Record("a", film(tmp_path), "p", {"m": truth}), SIZE).masks["m"]
     np.testing.assert_array_equal(masks[0], values == 1)
     np.testing.assert_array_equal(masks[1], values > 0)
     np.testing.assert_array_equal(masks[2], values > 0)
@@ -140,7 +140,7 @@ def test_a_smaller_mask_of_the_same_shape_is_enlarged_and_counted(tmp_path: Path
     small[5:15, 8:20] = 255
     source = MaskSource(mask_file(tmp_path, small))
     truth = {"m": MaskTruth((source,)), "b": BoxTruth(masks=(source,), mask_labels=(0,), components=True)}
-    entry = rendered(Record("a", film(tmp_path), "p", truth), SIZE)
+    entry = rasterized(Record("a", film(tmp_path), "p", truth), SIZE)
     np.testing.assert_array_equal(entry.masks["m"][0], np.kron(small > 0, np.ones((2, 2))))
     assert entry.boxes["b"].tolist() == [[16.0, 10.0, 40.0, 30.0]]
     assert entry.remarks == (RESIZED, RESIZED)
@@ -149,7 +149,7 @@ def test_a_smaller_mask_of_the_same_shape_is_enlarged_and_counted(tmp_path: Path
 @pytest.mark.parametrize("shape", [(64, 48), (48, 66), (24, 33)])
 def test_a_mask_of_another_shape_costs_its_task_alone(tmp_path: Path, shape: tuple[int, int]) -> None:
     truth = {"m": MaskTruth((MaskSource(mask_file(tmp_path, np.ones(shape))),)), "b": BoxTruth(((1, 1, 9, 9),), (0,))}
-    entry = rendered(Record("a", film(tmp_path), "p", truth))
+    entry = rasterized(Record("a", film(tmp_path), "p", truth))
     if shape == (24, 33):  # one pixel is rounding
         assert set(entry.masks) == {"m"}
     else:
@@ -166,7 +166,7 @@ def test_a_broken_mask_costs_its_task_and_is_tried_again(tmp_path: Path, content
     file = tmp_path / "broken.png"
     if content is not None:
         file.write_bytes(content)
-    entry = rendered(Record("a", film(tmp_path), "p", {"m": MaskTruth((MaskSource(file),))}))
+    entry = rasterized(Record("a", film(tmp_path), "p", {"m": MaskTruth((MaskSource(file),))}))
     assert only_issue(entry, "m") == reason
     assert entry.report().transient
 
@@ -175,7 +175,7 @@ def test_a_lesion_smaller_than_a_pixel_of_the_frame_stays(tmp_path: Path) -> Non
     values = np.zeros((256, 256), np.uint8)
     values[101:103, 57:59] = 255
     source = MaskSource(mask_file(tmp_path, values))
-    entry = rendered(Record("a", film(tmp_path, (256, 256)), "p", {"m": MaskTruth((source,))}), (32, 32))
+    entry = rasterized(Record("a", film(tmp_path, (256, 256)), "p", {"m": MaskTruth((source,))}), (32, 32))
     assert np.argwhere(entry.masks["m"][0]).tolist() == [[12, 7]]
 
 
@@ -192,14 +192,14 @@ def test_a_lesion_smaller_than_a_pixel_of_the_frame_stays(tmp_path: Path) -> Non
 )
 def test_an_impossible_box_costs_its_task_alone(tmp_path: Path, box: tuple[float, ...], reason: str) -> None:
     truth = {"b": BoxTruth(((1, 1, 9, 9), box), (0, 0)), "m": MaskTruth((MaskSource(),))}
-    entry = rendered(Record("a", film(tmp_path), "p", truth))
+    entry = rasterized(Record("a", film(tmp_path), "p", truth))
     assert only_issue(entry, "b") == reason
     assert set(entry.masks) == {"m"}
 
 
 def test_a_box_partly_outside_is_clipped_and_counted(tmp_path: Path) -> None:
     truth = {"b": BoxTruth(((-4, 10, 12, 60), (50, 20, 70, 30), (1, 1, 9, 9)), (0, 0, 0))}
-    entry = rendered(Record("a", film(tmp_path), "p", truth), SIZE)
+    entry = rasterized(Record("a", film(tmp_path), "p", truth), SIZE)
     assert entry.boxes["b"].tolist() == [[0, 10, 12, 48], [50, 20, 64, 30], [1, 1, 9, 9]]
     assert entry.remarks == (CLIPPED, CLIPPED)
 
@@ -208,12 +208,12 @@ def test_truth_of_a_larger_original_is_scaled(tmp_path: Path) -> None:
     source = MaskSource(polygons=(((20, 20), (60, 20), (60, 40), (20, 40)),), discs=((100, 60, 8),))
     truth = {"b": BoxTruth(((20, 20, 60, 40),), (0,)), "m": MaskTruth((source,))}
     record = Record("a", film(tmp_path), "p", truth, size=(96, 128))
-    entry = rendered(record, SIZE)
+    entry = rasterized(record, SIZE)
     assert entry.boxes["b"].tolist() == [[10, 10, 30, 20]]
     assert entry.masks["m"][0, 10:20, 10:30].all()
     disc = entry.masks["m"][0, :, 40:]
     assert disc.sum() == pytest.approx(np.pi * 4**2, rel=0.1)
-    other = rendered(Record("a", film(tmp_path), "p", truth, size=(96, 96)))
+    other = rasterized(Record("a", film(tmp_path), "p", truth, size=(96, 96)))
     assert {issue.reason for issue in other.issues} == {"truth of another aspect ratio than its image"}
     assert {issue.subject for issue in other.issues} == {"b", "m"}
 
@@ -270,7 +270,7 @@ def test_boxes_come_from_components_of_masks(tmp_path: Path) -> None:
             "none": BoxTruth(masks=(MaskSource(),), mask_labels=(0,), components=True),
         },
     )
-    entry = rendered(record, SIZE)
+    entry = rasterized(record, SIZE)
     assert entry.boxes["each"].tolist() == [[3, 2, 9, 6], [40, 20, 50, 30]]
     assert entry.labels["each"].tolist() == [1, 1]
     assert entry.boxes["whole"].tolist() == [[1, 1, 2, 2], [3, 2, 50, 41]]
@@ -288,7 +288,7 @@ def test_boxes_come_from_components_of_masks(tmp_path: Path) -> None:
 )
 def test_an_image_with_nothing_in_it_is_an_issue(tmp_path: Path, pixels: np.ndarray, reason: str) -> None:
     file = mask_file(tmp_path, pixels, "film.png")
-    issue = render(Record("a", file, "Name^X"), PlainPreset(), (32, 32))
+    issue = rasterize(Record("a", file, "Name^X"), PlainPreset(), (32, 32))
     assert not isinstance(issue, CacheEntry)
     assert (issue.subject, issue.reason, issue.file) == ("image", reason, "film.png")
     assert "Name" not in repr(issue)
@@ -297,7 +297,7 @@ def test_an_image_with_nothing_in_it_is_an_issue(tmp_path: Path, pixels: np.ndar
 def test_an_image_that_cannot_be_read_is_an_issue_and_tried_again(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n cut off")
     for name, reason in (("bad.png", "image unreadable"), ("gone.png", "image file missing")):
-        issue = render(Record("a", tmp_path / name, "p"), PlainPreset(), (32, 32))
+        issue = rasterize(Record("a", tmp_path / name, "p"), PlainPreset(), (32, 32))
         assert not isinstance(issue, CacheEntry)
         assert issue.reason == reason
         assert issue.transient
@@ -307,7 +307,7 @@ def test_values_that_are_no_numbers_are_an_issue(tmp_path: Path, monkeypatch: py
     pixels = np.random.default_rng(0).random(SIZE, np.float32)
     pixels[3, 3] = np.nan
     monkeypatch.setattr("datamodules.cache.rasterize.read_image", lambda file: Pixels(pixels, 16, ()))
-    issue = render(Record("a", film(tmp_path), "p"), PlainPreset(), (32, 32))
+    issue = rasterize(Record("a", film(tmp_path), "p"), PlainPreset(), (32, 32))
     assert not isinstance(issue, CacheEntry)
     assert issue.reason == "image holds values that are no numbers"
 
@@ -327,7 +327,7 @@ def test_crop_and_flip_carry_masks_and_boxes_along(tmp_path: Path, mammogram: Pa
     values[90:100, 240:250] = 255
     source = MaskSource(mask_file(tmp_path, values))
     truth = {"b": BoxTruth(((240, 90, 250, 100),), (0,)), "m": MaskTruth((source,))}
-    entry = rendered(Record("a", mammogram, "p", truth, laterality="R"), (160, 128), BreastPreset())
+    entry = rasterized(Record("a", mammogram, "p", truth, laterality="R"), (160, 128), BreastPreset())
     assert entry.to_original[0] < 0  # turned to the left
     bright = entry.image > 200
     rows, columns = np.nonzero(bright)
@@ -344,7 +344,7 @@ def test_what_the_crop_cuts_off_never_becomes_a_negative(tmp_path: Path, mammogr
     values[5:9, 5:9] = 255  # on the dark film, far from the breast
     source = MaskSource(mask_file(tmp_path, values))
     truth = {"b": BoxTruth(((5, 5, 9, 9),), (0,)), "m": MaskTruth((source,))}
-    entry = rendered(Record("a", mammogram, "p", truth), (160, 128), BreastPreset())
+    entry = rasterized(Record("a", mammogram, "p", truth), (160, 128), BreastPreset())
     assert {issue.reason for issue in entry.issues} == {
         "box outside the cropped frame",
         "mask outside the cropped frame",
@@ -358,6 +358,6 @@ def test_a_side_that_differs_from_the_header_is_counted(tmp_path: Path, monkeypa
     monkeypatch.setattr(
         "datamodules.cache.rasterize.read_image", lambda file: Pixels(pixels, 16, (), (0.1, 0.2), "CC", "L")
     )
-    entry = rendered(Record("a", film(tmp_path), "p", laterality="R"))
+    entry = rasterized(Record("a", film(tmp_path), "p", laterality="R"))
     assert entry.remarks == (OTHER_SIDE,)
     assert (entry.laterality, entry.view, entry.spacing) == ("L", "CC", (0.1, 0.2))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from datamodules.cache.rasterize import render
+from datamodules.cache.rasterize import rasterize
 from datamodules.images.pixels import read_mask
 from datamodules.images.presets import PlainPreset
 from datamodules.public.cbis_ddsm import CASES, find_mask, image_size, read_catalogue, read_films
@@ -83,7 +83,7 @@ def test_film_of_two_lesions_has_a_box_each_and_both_in_one_mask(records):
     assert calcification is None
     assert mass.file == record.truth["masses"].masks[0].file
     assert [also.file for also in mass.also] == [record.truth["masses"].masks[1].file]
-    drawn = render(record, PlainPreset(), (HEIGHT, WIDTH))
+    drawn = rasterize(record, PlainPreset(), (HEIGHT, WIDTH))
     assert drawn.boxes["masses"].tolist() == [[10, 20, 18, 34], [25, 20, 33, 34]]
     assert drawn.masks["lesion"][0].sum() == 2 * 8 * 14
     assert (drawn.masks["lesion"][1] == 255).all()
@@ -91,7 +91,7 @@ def test_film_of_two_lesions_has_a_box_each_and_both_in_one_mask(records):
 
 def test_mask_of_another_size_is_brought_to_the_image_and_noted(root, records):
     record = records["Mass-Training_P_00003_RIGHT_MLO"]
-    drawn = render(record, PlainPreset(), (HEIGHT, WIDTH))
+    drawn = rasterize(record, PlainPreset(), (HEIGHT, WIDTH))
     assert drawn.boxes["masses"].tolist() == [[10, 20, 18, 34]]
     assert any("1 masks differ in size" in note for note in read_catalogue(root).notes)
 

@@ -5,7 +5,7 @@ from importlib import metadata
 import pytest
 from PIL import Image
 
-from datamodules.cache.rasterize import render
+from datamodules.cache.rasterize import rasterize
 from datamodules.images.presets import PlainPreset
 from datamodules.public.covid_chestxray import _lung_masks, read_catalogue
 from mtmedformer.errors import ConfigError, DataError
@@ -73,7 +73,7 @@ def test_patients_are_grouped_and_sites_come_from_the_source(records):
 
 
 def test_v7_value_127_is_no_lung(root, records):
-    drawn = render(records["a-1.jpeg"], PlainPreset(), (60, 50))
+    drawn = rasterize(records["a-1.jpeg"], PlainPreset(), (60, 50))
     assert drawn.masks["lungs"][0, 20, 30] == 1
     assert drawn.masks["lungs"][0, 32, 30] == 0
 

@@ -1,6 +1,6 @@
 import pytest
 
-from datamodules.cache.rasterize import render
+from datamodules.cache.rasterize import rasterize
 from datamodules.images.presets import PlainPreset
 from datamodules.public.inbreast import BIRADS, read_catalogue
 from datamodules.records import BoxTruth, MaskSource
@@ -59,8 +59,10 @@ def test_region_of_one_or_two_points_is_a_point_of_the_mask_and_never_a_box(root
     calcification = records[1].truth["lesion"].channels[1]
     assert calcification.polygons == (((30.2, 40.7),),)
     assert len(records[4].truth["lesion"].channels[1].polygons) == 2
-    small = render(records[1], PlainPreset(), (80, 64)).masks["lesion"][1].sum()
-    wide = render(read_catalogue(root, point_radius=4.0).records[1], PlainPreset(), (80, 64)).masks["lesion"][1].sum()
+    small = rasterize(records[1], PlainPreset(), (80, 64)).masks["lesion"][1].sum()
+    wide = (
+        rasterize(read_catalogue(root, point_radius=4.0).records[1], PlainPreset(), (80, 64)).masks["lesion"][1].sum()
+    )
     assert 1 <= small < 9 < wide
 
 
@@ -102,7 +104,7 @@ def test_without_any_xml_nothing_is_negative(tmp_path):
 
 def test_mask_canvas_is_the_dicoms_own_size(records):
     for record, size in ((records[0], (72, 56)), (records[5], (80, 64))):
-        assert render(record, PlainPreset(), (64, 64)).original_size == size
+        assert rasterize(record, PlainPreset(), (64, 64)).original_size == size
 
 
 def test_image_that_is_not_in_the_table_is_left_out_and_counted(root, records):

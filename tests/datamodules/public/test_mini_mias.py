@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from datamodules.cache.rasterize import render
+from datamodules.cache.rasterize import rasterize
 from datamodules.images.presets import PlainPreset
 from datamodules.public.mini_mias import read_catalogue, read_rows
 from datamodules.records import BoxTruth, MaskSource
@@ -130,5 +130,5 @@ def test_real_films_agree_with_the_converted_table(tmp_path):
         assert len(record.truth["lesions"].boxes) == len(expected)
         for mine, theirs in zip(record.truth["lesions"].boxes, expected, strict=True):
             assert mine == pytest.approx(theirs, abs=1.0)
-        drawn = render(record, PlainPreset(), (256, 256))
+        drawn = rasterize(record, PlainPreset(), (256, 256))
         assert (drawn.masks["lesion"][0] == 1).any() == bool(expected)
