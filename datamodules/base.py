@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 from datamodules.cache.cache import Cache
-from datamodules.cache.entries import Recipe
+from datamodules.cache.entries import Preprocessing
 from datamodules.cache.quarantine import IMAGE, Quarantine
 from datamodules.cache.rasterize import Report
 from datamodules.images.originals import Originals
@@ -126,7 +126,7 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         self._decoding = Quarantine()  # the part of it that decoding has met
         self._told = ""
         self.datasets: dict[str, CachedDataset] = {}
-        self.recipe = Recipe(preset or PlainPreset(), self.image_size)
+        self.preprocessing = Preprocessing(preset or PlainPreset(), self.image_size)
         self.cache = Cache(cache_dir, cache_max_gb)
 
     @abstractmethod
@@ -248,8 +248,8 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         if not wanted:
             return
         records = list({record.id: record for split in wanted.values() for record in split}.values())
-        keys = dict(zip((r.id for r in records), self.recipe.keys(records), strict=True))
-        reports = self.cache.fill(records, list(keys.values()), self.recipe, self.num_workers)
+        keys = dict(zip((r.id for r in records), self.preprocessing.keys(records), strict=True))
+        reports = self.cache.fill(records, list(keys.values()), self.preprocessing, self.num_workers)
         self._sort_out(records, {record.id: reports[keys[record.id]] for record in records})
         usable = {record.id: record for record in self.records}
         for name, split in wanted.items():
@@ -267,7 +267,7 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
                     [keys[r.id] for r in kept],
                     self.tasks,
                     self.cache,
-                    self.recipe,
+                    self.preprocessing,
                     augment=name == "train",
                     seed=self.seed,
                     salt=self.salt,

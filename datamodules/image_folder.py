@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.cache.entries import Recipe
+from datamodules.cache.entries import Preprocessing
 from datamodules.cache.quarantine import IMAGE, Issue
 from datamodules.images.find_files import find_images
 from datamodules.images.originals import Originals
@@ -64,7 +64,7 @@ class ImageFolderDataModule(Originals, L.LightningDataModule):
             raise ConfigError(f"data.init_args.image_size is {image_size}; give [height, width], at least 16 each")
         if batch_size < 1 or num_workers < 0:
             raise ConfigError(f"data: batch_size={batch_size} must be at least 1 and num_workers={num_workers} 0")
-        self.recipe = Recipe(preset or PlainPreset(), (self.image_size[0], self.image_size[1]))
+        self.preprocessing = Preprocessing(preset or PlainPreset(), (self.image_size[0], self.image_size[1]))
         self.records: list[Record] = []
         self.failures: list[Issue] = []
         self._done: Callable[[Mapping[str, Path]], Collection[str]] = lambda files: ()
@@ -72,7 +72,7 @@ class ImageFolderDataModule(Originals, L.LightningDataModule):
     @property
     def settings(self) -> dict[str, Any]:
         """What decides how an image is prepared, as text and numbers."""
-        preset = self.recipe.preset
+        preset = self.preprocessing.preset
         plain = {k: v for k, v in vars(preset).items() if isinstance(v, str | int | float | None)}
         return {"image_size": list(self.image_size), "preset": {"name": type(preset).__name__, **plain}}
 
@@ -101,7 +101,7 @@ class ImageFolderDataModule(Originals, L.LightningDataModule):
 
     def predict_dataloader(self) -> ImageBatches:
         """Return the batches of what is not done; several processes share the images."""
-        return ImageBatches(self._todo, self.recipe, self.batch_size, self.num_workers, self.failures)
+        return ImageBatches(self._todo, self.preprocessing, self.batch_size, self.num_workers, self.failures)
 
     def _todo(self) -> list[Record]:
         left = set(self._done(self.files))
@@ -115,7 +115,7 @@ class ImageBatches:
     Args:
         todo: Returns the images; called once, when they are needed. (Lightning patches ``DataLoader`` while it asks
             for loaders and, after an error there, leaves it patched.)
-        recipe: How they are prepared.
+        preprocessing: How they are prepared.
         batch_size: Images a batch.
         num_workers: Processes that read.
         failures: Where failures are added.
@@ -124,18 +124,18 @@ class ImageBatches:
     def __init__(
         self,
         todo: Callable[[], list[Record]],
-        recipe: Recipe,
+        preprocessing: Preprocessing,
         batch_size: int,
         num_workers: int,
         failures: list[Issue],
     ) -> None:
-        self.todo, self.recipe = todo, recipe
+        self.todo, self.preprocessing = todo, preprocessing
         self.batch_size, self.num_workers, self.failures = batch_size, num_workers, failures
 
     @cached_property
     def reader(self) -> _Reader:
         """The images, once they are needed."""
-        return _Reader(self.todo(), self.recipe)
+        return _Reader(self.todo(), self.preprocessing)
 
     def __len__(self) -> int:
         return math.ceil(len(self.reader) / self.batch_size)
@@ -159,8 +159,8 @@ class ImageBatches:
 class _Reader(Dataset[Sample | Issue]):
     """Reads and frames one image an item."""
 
-    def __init__(self, records: list[Record], recipe: Recipe) -> None:
-        self.records, self.recipe = records, recipe
+    def __init__(self, records: list[Record], preprocessing: Preprocessing) -> None:
+        self.records, self.preprocessing = records, preprocessing
 
     def __len__(self) -> int:
         return len(self.records)
@@ -168,7 +168,7 @@ class _Reader(Dataset[Sample | Issue]):
     def __getitem__(self, index: int) -> Sample | Issue:
         record = self.records[index]
         try:
-            made = self.recipe.apply(record)
+            made = self.preprocessing.apply(record)
         except Exception as error:  # a fault of ours in one image must not end a night's work; it is told and listed
             log.exception("%s could not be prepared", record.file.name)
             return Issue(record.id, record.file.name, IMAGE, "image cannot be prepared", f"{type(error).__name__}")

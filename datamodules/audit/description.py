@@ -67,7 +67,7 @@ def leaks_among(data: MedicalDataModule, most: int) -> dict[str, int]:
         ``across_patients``.
     """
     records = data.records[:most]
-    keys = data.recipe.keys(records)
+    keys = data.preprocessing.keys(records)
     known: list[Record] = []
     thumbnails: list[NDArray[np.uint8]] = []
     for record, key in zip(records, keys, strict=True):

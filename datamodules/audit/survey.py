@@ -94,7 +94,7 @@ def survey(data: MedicalDataModule, progress: bool = True) -> list[Facts]:
 
 def _look(split: Split, dataset: CachedDataset, index: int) -> Facts:
     record = dataset.records[index]
-    entry = dataset.cache.fetch(dataset.keys[index], record, dataset.recipe)
+    entry = dataset.cache.fetch(dataset.keys[index], record, dataset.preprocessing)
     pixels: Floats = np.divide(entry.image, np.iinfo(entry.image.dtype).max, dtype=np.float32)
     a, b, _, d, e, _ = entry.to_original
     scale = math.sqrt(abs(a * e - b * d))

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from datamodules.cache.entries import Recipe, load_entry, load_report, save_entry
+from datamodules.cache.entries import Preprocessing, load_entry, load_report, save_entry
 from datamodules.cache.quarantine import Issue
 from datamodules.cache.rasterize import CacheEntry, Report
 from datamodules.records import Record
@@ -81,7 +81,7 @@ class Cache:
         except OSError as error:
             raise self._refusal(error) from error
 
-    def fetch(self, key: str, record: Record, recipe: Recipe) -> CacheEntry:
+    def fetch(self, key: str, record: Record, preprocessing: Preprocessing) -> CacheEntry:
         """Return an entry, decoding it where it has gone missing since ``fill``.
 
         Raises:
@@ -89,7 +89,7 @@ class Cache:
         """
         entry = self.load(key)
         if entry is None:
-            made = recipe.apply(record)
+            made = preprocessing.apply(record)
             if isinstance(made, Issue):
                 raise DataError(
                     f"{record.file}: {made.reason} {made.detail}. It could be read when training began: was the file "
@@ -100,14 +100,14 @@ class Cache:
         return entry
 
     def fill(
-        self, records: Sequence[Record], keys: Sequence[str], recipe: Recipe, workers: int = 0
+        self, records: Sequence[Record], keys: Sequence[str], preprocessing: Preprocessing, workers: int = 0
     ) -> dict[str, Report]:
         """Decode what is not there yet, with a progress bar.
 
         Args:
             records: The images.
-            keys: Their entries (``recipe.keys(records)``).
-            recipe: How they are decoded.
+            keys: Their entries (``preprocessing.keys(records)``).
+            preprocessing: How they are decoded.
             workers: Processes that decode.
 
         Returns:
@@ -124,8 +124,8 @@ class Cache:
         with self._alone():
             there = self._there(needed)  # another process may have filled it meanwhile
             missing = {key: record for key, record in needed.items() if key not in there}
-            self._make_room(needed, missing, recipe)
-            return there | self._decode(missing, recipe, workers, set(needed))
+            self._make_room(needed, missing, preprocessing)
+            return there | self._decode(missing, preprocessing, workers, set(needed))
 
     def _there(self, keys: Iterable[str]) -> dict[str, Report]:
         reports = {key: report for key in keys if (report := self.report(key)) and not report.transient}
@@ -135,8 +135,10 @@ class Cache:
                     os.utime(self.path(key))
         return reports
 
-    def _decode(self, missing: Mapping[str, Record], recipe: Recipe, workers: int, keep: set[str]) -> dict[str, Report]:
-        jobs = _Jobs(list(missing.items()), recipe, self)
+    def _decode(
+        self, missing: Mapping[str, Record], preprocessing: Preprocessing, workers: int, keep: set[str]
+    ) -> dict[str, Report]:
+        jobs = _Jobs(list(missing.items()), preprocessing, self)
         loader: Any = DataLoader(
             jobs,
             batch_size=None,
@@ -155,9 +157,11 @@ class Cache:
             self._grow(size, keep)
         return reports
 
-    def _make_room(self, needed: Mapping[str, Record], missing: Mapping[str, Record], recipe: Recipe) -> None:
+    def _make_room(
+        self, needed: Mapping[str, Record], missing: Mapping[str, Record], preprocessing: Preprocessing
+    ) -> None:
         """Refuse before the first image is decoded what can never fit, then evict what stands in the way."""
-        least = sum(recipe.smallest_bytes(record) for record in needed.values())
+        least = sum(preprocessing.smallest_bytes(record) for record in needed.values())
         if least > self.max_gb * GB:
             raise DataError(self._too_small(len(needed), least))
         if self.folder is None:
@@ -167,7 +171,7 @@ class Cache:
             if part.stat().st_mtime < time.time() - 3600:
                 part.unlink(missing_ok=True)
         self._bytes = sum(path.stat().st_size for path in self._entries())
-        ahead = sum(recipe.smallest_bytes(record) for record in missing.values())
+        ahead = sum(preprocessing.smallest_bytes(record) for record in missing.values())
         self._grow(ahead, set(needed))
         self._bytes -= ahead
 
@@ -231,8 +235,8 @@ class Cache:
 class _Jobs(Dataset[tuple[str, object, int]]):
     """Decodes and stores one record an item; what goes wrong comes back as a value, so that its message stays whole."""
 
-    def __init__(self, jobs: list[tuple[str, Record]], recipe: Recipe, cache: Cache) -> None:
-        self.jobs, self.recipe, self.cache = jobs, recipe, cache
+    def __init__(self, jobs: list[tuple[str, Record]], preprocessing: Preprocessing, cache: Cache) -> None:
+        self.jobs, self.preprocessing, self.cache = jobs, preprocessing, cache
 
     def __len__(self) -> int:
         return len(self.jobs)
@@ -241,7 +245,7 @@ class _Jobs(Dataset[tuple[str, object, int]]):
         """Return the key, the entry (in memory) or report (on disk) or why there is none, and the bytes it takes."""
         key, record = self.jobs[index]
         try:
-            made = self.recipe.apply(record)
+            made = self.preprocessing.apply(record)
             if isinstance(made, Issue):
                 return key, Report((made,)), 0
             if self.cache.folder is None:

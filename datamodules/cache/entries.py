@@ -62,7 +62,7 @@ _FACTS = ("to_original", "original_size", "spacing", "view", "laterality", "rema
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Preprocessing:
     """How records become entries.
 
     Attributes:

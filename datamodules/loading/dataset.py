@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from datamodules.cache.cache import Cache
-from datamodules.cache.entries import Recipe
+from datamodules.cache.entries import Preprocessing
 from datamodules.cache.rasterize import CacheEntry
 from datamodules.loading.samplers import TaskSampler
 from datamodules.records import ClassTruth, Record, hash_patient
@@ -30,7 +30,7 @@ class CachedDataset(Dataset[Sample]):
         keys: Their cache entries.
         tasks: Tasks of a sample; truth of other tasks is left out.
         cache: Where the decoded images are.
-        recipe: How to decode one that has gone missing; its preset augments.
+        preprocessing: How to decode one that has gone missing; its preset augments.
         augment: Whether to augment (training only).
         seed: Seed of the augmentation.
         salt: Salt of the patients' hashes.
@@ -42,7 +42,7 @@ class CachedDataset(Dataset[Sample]):
         keys: Sequence[str],
         tasks: dict[str, Task],
         cache: Cache,
-        recipe: Recipe,
+        preprocessing: Preprocessing,
         augment: bool = False,
         seed: int = 0,
         salt: str = "",
@@ -51,7 +51,7 @@ class CachedDataset(Dataset[Sample]):
         self.keys = list(keys)
         self.tasks = tasks
         self.cache = cache
-        self.recipe = recipe
+        self.preprocessing = preprocessing
         self.augment = augment
         self.seed = seed
         self.salt = salt
@@ -68,13 +68,13 @@ class CachedDataset(Dataset[Sample]):
         """
         epoch, turn, index = (0, 0, key) if isinstance(key, int) else key
         record = self.records[index]
-        entry = self.cache.fetch(self.keys[index], record, self.recipe)
+        entry = self.cache.fetch(self.keys[index], record, self.preprocessing)
         image = pixels_of(entry)
         masks = {n: entry.masks[n] for n in self._known(record, "segmentation") if n in entry.masks}
         boxes = {n: (entry.boxes[n], entry.labels[n]) for n in self._known(record, "detection") if n in entry.boxes}
         to_original = entry.to_original
         if self.augment:
-            moved = self.recipe.preset.augment(
+            moved = self.preprocessing.preset.augment(
                 image,
                 np.concatenate([*masks.values(), np.zeros((0, *image.shape), np.uint8)]),
                 np.concatenate([*(b for b, _ in boxes.values()), np.zeros((0, 4), np.float32)]),

@@ -87,7 +87,7 @@ def test_batches_hold_what_can_be_read_and_failures_the_rest(tree, workers):
 
 
 def test_a_fault_in_one_image_does_not_end_the_rest(tree, monkeypatch, caplog):
-    apply = type(ImageFolderDataModule([tree]).recipe).apply
+    apply = type(ImageFolderDataModule([tree]).preprocessing).apply
 
     def faulty(self, record):
         if record.id == "one.PNG":
@@ -95,7 +95,7 @@ def test_a_fault_in_one_image_does_not_end_the_rest(tree, monkeypatch, caplog):
         return apply(self, record)
 
     data = ImageFolderDataModule([tree], image_size=32, num_workers=0)
-    monkeypatch.setattr(type(data.recipe), "apply", faulty)
+    monkeypatch.setattr(type(data.preprocessing), "apply", faulty)
     data.setup("predict")
     assert len(list(data.predict_dataloader())) == 2
     assert (data.failures[0].id, data.failures[0].detail) == ("one.PNG", "ZeroDivisionError")

@@ -110,7 +110,7 @@ class Predictor:
 
     def _prepared(self, image: NDArray[Any] | str | Path, laterality: Literal["L", "R"] | None) -> tuple[Floats, Meta]:
         """Return the network's input, float32 (H, W) in [0, 1], and where it lies in the image."""
-        from datamodules.cache.entries import Recipe
+        from datamodules.cache.entries import Preprocessing
         from datamodules.cache.quarantine import Issue
         from datamodules.loading.dataset import meta_of, pixels_of
         from datamodules.records import Record
@@ -124,7 +124,7 @@ class Predictor:
             return self._framed(*_grey(image), laterality)
         file = Path(image)
         record = Record(id=file.name, file=file, patient=file.name, laterality=laterality)
-        made = Recipe(self.preset, self.image_size).apply(record)
+        made = Preprocessing(self.preset, self.image_size).apply(record)
         if isinstance(made, Issue):
             raise DataError(f"{file.name}: {made.reason}; {made.detail}")
         return pixels_of(made), meta_of(record, made, made.to_original, "")

@@ -17,7 +17,7 @@ from PIL import Image
 from datamodules.cache import cache as cache_module
 from datamodules.cache import entries, rasterize
 from datamodules.cache.cache import Cache
-from datamodules.cache.entries import Recipe, digest, load_entry, load_report, save_entry
+from datamodules.cache.entries import Preprocessing, digest, load_entry, load_report, save_entry
 from datamodules.cache.quarantine import Issue
 from datamodules.cache.rasterize import CacheEntry
 from datamodules.images.pixels import Pixels
@@ -26,7 +26,7 @@ from datamodules.records import BoxTruth, ClassTruth, MaskSource, MaskTruth, Rec
 from mtmedformer.errors import DataError
 
 COUNT = 6
-RECIPE = Recipe(PlainPreset(), (24, 24))
+PREPROCESSING = Preprocessing(PlainPreset(), (24, 24))
 fork = multiprocessing.get_context("fork")
 
 
@@ -57,9 +57,9 @@ def records(films: Path) -> list[Record]:
     ]
 
 
-def fill(cache: Cache, of: list[Record], recipe: Recipe = RECIPE, workers: int = 0) -> list[str]:
-    keys = recipe.keys(of)
-    cache.fill(of, keys, recipe, workers)
+def fill(cache: Cache, of: list[Record], preprocessing: Preprocessing = PREPROCESSING, workers: int = 0) -> list[str]:
+    keys = preprocessing.keys(of)
+    cache.fill(of, keys, preprocessing, workers)
     return keys
 
 
@@ -118,7 +118,7 @@ def test_what_is_served_is_what_was_rendered(tmp_path: Path, films: Path, kept: 
     cache = Cache(tmp_path / "cache" if kept == "disk" else None)
     keys = fill(cache, records(films), workers=workers)
     for key, record in zip(keys, records(films), strict=True):
-        made = RECIPE.apply(record)
+        made = PREPROCESSING.apply(record)
         assert isinstance(made, CacheEntry)
         assert same(cache.load(key), made)
 
@@ -147,35 +147,35 @@ def test_a_copied_or_renamed_folder_is_not_decoded_again(tmp_path: Path, films: 
     assert decoded == []
 
 
-def changed_image(films: Path, record: Record) -> tuple[Record, Recipe]:
+def changed_image(films: Path, record: Record) -> tuple[Record, Preprocessing]:
     Image.fromarray(np.random.default_rng(9).integers(1, 255, (32, 32), np.uint8)).save(record.file)
-    return record, RECIPE
+    return record, PREPROCESSING
 
 
-def changed_mask(films: Path, record: Record) -> tuple[Record, Recipe]:
+def changed_mask(films: Path, record: Record) -> tuple[Record, Preprocessing]:
     Image.fromarray(np.ones((32, 32), np.uint8)).save(films / f"mask{record.id}.png")
-    return record, RECIPE
+    return record, PREPROCESSING
 
 
-def changed_box(films: Path, record: Record) -> tuple[Record, Recipe]:
-    return replace(record, truth=record.truth | {"b": BoxTruth(((1.0, 2.0, 9.0, 9.5),), (0,))}), RECIPE
+def changed_box(films: Path, record: Record) -> tuple[Record, Preprocessing]:
+    return replace(record, truth=record.truth | {"b": BoxTruth(((1.0, 2.0, 9.0, 9.5),), (0,))}), PREPROCESSING
 
 
-def changed_mask_values(films: Path, record: Record) -> tuple[Record, Recipe]:
+def changed_mask_values(films: Path, record: Record) -> tuple[Record, Preprocessing]:
     source = MaskSource(films / f"mask{record.id}.png", values=(2,))
-    return replace(record, truth=record.truth | {"m": MaskTruth((source,))}), RECIPE
+    return replace(record, truth=record.truth | {"m": MaskTruth((source,))}), PREPROCESSING
 
 
-def changed_reference_size(films: Path, record: Record) -> tuple[Record, Recipe]:
-    return replace(record, size=(64, 64)), RECIPE
+def changed_reference_size(films: Path, record: Record) -> tuple[Record, Preprocessing]:
+    return replace(record, size=(64, 64)), PREPROCESSING
 
 
-def changed_size(films: Path, record: Record) -> tuple[Record, Recipe]:
-    return record, Recipe(PlainPreset(), (24, 20))
+def changed_size(films: Path, record: Record) -> tuple[Record, Preprocessing]:
+    return record, Preprocessing(PlainPreset(), (24, 20))
 
 
-def changed_preset(films: Path, record: Record) -> tuple[Record, Recipe]:
-    return record, Recipe(BreastPreset(), (24, 24))
+def changed_preset(films: Path, record: Record) -> tuple[Record, Preprocessing]:
+    return record, Preprocessing(BreastPreset(), (24, 24))
 
 
 CHANGES = [
@@ -191,19 +191,19 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_whatever_changes_the_entry_changes_its_key(
-    films: Path, change: Callable[[Path, Record], tuple[Record, Recipe]]
+    films: Path, change: Callable[[Path, Record], tuple[Record, Preprocessing]]
 ) -> None:
     record, other = records(films)[:2]
-    before = RECIPE.keys([record, other])
-    changed, recipe = change(films, record)
-    after = recipe.keys([changed, other])
+    before = PREPROCESSING.keys([record, other])
+    changed, preprocessing = change(films, record)
+    after = preprocessing.keys([changed, other])
     assert after[0] != before[0]
-    assert (after[1] == before[1]) == (recipe == RECIPE)
+    assert (after[1] == before[1]) == (preprocessing == PREPROCESSING)
 
 
 def test_the_crop_is_part_of_the_key_and_the_augmentation_is_not(films: Path) -> None:
     def key(preset: ChestPreset | BreastPreset) -> str:
-        return Recipe(preset, (24, 24)).keys(records(films)[:1])[0]
+        return Preprocessing(preset, (24, 24)).keys(records(films)[:1])[0]
 
     assert key(ChestPreset()) == key(ChestPreset(rotation=30, noise=0.2, horizontal_flip=0.5))
     assert key(BreastPreset()) == key(BreastPreset(zoom=0.4, vertical_flip=0.0))
@@ -215,13 +215,13 @@ def test_the_crop_is_part_of_the_key_and_the_augmentation_is_not(films: Path) ->
 def test_classes_sites_and_patients_are_not_part_of_the_key(films: Path) -> None:
     record = records(films)[0]
     other = replace(record, id="z", site="s", patient="q", truth=record.truth | {"c": ClassTruth((0.0,))})
-    assert RECIPE.keys([record]) == RECIPE.keys([other])
+    assert PREPROCESSING.keys([record]) == PREPROCESSING.keys([other])
 
 
 def test_another_version_of_the_code_decodes_again(films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = RECIPE.keys(records(films))
+    before = PREPROCESSING.keys(records(films))
     monkeypatch.setattr(entries, "_code", lambda: "another")
-    assert set(before).isdisjoint(RECIPE.keys(records(films)))
+    assert set(before).isdisjoint(PREPROCESSING.keys(records(films)))
 
 
 def test_a_large_file_is_sampled_and_told_by_its_time_of_change(tmp_path: Path) -> None:
@@ -264,11 +264,11 @@ def test_an_entry_that_goes_missing_while_training_is_made_anew(
     shutil.rmtree(tmp_path / "cache")
     decoded.clear()
     for _ in range(2):
-        assert same(cache.fetch(keys[0], records(films)[0], RECIPE), made)
+        assert same(cache.fetch(keys[0], records(films)[0], PREPROCESSING), made)
     assert decoded == ["0.png"]
     (films / "1.png").unlink()
     with pytest.raises(DataError, match=r"1.png: image file missing .*It could be read when training began"):
-        cache.fetch(keys[1], records(films)[1], RECIPE)
+        cache.fetch(keys[1], records(films)[1], PREPROCESSING)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -279,8 +279,8 @@ def test_what_cannot_be_read_has_no_entry_and_is_tried_again(
     (films / "1.png").write_bytes(b"no picture")
     (films / "mask3.png").write_bytes(b"no mask")
     cache = Cache(tmp_path / "cache")
-    keys = RECIPE.keys(records(films))
-    reports = cache.fill(records(films), keys, RECIPE, workers)
+    keys = PREPROCESSING.keys(records(films))
+    reports = cache.fill(records(films), keys, PREPROCESSING, workers)
     assert [[i.reason for i in reports[k].issues] for k in keys] == [
         [],
         ["image unreadable"],
@@ -291,10 +291,15 @@ def test_what_cannot_be_read_has_no_entry_and_is_tried_again(
     ]
     assert cache.load(keys[1]) is None
     decoded.clear()
-    cache.fill(records(films), keys, RECIPE)
+    cache.fill(records(films), keys, PREPROCESSING)
     assert decoded == ["1.png", "3.png"]
     (films / "1.png").write_bytes(good)
-    assert cache.fill(records(films), RECIPE.keys(records(films)), RECIPE)[RECIPE.keys(records(films))[1]].issues == ()
+    assert (
+        cache.fill(records(films), PREPROCESSING.keys(records(films)), PREPROCESSING)[
+            PREPROCESSING.keys(records(films))[1]
+        ].issues
+        == ()
+    )
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
@@ -334,11 +339,14 @@ def test_too_small_a_bound_is_refused_before_anything_is_decoded(
 
 def test_what_was_used_longest_ago_makes_room(tmp_path: Path, films: Path) -> None:
     cache = Cache(tmp_path / "cache")
-    old, older = Recipe(PlainPreset(), (20, 20)), Recipe(PlainPreset(), (16, 16))
-    for age, recipe in ((9e5, older), (8e5, old)):
-        for key in fill(cache, records(films), recipe):
+    old, older = Preprocessing(PlainPreset(), (20, 20)), Preprocessing(PlainPreset(), (16, 16))
+    for age, preprocessing in ((9e5, older), (8e5, old)):
+        for key in fill(cache, records(films), preprocessing):
             os.utime(cache.path(key), (time.time() - age,) * 2)
-    sizes = {recipe.size: cache.path(recipe.keys(records(films))[0]).stat().st_size for recipe in (old, older)}
+    sizes = {
+        preprocessing.size: cache.path(preprocessing.keys(records(films))[0]).stat().st_size
+        for preprocessing in (old, older)
+    }
     room = COUNT * (sizes[old.size] + sizes[older.size])  # as much as there is; the new ones need about 9 kB more
     keys = fill(Cache(tmp_path / "cache", (room + 3000) / 1e9), records(films))
     assert all(cache.path(key).exists() for key in keys)
@@ -350,7 +358,7 @@ def test_what_was_used_longest_ago_makes_room(tmp_path: Path, films: Path) -> No
 def test_entries_of_this_run_never_make_room(tmp_path: Path, films: Path) -> None:
     first = fill(Cache(tmp_path / "cache"), records(films))
     with pytest.raises(DataError, match="more than cache_max_gb"):
-        fill(Cache(tmp_path / "cache", 25e-6), records(films), Recipe(PlainPreset(), (32, 32)))
+        fill(Cache(tmp_path / "cache", 25e-6), records(films), Preprocessing(PlainPreset(), (32, 32)))
     assert all(Cache(tmp_path / "cache").path(key).exists() for key in first)
 
 
@@ -376,7 +384,7 @@ def test_processes_that_fill_at_once_decode_each_image_once(tmp_path: Path, film
         process.join(60)
     assert [process.exitcode for process in several] == [0, 0, 0]
     assert sorted(log.read_text().split()) == [f"{n}.png" for n in range(COUNT)]
-    assert all(Cache(tmp_path / "cache").load(key) for key in RECIPE.keys(records(films)))
+    assert all(Cache(tmp_path / "cache").load(key) for key in PREPROCESSING.keys(records(films)))
 
 
 def test_a_killed_builder_leaves_nothing_half_done(tmp_path: Path, films: Path, decoded: list[str]) -> None:
@@ -398,7 +406,7 @@ def test_a_killed_builder_leaves_nothing_half_done(tmp_path: Path, films: Path, 
 
 
 def test_what_a_killed_process_left_is_swept_up(tmp_path: Path, films: Path) -> None:
-    keys = RECIPE.keys(records(films))
+    keys = PREPROCESSING.keys(records(films))
     part = Cache(tmp_path / "cache").path(keys[0]).parent / ".abc.1.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(b"half")

@@ -11,7 +11,7 @@ import pytest
 
 import datamodules
 from datamodules.cache import entries
-from datamodules.cache.entries import DECODERS, PIXEL_CODE, Recipe, pixel_code
+from datamodules.cache.entries import DECODERS, PIXEL_CODE, Preprocessing, pixel_code
 from datamodules.images.presets import PlainPreset
 from datamodules.records import Record
 from mtmedformer.storage.hashing import source_digest
@@ -104,7 +104,7 @@ def test_a_new_file_beside_them_changes_the_key(copied):
 
 def key_of(tmp_path):
     entries._code.cache_clear()
-    return Recipe(PlainPreset(), (24, 24)).keys([Record("a", tmp_path / "a.png", "p")])
+    return Preprocessing(PlainPreset(), (24, 24)).keys([Record("a", tmp_path / "a.png", "p")])
 
 
 @pytest.mark.parametrize("library", DECODERS)
@@ -137,7 +137,7 @@ def test_the_file_of_a_preset_of_ones_own_is_in_the_key(tmp_path):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         monkeypatch.setitem(__import__("sys").modules, "own_preset", module)
-        return Recipe(module.Own(), (24, 24)).keys([Record("a", tmp_path / "a.png", "p")])
+        return Preprocessing(module.Own(), (24, 24)).keys([Record("a", tmp_path / "a.png", "p")])
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         plain = key(margin=1, comment="a")
