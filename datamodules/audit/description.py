@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from datamodules.audit.image_statistics import content_of
 from datamodules.audit.near_duplicates import find_duplicates, leak_report, thumbnail
-from datamodules.audit.survey import content_of
 from datamodules.records import Record
 
 if TYPE_CHECKING:

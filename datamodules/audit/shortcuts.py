@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from datamodules.audit.survey import Facts
+from datamodules.audit.image_statistics import ImageStatistics
 from datamodules.loading.samplers import strata
 from datamodules.records import BoxTruth, ClassTruth
 from mtmedformer.batch import Task
@@ -48,7 +48,7 @@ class Shortcut:
     warning: bool
 
 
-def find_shortcuts(facts: Sequence[Facts], tasks: dict[str, Task], least: int = 10) -> list[Shortcut]:
+def find_shortcuts(facts: Sequence[ImageStatistics], tasks: dict[str, Task], least: int = 10) -> list[Shortcut]:
     """Measure every property against every finding, patients kept apart.
 
     Args:
@@ -85,7 +85,7 @@ def find_shortcuts(facts: Sequence[Facts], tasks: dict[str, Task], least: int = 
     return sorted(found, key=lambda s: (-s.auc, s.task, s.finding, s.source))
 
 
-def _findings(facts: Sequence[Facts], tasks: dict[str, Task]) -> list[tuple[str, str, NDArray[np.float64]]]:
+def _findings(facts: Sequence[ImageStatistics], tasks: dict[str, Task]) -> list[tuple[str, str, NDArray[np.float64]]]:
     """Return per finding 1, 0 or NaN (unknown) an image."""
     found = []
     for name, task in tasks.items():

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-from datamodules.audit.survey import Facts
+from datamodules.audit.image_statistics import ImageStatistics
 from mtmedformer.commands.fingerprint.summary import SPLITS, Fingerprint
 
 COLOURS = {"train": "#4c72b0", "val": "#dd8452", "test": "#55a868"}
@@ -20,7 +20,7 @@ MOST_SITES = 12
 """Sites drawn; further ones are left out of the picture, not of the tables and the JSON file."""
 
 
-def draw(found: Fingerprint, facts: Sequence[Facts], file: Path) -> None:
+def draw(found: Fingerprint, facts: Sequence[ImageStatistics], file: Path) -> None:
     """Draw the fingerprint into a PNG: labels by site, classes, sizes, structures, grey values, shortcuts.
 
     Args:
@@ -129,7 +129,7 @@ def _draw_structures(panel: Axes, found: Fingerprint) -> None:
     panel.set_title("Sizes (5–95 %, quartiles, median) and strides")
 
 
-def _draw_sizes(panel: Axes, found: Fingerprint, facts: Sequence[Facts]) -> None:
+def _draw_sizes(panel: Axes, found: Fingerprint, facts: Sequence[ImageStatistics]) -> None:
     """Draw width against height of the original images, one colour a site."""
     sites = list(found.labelled)[:MOST_SITES]
     for k, site in enumerate(sites):

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from datamodules.audit.survey import Facts
+from datamodules.audit.image_statistics import ImageStatistics
 from datamodules.loading.samplers import positives, strata
 from mtmedformer.batch import Task
 
@@ -42,7 +42,7 @@ class Suggestion:
     pixels_per_pixel: float
 
 
-def suggest(facts: Sequence[Facts], tasks: Mapping[str, Task], batch_size: int) -> Suggestion:
+def suggest(facts: Sequence[ImageStatistics], tasks: Mapping[str, Task], batch_size: int) -> Suggestion:
     """Derive settings from the images of all splits (sizes) and of training (labels).
 
     Args:
@@ -92,7 +92,7 @@ def suggest(facts: Sequence[Facts], tasks: Mapping[str, Task], batch_size: int) 
 
 
 def _sampler(
-    facts: Sequence[Facts], tasks: dict[str, Task], batch_size: int
+    facts: Sequence[ImageStatistics], tasks: dict[str, Task], batch_size: int
 ) -> tuple[Literal["shuffle", "positive", "sqrt"], str]:
     records = [f.record for f in facts if f.split == "train"]
     share = float(positives(records, tasks).mean()) if records else 0.0

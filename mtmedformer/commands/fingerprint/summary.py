@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from datamodules.audit.image_statistics import ImageStatistics, image_statistics
 from datamodules.audit.near_duplicates import LeakReport, find_duplicates, leak_report
 from datamodules.audit.shortcuts import Shortcut, find_shortcuts
-from datamodules.audit.survey import Facts, survey
 from datamodules.base import MedicalDataModule
 from datamodules.cache.quarantine import Quarantine
 from datamodules.loading.samplers import is_positive, strata
@@ -41,7 +41,7 @@ class ImageSet:
     """
 
     dataset: str
-    facts: Sequence[Facts]
+    facts: Sequence[ImageStatistics]
     tasks: dict[str, Task]
     image_size: tuple[int, int]
     batch_size: int
@@ -154,7 +154,7 @@ def read_images(data: MedicalDataModule) -> ImageSet:
     Raises:
         DataError: As ``MedicalDataModule.setup``.
     """
-    facts = survey(data)
+    facts = image_statistics(data)
     return ImageSet(
         type(data).__name__, facts, data.tasks, (data.image_size[0], data.image_size[1]), data.batch_size,
         data.quarantine,
@@ -224,7 +224,7 @@ def summarise(images: ImageSet) -> Fingerprint:
     )
 
 
-def summarise_sites(sites: Mapping[str, ImageSet], tasks: dict[str, Task]) -> tuple[Fingerprint, list[Facts]]:
+def summarise_sites(sites: Mapping[str, ImageSet], tasks: dict[str, Task]) -> tuple[Fingerprint, list[ImageStatistics]]:
     """Summarise a federation: all images together, and those of each site.
 
     Args:
@@ -248,7 +248,9 @@ def summarise_sites(sites: Mapping[str, ImageSet], tasks: dict[str, Task]) -> tu
     return replace(together, sites=parts, warnings=warnings), facts
 
 
-def _labelled(tasks: Mapping[str, Task], facts: Sequence[Facts]) -> dict[str, dict[Split, dict[str, LabelCount]]]:
+def _labelled(
+    tasks: Mapping[str, Task], facts: Sequence[ImageStatistics]
+) -> dict[str, dict[Split, dict[str, LabelCount]]]:
     table: dict[str, dict[Split, dict[str, LabelCount]]] = {}
     for fact in facts:
         for name, task in tasks.items():
@@ -260,7 +262,7 @@ def _labelled(tasks: Mapping[str, Task], facts: Sequence[Facts]) -> dict[str, di
     return {site: table[site] for site in sorted(table)}
 
 
-def _classes(tasks: Mapping[str, Task], facts: Sequence[Facts]) -> dict[str, dict[str, dict[Split, int]]]:
+def _classes(tasks: Mapping[str, Task], facts: Sequence[ImageStatistics]) -> dict[str, dict[str, dict[Split, int]]]:
     counts: Counter[tuple[str, str, Split]] = Counter()
     for fact in facts:
         counts.update({(s.task, s.label, fact.split) for s in fact.structures})
@@ -274,7 +276,7 @@ def _classes(tasks: Mapping[str, Task], facts: Sequence[Facts]) -> dict[str, dic
     }
 
 
-def _intensity(facts: Sequence[Facts]) -> dict[str, Intensity]:
+def _intensity(facts: Sequence[ImageStatistics]) -> dict[str, Intensity]:
     by_site = {}
     for site in sorted({f.record.site for f in facts}):
         mean = np.mean([f.histogram for f in facts if f.record.site == site], axis=0)
@@ -285,7 +287,7 @@ def _intensity(facts: Sequence[Facts]) -> dict[str, Intensity]:
     return by_site
 
 
-def _structures(facts: Sequence[Facts], suggestion: Suggestion) -> dict[str, dict[str, StructureSizes]]:
+def _structures(facts: Sequence[ImageStatistics], suggestion: Suggestion) -> dict[str, dict[str, StructureSizes]]:
     sizes: dict[str, dict[str, StructureSizes]] = {}
     every = [s for f in facts for s in f.structures]
     for task, label in sorted({(s.task, s.label) for s in every}):

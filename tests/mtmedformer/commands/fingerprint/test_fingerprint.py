@@ -14,8 +14,8 @@ from rich.console import Console
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
+from datamodules.audit.image_statistics import ImageStatistics, Structure
 from datamodules.audit.shortcuts import find_shortcuts
-from datamodules.audit.survey import Facts, Structure
 from datamodules.records import ClassTruth, Record
 from federation import FederatedDataModule
 from mtmedformer.batch import Task
@@ -252,7 +252,7 @@ def facts(index, patient=None, view="PA", ill=False, size=(1000, 800), structure
         view=view,
     )
     histogram, thumbnail = np.full(64, 1 / 64), np.zeros((64, 64), np.uint8)
-    return Facts(record, split, view, None, size, size, None, histogram, tuple(structures), thumbnail)
+    return ImageStatistics(record, split, view, None, size, size, None, histogram, tuple(structures), thumbnail)
 
 
 TASKS = {

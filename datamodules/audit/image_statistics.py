@@ -43,7 +43,7 @@ class Structure:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ImageStatistics:
     """What is known of one image after looking at it.
 
     Attributes:
@@ -71,7 +71,7 @@ class Facts:
     thumbnail: NDArray[np.uint8]
 
 
-def survey(data: MedicalDataModule, progress: bool = True) -> list[Facts]:
+def image_statistics(data: MedicalDataModule, progress: bool = True) -> list[ImageStatistics]:
     """Set a data module up and look at every image of train, val and test.
 
     Images are decoded into the data module's cache, where a later training finds them.
@@ -92,7 +92,7 @@ def survey(data: MedicalDataModule, progress: bool = True) -> list[Facts]:
     return [_look(*job) for job in tqdm(jobs, "Looking at images", leave=False, unit="image", disable=not progress)]
 
 
-def _look(split: Split, dataset: CachedDataset, index: int) -> Facts:
+def _look(split: Split, dataset: CachedDataset, index: int) -> ImageStatistics:
     record = dataset.records[index]
     entry = dataset.cache.fetch(dataset.keys[index], record, dataset.preprocessing)
     pixels: Floats = np.divide(entry.image, np.iinfo(entry.image.dtype).max, dtype=np.float32)
@@ -101,7 +101,7 @@ def _look(split: Split, dataset: CachedDataset, index: int) -> Facts:
     left, top, right, bottom = content_of(entry, pixels.shape)
     inside = pixels[top:bottom, left:right]
     counts = np.histogram(inside, BINS, (0, 1))[0]
-    return Facts(
+    return ImageStatistics(
         record=record,
         split=split,
         view=record.view or entry.view,
