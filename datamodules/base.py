@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
+from datamodules.audit.description import describe
 from datamodules.cache.cache import Cache
 from datamodules.cache.entries import Preprocessing
 from datamodules.cache.quarantine import IMAGE, Quarantine
@@ -71,7 +72,10 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         splits: Split of each record by its id, once set up.
         quarantine: What was left out, so far as it has been read.
         datasets: The split's images, once a stage that needs it is set up.
+        generated: Whether the images are drawn by a program and show no patient.
     """
+
+    generated = False
 
     def __init__(
         self,
@@ -191,9 +195,7 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
             self._build({split: split for split in map(self._serving, needed)})
 
     def describe(self) -> dict[str, Any]:
-        """Return what a report says of the data, once set up, in counts and plain words."""
-        from datamodules.audit.description import describe  # which looks at data modules
-
+        """Return the counts that reports show, once set up (see ``datamodules.audit.description.describe``)."""
         return describe(self)
 
     def train_dataloader(self) -> DataLoader[Any]:

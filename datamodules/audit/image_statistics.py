@@ -1,23 +1,20 @@
-"""Look once at every usable image of a data set and keep numbers only: sizes, grey values, structures, a thumbnail."""
+"""Statistics of every usable image of a data set: size, grey values, boxes and masks, a thumbnail; no pixels kept."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from datamodules.audit.near_duplicates import thumbnail
+from datamodules.cache.rasterize import CacheEntry
+from datamodules.loading.dataset import CachedDataset, pixels_of
 from datamodules.records import Record, Split
 from mtmedformer.geometry import Floats, Ints, invert, map_boxes
-
-if TYPE_CHECKING:
-    from datamodules.base import MedicalDataModule
-    from datamodules.cache.rasterize import CacheEntry
-    from datamodules.loading.dataset import CachedDataset
 
 BINS = 64
 """Bins of a grey-value histogram over [0, 1]."""
@@ -71,31 +68,29 @@ class ImageStatistics:
     thumbnail: NDArray[np.uint8]
 
 
-def image_statistics(data: MedicalDataModule, progress: bool = True) -> list[ImageStatistics]:
-    """Set a data module up and look at every image of train, val and test.
-
-    Images are decoded into the data module's cache, where a later training finds them.
+def image_statistics(datasets: Mapping[str, CachedDataset], progress: bool = True) -> list[ImageStatistics]:
+    """Measure every image of train, val and test.
 
     Args:
-        data: The data module; set up here.
+        datasets: The images by split, as ``MedicalDataModule.datasets`` has them once it is set up; each image is read
+            from its cache entry. Other splits are left out.
         progress: Show a progress bar.
 
     Returns:
-        One entry an image that is labelled for some task.
+        One entry per image that is labelled for some task, split by split.
 
     Raises:
-        DataError: As ``MedicalDataModule.setup``.
+        DataError: A cache entry is gone and its image can no longer be decoded.
     """
-    data.setup(None)
-    sets = [(split, data.datasets[split]) for split in ("train", "val", "test") if split in data.datasets]
-    jobs = [(split, dataset, i) for split, dataset in sets for i in range(len(dataset))]
-    return [_look(*job) for job in tqdm(jobs, "Looking at images", leave=False, unit="image", disable=not progress)]
+    splits: tuple[Split, ...] = ("train", "val", "test")
+    jobs = [(split, datasets[split], i) for split in splits if split in datasets for i in range(len(datasets[split]))]
+    return [_measure(*job) for job in tqdm(jobs, "Measuring images", leave=False, unit="image", disable=not progress)]
 
 
-def _look(split: Split, dataset: CachedDataset, index: int) -> ImageStatistics:
+def _measure(split: Split, dataset: CachedDataset, index: int) -> ImageStatistics:
     record = dataset.records[index]
     entry = dataset.cache.fetch(dataset.keys[index], record, dataset.preprocessing)
-    pixels: Floats = np.divide(entry.image, np.iinfo(entry.image.dtype).max, dtype=np.float32)
+    pixels = pixels_of(entry)
     a, b, _, d, e, _ = entry.to_original
     scale = math.sqrt(abs(a * e - b * d))
     left, top, right, bottom = content_of(entry, pixels.shape)

@@ -154,7 +154,8 @@ def read_images(data: MedicalDataModule) -> ImageSet:
     Raises:
         DataError: As ``MedicalDataModule.setup``.
     """
-    facts = image_statistics(data)
+    data.setup(None)
+    facts = image_statistics(data.datasets)
     return ImageSet(
         type(data).__name__, facts, data.tasks, (data.image_size[0], data.image_size[1]), data.batch_size,
         data.quarantine,
