@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 
 from datamodules.audit.description import describe
 from datamodules.cache.cache import Cache
-from datamodules.cache.entries import Preprocessing
+from datamodules.cache.entries import Report
+from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import IMAGE, Quarantine
-from datamodules.cache.rasterize import Report
 from datamodules.images.originals import Originals
 from datamodules.images.presets import ChestPreset, PlainPreset, Preset
 from datamodules.loading.catalogue import advice, check_catalogue, choose_tasks, select, some_patients

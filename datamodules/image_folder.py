@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.cache.entries import Preprocessing
+from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import IMAGE, Issue
 from datamodules.images.find_files import find_images
 from datamodules.images.originals import Originals

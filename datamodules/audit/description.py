@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from datamodules.audit.image_statistics import content_of
 from datamodules.audit.near_duplicates import find_duplicates, leak_report, thumbnail
 from datamodules.cache.cache import Cache
-from datamodules.cache.entries import Preprocessing
+from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import Quarantine
 from datamodules.images.presets import Preset
 from datamodules.loading.dataset import pixels_of

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from datamodules.audit.near_duplicates import thumbnail
-from datamodules.cache.rasterize import CacheEntry
+from datamodules.cache.entries import CacheEntry
 from datamodules.loading.dataset import CachedDataset, pixels_of
 from datamodules.records import Record, Split
 from mtmedformer.geometry import Floats, Ints, invert, map_boxes

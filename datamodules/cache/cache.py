@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from datamodules.cache.entries import Preprocessing, load_entry, load_report, save_entry
+from datamodules.cache.entries import CacheEntry, Report, load_entry, load_report, save_entry
+from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import Issue
-from datamodules.cache.rasterize import CacheEntry, Report
 from datamodules.records import Record
 from mtmedformer.errors import DataError
 from mtmedformer.storage.atomic_write import whole

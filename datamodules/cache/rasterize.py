@@ -6,20 +6,24 @@ Coordinates are those of ``mtmedformer.batch``: continuous, from the top-left co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
+from datamodules.cache.entries import CacheEntry
 from datamodules.cache.quarantine import IMAGE, Issue
-from datamodules.cache.shapes import Mask, fill_disc, fill_polygon, mask_boxes
 from datamodules.images.pixels import Pixels, read_image, read_mask
 from datamodules.images.presets import Preset
 from datamodules.records import BoxTruth, MaskSource, MaskTruth, Record
 from mtmedformer.batch import IGNORE
 from mtmedformer.errors import DataError
-from mtmedformer.geometry import Affine, Bytes, Floats, Frame, Ints, boxes_to_frame, compose, warp, warp_mask
+from mtmedformer.geometry import Bytes, Floats, Frame, Ints, boxes_to_frame, compose, warp, warp_mask
+
+Mask = NDArray[np.bool_]
 
 ASPECT_TOLERANCE = 0.01
 """How far the aspect ratios of a mask and its image may differ, relative; more is a mask of something else."""
@@ -45,59 +49,6 @@ class UnusableError(Exception):
     def issue(self, record: Record, subject: str) -> Issue:
         """Return the issue this is for a record."""
         return Issue(record.id, record.file.name, subject, self.reason, self.detail, self.transient)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What had to be left out of one image, with reasons, and what had to be corrected, one remark a correction."""
-
-    issues: tuple[Issue, ...] = ()
-    remarks: tuple[str, ...] = ()
-
-    @property
-    def transient(self) -> bool:
-        """Whether decoding again may go better although the files are the same."""
-        return any(issue.transient for issue in self.issues)
-
-
-@dataclass(frozen=True)
-class CacheEntry:
-    """One image with its masks and boxes in the network's frame; classes, split and site stay with the record.
-
-    Attributes:
-        image: uint8 or uint16 (H, W): 0..255 or 0..65535 stand for [0, 1].
-        to_original: Affine from the frame to the original image (see ``mtmedformer.batch.Meta``).
-        original_size: ``(height, width)`` of the original image.
-        masks: Per segmentation task uint8 (K, H, W) of 0/1/``IGNORE``.
-        boxes: Per detection task float32 (N, 4) xyxy in pixels of the frame.
-        labels: Per detection task int64 (N,).
-        spacing: ``(row, column)`` spacing of the original image in mm, or ``None``.
-        view: View as the file's header has it, or ``None``.
-        laterality: Laterality as the file's header has it, or ``None``.
-        issues: What had to be left out, with reasons.
-        remarks: What had to be corrected, one entry a correction.
-    """
-
-    image: NDArray[np.uint8] | NDArray[np.uint16]
-    to_original: Affine
-    original_size: tuple[int, int]
-    masks: dict[str, Bytes] = field(default_factory=dict)
-    boxes: dict[str, Floats] = field(default_factory=dict)
-    labels: dict[str, Ints] = field(default_factory=dict)
-    spacing: tuple[float, float] | None = None
-    view: str | None = None
-    laterality: str | None = None
-    issues: tuple[Issue, ...] = ()
-    remarks: tuple[str, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays."""
-        return self.image.nbytes + sum(a.nbytes for d in (self.masks, self.boxes, self.labels) for a in d.values())
-
-    def report(self) -> Report:
-        """Return what was left out and corrected."""
-        return Report(self.issues, self.remarks)
 
 
 @dataclass
@@ -300,3 +251,69 @@ def _original_boxes(truth: BoxTruth, canvas: Canvas) -> NDArray[np.float64]:
         raise UnusableError("box outside the image", f"{list(box)} in an image of {width}x{height} pixels")
     canvas.remarks += [CLIPPED] * int((inside != boxes).any(axis=1).sum())
     return inside
+
+
+def fill_polygon(mask: Mask, points: NDArray[np.float64]) -> int:
+    """Set the pixels whose centres lie inside a polygon (even-odd rule).
+
+    Args:
+        mask: bool (H, W), changed in place.
+        points: (N, 2) corners ``(x, y)``; the last is joined to the first.
+
+    Returns:
+        How many pixels lie inside.
+    """
+    x0, y0 = points.T
+    x1, y1 = np.roll(points, -1, axis=0).T
+    filled = 0
+    for row in range(max(0, math.ceil(y0.min() - 0.5)), min(mask.shape[0], math.ceil(y0.max() - 0.5))):
+        y = row + 0.5
+        crossed = (y0 <= y) != (y1 <= y)
+        slope = (x1[crossed] - x0[crossed]) / (y1[crossed] - y0[crossed])
+        edges = np.ceil(np.sort(x0[crossed] + (y - y0[crossed]) * slope) - 0.5).clip(0, mask.shape[1]).astype(int)
+        for start, stop in zip(edges[::2], edges[1::2], strict=True):
+            mask[row, start:stop] = True
+            filled += stop - start
+    return filled
+
+
+def fill_disc(mask: Mask, x: float, y: float, radius: float) -> int:
+    """Set the pixels whose centres lie within a disc, and always the pixel that holds its centre.
+
+    Returns:
+        How many pixels of the mask lie inside; 0 where the disc is outside the mask.
+    """
+    height, width = mask.shape
+    if not all(math.isfinite(v) for v in (x, y, radius)):
+        return 0
+    left, top = max(0, math.floor(x - radius)), max(0, math.floor(y - radius))
+    right, bottom = min(width, math.floor(x + radius) + 1), min(height, math.floor(y + radius) + 1)
+    if left >= right or top >= bottom:
+        return 0
+    rows, columns = np.ogrid[top:bottom, left:right]
+    inside = (columns + 0.5 - x) ** 2 + (rows + 0.5 - y) ** 2 <= radius**2
+    inside |= (columns == math.floor(x)) & (rows == math.floor(y))
+    mask[top:bottom, left:right] |= inside
+    return int(inside.sum())
+
+
+def mask_boxes(mask: Mask, size: tuple[int, int], components: bool, min_area: int) -> NDArray[np.float64]:
+    """Return the box around a mask, or around each of its 8-connected components.
+
+    Args:
+        mask: bool (h, w).
+        size: ``(height, width)`` the boxes and ``min_area`` refer to, of the mask's aspect ratio.
+        components: One box a component instead of one around everything.
+        min_area: Components (or masks) of fewer pixels are no box.
+
+    Returns:
+        float64 (N, 4) xyxy; N = 0 for an empty mask.
+    """
+    parts, _ = ndimage.label(mask, np.ones((3, 3))) if components else (mask.astype(np.int32), 1)
+    sy, sx = size[0] / mask.shape[0], size[1] / mask.shape[1]
+    boxes = [
+        (columns.start * sx, rows.start * sy, columns.stop * sx, rows.stop * sy)
+        for number, (rows, columns) in enumerate(ndimage.find_objects(parts), start=1)
+        if (parts[rows, columns] == number).sum() * sy * sx >= min_area
+    ]
+    return np.asarray(boxes, np.float64).reshape(-1, 4)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from datamodules.cache.cache import Cache
-from datamodules.cache.entries import Preprocessing
-from datamodules.cache.rasterize import CacheEntry
+from datamodules.cache.entries import CacheEntry
+from datamodules.cache.preprocessing import Preprocessing
 from datamodules.loading.samplers import TaskSampler
 from datamodules.records import ClassTruth, Record, hash_patient
 from mtmedformer.batch import IGNORE, Boxes, Meta, Sample, Task

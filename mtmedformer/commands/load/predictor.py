@@ -110,7 +110,7 @@ class Predictor:
 
     def _prepared(self, image: NDArray[Any] | str | Path, laterality: Literal["L", "R"] | None) -> tuple[Floats, Meta]:
         """Return the network's input, float32 (H, W) in [0, 1], and where it lies in the image."""
-        from datamodules.cache.entries import Preprocessing
+        from datamodules.cache.preprocessing import Preprocessing
         from datamodules.cache.quarantine import Issue
         from datamodules.loading.dataset import meta_of, pixels_of
         from datamodules.records import Record

@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 
 from datamodules.cache import cache as cache_module
-from datamodules.cache import entries, rasterize
+from datamodules.cache import preprocessing as preprocessing_module
+from datamodules.cache import rasterize
 from datamodules.cache.cache import Cache
-from datamodules.cache.entries import Preprocessing, digest, load_entry, load_report, save_entry
+from datamodules.cache.entries import CacheEntry, load_entry, load_report, save_entry
+from datamodules.cache.preprocessing import Preprocessing, digest
 from datamodules.cache.quarantine import Issue
-from datamodules.cache.rasterize import CacheEntry
 from datamodules.images.pixels import Pixels
 from datamodules.images.presets import BreastPreset, ChestPreset, PlainPreset
 from datamodules.records import BoxTruth, ClassTruth, MaskSource, MaskTruth, Record
@@ -220,13 +221,13 @@ def test_classes_sites_and_patients_are_not_part_of_the_key(films: Path) -> None
 
 def test_another_version_of_the_code_decodes_again(films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = PREPROCESSING.keys(records(films))
-    monkeypatch.setattr(entries, "_code", lambda: "another")
+    monkeypatch.setattr(preprocessing_module, "_code", lambda: "another")
     assert set(before).isdisjoint(PREPROCESSING.keys(records(films)))
 
 
 def test_a_large_file_is_sampled_and_told_by_its_time_of_change(tmp_path: Path) -> None:
     file = tmp_path / "large"
-    content = bytearray(entries.WHOLE_BYTES + 1000)
+    content = bytearray(preprocessing_module.WHOLE_BYTES + 1000)
     file.write_bytes(content)
     before = digest(file)
     os.utime(file, ns=(1, 1))

@@ -8,8 +8,19 @@ import pytest
 from matplotlib.path import Path as Outline
 from PIL import Image, ImageDraw
 
-from datamodules.cache.rasterize import CLIPPED, OTHER_SIDE, RESIZED, CacheEntry, Canvas, UnusableError, draw, rasterize
-from datamodules.cache.shapes import fill_disc, fill_polygon, mask_boxes
+from datamodules.cache.rasterize import (
+    CLIPPED,
+    OTHER_SIDE,
+    RESIZED,
+    CacheEntry,
+    Canvas,
+    UnusableError,
+    draw,
+    fill_disc,
+    fill_polygon,
+    mask_boxes,
+    rasterize,
+)
 from datamodules.images.pixels import Pixels
 from datamodules.images.presets import BreastPreset, PlainPreset, Preset
 from datamodules.records import BoxTruth, MaskSource, MaskTruth, Record

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import datamodules
-from datamodules.cache import entries
-from datamodules.cache.entries import DECODERS, PIXEL_CODE, Preprocessing, pixel_code
+from datamodules.cache import preprocessing
+from datamodules.cache.preprocessing import DECODERS, PIXEL_CODE, Preprocessing, pixel_code
 from datamodules.images.presets import PlainPreset
 from datamodules.records import Record
 from mtmedformer.storage.hashing import source_digest
@@ -103,15 +103,15 @@ def test_a_new_file_beside_them_changes_the_key(copied):
 
 
 def key_of(tmp_path):
-    entries._code.cache_clear()
+    preprocessing._code.cache_clear()
     return Preprocessing(PlainPreset(), (24, 24)).keys([Record("a", tmp_path / "a.png", "p")])
 
 
 @pytest.mark.parametrize("library", DECODERS)
 def test_another_version_of_a_decoding_library_decodes_again(tmp_path, monkeypatch, library):
     before = key_of(tmp_path)
-    real = entries.version
-    monkeypatch.setattr(entries, "version", lambda name: "0.0.1" if name == library else real(name))
+    real = preprocessing.version
+    monkeypatch.setattr(preprocessing, "version", lambda name: "0.0.1" if name == library else real(name))
     assert key_of(tmp_path) != before
     monkeypatch.undo()
     assert key_of(tmp_path) == before

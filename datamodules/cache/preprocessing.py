@@ -1,0 +1,171 @@
+"""How records become cache entries, and how an entry is named: by a digest of everything that decides its content.
+
+The name covers the bytes of the image and mask files, boxes and polygons, the framed size, the preset's framing, the
+code that decodes and draws (``PIXEL_CODE``) and the versions of the libraries that decode (``DECODERS``). So a changed
+file, a corrected box or another crop is decoded again; a copied folder or a changed comment is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, is_dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import cv2
+
+from datamodules.cache.entries import CacheEntry
+from datamodules.cache.quarantine import Issue
+from datamodules.cache.rasterize import rasterize
+from datamodules.images.presets import Preset
+from datamodules.records import BoxTruth, MaskTruth, Record
+from mtmedformer.storage.hashing import source_digest
+
+PIXEL_CODE = (
+    "datamodules/cache",
+    "datamodules/images",
+    "datamodules/records.py",
+    "mtmedformer/batch.py",
+    "mtmedformer/errors.py",
+    "mtmedformer/geometry.py",
+)
+"""Folders and files whose code can change an entry: a change in any of them decodes every image again.
+
+A test follows the imports of ``read_image`` and ``rasterize`` and fails where they reach a module outside these.
+"""
+
+DECODERS = ("pydicom", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls", "python-gdcm", "pillow")
+"""Libraries whose versions, beside OpenCV's, are part of an entry's name.
+
+Decoders mend faults too (signed JPEG 2000, bit depths, colour conversion), and where one is not installed the next in
+line decodes. Upgrades are rare and decoding again takes minutes, whereas an image decoded by an old fault would stay in
+use unnoticed. NumPy and SciPy are left out: they compute, and differences of rounding are no reason to decode again.
+"""
+
+WHOLE_BYTES = 4 * 2**20
+"""Files up to this size are digested whole."""
+
+SAMPLED_BYTES, SAMPLES = 2**16, 16
+"""Of larger files, so many blocks of this size are digested."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How records become entries.
+
+    Attributes:
+        preset: Decides the frame.
+        size: ``(height, width)`` of the frame.
+    """
+
+    preset: Preset
+    size: tuple[int, int]
+
+    def apply(self, record: Record) -> CacheEntry | Issue:
+        """Decode and draw a record (see ``datamodules.cache.rasterize.rasterize``)."""
+        return rasterize(record, self.preset, self.size)
+
+    def keys(self, records: Sequence[Record]) -> list[str]:
+        """Return the name of each record's entry; reads the files' bytes but decodes nothing."""
+        settings = {"code": _code(), "preset": _describe_preset(self.preset), "size": self.size}
+        common = json.dumps(settings, sort_keys=True, default=str)
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(lambda record: _key(common, record), records))
+
+    def smallest_bytes(self, record: Record) -> int:
+        """Return the least that a record's entry takes: an 8-bit image and its masks."""
+        channels = sum(len(t.channels) for t in record.truth.values() if isinstance(t, MaskTruth))
+        return self.size[0] * self.size[1] * (1 + channels)
+
+
+def _key(common: str, record: Record) -> str:
+    drawn = {name: truth for name, truth in record.truth.items() if isinstance(truth, BoxTruth | MaskTruth)}
+    parts = [_describe(record.file), record.laterality, record.size, _describe(drawn)]
+    return hashlib.blake2b((common + json.dumps(parts, sort_keys=True)).encode(), digest_size=20).hexdigest()
+
+
+def _describe(value: Any) -> Any:
+    """Return a JSON description in which a file stands for its content, wherever it lies."""
+    if isinstance(value, Path):
+        return digest(value)
+    if is_dataclass(value):
+        return {f.name: _describe(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {key: _describe(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_describe(item) for item in value]
+    return value
+
+
+def digest(file: Path) -> str:
+    """Return a digest of a file's content, ``missing`` where there is none.
+
+    Files above 4 MiB are digested by their length, their time of change and 16 blocks spread over them, so that a
+    folder of full-size mammograms is not read twice.
+    """
+    try:
+        stat = file.stat()
+        return _digest(file, stat.st_size, stat.st_mtime_ns)
+    except OSError:
+        return "missing"
+
+
+@lru_cache(maxsize=65536)
+def _digest(file: Path, size: int, changed: int) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    with file.open("rb") as stream:
+        if size <= WHOLE_BYTES:
+            found.update(stream.read())
+        else:
+            found.update(f"{size} {changed}".encode())
+            for block in range(SAMPLES):
+                stream.seek(block * (size - SAMPLED_BYTES) // (SAMPLES - 1))
+                found.update(stream.read(SAMPLED_BYTES))
+    return found.hexdigest()
+
+
+def _describe_preset(preset: Preset) -> dict[str, Any]:
+    """Return what a preset's framing depends on: its code and its plain attributes (nested ones hold strengths)."""
+    kind = type(preset)
+    plain = {name: value for name, value in vars(preset).items() if isinstance(value, str | int | float | None)}
+    return {"frame": _preset_code(kind), **plain}
+
+
+@lru_cache(maxsize=64)
+def _preset_code(kind: type[Preset]) -> str:
+    """Return a name of a preset's code: its own and, where it lies outside this project, that of its file."""
+    try:
+        file = Path(inspect.getfile(kind)).resolve()
+        return f"{kind.__qualname__} {source_digest([file], file.parent)}"
+    except (OSError, TypeError):  # defined in a console
+        return kind.__qualname__
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """Return a digest of the code and the libraries that turn files into entries."""
+    root = Path(__file__).resolve().parents[2]
+    return " ".join([source_digest(pixel_code(root), root), f"cv2 {cv2.__version__}", *map(_version, DECODERS)])
+
+
+def pixel_code(root: Path) -> list[Path]:
+    """Return the files of ``PIXEL_CODE``.
+
+    Args:
+        root: Folder that contains the packages.
+    """
+    places = [root / name for name in PIXEL_CODE]
+    return [file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place])]
+
+
+def _version(name: str) -> str:
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return f"{name} absent"
