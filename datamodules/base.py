@@ -20,11 +20,10 @@ from datamodules.cache.cache import Cache
 from datamodules.cache.entries import Report
 from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import IMAGE, Quarantine
-from datamodules.images.originals import Originals
+from datamodules.images.pixels import Originals
 from datamodules.images.presets import ChestPreset, PlainPreset, Preset
 from datamodules.loading.catalogue import advice, check_catalogue, choose_tasks, select, some_patients
-from datamodules.loading.dataset import CachedDataset, EpochSampler
-from datamodules.loading.resumable import ResumableLoader
+from datamodules.loading.dataset import CachedDataset, EpochSampler, ResumableLoader
 from datamodules.loading.samplers import Strategy, make_sampler
 from datamodules.loading.splits import assign_splits
 from datamodules.records import Catalogue, Record, Split

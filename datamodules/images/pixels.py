@@ -17,9 +17,11 @@ from PIL import Image, ImageOps
 
 from datamodules.images.dicom import Pixels, is_dicom, read_display, read_stored
 from datamodules.images.dicom_decoding import MAX_BYTES, MAX_PIXELS, reading
+from datamodules.records import Record
 from mtmedformer.errors import DataError
+from mtmedformer.geometry import Floats
 
-__all__ = ["Pixels", "read_image", "read_mask"]
+__all__ = ["Originals", "Pixels", "read_image", "read_mask"]
 
 Image.init()  # registers every format below; Image.open does not when told which to try
 _FORMATS = ("PNG", "JPEG", "TIFF", "PPM", "BMP", "GIF", "WEBP", "JPEG2000")
@@ -210,3 +212,27 @@ def _spread(channels: NDArray[Any]) -> int:
         np.minimum(lowest, channels[..., i], out=lowest)
         np.maximum(highest, channels[..., i], out=highest)
     return int((highest - lowest).max())
+
+
+class Originals:
+    """Finds the file and the pixels of an image by its id."""
+
+    records: list[Record]
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The image file of each record, by its id."""
+        return {record.id: record.file for record in self.records}
+
+    def original(self, file: Path) -> Floats:
+        """Return the whole image as it is displayed: float32 (H, W) in [0, 1].
+
+        Raises:
+            DataError: The file cannot be read (any more).
+        """
+        return read_image(file).pixels
+
+    def is_dicom(self, file: Path) -> bool:
+        """Tell whether an image file is DICOM, by its first bytes."""
+        with file.open("rb") as stream:
+            return is_dicom(stream.read(132))

@@ -5,8 +5,7 @@ import pytest
 from PIL import Image
 from pydicom.uid import BasicTextSRStorage, GrayscaleSoftcopyPresentationStateStorage, MediaStorageDirectoryStorage
 
-from datamodules.image_folder import ImageFolderDataModule
-from datamodules.images.find_files import find_images
+from datamodules.image_folder import ImageFolderDataModule, find_images
 from mtmedformer.errors import ConfigError, DataError
 from mtmedformer.inference.results import ABOUT
 from tests.fixtures.dicom_files import film, write_dicom
