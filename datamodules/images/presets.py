@@ -24,38 +24,11 @@ from mtmedformer.geometry import (
     Frame,
     Ints,
     boxes_to_frame,
-    boxes_to_original,
     clip_boxes,
-    compose,
-    invert,
     letterbox,
-    map_boxes,
-    map_points,
     nearest_pixels,
     warp,
-    warp_mask,
 )
-
-__all__ = [
-    "IDENTITY",
-    "Affine",
-    "Augmented",
-    "BreastPreset",
-    "ChestPreset",
-    "Frame",
-    "PlainPreset",
-    "Preset",
-    "boxes_to_frame",
-    "boxes_to_original",
-    "clip_boxes",
-    "compose",
-    "invert",
-    "letterbox",
-    "map_boxes",
-    "map_points",
-    "warp",
-    "warp_mask",
-]
 
 
 @dataclass(frozen=True)

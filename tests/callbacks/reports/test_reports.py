@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from callbacks.reports.metrics_table import print_metrics
-from datamodules.images.presets import BreastPreset, PlainPreset, warp
+from datamodules.images.presets import BreastPreset, PlainPreset
 from mtmedformer.batch import Meta
-from mtmedformer.geometry import boxes_in_original, mask_in_original
+from mtmedformer.geometry import boxes_in_original, mask_in_original, warp
 
 VALUES = {
     "test/lungs/dice": 0.91,

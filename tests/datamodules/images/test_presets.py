@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datamodules.images.breast_region import breast_region, breast_side
-from datamodules.images.presets import (
+from datamodules.images.presets import BreastPreset, ChestPreset, PlainPreset
+from mtmedformer.batch import IGNORE
+from mtmedformer.geometry import (
     IDENTITY,
-    BreastPreset,
-    ChestPreset,
     Frame,
-    PlainPreset,
     boxes_to_frame,
     boxes_to_original,
     clip_boxes,
@@ -30,7 +29,6 @@ from datamodules.images.presets import (
     warp,
     warp_mask,
 )
-from mtmedformer.batch import IGNORE
 from tests.fixtures.real_data import real
 
 NO_BOXES = np.zeros((0, 4), np.float32)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.images.presets import BreastPreset, letterbox
+from datamodules.images.presets import BreastPreset
 from mtmedformer.batch import Meta, Task
-from mtmedformer.geometry import boxes_in_original, mask_in_original, warp
+from mtmedformer.geometry import boxes_in_original, letterbox, mask_in_original, warp
 from mtmedformer.inference.results import Findings, FoundBox, entropies, findings
 from mtmedformer.plots.predictions import LONGEST, prediction_figure, preview_from_input, preview_of
 from mtmedformer.storage.hashing import file_digest, weights_digest
