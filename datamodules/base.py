@@ -24,7 +24,7 @@ from datamodules.images.pixels import Originals
 from datamodules.images.presets import ChestPreset, PlainPreset, Preset
 from datamodules.loading.catalogue import advice, check_catalogue, choose_tasks, select, some_patients
 from datamodules.loading.dataset import CachedDataset, EpochSampler, ResumableLoader
-from datamodules.loading.samplers import Strategy, make_sampler
+from datamodules.loading.samplers import Strategy, TaskSampler
 from datamodules.loading.splits import assign_splits
 from datamodules.records import Catalogue, Record, Split
 from mtmedformer.batch import Task, collate
@@ -204,7 +204,7 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         """
         data = self.datasets["train"]
         replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        order = make_sampler(data.records, self.tasks, self.sampler, self.batch_size, self.seed, replicas, rank)
+        order = TaskSampler(data.records, self.tasks, self.sampler, self.batch_size, self.seed, replicas, rank)
         return self._loader(data, EpochSampler(order))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:

@@ -134,19 +134,6 @@ class TaskSampler(DistributedSampler[int]):
         yield from (int(order[i]) for turn in slices for i in range(*turn[self.rank]))
 
 
-def make_sampler(
-    records: list[Record],
-    tasks: dict[str, Task],
-    strategy: Strategy,
-    batch_size: int,
-    seed: int,
-    num_replicas: int = 1,
-    rank: int = 0,
-) -> TaskSampler:
-    """Return the sampler of a training loader; see `TaskSampler`."""
-    return TaskSampler(records, tasks, strategy, batch_size, seed, num_replicas, rank)
-
-
 def _drawn(masks: Sequence[object]) -> bool:
     return any(
         getattr(m, "file", None) is not None or getattr(m, "polygons", ()) or getattr(m, "discs", ()) for m in masks

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from datamodules.loading.samplers import make_sampler, positives, strata
+from datamodules.loading.samplers import TaskSampler, positives, strata
 from datamodules.records import BoxTruth, ClassTruth, MaskSource, MaskTruth, Record
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError
@@ -83,7 +83,7 @@ def test_every_record_once_an_epoch_and_positives_spread(count, share, batch, re
     records = cohort(count, int(share * count))
     ranks = []
     for rank in range(replicas):
-        sampler = make_sampler(records, TASKS, strategy, batch, seed=3, num_replicas=replicas, rank=rank)
+        sampler = TaskSampler(records, TASKS, strategy, batch, seed=3, num_replicas=replicas, rank=rank)
         sampler.set_epoch(epoch)
         ranks.append(list(sampler))
         assert len(sampler) == len(ranks[-1])
@@ -101,7 +101,7 @@ def test_every_record_once_an_epoch_and_positives_spread(count, share, batch, re
 
 def test_every_batch_of_a_loader_has_a_positive():
     records = cohort(64, 9)
-    loader = DataLoader(range(64), batch_size=8, sampler=make_sampler(records, TASKS, "positive", 8, seed=0))
+    loader = DataLoader(range(64), batch_size=8, sampler=TaskSampler(records, TASKS, "positive", 8, seed=0))
     for epoch in range(20):
         loader.sampler.set_epoch(epoch)
         assert all((batch < 9).any() for batch in loader)
@@ -109,7 +109,7 @@ def test_every_batch_of_a_loader_has_a_positive():
 
 def test_positives_are_not_always_at_the_same_place():
     records = cohort(64, 8)
-    sampler = make_sampler(records, TASKS, "positive", 8, seed=0)
+    sampler = TaskSampler(records, TASKS, "positive", 8, seed=0)
     places = Counter()
     for epoch in range(50):
         sampler.set_epoch(epoch)
@@ -120,16 +120,16 @@ def test_positives_are_not_always_at_the_same_place():
 def test_epoch_and_seed_decide():
     records = cohort(30, 5)
     for strategy in ("shuffle", "positive", "sqrt"):
-        one, two = (make_sampler(records, TASKS, strategy, 4, seed=1) for _ in range(2))
+        one, two = (TaskSampler(records, TASKS, strategy, 4, seed=1) for _ in range(2))
         assert list(one) == list(two)
         one.set_epoch(1)
         assert list(one) != list(two)
-        assert list(make_sampler(records, TASKS, strategy, 4, seed=2)) != list(two)
+        assert list(TaskSampler(records, TASKS, strategy, 4, seed=2)) != list(two)
 
 
 def test_sqrt_draws_in_proportion_to_the_root_of_the_count():
     records = cohort(500, 5)
-    sampler = make_sampler(records, TASKS, "sqrt", 4, seed=0)
+    sampler = TaskSampler(records, TASKS, "sqrt", 4, seed=0)
     drawn = []
     for epoch in range(40):
         sampler.set_epoch(epoch)
@@ -142,17 +142,17 @@ def test_sqrt_draws_in_proportion_to_the_root_of_the_count():
 
 
 def test_nothing_positive_is_said_and_shuffled(caplog):
-    sampler = make_sampler(cohort(10, 0), TASKS, "positive", 4, seed=0)
+    sampler = TaskSampler(cohort(10, 0), TASKS, "positive", 4, seed=0)
     assert "no record is positive" in caplog.text
     assert sorted(sampler) == list(range(10))
 
 
 def test_empty_and_impossible():
-    assert list(make_sampler([], TASKS, "sqrt", 4, seed=0)) == []
+    assert list(TaskSampler([], TASKS, "sqrt", 4, seed=0)) == []
     with pytest.raises(ConfigError, match="choose shuffle, positive or sqrt"):
-        make_sampler([], TASKS, "best", 4, seed=0)
+        TaskSampler([], TASKS, "best", 4, seed=0)
     with pytest.raises(ConfigError, match="batch_size is 0"):
-        make_sampler([], TASKS, "shuffle", 0, seed=0)
+        TaskSampler([], TASKS, "shuffle", 0, seed=0)
 
 
 def test_real_table_has_an_infection_in_every_batch():
@@ -167,5 +167,5 @@ def test_real_table_has_an_infection_in_every_batch():
     ]
     hit = positives(records, TASKS)
     assert 0 < hit.sum() < len(table) / 2
-    order = list(make_sampler(records, TASKS, "positive", 8, seed=0))
+    order = list(TaskSampler(records, TASKS, "positive", 8, seed=0))
     assert all(hit[order[i : i + 8]].any() for i in range(0, len(order), 8))
