@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,20 +91,6 @@ def assign_splits(
         parts = _partition(pool, patients, vectors, [1 - val_share, val_share], [1, 1], f"{seed} val")
         splits |= dict.fromkeys(parts[1], "val")
     return {r.id: splits.get(r.patient, "train") for r in records}
-
-
-def check_disjoint(records: Iterable[Record], splits: dict[str, Split]) -> None:
-    """Raise unless every record has a split and no patient is in two.
-
-    Raises:
-        DataError: With the number of patients and the files concerned.
-    """
-    seen: dict[str, dict[Split, str]] = defaultdict(dict)
-    for record in records:
-        if record.id not in splits:
-            raise DataError(f"{record.file.name}: in no split; give every record one")
-        seen[record.patient].setdefault(splits[record.id], record.file.name)
-    _raise_if_crossing(seen, "give all images of a patient the same split")
 
 
 def _by_patient(records: Sequence[Record]) -> dict[str, list[Record]]:
