@@ -9,7 +9,7 @@ fine structure (mammograms 0.71, drawn phantoms 0.81); copies do so from 0.85 up
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -46,21 +46,19 @@ class Duplicate:
 
 @dataclass(frozen=True)
 class LeakReport:
-    """Duplicates sorted by the harm they do; a pair stands in the first list that fits.
+    """Duplicates by what they cross; a pair is in the first list that fits, one within a patient and split in none.
 
     Attributes:
         images: Number of images compared.
         across_splits: Pairs in two splits: the test is not a test.
         across_sites: Pairs in one split at two sites: a federation sees the image twice.
         across_patients: Pairs in one split under two patient keys: a new split may part them.
-        within_patient: Number of pairs in one split of one patient; harmless.
     """
 
     images: int
     across_splits: list[Duplicate]
     across_sites: list[Duplicate]
     across_patients: list[Duplicate]
-    within_patient: int
 
     def summary(self) -> str:
         """Say in one sentence what was found."""
@@ -76,10 +74,6 @@ class LeakReport:
         if not found:
             return f"no near-duplicate crosses a split, a site or a patient among {self.images} images"
         return f"near-duplicate pairs among {self.images} images: {', '.join(found)}"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report as plain values for JSON."""
-        return asdict(self)
 
 
 def thumbnail(pixels: Floats) -> NDArray[np.uint8]:
@@ -174,7 +168,7 @@ def leak_report(
         images: Number of images compared; all records where ``None``.
     """
     by_id = {record.id: record for record in records}
-    across_splits, across_sites, across_patients, within = [], [], [], 0
+    across_splits, across_sites, across_patients = [], [], []
     for pair in duplicates:
         a, b = by_id[pair.first], by_id[pair.second]
         if splits[a.id] != splits[b.id]:
@@ -183,9 +177,7 @@ def leak_report(
             across_sites.append(pair)
         elif a.patient != b.patient:
             across_patients.append(pair)
-        else:
-            within += 1
-    return LeakReport(len(records) if images is None else images, across_splits, across_sites, across_patients, within)
+    return LeakReport(len(records) if images is None else images, across_splits, across_sites, across_patients)
 
 
 def _candidates(

@@ -61,13 +61,12 @@ def is_dicom(head: bytes) -> bool:
     return head[128:132] == b"DICM" or (head[:2] in (b"\2\0", b"\10\0") and head[3:4] == b"\0")
 
 
-def read_display(file: Path, refuse_for_processing: bool = False) -> Pixels:
+def read_display(file: Path) -> Pixels:
     """Read a DICOM image as it is meant to be displayed.
 
     Args:
-        file: A single-frame DICOM file.
-        refuse_for_processing: Raise on images whose Presentation Intent Type is FOR PROCESSING (raw detector data);
-            otherwise they are read and ``path`` says ``for-processing``.
+        file: A single-frame DICOM file. An image whose Presentation Intent Type is FOR PROCESSING (raw detector data)
+            is read too; ``path`` then contains ``for-processing``.
 
     Raises:
         DataError: The file is broken, not a single-frame grey image, or in an encoding that nothing here decodes.
@@ -75,11 +74,6 @@ def read_display(file: Path, refuse_for_processing: bool = False) -> Pixels:
     with reading(file, "DICOM"):
         header, stored, path = read_file(file)
         if str(header.get("PresentationIntentType")).strip().upper() == "FOR PROCESSING":
-            if refuse_for_processing:
-                raise DataError(
-                    f"{file.name}: PresentationIntentType is FOR PROCESSING (raw detector data); use the FOR "
-                    "PRESENTATION image of the same exposure, or allow raw images."
-                )
             path.append("for-processing")
         if header.PhotometricInterpretation == "PALETTE COLOR":
             stored = apply_color_lut(stored, header)

@@ -32,7 +32,7 @@ _PGM = re.compile(rb"P([25])" + rb"(?:\s|#[^\r\n]*[\r\n])+(\d{1,9})" * 3 + rb"\s
 _LUMINANCE = tuple(np.float32(w) for w in (0.299, 0.587, 0.114))  # ITU-R BT.601, as JPEG
 
 
-def read_image(file: Path, refuse_for_processing: bool = False) -> Pixels:
+def read_image(file: Path) -> Pixels:
     """Read an image as it is displayed.
 
     DICOM goes through modality LUT, VOI LUT or window, inversion and padding. In other formats white is the largest
@@ -42,14 +42,13 @@ def read_image(file: Path, refuse_for_processing: bool = False) -> Pixels:
 
     Args:
         file: A DICOM, PNG, JPEG, TIFF, PGM, BMP, GIF, WebP or JPEG 2000 file of one image.
-        refuse_for_processing: Raise on DICOM images that are FOR PROCESSING instead of flagging them in ``path``.
 
     Raises:
         DataError: The file is missing, empty, broken, not a single image, or holds values without a known white.
     """
     head = _head(file)
     if is_dicom(head):
-        return read_display(file, refuse_for_processing)
+        return read_display(file)
     with reading(file, "an image"):
         return _display(file, *_read(file, head))
 

@@ -316,11 +316,9 @@ def test_nothing_of_the_patient_is_parsed(file, monkeypatch):
     assert "PatientID" not in parsed[0]
 
 
-def test_for_processing_is_flagged_or_refused(file):
+def test_an_image_for_processing_is_flagged(file):
     write_dicom(file, film(), bits=12, PresentationIntentType="FOR PROCESSING")
     assert "for-processing" in read_image(file).path
-    with pytest.raises(DataError, match=r"image\.dcm: PresentationIntentType is FOR PROCESSING"):
-        read_image(file, refuse_for_processing=True)
 
 
 def test_grey_in_three_channels_is_grey(file):
