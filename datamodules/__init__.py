@@ -10,7 +10,7 @@ from datamodules.images.presets import ChestPreset as ChestPreset
 from datamodules.images.presets import PlainPreset as PlainPreset
 from datamodules.labels_csv.datamodule import LabelsCSVDataModule as LabelsCSVDataModule
 from datamodules.phantom.datamodule import PhantomDataModule as PhantomDataModule
-from datamodules.phantom.dicom import PhantomSite as PhantomSite
+from datamodules.phantom.sites import PhantomSite as PhantomSite
 from datamodules.public.cbis_ddsm import CBISDDSMDataModule as CBISDDSMDataModule
 from datamodules.public.cmmd import CMMDDataModule as CMMDDataModule
 from datamodules.public.covid_chestxray import CovidChestXrayDataModule as CovidChestXrayDataModule

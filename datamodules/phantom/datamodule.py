@@ -7,69 +7,16 @@ that turning a dial of the scanner never changes what is there to be found.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from datamodules.base import MedicalDataModule
-from datamodules.phantom.dicom import (
-    CLASSIFICATION,
-    LESIONS,
-    MASKS,
-    SYNTAXES,
-    Organ,
-    PhantomSite,
-    generate,
-    settings_key,
-)
+from datamodules.phantom.generate import generate, settings_key
+from datamodules.phantom.sites import CLASSIFICATION, MASKS, SITE_SETS, PhantomSite, check_sites, tasks_of
 from datamodules.public.layout import one_hot, read_table, rows_of
 from datamodules.records import BoxTruth, Catalogue, MaskSource, MaskTruth, Record, Split, Truth
 from mtmedformer.batch import Task
-from mtmedformer.errors import ConfigError
-
-CHEST_SITES = {
-    "north": PhantomSite(),
-    "south": PhantomSite(
-        gamma=1.15,
-        noise=0.025,
-        monochrome1=True,
-        transfer_syntax="rle",
-        labelled={"finding": 1.0, "lungs": 1.0, "infection": 1.0},
-    ),
-    "east": PhantomSite(
-        gamma=0.85,
-        contrast=0.9,
-        blur=2.0,
-        bits=16,
-        transfer_syntax="jpeg2000",
-        labelled={"finding": 1.0, "lesions": 1.0},
-    ),
-}
-BREAST_SITES = {
-    "harbour": PhantomSite("breast", patients=20, bits=16),
-    "hill": PhantomSite(
-        "breast", patients=20, gamma=1.1, noise=0.025, monochrome1=True, labelled={"pathology": 1.0, "breast": 1.0}
-    ),
-    "valley": PhantomSite(
-        "breast",
-        patients=20,
-        contrast=0.9,
-        blur=1.5,
-        transfer_syntax="jpeg2000",
-        labelled={"lesions": 1.0, "lesion": 1.0},
-    ),
-}
-PRESETS = {"chest": CHEST_SITES, "breast": BREAST_SITES, "mixed": CHEST_SITES | BREAST_SITES}
-
-
-def tasks_of(sites: Mapping[str, PhantomSite]) -> dict[str, Task]:
-    """Return the tasks of a set of sites; ``lesions`` is shared by the organs and knows the classes of both."""
-    organs: list[Organ] = [o for o in ("chest", "breast") if any(s.organ == o for s in sites.values())]
-    tasks = [CLASSIFICATION[o] for o in organs]
-    tasks.append(Task("lesions", "detection", tuple(name for o in organs for name in LESIONS[o])))
-    tasks += [task for o in organs for task in MASKS[o]]
-    return {task.name: task for task in tasks}
 
 
 class PhantomDataModule(MedicalDataModule):
@@ -88,7 +35,6 @@ class PhantomDataModule(MedicalDataModule):
         sites: Sites by name, or the name of a ready-made set: ``chest`` (three sites, about 240 films), ``breast``
             (three sites, 240 mammograms) or ``mixed`` (all six).
         size: Height of the generated images in pixels; mammograms are four fifths as wide, chest films square.
-        phantom_seed: Seed of the images; patients of different seeds are different people.
         kwargs: See ``MedicalDataModule``.
 
     Raises:
@@ -102,61 +48,28 @@ class PhantomDataModule(MedicalDataModule):
         root: Path = Path(".cache/phantom"),
         sites: dict[str, PhantomSite] | Literal["chest", "breast", "mixed"] = "chest",
         size: int = 256,
-        phantom_seed: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.root = Path(root)
-        self.sites = PRESETS[sites] if isinstance(sites, str) else sites
+        self.sites = SITE_SETS[sites] if isinstance(sites, str) else sites
         self.size = size
-        self.phantom_seed = phantom_seed
         check_sites(self.sites, size)
 
     @property
     def folder(self) -> Path:
         """The generated tree of exactly these settings; also a ``labels.csv`` data set."""
-        return self.root / settings_key(self.sites, self.size, self.phantom_seed)
+        return self.root / settings_key(self.sites, self.size)
 
     def prepare_data(self) -> None:
         """Generate the tree unless it is there already."""
-        generate(self.folder, self.sites, self.size, self.phantom_seed)
+        generate(self.folder, self.sites, self.size)
         super().prepare_data()
 
     def catalogue(self) -> Catalogue:
         """Return the records of the generated tree, generating it if need be."""
-        generate(self.folder, self.sites, self.size, self.phantom_seed)
+        generate(self.folder, self.sites, self.size)
         return read_catalogue(self.folder, tasks_of(self.sites))
-
-
-def check_sites(sites: Mapping[str, PhantomSite], size: int) -> None:
-    """Raise a ``ConfigError`` naming the first dial that cannot work."""
-    if not sites:
-        raise ConfigError("data.sites is empty; name at least one site or a preset: chest, breast, mixed")
-    for name, site in sites.items():
-        key = f"data.sites.{name}"
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise ConfigError(f"data.sites: {name!r} cannot be a folder name; use letters, digits, '_', '-', '.'")
-        known = list(tasks_of({name: site}))
-        ranges: list[tuple[str, float, float, float]] = [
-            ("patients", site.patients, 1, 9999),
-            ("prevalence", site.prevalence, 0, 1),
-            ("gamma", site.gamma, 0.1, 10),
-            ("contrast", site.contrast, 0.05, 10),
-            ("noise", site.noise, 0, 1),
-            ("blur", site.blur, 0, 100),
-            ("size", size if site.size is None else site.size, 32, 4096),
-            *[(f"labelled.{task}", share, 0, 1) for task, share in (site.labelled or {}).items()],
-        ]
-        for dial, value, low, high in ranges:
-            if not low <= value <= high:
-                raise ConfigError(f"{key}.{dial} is {value}; it must lie in [{low:g}, {high:g}]")
-        choices = (("organ", site.organ, CLASSIFICATION), ("transfer_syntax", site.transfer_syntax, SYNTAXES))
-        for dial, choice, valid in (*choices, ("bits", site.bits, (8, 12, 16))):
-            if choice not in valid:
-                raise ConfigError(f"{key}.{dial} is {choice!r}; choose from {', '.join(map(str, valid))}")
-        for task in site.labelled or {}:
-            if task not in known:
-                raise ConfigError(f"{key}.labelled names {task!r}; a {site.organ} site has {', '.join(known)}")
 
 
 def read_catalogue(folder: Path, tasks: Mapping[str, Task]) -> Catalogue:

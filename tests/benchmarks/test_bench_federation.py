@@ -16,8 +16,7 @@ import lightning as L
 import pytest
 
 from callbacks.federation.callback import Federation
-from datamodules import PhantomDataModule
-from datamodules.phantom.datamodule import PhantomSite
+from datamodules import PhantomDataModule, PhantomSite
 from federation import BayesianAggregator, FedAvg, FederatedDataModule
 from mtmedformer import ClassificationHead, DetectionHead, MultiTaskModule, SegmentationHead, SharedEncoder
 

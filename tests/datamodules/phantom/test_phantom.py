@@ -15,11 +15,12 @@ from datamodules.images.pixels import read_image
 from datamodules.images.presets import PlainPreset
 from datamodules.labels_csv.columns import BoxColumns, ClassColumns, MaskColumns
 from datamodules.labels_csv.datamodule import LabelsCSVDataModule
-from datamodules.phantom import dicom as phantom_dicom
+from datamodules.phantom import generate as generation
 from datamodules.phantom.breast import Breast, draw_breast, sample_breast_lesions
 from datamodules.phantom.chest import Chest, draw_chest, sample_opacities
-from datamodules.phantom.datamodule import PRESETS, PhantomDataModule, read_catalogue, tasks_of
-from datamodules.phantom.dicom import PhantomSite, _breasts, _chests, expose, generate, settings_key
+from datamodules.phantom.datamodule import PhantomDataModule, read_catalogue
+from datamodules.phantom.generate import _breasts, _chests, expose, generate, settings_key
+from datamodules.phantom.sites import SITE_SETS, PhantomSite, tasks_of
 from datamodules.records import BoxTruth
 from mtmedformer.errors import ConfigError
 
@@ -189,7 +190,7 @@ def test_boxes_enclose_their_lesions_tightly_and_lesions_can_be_seen(organ):
         assert len(drawing.lesions) == len(found)
         added = drawing.absorption - healthy.absorption
         for _, mask in drawing.lesions:
-            x0, y0, x1, y1 = phantom_dicom.enclosing_box(mask)
+            x0, y0, x1, y1 = generation.enclosing_box(mask)
             inside = mask[y0:y1, x0:x1]
             assert inside.sum() == mask.sum()
             assert inside[0].any()
@@ -322,7 +323,7 @@ def test_a_generation_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(phantom_dicom, "write_dicom", full)
+        patch.setattr(generation, "write_dicom", full)
         with pytest.raises(OSError, match="disk full"):
             tree(tmp_path / "set", s=CHEST)
     assert list(tmp_path.iterdir()) == []
@@ -331,7 +332,7 @@ def test_a_generation_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
 
 def test_losing_the_race_keeps_the_winner(tmp_path, monkeypatch):
     folder = tmp_path / "set"
-    write = phantom_dicom.write_dicom
+    write = generation.write_dicom
 
     def slow(path, *args, **kwargs):
         write(path, *args, **kwargs)
@@ -339,7 +340,7 @@ def test_losing_the_race_keeps_the_winner(tmp_path, monkeypatch):
             folder.mkdir()
             (folder / "labels.csv").write_text("the winner's")
 
-    monkeypatch.setattr(phantom_dicom, "write_dicom", slow)
+    monkeypatch.setattr(generation, "write_dicom", slow)
     tree(folder, s=CHEST)
     assert (folder / "labels.csv").read_text() == "the winner's"
     assert list(tmp_path.iterdir()) == [folder]
@@ -418,7 +419,7 @@ def test_batches_carry_what_the_sites_labelled_and_nothing_else(tmp_path):
 
 
 def test_ready_made_sets_split_by_patient_and_label_every_task_somewhere():
-    for name, sites in PRESETS.items():
+    for name, sites in SITE_SETS.items():
         PhantomDataModule(sites=name)  # every dial is in range
         for task in tasks_of(sites):
             owners = [s for s in sites.values() if task in tasks_of({"s": s})]

@@ -1,0 +1,144 @@
+"""The invented sites of the phantom: their settings, their tasks and the ready-made sets of sites."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from mtmedformer.batch import Task
+from mtmedformer.errors import ConfigError
+
+Organ = Literal["chest", "breast"]
+TransferSyntax = Literal["explicit", "rle", "jpeg2000"]
+
+CLASSIFICATION = {
+    "chest": Task("finding", "classification", ("clear", "ground_glass", "consolidation")),
+    "breast": Task("pathology", "classification", ("normal", "benign", "malignant")),
+}
+LESIONS = {"chest": ("ground_glass", "consolidation"), "breast": ("mass", "calcification")}
+MASKS = {
+    organ: tuple(Task(name, "segmentation", (label,), multi_label=True) for name, label in names.items())
+    for organ, names in {
+        "chest": {"lungs": "lung", "infection": "infection"},
+        "breast": {"breast": "breast", "lesion": "lesion"},
+    }.items()
+}
+"""The mask of the organ, then that of its lesions; one class is one sigmoid channel."""
+
+
+@dataclass(frozen=True)
+class PhantomSite:
+    """One invented hospital: who comes, what its scanner does to the image, and what its readers have labelled.
+
+    Attributes:
+        organ: ``chest`` (one or two frontal films a patient) or ``breast`` (CC and MLO of both sides).
+        patients: Number of patients.
+        prevalence: Share of chests, or of single breasts, with a finding.
+        gamma: Exponent of the scanner's response; below 1 brightens.
+        contrast: Slope of the response about mid-grey.
+        noise: Standard deviation of the noise at mid-grey, of a range of 1.
+        blur: Standard deviation of the blur in thousandths of the image height.
+        inverted: Whether black and white are swapped *without any word of it* in the files: a real domain shift.
+        monochrome1: Whether the files store white as 0 *and say so*: readers undo it, nothing shifts.
+        bits: Bits stored a pixel.
+        transfer_syntax: ``explicit`` (uncompressed), ``rle`` or ``jpeg2000`` (lossless).
+        size: Image height in pixels; ``None`` takes the data set's.
+        marker: Whether a lead marker (side, view) is in the image.
+        labelled: Share of images labelled for each task, for example ``{"finding": 1.0, "lungs": 0.25}``; a task that
+            is not listed is unlabelled. ``None`` labels everything.
+    """
+
+    organ: Organ = "chest"
+    patients: int = 64
+    prevalence: float = 0.5
+    gamma: float = 1.0
+    contrast: float = 1.0
+    noise: float = 0.015
+    blur: float = 0.0
+    inverted: bool = False
+    monochrome1: bool = False
+    bits: Literal[8, 12, 16] = 12
+    transfer_syntax: TransferSyntax = "explicit"
+    size: int | None = None
+    marker: bool = True
+    labelled: dict[str, float] | None = None
+
+
+CHEST_SITES = {
+    "north": PhantomSite(),
+    "south": PhantomSite(
+        gamma=1.15,
+        noise=0.025,
+        monochrome1=True,
+        transfer_syntax="rle",
+        labelled={"finding": 1.0, "lungs": 1.0, "infection": 1.0},
+    ),
+    "east": PhantomSite(
+        gamma=0.85,
+        contrast=0.9,
+        blur=2.0,
+        bits=16,
+        transfer_syntax="jpeg2000",
+        labelled={"finding": 1.0, "lesions": 1.0},
+    ),
+}
+BREAST_SITES = {
+    "harbour": PhantomSite("breast", patients=20, bits=16),
+    "hill": PhantomSite(
+        "breast", patients=20, gamma=1.1, noise=0.025, monochrome1=True, labelled={"pathology": 1.0, "breast": 1.0}
+    ),
+    "valley": PhantomSite(
+        "breast",
+        patients=20,
+        contrast=0.9,
+        blur=1.5,
+        transfer_syntax="jpeg2000",
+        labelled={"lesions": 1.0, "lesion": 1.0},
+    ),
+}
+SITE_SETS = {"chest": CHEST_SITES, "breast": BREAST_SITES, "mixed": CHEST_SITES | BREAST_SITES}
+
+
+def tasks_of(sites: Mapping[str, PhantomSite]) -> dict[str, Task]:
+    """Return the tasks of a set of sites; ``lesions`` is shared by the organs and knows the classes of both."""
+    organs: list[Organ] = [o for o in ("chest", "breast") if any(s.organ == o for s in sites.values())]
+    tasks = [CLASSIFICATION[o] for o in organs]
+    tasks.append(Task("lesions", "detection", tuple(name for o in organs for name in LESIONS[o])))
+    tasks += [task for o in organs for task in MASKS[o]]
+    return {task.name: task for task in tasks}
+
+
+def check_sites(sites: Mapping[str, PhantomSite], size: int) -> None:
+    """Raise a ``ConfigError`` naming the first dial that cannot work."""
+    if not sites:
+        raise ConfigError("data.sites is empty; name at least one site or a preset: chest, breast, mixed")
+    for name, site in sites.items():
+        key = f"data.sites.{name}"
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ConfigError(f"data.sites: {name!r} cannot be a folder name; use letters, digits, '_', '-', '.'")
+        known = list(tasks_of({name: site}))
+        ranges: list[tuple[str, float, float, float]] = [
+            ("patients", site.patients, 1, 9999),
+            ("prevalence", site.prevalence, 0, 1),
+            ("gamma", site.gamma, 0.1, 10),
+            ("contrast", site.contrast, 0.05, 10),
+            ("noise", site.noise, 0, 1),
+            ("blur", site.blur, 0, 100),
+            ("size", size if site.size is None else site.size, 32, 4096),
+            *[(f"labelled.{task}", share, 0, 1) for task, share in (site.labelled or {}).items()],
+        ]
+        for dial, value, low, high in ranges:
+            if not low <= value <= high:
+                raise ConfigError(f"{key}.{dial} is {value}; it must lie in [{low:g}, {high:g}]")
+        choices = (
+            ("organ", site.organ, get_args(Organ)),
+            ("transfer_syntax", site.transfer_syntax, get_args(TransferSyntax)),
+        )
+        for dial, choice, valid in (*choices, ("bits", site.bits, (8, 12, 16))):
+            if choice not in valid:
+                raise ConfigError(f"{key}.{dial} is {choice!r}; choose from {', '.join(map(str, valid))}")
+        for task in site.labelled or {}:
+            if task not in known:
+                raise ConfigError(f"{key}.labelled names {task!r}; a {site.organ} site has {', '.join(known)}")
