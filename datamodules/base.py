@@ -61,7 +61,6 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         cache_max_gb: Most that the folder may hold, in GB; images used longest ago make room.
         max_quarantine_share: Largest share of images, or of one task's labelled images, that may be unusable.
         limit: Use this many patients only, drawn with the seed; for tries.
-        pin_memory: Pin batches in memory for faster copies to the GPU; ``null`` does where there is one.
         predict_split: The split that ``predict`` runs on, or ``all``.
 
     Attributes:
@@ -95,7 +94,6 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         cache_max_gb: float = 20.0,
         max_quarantine_share: float = 0.2,
         limit: int | None = None,
-        pin_memory: bool | None = None,
         predict_split: Literal["train", "val", "test", "all"] = "test",
     ) -> None:
         super().__init__()
@@ -117,7 +115,6 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         self.cache_max_gb = cache_max_gb
         self.max_quarantine_share = max_quarantine_share
         self.limit = limit
-        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.predict_split = predict_split
         self._check_arguments()
         self.tasks: dict[str, Task] = {}
@@ -230,7 +227,7 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
             sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=partial(collate, tasks=self.tasks),
-            pin_memory=self.pin_memory,
+            pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             generator=torch.Generator().manual_seed(self.seed),  # seeds the workers, leaves the global stream alone
         )
