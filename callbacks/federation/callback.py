@@ -72,8 +72,8 @@ class Federation(L.Callback):
             schedule runs over the whole federation either way.
         participation: Share of the sites that take part in a round, drawn with the seed (1 for all); or a list of
             rounds, each a list of site names, that is gone through again and again.
-        align: Bring hidden units and attention heads of a site that changed places home to those of the global model
-            before its update leaves. In an ordinary round none do, and it costs little.
+        align: Permute a site's hidden units and attention heads to the order of the global model before its update is
+            sent. In an ordinary round none have moved, and the check costs little.
         validate_sites: Also validate each site's own model on its own data, as ``site/<site>/val/…``. Done in any
             case where sites keep something for themselves (norms, personal models).
         policy: What is done about sites that fail: quorum, deadline, retries, outliers.

@@ -65,7 +65,7 @@ def shares(told: Facts) -> Html:
 
 
 def moved(told: Facts) -> Html:
-    """Return which units had changed places and were brought home."""
+    """Return which units alignment moved."""
     rows = [
         [entry["round"] + 1, site, group, f"{100 * share:.1f} %"]
         for entry in told["history"]
@@ -77,7 +77,7 @@ def moved(told: Facts) -> Html:
         return Html("")
     if not rows:
         return paragraph("No hidden unit or attention head had changed places; nothing was moved.")
-    words = "Hidden units and attention heads of a site that had changed places and were brought home before the merge."
+    words = "Hidden units and attention heads of a site that alignment moved to the global order before the merge."
     shown = table(rows[:200], ["round", "site", "group of units", "moved"])
     more = f"The first 200 of {len(rows)}; report.json has all." if len(rows) > 200 else ""
     return join(words, shown, paragraph(more, "note"))

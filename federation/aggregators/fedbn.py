@@ -6,7 +6,7 @@ from federation.aggregators.fedavg import FedAvg
 
 
 class FedBN(FedAvg):
-    """FedAvg whose normalisation layers stay home: their weights, biases, statistics and counters.
+    """FedAvg whose normalisation layers stay at the site: their weights, biases, statistics and counters.
 
     Written for BatchNorm; here it holds for every kind (``Schema.norms``), since transformers normalise by layer. The
     global state keeps the norms it began with, so it is each site's model with its own norms that is to be judged.

@@ -60,7 +60,7 @@ class SiteState:
     Attributes:
         epochs: Local epochs done.
         steps: Optimiser steps taken.
-        home: Weights that never leave the site, by key.
+        local: Weights that never leave the site, by key.
         schedulers: State of the learning-rate schedules, which run over the whole federation.
         optimizers: State of the optimisers, where it is kept.
         own: The site's personal model, where it trains one that stands by itself.
@@ -70,7 +70,7 @@ class SiteState:
 
     epochs: int = 0
     steps: int = 0
-    home: State = field(default_factory=dict)
+    local: State = field(default_factory=dict)
     schedulers: list[dict[str, Any]] = field(default_factory=list)
     optimizers: list[dict[str, Any]] = field(default_factory=list)
     own: State = field(default_factory=dict)
@@ -80,7 +80,7 @@ class SiteState:
     def weights(self, state: State) -> State:
         """Return the weights the site would use beside some global ones: with all that it keeps for itself."""
         moved = {key: state[key] + change for key, change in self.deviation.items()}
-        return state | self.home | moved | self.own
+        return state | self.local | moved | self.own
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain containers of tensors and numbers, as a checkpoint may hold."""
@@ -95,14 +95,14 @@ class LocalTraining(L.Callback):
         memory: What the site kept from its earlier rounds.
         rule: What the site does differently.
         curvature: What measures the curvature.
-        home: Names that never leave the site; no rule reaches them.
+        local_keys: Keys that never leave the site; the client objective does not apply to them.
         stop: Asked after every batch whether to give the round up.
 
     Attributes:
         images: Training images with at least one label.
         labelled: Training images by the task they are labelled for.
         curvatures: Curvature by parameter, once training is over.
-        moved: Share of units that were brought home, by group of units, where any were.
+        moved: By group of units, the share that alignment moved, where it moved any.
     """
 
     def __init__(
@@ -111,11 +111,11 @@ class LocalTraining(L.Callback):
         memory: SiteState,
         rule: LocalRule,
         curvature: Curvature,
-        home: frozenset[str],
+        local_keys: frozenset[str],
         stop: Callable[[], bool],
     ) -> None:
         self.plan, self.memory, self.rule = plan, memory, rule
-        self.curvature, self.home, self.stop = curvature, home, stop
+        self.curvature, self.local_keys, self.stop = curvature, local_keys, stop
         self.ruled = type(rule).gradient is not LocalRule.gradient
         self.images = 0
         self.labelled: Counter[str] = Counter()
@@ -134,7 +134,7 @@ class LocalTraining(L.Callback):
         _resume_schedules(trainer, self.plan, self.memory)
         if self.ruled:
             names = dict(pl_module.named_parameters())
-            self._start = {k: self.plan.state[k].to(names[k].device) for k in names if k not in self.home}
+            self._start = {k: self.plan.state[k].to(names[k].device) for k in names if k not in self.local_keys}
         self.curvature.start(pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
@@ -183,7 +183,7 @@ class LocalTraining(L.Callback):
             self.images, self.labelled = total[0], Counter(dict(zip(names, total[1:], strict=True)))
 
     def _align(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Bring units that changed places home to those of the global model, curvature and moments along with them."""
+        """Permute units to the order of the global model, with their curvature and the optimizer's moments."""
         if not self.plan.symmetries:
             return
         found = align(state_of(pl_module), self.plan.state, self.plan.symmetries, self.curvatures)

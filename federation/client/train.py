@@ -23,7 +23,7 @@ __all__ = [
     "RoundPlan",
     "SiteResult",
     "SiteState",
-    "home_keys",
+    "local_keys",
     "personal_keys",
     "state_of",
     "train_site",
@@ -39,7 +39,7 @@ class SiteResult:
         update: What the site sends.
         state: What it keeps.
         logged: Its training metrics.
-        moved: Share of units that were brought home, by group of units, where any were.
+        moved: By group of units, the share that alignment moved, where it moved any.
         privacy: What its privacy policy says has left, as plain JSON values; empty where it has none.
     """
 
@@ -78,14 +78,14 @@ def train_site(
         Interrupted: When ``stop`` said so.
     """
     began = time.perf_counter()
-    home = home_keys(plan.schema, aggregator, privacy)
-    start = plan.state | memory.home
+    local = local_keys(plan.schema, aggregator, privacy)
+    start = plan.state | memory.local
     module = copy_module(template)
     module.load_state_dict(start)
     measures = aggregator.needs_precision and (privacy is None or privacy.sends_precision)
     curvature: Curvature = aggregator.curvature.fresh() if measures and aggregator.curvature else NoCurvature()
     rule = aggregator.local_rule(site)
-    training = LocalTraining(plan, memory, rule, curvature, home, stop)
+    training = LocalTraining(plan, memory, rule, curvature, local, stop)
     leaving = Leaving(privacy, site, plan, memory)
     trainer = make_trainer()
     leaving.protect(module, trainer)
@@ -94,7 +94,7 @@ def train_site(
     kept = SiteState(
         epochs=trainer.current_epoch,
         steps=trainer.global_step,
-        home={key: after[key] for key in sorted(home)},
+        local={key: after[key] for key in sorted(local)},
         schedulers=training.schedulers,
         optimizers=training.optimizers if plan.keep_optimizer else [],
         own=memory.own,
@@ -112,8 +112,8 @@ def train_site(
         round=plan.round,
         base=plan.base,
         schema=plan.schema.digest(),
-        blocks=_news(plan.schema, home, start, after, training, aggregator),
-        counters={key: after[key] for key in plan.schema.counters if key not in home},
+        blocks=_news(plan.schema, local, start, after, training, aggregator),
+        counters={key: after[key] for key in plan.schema.counters if key not in local},
         samples=dict(sorted(training.labelled.items())),
         steps=trainer.global_step - memory.steps,
         seconds=time.perf_counter() - began,
@@ -142,7 +142,7 @@ def validate_site(
     return {key.removeprefix("val/"): float(value) for found in results for key, value in found.items()}
 
 
-def home_keys(schema: Schema, aggregator: Aggregator, privacy: PrivacyPolicy | None = None) -> frozenset[str]:
+def local_keys(schema: Schema, aggregator: Aggregator, privacy: PrivacyPolicy | None = None) -> frozenset[str]:
     """Return the names that never leave a site.
 
     Personal blocks and those the site's policy holds back, norms if the aggregator says so, or everything.
@@ -201,18 +201,18 @@ def _personal(
 
 def _news(
     schema: Schema,
-    home: frozenset[str],
+    local: frozenset[str],
     start: State,
     after: State,
     training: LocalTraining,
     aggregator: Aggregator,
 ) -> dict[str, BlockUpdate]:
     """Return the blocks that labels reached: change, number of examples, and precision where it was measured."""
-    measured = {key: value for key, value in training.curvatures.items() if key not in home}
+    measured = {key: value for key, value in training.curvatures.items() if key not in local}
     precision, scale = aggregator.relative(measured) if measured else ({}, {})
     blocks = {}
     for block in schema.blocks:
-        keys = [key for key in block.keys if not block.personal and (key not in home or not aggregator.merges)]
+        keys = [key for key in block.keys if not block.personal and (key not in local or not aggregator.merges)]
         num_examples = training.num_examples(block.task)
         if num_examples > 0 and keys:
             blocks[block.name] = BlockUpdate(

@@ -127,7 +127,7 @@ class PrivacyPolicy:
                     "and no noise covers that; choose FedAvg, FedProx or the Bayesian aggregator"
                 )
             if not aggregator.personal_norms:
-                refuse_batch_norm(module, "privacy.noise_multiplier", "or let norms stay home with FedBN")
+                refuse_batch_norm(module, "privacy.noise_multiplier", "or keep norms at the site with FedBN")
         if self.examples is not None:
             refuse_batch_norm(module, "privacy.examples")
             refuse_coupled_losses(module, distributed)

@@ -116,8 +116,8 @@ def test_identical_sites_move_as_one(make):
     merged = merge(aggregator, state, schema, updates)
     for block in updates[0].blocks.values():
         for key, delta in block.delta.items():
-            home = aggregator.personal_norms and key in schema.norms
-            torch.testing.assert_close(merged[key], state[key] if home else state[key] + delta, rtol=1e-6, atol=1e-6)
+            local = aggregator.personal_norms and key in schema.norms
+            torch.testing.assert_close(merged[key], state[key] if local else state[key] + delta, rtol=1e-6, atol=1e-6)
 
 
 @over(MERGING)

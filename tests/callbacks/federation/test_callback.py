@@ -158,7 +158,7 @@ def test_a_task_nobody_labels_stays_at_its_start(tmp_path):
 def test_the_servers_own_loss_state_does_not_move(tmp_path, aggregator):
     _, module, federation = run(tmp_path, Federation(aggregator()))
     assert module.loss.seen == 0
-    assert federation.sites["a"].home["loss.seen"] == 9
+    assert federation.sites["a"].local["loss.seen"] == 9
 
 
 def test_early_stopping_counts_rounds(tmp_path):
@@ -219,7 +219,7 @@ def test_sites_with_models_of_their_own_are_judged_by_them_and_exported(tmp_path
     from safetensors.torch import load_file
 
     own = load_file(tmp_path / "sites" / "a" / "model.safetensors")
-    assert torch.equal(own["encoder.2.weight"], federation.sites["a"].home["encoder.2.weight"])
+    assert torch.equal(own["encoder.2.weight"], federation.sites["a"].local["encoder.2.weight"])
     assert torch.equal(own["encoder.1.weight"], weights(module)["encoder.1.weight"])
 
 

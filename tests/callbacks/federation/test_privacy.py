@@ -125,11 +125,11 @@ def test_a_block_that_may_not_leave_goes_on_from_the_sites_own_weights(tmp_path)
     found, federation = run(tmp_path, Federation(FedAvg(), privacy=held))
     sent = [set(entry["sites"]["a"]["blocks"]) for entry in federation.history]
     assert sent == [{"encoder"}] * 3
-    own = federation.sites["a"].home["heads.left.weight"]
+    own = federation.sites["a"].local["heads.left.weight"]
     assert not torch.equal(own, start["heads.left.weight"])
     assert not torch.equal(own, found["heads.left.weight"]), "the global head is that of the other sites"
     _, again = run(tmp_path / "again", Federation(FedAvg(), privacy=held), rounds=1)
-    step = own - again.sites["a"].home["heads.left.weight"]
+    step = own - again.sites["a"].local["heads.left.weight"]
     assert float(step.norm()) > 0, "and it goes on, round by round"
     assert torch.equal(federation.model_of("a")["heads.left.weight"], own)
 

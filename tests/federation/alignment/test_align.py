@@ -1,4 +1,4 @@
-"""Shuffled units come home to the last bit, aligned ones are left alone, and nothing else is touched."""
+"""Shuffled units return to their order to the last bit, aligned ones are left alone, and nothing else is touched."""
 
 import math
 

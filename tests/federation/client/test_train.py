@@ -11,7 +11,7 @@ from federation.aggregators.bayesian import BayesianAggregator
 from federation.alignment.align import permutation_groups, shuffle
 from federation.bayes.curvature import SquaredGradients
 from federation.client.lightning_internals import build_site_trainer
-from federation.client.train import Interrupted, SiteState, home_keys, train_site, validate_site
+from federation.client.train import Interrupted, SiteState, local_keys, train_site, validate_site
 from federation.site_loaders import Site
 from mtmedformer.errors import ConfigError
 from tests.fixtures.toy_sites import TASKS, ToyModule, ToySite, toy_module, toy_plan
@@ -114,29 +114,29 @@ def test_the_delta_is_the_change_and_the_loss_stays_home():
     result = trained(module)
     assert set(result.update.blocks) == {"encoder", "heads.left", "heads.right"}
     assert not any("loss" in key for key in result.update.tensors())
-    assert result.state.home["loss.seen"] == 3
-    assert result.state.home["loss.mean"] > 0
+    assert result.state.local["loss.seen"] == 3
+    assert result.state.local["loss.mean"] > 0
     assert equal(module.state_dict(), before), "the template is not trained"
     again = trained(module, memory=result.state, round=1)
-    assert again.state.home["loss.seen"] == 6, "what is personal goes on"
+    assert again.state.local["loss.seen"] == 6, "what is personal goes on"
 
 
 def test_norms_stay_home_with_fedbn_and_everything_with_local():
     module = toy_module()
     schema = toy_plan(module).schema
-    assert home_keys(schema, FedBN()) == {"encoder.2.weight", "encoder.2.bias", "loss.seen", "loss.mean"}
-    assert home_keys(schema, Local()) == set(module.state_dict())
+    assert local_keys(schema, FedBN()) == {"encoder.2.weight", "encoder.2.bias", "loss.seen", "loss.mean"}
+    assert local_keys(schema, Local()) == set(module.state_dict())
     result = trained(module, aggregator=FedBN())
     assert "encoder.2.weight" not in result.update.blocks["encoder"].delta
-    assert not torch.equal(result.state.home["encoder.2.weight"], module.state_dict()["encoder.2.weight"])
+    assert not torch.equal(result.state.local["encoder.2.weight"], module.state_dict()["encoder.2.weight"])
 
 
 def test_with_local_a_site_goes_on_from_its_own_weights():
     module = toy_module()
     first = trained(module, aggregator=Local())
     second = trained(module, aggregator=Local(), memory=first.state, round=1)
-    moved = first.state.home["encoder.1.weight"] + deltas(second)["encoder.1.weight"]
-    torch.testing.assert_close(second.state.home["encoder.1.weight"], moved)
+    moved = first.state.local["encoder.1.weight"] + deltas(second)["encoder.1.weight"]
+    torch.testing.assert_close(second.state.local["encoder.1.weight"], moved)
 
 
 def test_the_same_round_gives_the_same_bits_and_another_round_or_site_others():
@@ -219,7 +219,7 @@ def test_what_a_site_keeps_can_be_stored_without_code(tmp_path):
     torch.save(state.plain(), tmp_path / "site.pt")
     again = SiteState(**torch.load(tmp_path / "site.pt", weights_only=True))
     assert again.steps == 3
-    assert equal(again.home, state.home)
+    assert equal(again.local, state.local)
 
 
 def test_a_site_can_be_asked_to_stop():
@@ -275,8 +275,8 @@ def test_a_site_whose_units_changed_places_sends_the_same_update(aggregator, whe
     module = Blocks()
     groups = permutation_groups(module)
     assert len(groups) == 1
-    home, other = make(), make(callbacks=[Shuffle(groups, when)])
-    plain = trained(module, aggregator=aggregator(), trainer=home, symmetries=groups, keep_optimizer=True)
+    own, other = make(), make(callbacks=[Shuffle(groups, when)])
+    plain = trained(module, aggregator=aggregator(), trainer=own, symmetries=groups, keep_optimizer=True)
     shuffled = trained(module, aggregator=aggregator(), trainer=other, symmetries=groups, keep_optimizer=True)
     astray = trained(module, aggregator=aggregator(), trainer=other, keep_optimizer=True)
     assert plain.moved == {}

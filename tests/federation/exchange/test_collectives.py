@@ -35,7 +35,7 @@ def check(found: SiteResult) -> None:
     assert found.update.header() == expected.update.header()
     assert found.logged == {"loss": 1.5}
     assert found.state.optimizers[0]["param_groups"] == [{"betas": (0.9, 1)}]
-    assert torch.equal(found.state.home["mask"], torch.tensor([True, False]))
+    assert torch.equal(found.state.local["mask"], torch.tensor([True, False]))
     assert found.state.optimizers[0]["state"][0]["exp_avg"].shape == (0,)
 
 
