@@ -1,6 +1,6 @@
 """Aggregators: from the sites' updates of a round to the next global state."""
 
-from federation.aggregators.base import Aggregator, LocalRule, merge
+from federation.aggregators.base import Aggregator, ClientObjective, merge
 from federation.aggregators.bayesian import BayesianAggregator
 from federation.aggregators.ditto import Ditto
 from federation.aggregators.fedavg import FedAvg
@@ -29,7 +29,7 @@ __all__ = [
     "FisherMerging",
     "InverseVariance",
     "Local",
-    "LocalRule",
+    "ClientObjective",
     "Pooled",
     "Scaffold",
     "TrimmedMean",

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from federation.bayes.curvature import Curvature
 
 
-class LocalRule:
-    """What a site does differently during local training because an aggregator asks for it; the default is nothing.
+class ClientObjective:
+    """Change a site's local training: a term of the gradient, and further tensors to send; the default changes nothing.
 
-    One rule object serves one site for one round; it can be pickled, and it moves its own tensors to the parameter's
-    device. It is asked only about parameters that are exchanged, never about personal ones.
+    One object serves one site for one round. It can be pickled and moves its own tensors to the parameter's device. It
+    applies to exchanged parameters only, never to local ones.
     """
 
     def gradient(self, name: str, parameter: Tensor, start: Tensor) -> Tensor | None:
@@ -56,7 +56,7 @@ class Aggregator(ABC):
         curvature: What measures it; each site trains with a copy of its own. ``None`` where nothing is measured.
         personal_norms: Whether normalisation layers stay at each site.
         personal_models: Whether each site keeps a model of its own beside the global one, trained there under
-            ``personal_rule``.
+            ``personal_objective``.
         personal_follows: Whether that model moves along with the global one: the site keeps its deviation from it and
             not its weights.
         merges: ``False`` means nothing is merged: every site goes on from its own last weights, the global state stays.
@@ -94,15 +94,15 @@ class Aggregator(ABC):
         What no site sent is as it was before the round, bit for bit, wherever the sites began.
         """
 
-    def local_rule(self, site: str) -> LocalRule:
+    def client_objective(self, site: str) -> ClientObjective:
         """Return what this site does differently in the coming round."""
-        return LocalRule()
+        return ClientObjective()
 
-    def personal_rule(self, site: str) -> LocalRule | None:
+    def personal_objective(self, site: str) -> ClientObjective | None:
         """Return how a site trains its personal model after the global one; ``None`` where it trains none.
 
         The personal model goes on from its own last weights, or from its last deviation from the global ones where it
-        follows them (in the first round from the global ones); ``start`` in ``LocalRule.gradient`` is the global value
+        follows them (in the first round from the global ones); ``start`` in ``ClientObjective.gradient`` is the global value
         at the start of the round, as for the global model.
         """
         return None

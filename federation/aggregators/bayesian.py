@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from federation.aggregators.base import LocalRule
+from federation.aggregators.base import ClientObjective
 from federation.aggregators.fedopt import FedAvgM
 from federation.aggregators.fedprox import Proximal
 from federation.bayes.curvature import Curvature, NoCurvature, SquaredGradients, normalise
@@ -168,10 +168,10 @@ class BayesianAggregator(FedAvgM):
         """Return relative precision and mean curvature by key, as an update carries them."""
         return normalise(curvature, self.granularity, self.rho, self.low, self.high)
 
-    def local_rule(self, site: str) -> LocalRule:
+    def client_objective(self, site: str) -> ClientObjective:
         """Return the pull towards the global weights, strongest where the server is surest."""
         if self.beta == 0:
-            return LocalRule()
+            return ClientObjective()
         precision = self.memory.precision(self.gamma) if self.needs_precision else {}
         return Proximal(self.beta, {key: value / value.mean() for key, value in precision.items() if value.mean() > 0})
 
@@ -185,9 +185,9 @@ class BayesianAggregator(FedAvgM):
         blocks = {block.name: block.keys for block in schema.blocks if not block.personal}
         return Posterior(state, self.memory.precision(self.gamma), blocks, self.memory.summary())
 
-    def personal_rule(self, site: str) -> LocalRule | None:
+    def personal_objective(self, site: str) -> ClientObjective | None:
         """Return that a site trains its own model freely; that it rides on the global one ties it enough."""
-        return LocalRule() if self.personal_models else None
+        return ClientObjective() if self.personal_models else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the site memory, the variances between sites and the momentum of every tensor."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from federation.aggregators.base import LocalRule
+from federation.aggregators.base import ClientObjective
 from federation.aggregators.fedavg import FedAvg, Weights
 from federation.aggregators.fedprox import Proximal
 from mtmedformer.errors import ConfigError
@@ -34,6 +34,6 @@ class Ditto(FedAvg):
             raise ConfigError(f"aggregator.lam: {lam} is negative; use 0 (personal models alone) or more")
         self.lam = lam
 
-    def personal_rule(self, site: str) -> LocalRule:
+    def personal_objective(self, site: str) -> ClientObjective:
         """Return the pull of a personal model towards the global weights of the round."""
         return Proximal(self.lam)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from federation.aggregators.base import LocalRule
+from federation.aggregators.base import ClientObjective
 from federation.aggregators.fedavg import FedAvg, Weights
 from mtmedformer.errors import ConfigError
 
 
-class Proximal(LocalRule):
+class Proximal(ClientObjective):
     r"""Add the gradient of $\frac{\mu}{2} \sum_i s_i (w_i - w_{g,i})^2$ to a site's loss: $\mu\, s_i (w_i - w_{g,i})$.
 
     Args:
@@ -54,6 +54,6 @@ class FedProx(FedAvg):
             raise ConfigError(f"aggregator.mu: {mu} is negative; use 0 (FedAvg) or more")
         self.mu = mu
 
-    def local_rule(self, site: str) -> LocalRule:
+    def client_objective(self, site: str) -> ClientObjective:
         """Return the pull towards the global weights."""
         return Proximal(self.mu)

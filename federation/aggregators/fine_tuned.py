@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from federation.aggregators.base import LocalRule
+from federation.aggregators.base import ClientObjective
 from federation.aggregators.fedavg import FedAvg, Weights
 from federation.exchange.schema import State
 from mtmedformer.errors import ConfigError
@@ -42,9 +42,9 @@ class FineTuned(FedAvg):
         self.merged += 1
         return super().finish()
 
-    def personal_rule(self, site: str) -> LocalRule | None:
+    def personal_objective(self, site: str) -> ClientObjective | None:
         """Return that a site trains its own model freely, once there were enough rounds."""
-        return LocalRule() if self.merged >= self.after else None
+        return ClientObjective() if self.merged >= self.after else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of rounds merged."""

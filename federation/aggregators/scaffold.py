@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from federation.aggregators.base import LocalRule
+from federation.aggregators.base import ClientObjective
 from federation.aggregators.fedavg import FedAvg, Weights
 from federation.exchange.schema import Schema, State
 from federation.exchange.update import Update
 
 
-class ControlVariates(LocalRule):
+class ControlVariates(ClientObjective):
     r"""Correct a site's gradient by $c - c_k$ and renew $c_k$ when its training is over.
 
     Args:
@@ -93,7 +93,7 @@ class Scaffold(FedAvg):
         """Return the mean change, scaled by the server learning rate."""
         return mean.mul_(self.lr)
 
-    def local_rule(self, site: str) -> LocalRule:
+    def client_objective(self, site: str) -> ClientObjective:
         """Return a site's correction."""
         return ControlVariates(dict(self._common), dict(self._controls.get(site, {})))
 

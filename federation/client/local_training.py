@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from federation.aggregators.base import LocalRule
+from federation.aggregators.base import ClientObjective
 from federation.alignment.align import PermutationGroups, align, permute_optimizer
 from federation.bayes.curvature import Curvature
 from federation.exchange.schema import Schema, State
@@ -88,12 +88,12 @@ class SiteState:
 
 
 class LocalTraining(L.Callback):
-    """Watches a site's local training: counts labels, measures curvature, applies the aggregator's rule.
+    """Watches a site's local training: counts labels, measures curvature, applies the client objective.
 
     Args:
         plan: What the server says of the round.
         memory: What the site kept from its earlier rounds.
-        rule: What the site does differently.
+        objective: What the site does differently.
         curvature: What measures the curvature.
         local_keys: Keys that never leave the site; the client objective does not apply to them.
         stop: Asked after every batch whether to give the round up.
@@ -109,14 +109,14 @@ class LocalTraining(L.Callback):
         self,
         plan: RoundPlan,
         memory: SiteState,
-        rule: LocalRule,
+        objective: ClientObjective,
         curvature: Curvature,
         local_keys: frozenset[str],
         stop: Callable[[], bool],
     ) -> None:
-        self.plan, self.memory, self.rule = plan, memory, rule
+        self.plan, self.memory, self.objective = plan, memory, objective
         self.curvature, self.local_keys, self.stop = curvature, local_keys, stop
-        self.ruled = type(rule).gradient is not LocalRule.gradient
+        self.changes_gradients = type(objective).gradient is not ClientObjective.gradient
         self.images = 0
         self.labelled: Counter[str] = Counter()
         self.curvatures: dict[str, Tensor] = {}
@@ -132,23 +132,23 @@ class LocalTraining(L.Callback):
             for optimizer, state in zip(trainer.optimizers, self.memory.optimizers, strict=False):
                 optimizer.load_state_dict(state)
         _resume_schedules(trainer, self.plan, self.memory)
-        if self.ruled:
+        if self.changes_gradients:
             names = dict(pl_module.named_parameters())
             self._start = {k: self.plan.state[k].to(names[k].device) for k in names if k not in self.local_keys}
         self.curvature.start(pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Measure the site's own gradients, then add what the rule asks for where a label reached."""
+        """Measure the site's own gradients, then add the objective's term to gradients that a label reached."""
         self.curvature.observe(pl_module)
         self._rates.append(float(optimizer.param_groups[0]["lr"]))
-        if not self.ruled:
+        if not self.changes_gradients:
             return
         parameters = {name: p for name, p in pl_module.named_parameters() if name in self._start and p.grad is not None}
         for block in self.plan.schema.blocks:
             held = [(key, parameters[key]) for key in block.keys if key in parameters]
             if block.task is None or any(bool(p.grad.any()) for _, p in held if p.grad is not None):
                 for key, parameter in held:
-                    added = self.rule.gradient(key, parameter, self._start[key])
+                    added = self.objective.gradient(key, parameter, self._start[key])
                     if added is not None and parameter.grad is not None:
                         parameter.grad += added
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 
-from federation.aggregators.base import Aggregator, LocalRule
+from federation.aggregators.base import Aggregator, ClientObjective
 from federation.bayes.curvature import Curvature, NoCurvature
 from federation.client.lightning_internals import copy_module, go_on_from, hushed, seeded, solo
 from federation.client.local_training import Interrupted, LocalTraining, RoundPlan, SiteState, state_of
@@ -84,8 +84,8 @@ def train_site(
     module.load_state_dict(start)
     measures = aggregator.needs_precision and (privacy is None or privacy.sends_precision)
     curvature: Curvature = aggregator.curvature.fresh() if measures and aggregator.curvature else NoCurvature()
-    rule = aggregator.local_rule(site)
-    training = LocalTraining(plan, memory, rule, curvature, local, stop)
+    objective = aggregator.client_objective(site)
+    training = LocalTraining(plan, memory, objective, curvature, local, stop)
     leaving = Leaving(privacy, site, plan, memory)
     trainer = make_trainer()
     leaving.protect(module, trainer)
@@ -100,7 +100,7 @@ def train_site(
         own=memory.own,
         deviation=memory.deviation,
     )
-    personal = aggregator.personal_rule(site)
+    personal = aggregator.personal_objective(site)
     if personal is not None:
         own = _personal(site, template, datamodule, plan, memory, personal, make_trainer, stop)
         if aggregator.personal_follows:
@@ -119,7 +119,7 @@ def train_site(
         seconds=time.perf_counter() - began,
     )
     sent = {key for block in update.blocks.values() for key in block.delta}
-    extra = rule.extra(after, start, update.steps, training.mean_rate())
+    extra = objective.extra(after, start, update.steps, training.mean_rate())
     update.extra = {key: value for key, value in extra.items() if key in sent or key not in start}
     logged = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("train/")}
     update, kept.privacy, told = leaving.passed(update, module)
@@ -186,15 +186,15 @@ def _personal(
     datamodule: L.LightningDataModule,
     plan: RoundPlan,
     memory: SiteState,
-    rule: LocalRule,
+    objective: ClientObjective,
     make_trainer: Callable[[], L.Trainer],
     stop: Callable[[], bool],
 ) -> State:
-    """Train the site's personal model on from where it stands beside the global one, under a rule of its own."""
+    """Train the site's personal model on from where it stands beside the global one, under a objective of its own."""
     module = copy_module(template)
     module.load_state_dict(memory.weights(plan.state))
     resting = SiteState(memory.epochs, memory.steps, schedulers=memory.schedulers)
-    training = LocalTraining(plan, resting, rule, NoCurvature(), personal_keys(plan.schema), stop)
+    training = LocalTraining(plan, resting, objective, NoCurvature(), personal_keys(plan.schema), stop)
     _fit(module, datamodule, make_trainer(), training, plan, resting, (plan.seed, plan.round, site, "personal"))
     return state_of(module)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from federation.aggregators.base import Aggregator, LocalRule
+from federation.aggregators.base import Aggregator, ClientObjective
 from federation.aggregators.bayesian import BayesianAggregator
 from federation.exchange.quantization import Rounding, decoded, encoded, step_of
 from federation.exchange.schema import Schema, State, block_of
@@ -121,7 +121,7 @@ class PrivacyPolicy:
                 "not send; set aggregator.between to false"
             )
         if self.noise_multiplier > 0:
-            if type(aggregator.local_rule("")).extra is not LocalRule.extra:
+            if type(aggregator.client_objective("")).extra is not ClientObjective.extra:
                 raise ConfigError(
                     f"privacy.noise_multiplier: {type(aggregator).__name__} sends more than the change of the weights, "
                     "and no noise covers that; choose FedAvg, FedProx or the Bayesian aggregator"

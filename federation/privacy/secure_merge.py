@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from federation.aggregators.base import LocalRule
+from federation.aggregators.base import ClientObjective
 from federation.aggregators.bayesian import BayesianAggregator
 from federation.aggregators.fedavg import FedAvg
 from federation.exchange.schema import Schema, State
@@ -75,7 +75,10 @@ def require_sums(aggregator: FedAvg) -> None:
     """
     bayes = aggregator if isinstance(aggregator, BayesianAggregator) else None
     alone = bayes is None or not (bayes.memory.weights or bayes.beta > 0)
-    plain = type(aggregator).centre is FedAvg.centre and type(aggregator.local_rule("")).extra is LocalRule.extra
+    plain = (
+        type(aggregator).centre is FedAvg.centre
+        and type(aggregator.client_objective("")).extra is ClientObjective.extra
+    )
     if not (alone and plain):
         raise ConfigError(
             f"{type(aggregator).__name__} as configured looks at single updates, and secure summation shows none; "

@@ -246,7 +246,7 @@ def test_restarted_is_uninterrupted(make):
     same(straight, resumed)
     parameter, start = torch.full((5, 6), 0.5), torch.zeros(5, 6)
     for site in ("a", "b", "never seen"):
-        pulls = [a.local_rule(site).gradient("encoder.0.weight", parameter, start) for a in (one, other)]
+        pulls = [a.client_objective(site).gradient("encoder.0.weight", parameter, start) for a in (one, other)]
         assert (pulls[0] is None) == (pulls[1] is None)
         assert pulls[0] is None or torch.equal(pulls[0], pulls[1])
 
@@ -281,12 +281,12 @@ def test_memory_does_not_grow_with_the_number_of_sites(make):
 def test_local_rules_are_pickled_and_fit_the_parameters(make):
     _, aggregator = rounds(make, restarts=False)
     state, _ = toy()
-    for rule in (aggregator.local_rule("a"), aggregator.personal_rule("a")):
-        if rule is None:
+    for objective in (aggregator.client_objective("a"), aggregator.personal_objective("a")):
+        if objective is None:
             continue
-        copied = pickle.loads(pickle.dumps(rule))
+        copied = pickle.loads(pickle.dumps(objective))
         for name in ("encoder.0.weight", "encoder.3.weight", "heads.lungs.bias"):
-            here, there = (r.gradient(name, state[name] + 1, state[name]) for r in (rule, copied))
+            here, there = (r.gradient(name, state[name] + 1, state[name]) for r in (objective, copied))
             assert (here is None) == (there is None)
             if here is not None:
                 assert here.shape == state[name].shape

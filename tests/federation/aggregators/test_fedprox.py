@@ -16,8 +16,8 @@ def penalty(w, start, mu, precision):
 def test_the_pull_is_the_numerical_gradient_of_the_squared_distance(precision):
     generator = torch.Generator().manual_seed(0)
     w, start = (torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
-    rule = Proximal(0.7, {} if precision is None else {"w": precision})
-    pull = rule.gradient("w", torch.nn.Parameter(w), start)
+    objective = Proximal(0.7, {} if precision is None else {"w": precision})
+    pull = objective.gradient("w", torch.nn.Parameter(w), start)
     weight = torch.ones(()) if precision is None else precision.double()
     numerical = torch.zeros_like(w)
     for index in range(w.numel()):
@@ -36,15 +36,15 @@ def test_the_pull_grows_with_the_distance():
 
 
 def test_no_pull_asks_for_nothing():
-    assert FedProx(0.0).local_rule("a").gradient("w", torch.ones(2), torch.zeros(2)) is None
-    assert Ditto(0.0).personal_rule("a").gradient("w", torch.ones(2), torch.zeros(2)) is None
+    assert FedProx(0.0).client_objective("a").gradient("w", torch.ones(2), torch.zeros(2)) is None
+    assert Ditto(0.0).personal_objective("a").gradient("w", torch.ones(2), torch.zeros(2)) is None
 
 
-def settle(rule, own, curvature, start):
-    """Return where gradient descent on a quadratic loss ends under a rule."""
+def settle(objective, own, curvature, start):
+    """Return where gradient descent on a quadratic loss ends under a objective."""
     w = start.clone()
     for _ in range(400):
-        w = w - 0.1 * (curvature * (w - own) + (rule.gradient("w", w, start) if rule else 0))
+        w = w - 0.1 * (curvature * (w - own) + (objective.gradient("w", w, start) if objective else 0))
     return w
 
 
@@ -52,12 +52,12 @@ def settle(rule, own, curvature, start):
 def test_a_site_settles_between_its_own_optimum_and_the_global_weights(mu):
     own, start, curvature = torch.tensor([3.0, -2.0]), torch.tensor([1.0, 1.0]), torch.tensor([0.5, 2.0])
     expected = (curvature * own + mu * start) / (curvature + mu)
-    torch.testing.assert_close(settle(FedProx(mu).local_rule("a"), own, curvature, start), expected)
+    torch.testing.assert_close(settle(FedProx(mu).client_objective("a"), own, curvature, start), expected)
     ditto = Ditto(mu)
-    torch.testing.assert_close(settle(ditto.personal_rule("a"), own, curvature, start), expected)
+    torch.testing.assert_close(settle(ditto.personal_objective("a"), own, curvature, start), expected)
     torch.testing.assert_close(settle(None, own, curvature, start), own)
     assert ditto.personal_models
-    assert ditto.local_rule("a").gradient("w", own, start) is None  # the global model is plain FedAvg
+    assert ditto.client_objective("a").gradient("w", own, start) is None  # the global model is plain FedAvg
 
 
 def test_negative_strengths_are_refused():

@@ -18,15 +18,15 @@ LR, STEPS = 0.05, 20
 
 
 def train(aggregator, site, state, number):
-    """Run a site's local SGD under the aggregator's rule; return its update and its mean gradient."""
+    """Run a site's local SGD under the aggregator's objective; return its update and its mean gradient."""
     curvature, optimum = SITES[site]
-    rule, start, w = aggregator.local_rule(site), state["w"], state["w"].clone()
+    objective, start, w = aggregator.client_objective(site), state["w"], state["w"].clone()
     total = torch.zeros_like(w)
     for _ in range(STEPS):
         gradient = curvature * (w - optimum)
         total += gradient
-        w = w - LR * (gradient + (correction if (correction := rule.gradient("w", w, start)) is not None else 0))
-    extra = rule.extra({"w": w}, state, STEPS, LR)
+        w = w - LR * (gradient + (correction if (correction := objective.gradient("w", w, start)) is not None else 0))
+    extra = objective.extra({"w": w}, state, STEPS, LR)
     update = Update(site, number, "", "", {"encoder": BlockUpdate(10, {"w": w - start})}, extra=extra, steps=STEPS)
     return update, total / STEPS
 
@@ -54,8 +54,8 @@ def test_a_renewed_control_is_the_mean_gradient_of_the_round():
     controls = aggregator.state_dict()["controls"]
     mean = sum(controls[site]["w"] for site in SITES) / 3
     torch.testing.assert_close(aggregator.state_dict()["common"]["w"], mean)
-    rule = aggregator.local_rule("b")
-    torch.testing.assert_close(rule.gradient("w", state["w"], state["w"]), mean - controls["b"]["w"])
+    objective = aggregator.client_objective("b")
+    torch.testing.assert_close(objective.gradient("w", state["w"], state["w"]), mean - controls["b"]["w"])
 
 
 def test_an_absent_site_keeps_its_control_and_a_new_one_starts_from_nothing():
@@ -66,7 +66,7 @@ def test_an_absent_site_keeps_its_control_and_a_new_one_starts_from_nothing():
     state = merge(aggregator, state, SCHEMA, [train(aggregator, "a", state, 1)[0]])
     assert torch.equal(aggregator.state_dict()["controls"]["b"]["w"], kept)
     common = aggregator.state_dict()["common"]["w"]
-    assert torch.equal(aggregator.local_rule("new").gradient("w", state["w"], state["w"]), common)
+    assert torch.equal(aggregator.client_objective("new").gradient("w", state["w"], state["w"]), common)
 
 
 def test_controls_belong_to_the_blocks_a_site_trained():
@@ -81,8 +81,8 @@ def test_controls_belong_to_the_blocks_a_site_trained():
 
 
 def test_a_site_that_took_no_step_renews_nothing():
-    rule = Scaffold().local_rule("a")
-    rule.gradient("w", torch.ones(2), torch.zeros(2))
-    assert rule.extra({"w": torch.ones(2)}, {"w": torch.zeros(2)}, 0, LR) == {}
-    assert rule.extra({"w": torch.ones(2)}, {"w": torch.zeros(2)}, 5, 0.0) == {}
-    assert rule.extra({"w": torch.ones(2)}, {"w": torch.zeros(2)}, 5, 0.1)["w"].tolist() == pytest.approx([-2, -2])
+    objective = Scaffold().client_objective("a")
+    objective.gradient("w", torch.ones(2), torch.zeros(2))
+    assert objective.extra({"w": torch.ones(2)}, {"w": torch.zeros(2)}, 0, LR) == {}
+    assert objective.extra({"w": torch.ones(2)}, {"w": torch.zeros(2)}, 5, 0.0) == {}
+    assert objective.extra({"w": torch.ones(2)}, {"w": torch.zeros(2)}, 5, 0.1)["w"].tolist() == pytest.approx([-2, -2])

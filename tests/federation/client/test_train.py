@@ -6,7 +6,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor
 
-from federation.aggregators import FedAvg, FedBN, FedProx, Local, LocalRule
+from federation.aggregators import FedAvg, FedBN, FedProx, Local, ClientObjective
 from federation.aggregators.bayesian import BayesianAggregator
 from federation.alignment.align import permutation_groups, shuffle
 from federation.bayes.curvature import SquaredGradients
@@ -78,10 +78,10 @@ def test_a_task_without_labels_is_neither_sent_nor_touched():
 
 def test_a_rule_does_not_push_a_head_that_no_label_reached():
     class Push(FedAvg):
-        def local_rule(self, site):
+        def client_objective(self, site):
             return Everywhere()
 
-    class Everywhere(LocalRule):
+    class Everywhere(ClientObjective):
         def gradient(self, name, parameter, start):
             return torch.ones_like(parameter)
 
