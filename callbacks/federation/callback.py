@@ -176,7 +176,7 @@ class Federation(L.Callback):
             RoundError: When the policy does not let the round count.
         """
         self._began = time.perf_counter()
-        state = self.aggregator.ahead(state_of(pl_module))
+        state = self.aggregator.starting_state(state_of(pl_module))
         plan = RoundPlan(
             round=trainer.current_epoch,
             rounds=int(trainer.max_epochs or 1),

@@ -17,6 +17,7 @@ from federation.aggregators.scaffold import Scaffold
 __all__ = [
     "Aggregator",
     "BayesianAggregator",
+    "ClientObjective",
     "CoordinateMedian",
     "Ditto",
     "FedAdam",
@@ -29,7 +30,6 @@ __all__ = [
     "FisherMerging",
     "InverseVariance",
     "Local",
-    "ClientObjective",
     "Pooled",
     "Scaffold",
     "TrimmedMean",

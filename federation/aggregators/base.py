@@ -71,8 +71,8 @@ class Aggregator(ABC):
     merges: bool = True
     pooled: bool = False
 
-    def ahead(self, state: State) -> State:
-        """Return where the sites begin the coming round: at the global state, unless an aggregator looks ahead of it.
+    def starting_state(self, state: State) -> State:
+        """Return the state from which the sites start the coming round; by default the global state.
 
         Args:
             state: The global state (CPU tensors, not changed).
@@ -81,7 +81,7 @@ class Aggregator(ABC):
 
     @abstractmethod
     def start(self, state: State, schema: Schema) -> None:
-        """Begin a round from the state that the sites began at, as ``ahead`` gave it (CPU tensors, not changed)."""
+        """Start a round; ``state`` is the result of ``starting_state`` (CPU tensors, not changed)."""
 
     @abstractmethod
     def add(self, update: Update) -> None:
@@ -95,15 +95,13 @@ class Aggregator(ABC):
         """
 
     def client_objective(self, site: str) -> ClientObjective:
-        """Return what this site does differently in the coming round."""
+        """Return the changes to this site's local training in the coming round."""
         return ClientObjective()
 
     def personal_objective(self, site: str) -> ClientObjective | None:
         """Return how a site trains its personal model after the global one; ``None`` where it trains none.
 
-        The personal model goes on from its own last weights, or from its last deviation from the global ones where it
-        follows them (in the first round from the global ones); ``start`` in ``ClientObjective.gradient`` is the global value
-        at the start of the round, as for the global model.
+        ``start`` in ``ClientObjective.gradient`` is the global value at the start of the round, as for the global model.
         """
         return None
 

@@ -64,10 +64,10 @@ class FedAvg(Aggregator):
             old, mean = self._state[key], self._means.pop(key)
             change = self.step(key, mean) if key in self._schema.parameters else mean
             merged[key] = change.add_(old).to(old.dtype)
-        return merged | self.resting() | self._counters
+        return merged | self.untouched_state() | self._counters
 
-    def resting(self) -> State:
-        """Return as they were before the round the tensors that ``ahead`` moved and nobody sent."""
+    def untouched_state(self) -> State:
+        """Return the pre-round values of tensors that ``starting_state`` moved but no site updated."""
         return {}
 
     def weight(self, block: BlockUpdate, key: str) -> Tensor | float:

@@ -39,23 +39,23 @@ class FedAvgM(FedAvg):
         super().__init__(weights)
         self.momentum, self.lr, self.lookahead = momentum, lr, lookahead
         self._moments: State = {}
-        self._behind: State = {}
+        self._untouched: State = {}
 
-    def ahead(self, state: State) -> State:
+    def starting_state(self, state: State) -> State:
         """Return where the momentum leads from the global state, with ``lookahead``."""
         if not self.lookahead or self.momentum == 0:
             return state
-        self._behind = {key: state[key] for key in self._moments}
+        self._untouched = {key: state[key] for key in self._moments}
         moved = {
             key: state[key].double().add_(value, alpha=self.lr * self.momentum).to(state[key].dtype)
             for key, value in self._moments.items()
         }
         return state | moved
 
-    def resting(self) -> State:
-        """Return as they were the tensors that ``ahead`` moved and no ``step`` has reached since."""
-        resting, self._behind = self._behind, {}
-        return resting
+    def untouched_state(self) -> State:
+        """Return the pre-round values of tensors that lookahead moved but no site updated."""
+        untouched, self._untouched = self._untouched, {}
+        return untouched
 
     def step(self, key: str, mean: Tensor) -> Tensor:
         """Return the server's change from where the sites began, once the momentum has taken a mean change in.
@@ -64,7 +64,7 @@ class FedAvgM(FedAvg):
         """
         if self.momentum == 0:
             return mean.mul_(self.lr)
-        self._behind.pop(key, None)
+        self._untouched.pop(key, None)
         kept = self._moments.get(key)
         gathered = mean if kept is None else mean.add(kept, alpha=self.momentum)
         self._moments[key] = gathered.float()

@@ -190,12 +190,12 @@ def _personal(
     make_trainer: Callable[[], L.Trainer],
     stop: Callable[[], bool],
 ) -> State:
-    """Train the site's personal model on from where it stands beside the global one, under a objective of its own."""
+    """Train the site's personal model on from where it stands beside the global one, under an objective of its own."""
     module = copy_module(template)
     module.load_state_dict(memory.weights(plan.state))
-    resting = SiteState(memory.epochs, memory.steps, schedulers=memory.schedulers)
-    training = LocalTraining(plan, resting, objective, NoCurvature(), personal_keys(plan.schema), stop)
-    _fit(module, datamodule, make_trainer(), training, plan, resting, (plan.seed, plan.round, site, "personal"))
+    start = SiteState(memory.epochs, memory.steps, schedulers=memory.schedulers)
+    training = LocalTraining(plan, start, objective, NoCurvature(), personal_keys(plan.schema), stop)
+    _fit(module, datamodule, make_trainer(), training, plan, start, (plan.seed, plan.round, site, "personal"))
     return state_of(module)
 
 

@@ -52,7 +52,7 @@ def merge_sums(aggregator: FedAvg, state: State, sums: Mapping[str, Tensor], sch
 
     Args:
         aggregator: The same as the sites'.
-        state: The state that the sites began at, as ``Aggregator.ahead`` gave it.
+        state: The state that the sites began at, as ``Aggregator.starting_state`` gave it.
         sums: Totals by name.
         schema: The model's schema.
     """
@@ -64,7 +64,7 @@ def merge_sums(aggregator: FedAvg, state: State, sums: Mapping[str, Tensor], sch
             mean = torch.where(bottom > 0, sums[f"top|{key}"] / bottom, 0.0)
             change = aggregator.step(key, mean) if key in schema.parameters else mean
             merged[key] = (change + state[key]).to(state[key].dtype)
-    return merged | aggregator.resting()
+    return merged | aggregator.untouched_state()
 
 
 def require_sums(aggregator: FedAvg) -> None:

@@ -161,7 +161,7 @@ def test_a_task_nobody_labels_any_more_rests_wherever_the_sites_begin(make):
     aggregator = make()
     sites = ["a"] if make is Pooled else ["a", "b"]
     for number, tasks in enumerate([["finding", "lungs"], ["finding"], ["finding"]]):
-        before, begun = state, aggregator.ahead(state)
+        before, begun = state, aggregator.starting_state(state)
         updates = [news(s, begun, schema, 10 * number + i, tasks, round=number) for i, s in enumerate(sites)]
         state = merge(aggregator, begun, schema, updates)
         assert state.keys() == before.keys()
@@ -223,7 +223,7 @@ def rounds(make: Callable[[], Aggregator], restarts: bool) -> tuple[State, Aggre
     state, schema = toy()
     aggregator = make()
     for number, sites in enumerate(["ab", "abc", "b", "ac"]):
-        begun = aggregator.ahead(state)
+        begun = aggregator.starting_state(state)
         updates = [
             news(s, begun, schema, 10 * number + i, ["finding"] if s == "b" else ["finding", "lungs"], round=number)
             for i, s in enumerate(sites[: 1 if make is Pooled else 3])

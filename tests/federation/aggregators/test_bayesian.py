@@ -273,7 +273,7 @@ def test_momentum_without_curvature_is_fedavgm_to_the_last_bit(lookahead):
     aggregator = BayesianAggregator(rho=0.0, b=0.0, a=1.0, momentum=0.6, eta=0.8, lookahead=lookahead)
     plain, other = FedAvgM(0.6, 0.8, lookahead=lookahead), state
     for number in range(3):
-        state, other = aggregator.ahead(state), plain.ahead(other)
+        state, other = aggregator.starting_state(state), plain.starting_state(other)
         updates = [news("abc"[i], state, schema, 10 * number + i, num_examples=i + 1, round=number) for i in range(3)]
         state, other = merge(aggregator, state, schema, updates), merge(plain, other, schema, updates)
         assert all(torch.equal(value, other[key]) for key, value in state.items())

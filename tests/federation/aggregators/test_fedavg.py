@@ -114,13 +114,13 @@ def test_fedavgm_is_torchs_sgd_with_momentum_on_the_pseudo_gradient():
 
 
 def test_sites_that_begin_ahead_follow_torchs_nesterov():
-    """Oracle: torch moves where gradients are taken, so its path is that of ``ahead``."""
+    """Oracle: torch moves where gradients are taken, so its path is that of ``starting_state``."""
     state, schema = toy()
     aggregator = FedAvgM(momentum=0.8, lr=0.7, lookahead=True)
     parameter = torch.nn.Parameter(state[KEY].double().clone())
     optimiser = torch.optim.SGD([parameter], lr=0.7, momentum=0.8, nesterov=True)
     for i in range(5):
-        begun = aggregator.ahead(state)
+        begun = aggregator.starting_state(state)
         torch.testing.assert_close(begun[KEY].double(), parameter.detach(), rtol=0, atol=3e-6)
         updates = [news(site, begun, schema, 10 * i + j, round=i) for j, site in enumerate("ab")]
         state = merge(aggregator, begun, schema, updates)
@@ -134,7 +134,7 @@ def test_looking_ahead_takes_a_step_as_long_and_stops_after_the_last_news():
     plain, ahead = FedAvgM(0.6), FedAvgM(0.6, lookahead=True)
     one = other = state
     for i in range(4):
-        begun = ahead.ahead(other)
+        begun = ahead.starting_state(other)
         assert (i == 0) == torch.equal(begun[KEY], other[KEY])
         one = merge(plain, one, schema, [news("a", one, schema, i, round=i)])
         other = merge(ahead, begun, schema, [news("a", begun, schema, i, round=i)])

@@ -6,7 +6,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor
 
-from federation.aggregators import FedAvg, FedBN, FedProx, Local, ClientObjective
+from federation.aggregators import ClientObjective, FedAvg, FedBN, FedProx, Local
 from federation.aggregators.bayesian import BayesianAggregator
 from federation.alignment.align import permutation_groups, shuffle
 from federation.bayes.curvature import SquaredGradients
