@@ -101,7 +101,7 @@ class Aggregator(ABC):
     def personal_objective(self, site: str) -> ClientObjective | None:
         """Return how a site trains its personal model after the global one; ``None`` where it trains none.
 
-        ``start`` in ``ClientObjective.gradient`` is the global value at the start of the round, as for the global model.
+        Its ``gradient`` receives as ``start`` the global value at the start of the round, as for the global model.
         """
         return None
 

@@ -18,8 +18,8 @@ from federation.exchange.schema import Schema, State
 from federation.exchange.update import BlockUpdate, Update
 from mtmedformer.errors import ConfigError
 
-LOUDEST = 10.0
-"""How far a site's mean curvature may lie from that of the sites' last news and still count more, or less."""
+MAX_CURVATURE_RATIO = 10.0
+"""Greatest factor, up or down, by which a tensor's mean curvature changes a site's weight (before the power ``b``)."""
 
 
 class BayesianAggregator(FedAvgM):
@@ -69,9 +69,8 @@ class BayesianAggregator(FedAvgM):
             merge with ``remember`` or ``between``.
         beta: Pull of local training towards the global weights, weighted by the server's relative precision a row;
             where there is none yet it is FedProx with ``mu = beta``.
-        personal_models: Give each site a model of its own, $w_g + d_k$: it takes every round's news from the global
-            weights, keeps its deviation $d_k$ and trains it on, at the site, which takes a second local training a
-            round.
+        personal_models: Give each site a model of its own, $w_g + d_k$: it follows the global weights, and its
+            deviation $d_k$ is kept and trained on at the site, which takes a second local training per round.
 
     Raises:
         ConfigError: When a number is out of its range, or the granularity is unknown.
@@ -160,7 +159,7 @@ class BayesianAggregator(FedAvgM):
         count = super().weight(block, key)
         if not self.needs_precision:
             return count
-        count *= self._loudness(key, block.scale.get(key, 1.0))
+        count *= self._curvature_scale(key, block.scale.get(key, 1.0))
         relative = relative_precision(block, key)
         return _shrunk(relative, self.kappa).mul_(count) if relative.ndim else count
 
@@ -200,11 +199,11 @@ class BayesianAggregator(FedAvgM):
         self.variances = dict(state["variances"])
         self._moments = dict(state.get("velocity", {}))
 
-    def _loudness(self, key: str, curvature: float) -> float:
+    def _curvature_scale(self, key: str, curvature: float) -> float:
         """Return what a tensor's mean curvature counts, over the sites' last; 1 while nothing is known of those."""
         if key not in self._levels:
             return 1.0
-        return math.pow(min(max(curvature / self._levels[key], 1 / LOUDEST), LOUDEST), self.b)
+        return math.pow(min(max(curvature / self._levels[key], 1 / MAX_CURVATURE_RATIO), MAX_CURVATURE_RATIO), self.b)
 
     def _precision(self, key: str, factor: Factor) -> Tensor:
         """Return the absolute precision of a site's tensor, num_examples × curvature (1 if not measured), float64."""
@@ -230,7 +229,7 @@ class BayesianAggregator(FedAvgM):
             return _shrunk(1 / (1 / precision + self.variances[key]), self.kappa).mul_(discount)
         count = math.pow(factor.num_examples, self.power)
         if self.needs_precision:
-            count *= self._loudness(key, float(factor.curvature[key].mean()) if key in factor.curvature else 1.0)
+            count *= self._curvature_scale(key, float(factor.curvature[key].mean()) if key in factor.curvature else 1.0)
         return _shrunk(precision / precision.mean(), self.kappa).mul_(discount * count)
 
 

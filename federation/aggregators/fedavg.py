@@ -54,7 +54,7 @@ class FedAvg(Aggregator):
             ValueError: When updates do not come in the order of the site names, or one site comes twice.
         """
         self._receive(update)
-        for block, key, delta in self._news(update):
+        for block, key, delta in self._changes(update):
             self._means.add(key, delta, self.weight(block, key))
 
     def finish(self) -> State:
@@ -91,7 +91,7 @@ class FedAvg(Aggregator):
             if not (self.personal_norms and key in self._schema.norms):
                 self._counters[key] = torch.maximum(self._counters.get(key, self._state[key]), value)
 
-    def _news(self, update: Update) -> list[tuple[BlockUpdate, str, Tensor]]:
+    def _changes(self, update: Update) -> list[tuple[BlockUpdate, str, Tensor]]:
         """Return the changes of an update that are merged: blocks with examples, nothing personal."""
         return [
             (block, key, delta)

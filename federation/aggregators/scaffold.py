@@ -77,7 +77,7 @@ class Scaffold(FedAvg):
     def add(self, update: Update) -> None:
         """Take one site's update and its renewed controls of the blocks it trained."""
         super().add(update)
-        sent = {key for _, key, _ in self._news(update)}
+        sent = {key for _, key, _ in self._changes(update)}
         self._renewed[update.site] = {key: value for key, value in update.extra.items() if key in sent}
 
     def finish(self) -> State:

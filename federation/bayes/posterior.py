@@ -1,4 +1,4 @@
-"""What the server believes: each site's latest news of every weight, their sum, and samples of it for prediction."""
+"""The posterior of the global weights: each site's latest factor per block, their product, and samples of it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def relative_precision(block: BlockUpdate, key: str) -> Tensor:
 
 @dataclass
 class Factor:
-    r"""A site's latest news of one block: an observation of its weights with precision num_examples × curvature.
+    r"""A site's latest update of one block: an observation of its weights with precision num_examples × curvature.
 
     Attributes:
         num_examples: Labelled samples behind it.
@@ -72,7 +72,7 @@ class SiteMemory:
         self.factors: dict[str, dict[str, Factor]] = {}
 
     def replace(self, update: Update, start: State, schema: Schema) -> None:
-        """Take a site's news in, in place of its last.
+        """Replace a site's factors by those of its new update.
 
         Args:
             update: The site's update.
@@ -117,7 +117,7 @@ class SiteMemory:
         return {key: value.float() for key, value in total.items()}
 
     def levels(self) -> dict[str, float]:
-        """Return the mean curvature of every parameter, the geometric mean over the sites' latest news."""
+        """Return the mean curvature of every parameter, the geometric mean over the sites' latest factors."""
         logs: dict[str, list[float]] = {}
         for site in sorted(self.factors):
             for factor in self.factors[site].values():

@@ -112,7 +112,7 @@ def train_site(
         round=plan.round,
         base=plan.base,
         schema=plan.schema.digest(),
-        blocks=_news(plan.schema, local, start, after, training, aggregator),
+        blocks=_block_updates(plan.schema, local, start, after, training, aggregator),
         counters={key: after[key] for key in plan.schema.counters if key not in local},
         samples=dict(sorted(training.labelled.items())),
         steps=trainer.global_step - memory.steps,
@@ -199,7 +199,7 @@ def _personal(
     return state_of(module)
 
 
-def _news(
+def _block_updates(
     schema: Schema,
     local: frozenset[str],
     start: State,

@@ -24,7 +24,7 @@ FACTS = ("site", "round", "base", "schema", "metrics", "samples", "steps", "seco
 
 @dataclass
 class BlockUpdate:
-    """A site's news of one block.
+    """A site's change of one block.
 
     Attributes:
         num_examples: Labelled training samples whose loss reached the block in this round; a block with 0 is not sent.
@@ -53,7 +53,7 @@ class Update:
         round: Number of the round, from 0.
         base: ``state_hash`` of the global state the round began with.
         schema: ``Schema.digest`` of the model.
-        blocks: News by block name; a block without examples, or personal to the site, is absent.
+        blocks: Changes by block name; a block without examples, or personal to the site, is absent.
         counters: Integer buffers by name.
         metrics: The site's own validation metrics, ``<task>/<metric>``.
         samples: Labelled training samples by task in this round.

@@ -34,15 +34,15 @@ def summands(aggregator: FedAvg, update: Update, schema: Schema) -> dict[str, Te
     for block in schema.blocks:
         if block.personal:
             continue
-        news = update.blocks.get(block.name)
+        sent = update.blocks.get(block.name)
         for key in block.keys:
             if aggregator.personal_norms and key in schema.norms:
                 continue
             weight = torch.zeros(schema.shapes[key], dtype=torch.float64)
             change = torch.zeros_like(weight)
-            if news is not None and news.num_examples > 0 and key in news.delta:
-                weight += aggregator.weight(news, key)
-                change = news.delta[key].double()
+            if sent is not None and sent.num_examples > 0 and key in sent.delta:
+                weight += aggregator.weight(sent, key)
+                change = sent.delta[key].double()
             found[f"top|{key}"], found[f"bottom|{key}"] = weight * change, weight
     return found
 

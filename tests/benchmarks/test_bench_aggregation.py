@@ -43,7 +43,7 @@ def model() -> tuple[State, Schema]:
     return state, Schema((Block("encoder", tuple(state)),), shapes, frozenset(state), frozenset(), ())
 
 
-def news(state: State, grain: Grain) -> Update:
+def make_update(state: State, grain: Grain) -> Update:
     """Return a site's update; its arrays are the same for every site, so that only the server's memory is measured."""
     delta = {key: value * 1e-3 for key, value in state.items()}
     precision: dict[str, Tensor] = {}
@@ -84,11 +84,11 @@ def resident(field: str) -> int:
 def test_ten_sites_of_25_million_weights_stream(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     make, grain = CASES[case]
     state, schema = model()
-    update = news(state, grain)
+    update = make_update(state, grain)
     weights = sum(value.numel() for value in state.values())
     assert 24e6 < weights < 26e6
     small = {key: value[:8, :8] for key, value in state.items()}
-    merged(make(), small, schema, news(small, grain))  # whatever torch loads once is not the aggregator's
+    merged(make(), small, schema, make_update(small, grain))  # whatever torch loads once is not the aggregator's
     ctypes.CDLL(None).malloc_trim(0)  # what earlier cases freed goes back to the system, or the peak would hide in it
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here

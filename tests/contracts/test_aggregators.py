@@ -33,7 +33,7 @@ from federation.aggregators import (
 )
 from federation.bayes.curvature import NoCurvature
 from federation.exchange.schema import State
-from tests.fixtures.toy_federation import news, toy
+from tests.fixtures.toy_federation import make_update, toy
 
 MEANS: dict[str, Callable[[], Aggregator]] = {
     "fedavg": FedAvg,
@@ -96,7 +96,7 @@ def tensors(thing: Any) -> Iterator[Tensor]:
 def test_sites_that_learnt_nothing_change_nothing(make):
     state, schema = toy()
     sites = ["a"] if make is Pooled else ["a", "b", "c"]
-    updates = [news(site, state, schema, seed=i, size=0.0) for i, site in enumerate(sites)]
+    updates = [make_update(site, state, schema, seed=i, size=0.0) for i, site in enumerate(sites)]
     for update in updates:
         update.counters = {}
     same(merge(make(), state, schema, updates), state)
@@ -111,7 +111,9 @@ def test_a_round_without_updates_changes_nothing(make):
 @over(MEANS)
 def test_identical_sites_move_as_one(make):
     state, schema = toy()
-    updates = [news(site, state, schema, seed=7, num_examples=n) for site, n in {"a": 10, "b": 300, "c": 41}.items()]
+    updates = [
+        make_update(site, state, schema, seed=7, num_examples=n) for site, n in {"a": 10, "b": 300, "c": 41}.items()
+    ]
     aggregator = make()
     merged = merge(aggregator, state, schema, updates)
     for block in updates[0].blocks.values():
@@ -125,7 +127,7 @@ def test_order_of_arrival_changes_no_bit(make):
     state, schema = toy()
     sizes = {"a": 10, "b": 300, "c": 41, "d": 3}
     updates = [
-        news(site, state, schema, i, num_examples=n, precision=["element", "row", None, "tensor"][i])
+        make_update(site, state, schema, i, num_examples=n, precision=["element", "row", None, "tensor"][i])
         for i, (site, n) in enumerate(sizes.items())
     ]
     first = merge(make(), state, schema, updates)
@@ -139,16 +141,16 @@ def test_wrong_order_and_repeated_sites_are_refused(make):
     for later in ("a", "b"):
         aggregator = make()
         aggregator.start(state, schema)
-        aggregator.add(news("b", state, schema))
+        aggregator.add(make_update("b", state, schema))
         with pytest.raises(ValueError, match="name order"):
-            aggregator.add(news(later, state, schema))
+            aggregator.add(make_update(later, state, schema))
 
 
 @over(EVERY)
 def test_a_task_nobody_labelled_stays_as_it_was(make):
     state, schema = toy()
     sites = ["a"] if make is Pooled else ["a", "b"]
-    merged = merge(make(), state, schema, [news(s, state, schema, i, ["finding"]) for i, s in enumerate(sites)])
+    merged = merge(make(), state, schema, [make_update(s, state, schema, i, ["finding"]) for i, s in enumerate(sites)])
     for key in schema.block("heads.lungs").keys:
         assert torch.equal(merged[key], state[key])
     moved = [not torch.equal(merged[key], state[key]) for key in schema.block("heads.finding").keys]
@@ -162,7 +164,7 @@ def test_a_task_nobody_labels_any_more_rests_wherever_the_sites_begin(make):
     sites = ["a"] if make is Pooled else ["a", "b"]
     for number, tasks in enumerate([["finding", "lungs"], ["finding"], ["finding"]]):
         before, begun = state, aggregator.starting_state(state)
-        updates = [news(s, begun, schema, 10 * number + i, tasks, round=number) for i, s in enumerate(sites)]
+        updates = [make_update(s, begun, schema, 10 * number + i, tasks, round=number) for i, s in enumerate(sites)]
         state = merge(aggregator, begun, schema, updates)
         assert state.keys() == before.keys()
     for key in schema.block("heads.lungs").keys:
@@ -172,8 +174,11 @@ def test_a_task_nobody_labels_any_more_rests_wherever_the_sites_begin(make):
 @over(MEANS)
 def test_a_site_without_a_task_leaves_its_decoder_to_the_owners(make):
     state, schema = toy()
-    owner = news("b", state, schema, seed=2, num_examples=3)
-    without = [news("a", state, schema, 1, ["finding"], 1000), news("c", state, schema, 3, ["finding"], 1000)]
+    owner = make_update("b", state, schema, seed=2, num_examples=3)
+    without = [
+        make_update("a", state, schema, 1, ["finding"], 1000),
+        make_update("c", state, schema, 3, ["finding"], 1000),
+    ]
     merged = merge(make(), state, schema, [*without, owner])
     for key, delta in owner.blocks["heads.lungs"].delta.items():
         torch.testing.assert_close(merged[key], state[key] + delta, rtol=1e-6, atol=1e-6)
@@ -182,7 +187,7 @@ def test_a_site_without_a_task_leaves_its_decoder_to_the_owners(make):
 @over(EVERY)
 def test_blocks_without_examples_and_personal_blocks_are_never_merged(make):
     state, schema = toy()
-    update = news("a", state, schema)
+    update = make_update("a", state, schema)
     update.blocks["heads.lungs"].num_examples = 0
     update.blocks["loss"] = copy.deepcopy(update.blocks["heads.finding"])
     update.blocks["loss"].delta = {"loss.weights": torch.ones(2)}
@@ -196,7 +201,7 @@ def test_counters_take_the_largest_value(make):
     state, schema = toy()
     (counter,) = schema.counters
     for values, expected in {(9, 3): 9, (2, 3): 5}.items():
-        updates = [news(site, state, schema) for site in ("a", "b")][: 1 if make is Pooled else 2]
+        updates = [make_update(site, state, schema) for site in ("a", "b")][: 1 if make is Pooled else 2]
         for update, value in zip(updates, values, strict=False):
             update.counters = {counter: torch.tensor(value)}
         merged = merge(make(), state, schema, updates)
@@ -213,7 +218,9 @@ def test_every_key_shape_and_type_survives_and_the_start_is_not_written_to(make)
     aggregator = make()
     for round in range(2):
         sites = ["a"] if make is Pooled else ["a", "b"]
-        merged = merge(aggregator, state, schema, [news(s, state, schema, i, round=round) for i, s in enumerate(sites)])
+        merged = merge(
+            aggregator, state, schema, [make_update(s, state, schema, i, round=round) for i, s in enumerate(sites)]
+        )
         assert {k: (v.shape, v.dtype) for k, v in merged.items()} == {k: (v.shape, v.dtype) for k, v in state.items()}
     same(state, before)
 
@@ -225,7 +232,9 @@ def rounds(make: Callable[[], Aggregator], restarts: bool) -> tuple[State, Aggre
     for number, sites in enumerate(["ab", "abc", "b", "ac"]):
         begun = aggregator.starting_state(state)
         updates = [
-            news(s, begun, schema, 10 * number + i, ["finding"] if s == "b" else ["finding", "lungs"], round=number)
+            make_update(
+                s, begun, schema, 10 * number + i, ["finding"] if s == "b" else ["finding", "lungs"], round=number
+            )
             for i, s in enumerate(sites[: 1 if make is Pooled else 3])
         ]
         state = merge(aggregator, begun, schema, updates)
@@ -255,7 +264,7 @@ def test_restarted_is_uninterrupted(make):
 @pytest.mark.parametrize("kinds", [["zero", "zero"], ["zero", "element"], [None, "row"], ["row", "element"]])
 def test_precision_that_is_zero_missing_or_of_another_grain_gives_numbers(make, kinds):
     state, schema = toy()
-    updates = [news("ab"[i], state, schema, i, precision=kind) for i, kind in enumerate(kinds)]
+    updates = [make_update("ab"[i], state, schema, i, precision=kind) for i, kind in enumerate(kinds)]
     for update in updates:
         for block in update.blocks.values():
             block.scale = dict.fromkeys(block.scale, 0.0)
@@ -271,7 +280,7 @@ def test_memory_does_not_grow_with_the_number_of_sites(make):
     aggregator.start(state, schema)
     held = []
     for i in range(20):
-        aggregator.add(news(f"site{i:02}", state, schema, i))
+        aggregator.add(make_update(f"site{i:02}", state, schema, i))
         held.append(sum(t.numel() * t.element_size() for t in tensors(aggregator)))
     rows = sum(len(state[key]) for key in schema.parameters)
     assert held[-1] - held[0] <= 4 * 19 * rows  # the site memory: one number a row, a bias and a norm

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from federation import FedAvg, merge
 from mtmedformer import MultiTaskModule, SegmentationHead, SharedEncoder
 from mtmedformer.batch import Batch, ClassificationTarget, Meta, SegmentationTarget
-from tests.fixtures.toy_federation import news, toy
+from tests.fixtures.toy_federation import make_update, toy
 
 TEXT = Path("docs/extending.md").read_text()
 
@@ -69,7 +69,10 @@ def test_pixels_that_are_unknown_do_not_reach_the_loss(parts):
 
 def test_the_aggregator_lies_between_counts_and_equal_sites(parts):
     state, schema = toy()
-    updates = [news("a", state, schema, seed=1, num_examples=100), news("b", state, schema, seed=2, num_examples=4)]
+    updates = [
+        make_update("a", state, schema, seed=1, num_examples=100),
+        make_update("b", state, schema, seed=2, num_examples=4),
+    ]
     counts, root, equal = (
         merge(made, state, schema, updates)["encoder.0.bias"]
         for made in (FedAvg(), parts["RootAvg"](), FedAvg("equal"))

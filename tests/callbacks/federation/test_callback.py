@@ -233,7 +233,7 @@ def test_personal_models_ride_on_the_global_one_which_knows_nothing_of_them(tmp_
     kept = federation.sites["a"]
     assert not kept.own
     later = {key: value + 1 if value.is_floating_point() else value for key, value in shared.items()}
-    for key, value in kept.weights(later).items():  # the news of a round reaches them whole
+    for key, value in kept.weights(later).items():  # the change of a round reaches them in full
         assert torch.allclose(value, own["a"][key] + 1 if value.is_floating_point() else value, atol=1e-6)
 
 

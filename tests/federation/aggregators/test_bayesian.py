@@ -13,7 +13,7 @@ from federation.bayes.curvature import NoCurvature, SquaredGradients
 from federation.exchange.schema import Block, Schema
 from federation.exchange.update import BlockUpdate, Update
 from mtmedformer.errors import ConfigError
-from tests.fixtures.toy_federation import news, toy
+from tests.fixtures.toy_federation import make_update, toy
 
 SCHEMA = Schema(
     (Block("encoder", ("w",)), Block("heads.lungs", ("v",), "lungs")),
@@ -100,7 +100,7 @@ def test_without_curvature_it_is_fedavg_to_the_last_bit(off, a, weights):
     aggregator, plain, other = bayes(a=a, **OFF[off]), FedAvg(weights), state
     for number in range(3):
         updates = [
-            news(
+            make_update(
                 "abc"[i],
                 state,
                 schema,
@@ -115,7 +115,7 @@ def test_without_curvature_it_is_fedavg_to_the_last_bit(off, a, weights):
         assert all(torch.equal(value, other[key]) for key, value in state.items())
     assert aggregator.needs_precision == (off == "ones")
     if off != "ones":
-        updates = [news("abc"[i], state, schema, i, num_examples=[10, 301, 43][i]) for i in range(3)]
+        updates = [make_update("abc"[i], state, schema, i, num_examples=[10, 301, 43][i]) for i in range(3)]
         merged = merge(bayes(a=a), state, schema, updates)
         plainly = merge(FedAvg(weights), state, schema, updates)
         assert not torch.equal(merged["encoder.0.weight"], plainly["encoder.0.weight"])
@@ -124,7 +124,7 @@ def test_without_curvature_it_is_fedavg_to_the_last_bit(off, a, weights):
 @pytest.mark.parametrize("kind", ["element", "row"])
 def test_a_louder_loss_buys_no_weight(kind):
     state, schema = toy()
-    quiet = [news(site, state, schema, i, precision=kind) for i, site in enumerate("ab")]
+    quiet = [make_update(site, state, schema, i, precision=kind) for i, site in enumerate("ab")]
     loud = copy.deepcopy(quiet)
     for block in loud[1].blocks.values():
         block.precision = {key: value * 2**20 for key, value in block.precision.items()}
@@ -215,7 +215,9 @@ def test_remembering_changes_nothing_while_every_site_is_there():
     state, schema = toy()
     plain, remembering, other = bayes(a=1), bayes(a=1, remember=True), state
     for number in range(3):
-        updates = [news("abc"[i], state, schema, 3 * number + i, num_examples=i + 1, round=number) for i in range(3)]
+        updates = [
+            make_update("abc"[i], state, schema, 3 * number + i, num_examples=i + 1, round=number) for i in range(3)
+        ]
         state, other = merge(plain, state, schema, updates), merge(remembering, other, schema, updates)
         assert all(torch.equal(value, other[key]) for key, value in state.items())
 
@@ -226,7 +228,7 @@ def test_the_prior_pull_is_fedprox_until_the_server_knows_more():
     name, moved = "encoder.0.weight", state["encoder.0.weight"] + torch.randn(5, 6)
     plain = FedProx(0.3).client_objective("a").gradient(name, moved, state[name])
     assert torch.equal(aggregator.client_objective("a").gradient(name, moved, state[name]), plain)
-    merge(aggregator, state, schema, [news(site, state, schema, i) for i, site in enumerate("ab")])
+    merge(aggregator, state, schema, [make_update(site, state, schema, i) for i, site in enumerate("ab")])
     weighted = aggregator.client_objective("a").gradient(name, moved, state[name])
     ratio = weighted / plain
     torch.testing.assert_close(ratio.mean(), torch.tensor(1.0))
@@ -274,7 +276,9 @@ def test_momentum_without_curvature_is_fedavgm_to_the_last_bit(lookahead):
     plain, other = FedAvgM(0.6, 0.8, lookahead=lookahead), state
     for number in range(3):
         state, other = aggregator.starting_state(state), plain.starting_state(other)
-        updates = [news("abc"[i], state, schema, 10 * number + i, num_examples=i + 1, round=number) for i in range(3)]
+        updates = [
+            make_update("abc"[i], state, schema, 10 * number + i, num_examples=i + 1, round=number) for i in range(3)
+        ]
         state, other = merge(aggregator, state, schema, updates), merge(plain, other, schema, updates)
         assert all(torch.equal(value, other[key]) for key, value in state.items())
 

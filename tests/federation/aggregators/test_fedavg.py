@@ -19,7 +19,7 @@ from federation.aggregators import (
 )
 from federation.aggregators.weighted_mean import CHUNK, WeightedMeans
 from mtmedformer.errors import ConfigError
-from tests.fixtures.toy_federation import news, toy
+from tests.fixtures.toy_federation import make_update, toy
 
 KEY = "encoder.0.weight"
 
@@ -31,7 +31,7 @@ def numbers(updates, key=KEY, block="encoder"):
 def test_means_by_examples_and_of_equal_sites():
     state, schema = toy()
     counts = [10, 300, 41]
-    updates = [news("abc"[i], state, schema, i, num_examples=n) for i, n in enumerate(counts)]
+    updates = [make_update("abc"[i], state, schema, i, num_examples=n) for i, n in enumerate(counts)]
     for weights, expected in {"num_examples": counts, "equal": [1, 1, 1]}.items():
         merged = merge(FedAvg(weights), state, schema, updates)
         for key in schema.block("encoder").keys:  # running statistics too
@@ -43,7 +43,7 @@ def test_means_by_examples_and_of_equal_sites():
 
 def test_examples_are_counted_per_block():
     state, schema = toy()
-    a, b = news("a", state, schema, 1), news("b", state, schema, 2)
+    a, b = make_update("a", state, schema, 1), make_update("b", state, schema, 2)
     a.blocks["heads.lungs"].num_examples = 300
     merged = merge(FedAvg(), state, schema, [a, b])
     for block, weights in {"encoder": [1, 1], "heads.lungs": [3, 1]}.items():
@@ -84,7 +84,7 @@ def test_sums_take_two_copies_of_the_model_at_most():
 
 def test_fedbn_leaves_every_norm_at_home():
     state, schema = toy()
-    merged = merge(FedBN(), state, schema, [news("a", state, schema, 1), news("b", state, schema, 2)])
+    merged = merge(FedBN(), state, schema, [make_update("a", state, schema, 1), make_update("b", state, schema, 2)])
     assert any(".1." in key for key in schema.norms)
     assert any("running_var" in key for key in schema.norms)
     for key in schema.block("encoder").keys:
@@ -96,7 +96,7 @@ def descend(aggregator, rounds=4):
     state, schema = toy()
     path, changes = [state[KEY].double().numpy()], []
     for i in range(rounds):
-        updates = [news(site, state, schema, 10 * i + j, round=i) for j, site in enumerate("ab")]
+        updates = [make_update(site, state, schema, 10 * i + j, round=i) for j, site in enumerate("ab")]
         state = merge(aggregator, state, schema, updates)
         path.append(state[KEY].double().numpy())
         changes.append(numbers(updates).mean(0))
@@ -122,7 +122,7 @@ def test_sites_that_begin_ahead_follow_torchs_nesterov():
     for i in range(5):
         begun = aggregator.starting_state(state)
         torch.testing.assert_close(begun[KEY].double(), parameter.detach(), rtol=0, atol=3e-6)
-        updates = [news(site, begun, schema, 10 * i + j, round=i) for j, site in enumerate("ab")]
+        updates = [make_update(site, begun, schema, 10 * i + j, round=i) for j, site in enumerate("ab")]
         state = merge(aggregator, begun, schema, updates)
         parameter.grad = -torch.tensor(numbers(updates).mean(0))
         optimiser.step()
@@ -136,8 +136,8 @@ def test_looking_ahead_takes_a_step_as_long_and_stops_after_the_last_news():
     for i in range(4):
         begun = ahead.starting_state(other)
         assert (i == 0) == torch.equal(begun[KEY], other[KEY])
-        one = merge(plain, one, schema, [news("a", one, schema, i, round=i)])
-        other = merge(ahead, begun, schema, [news("a", begun, schema, i, round=i)])
+        one = merge(plain, one, schema, [make_update("a", one, schema, i, round=i)])
+        other = merge(ahead, begun, schema, [make_update("a", begun, schema, i, round=i)])
         torch.testing.assert_close(one[KEY], other[KEY], rtol=0, atol=2e-6)
 
 
@@ -155,7 +155,7 @@ def test_adaptive_steps_follow_algorithm_2(kind):
 
 def test_server_optimisers_average_running_statistics_plainly():
     state, schema = toy()
-    updates = [news(site, state, schema, i) for i, site in enumerate("ab")]
+    updates = [make_update(site, state, schema, i) for i, site in enumerate("ab")]
     plain = merge(FedAvg(), state, schema, updates)
     for aggregator in (FedAdam(lr=1.0), FedAvgM(lr=0.1)):
         merged = merge(aggregator, state, schema, updates)
@@ -166,8 +166,8 @@ def test_server_optimisers_average_running_statistics_plainly():
 def test_momentum_of_a_task_rests_while_nobody_labels_it():
     state, schema = toy()
     aggregator = FedAvgM()
-    first = merge(aggregator, state, schema, [news("a", state, schema)])
-    second = merge(aggregator, first, schema, [news("a", first, schema, 1, ["finding"])])
+    first = merge(aggregator, state, schema, [make_update("a", state, schema)])
+    second = merge(aggregator, first, schema, [make_update("a", first, schema, 1, ["finding"])])
     for key in schema.block("heads.lungs").keys:
         assert torch.equal(first[key], second[key])
 
@@ -175,7 +175,7 @@ def test_momentum_of_a_task_rests_while_nobody_labels_it():
 @pytest.mark.parametrize("sites", [1, 2, 4, 5, 7])
 def test_robust_centres_are_numpys_and_scipys(sites):
     state, schema = toy()
-    updates = [news("abcdefg"[i], state, schema, i, num_examples=10**i) for i in range(sites)]
+    updates = [make_update("abcdefg"[i], state, schema, i, num_examples=10**i) for i in range(sites)]
     deltas = numbers(updates)
     expected = {
         CoordinateMedian(): np.median(deltas, axis=0),
@@ -192,8 +192,8 @@ def test_robust_centres_are_numpys_and_scipys(sites):
 @pytest.mark.parametrize("aggregator", [CoordinateMedian(), TrimmedMean(0.2)], ids=["median", "trimmed"])
 def test_one_wild_site_moves_nothing_beyond_the_others(aggregator):
     state, schema = toy()
-    good = [news(site, state, schema, i) for i, site in enumerate("abcd")]
-    wild = news("wild", state, schema, 9, size=1e6, num_examples=10**9)
+    good = [make_update(site, state, schema, i) for i, site in enumerate("abcd")]
+    wild = make_update("wild", state, schema, 9, size=1e6, num_examples=10**9)
     moved = merge(aggregator, state, schema, [*good, wild])[KEY] - state[KEY]
     deltas = numbers(good)
     assert (moved.numpy() <= deltas.max(0) + 1e-6).all()
@@ -202,7 +202,7 @@ def test_one_wild_site_moves_nothing_beyond_the_others(aggregator):
 
 def test_local_merges_nothing_and_pooled_takes_one_site_whole():
     state, schema = toy()
-    updates = [news(site, state, schema, i) for i, site in enumerate("ab")]
+    updates = [make_update(site, state, schema, i) for i, site in enumerate("ab")]
     assert not Local.merges
     assert all(torch.equal(v, state[k]) for k, v in merge(Local(), state, schema, updates).items())
     assert Pooled.pooled

@@ -6,7 +6,7 @@ import torch
 from federation.aggregators import FedAvg, Scaffold, merge
 from federation.exchange.schema import Block, Schema
 from federation.exchange.update import BlockUpdate, Update
-from tests.fixtures.toy_federation import news, toy
+from tests.fixtures.toy_federation import make_update, toy
 
 SCHEMA = Schema((Block("encoder", ("w",)),), {"w": (2,)}, frozenset({"w"}), frozenset(), ())
 SITES = {  # curvature and optimum of each site's loss
@@ -71,10 +71,10 @@ def test_an_absent_site_keeps_its_control_and_a_new_one_starts_from_nothing():
 
 def test_controls_belong_to_the_blocks_a_site_trained():
     state, schema = toy()
-    update = news("a", state, schema, tasks=["finding"])
+    update = make_update("a", state, schema, tasks=["finding"])
     update.extra["heads.lungs.weight"] = torch.ones(3, 5)
     aggregator = Scaffold()
-    merge(aggregator, state, schema, [update, news("b", state, schema, 1)])
+    merge(aggregator, state, schema, [update, make_update("b", state, schema, 1)])
     saved = aggregator.state_dict()
     assert "heads.lungs.weight" not in saved["controls"]["a"]
     assert torch.equal(saved["common"]["heads.lungs.weight"], saved["controls"]["b"]["heads.lungs.weight"])

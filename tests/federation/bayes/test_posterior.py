@@ -11,7 +11,7 @@ from federation.bayes.uncertainty import box_probabilities, entropy, nll_sums, t
 from federation.exchange.schema import Block, Schema
 from federation.exchange.update import BlockUpdate, Update
 from mtmedformer.errors import ConfigError, DataError
-from tests.fixtures.toy_federation import news, toy
+from tests.fixtures.toy_federation import make_update, toy
 
 
 @pytest.fixture
@@ -68,14 +68,14 @@ def test_a_posterior_goes_through_a_file(posterior, tmp_path):
 def test_the_memory_keeps_a_row_a_matrix_and_nothing_personal():
     state, schema = toy()
     memory = SiteMemory()
-    memory.replace(news("a", state, schema), state, schema)
+    memory.replace(make_update("a", state, schema), state, schema)
     factor = memory.factors["a"]["encoder"]
     assert factor.curvature["encoder.0.weight"].shape == (5, 1)
     assert factor.curvature["encoder.3.weight"].shape == (4, 1, 1, 1)
     assert factor.weights == {}
     assert set(factor.curvature) == set(schema.block("encoder").keys) & schema.parameters
     whole = SiteMemory(weights=True)
-    update = news("a", state, schema)
+    update = make_update("a", state, schema)
     whole.replace(update, state, schema)
     assert whole.factors["a"]["encoder"].curvature["encoder.0.weight"].shape == (5, 6)
     delta = update.blocks["encoder"].delta["encoder.0.weight"]

@@ -21,7 +21,7 @@ from federation.privacy.accounting import PrivacyMemory, epsilon
 from federation.privacy.site_policies import by_site
 from federation.server.admission import refusal
 from mtmedformer.errors import ConfigError, DataError
-from tests.fixtures.toy_federation import Toy, news, toy
+from tests.fixtures.toy_federation import Toy, make_update, toy
 
 NOISE = {"clip": 1.0, "noise_multiplier": 1.0}
 TRAINED = frozenset(name for name, _ in Toy().named_parameters())
@@ -29,7 +29,7 @@ TRAINED = frozenset(name for name, _ in Toy().named_parameters())
 
 def update(seed=0, round=0, **more):
     state, schema = toy()
-    made = news("north", state, schema, seed, round=round, **more)
+    made = make_update("north", state, schema, seed, round=round, **more)
     made.samples, made.seconds, made.metrics, made.extra = {"finding": 9, "lungs": 4}, 3.5, {"lungs/dice": 0.5}, {}
     return made
 

@@ -15,7 +15,7 @@ from federation.privacy.secure_merge import merge_sums, summands
 from federation.privacy.secure_sum import Member, SecureSum, decode, encode
 from federation.privacy.shamir import PRIME, join, split
 from mtmedformer.errors import ConfigError
-from tests.fixtures.toy_federation import news, toy
+from tests.fixtures.toy_federation import make_update, toy
 
 
 def members(sites, session="round 1", threshold=None, seeds=None):
@@ -198,9 +198,9 @@ def test_the_merge_needs_only_sums(name):
     state, schema = toy()
     kind = "row" if name == "bayes_row" else "element"
     updates = [
-        news("a", state, schema, 1, num_examples=120, precision=kind),
-        news("b", state, schema, 2, tasks=("lungs",), num_examples=7, precision=kind),
-        news("c", state, schema, 3, tasks=("lungs",), num_examples=55, precision=kind),
+        make_update("a", state, schema, 1, num_examples=120, precision=kind),
+        make_update("b", state, schema, 2, tasks=("lungs",), num_examples=7, precision=kind),
+        make_update("c", state, schema, 3, tasks=("lungs",), num_examples=55, precision=kind),
     ]
     plain = merge(AGGREGATORS[name](), state, schema, updates)
     sums = summed({u.site: summands(AGGREGATORS[name](), u, schema) for u in updates})
@@ -213,12 +213,12 @@ def test_the_merge_needs_only_sums(name):
 
 def test_a_task_nobody_labelled_stays_and_who_labelled_one_does_not_show():
     state, schema = toy()
-    updates = [news(site, state, schema, i, tasks=("lungs",)) for i, site in enumerate("abc")]
+    updates = [make_update(site, state, schema, i, tasks=("lungs",)) for i, site in enumerate("abc")]
     terms = {u.site: summands(BayesianAggregator(), u, schema) for u in updates}
     merged = merge_sums(BayesianAggregator(), state, summed(terms), schema)
     assert torch.equal(merged["heads.finding.weight"], state["heads.finding.weight"])
     assert not torch.equal(merged["heads.lungs.weight"], state["heads.lungs.weight"])
-    other = summands(BayesianAggregator(), news("d", state, schema, 5), schema)
+    other = summands(BayesianAggregator(), make_update("d", state, schema, 5), schema)
     assert {k: v.shape for k, v in other.items()} == {k: v.shape for k, v in terms["a"].items()}
     assert not any(key.split("|")[1].startswith("loss") for key in other)
 
@@ -236,4 +236,4 @@ def test_a_task_nobody_labelled_stays_and_who_labelled_one_does_not_show():
 def test_what_looks_at_single_updates_is_refused(aggregator):
     state, schema = toy()
     with pytest.raises(ConfigError, match="single updates"):
-        summands(aggregator, news("a", state, schema), schema)
+        summands(aggregator, make_update("a", state, schema), schema)

@@ -12,7 +12,7 @@ from federation.exchange.update import norms_of
 from federation.server.admission import Fault, Policy, RoundError, outliers, refusal
 from federation.server.run_state import RunState, read_state, write_state
 from mtmedformer.errors import ConfigError, DataError
-from tests.fixtures.toy_federation import news, toy
+from tests.fixtures.toy_federation import make_update, toy
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_round_below_its_quorum_ends_the_run_and_says_who_was_missing():
 
 def broken(change):
     state, schema = toy()
-    update = news("a", state, schema, precision="row")
+    update = make_update("a", state, schema, precision="row")
     change(update)
     from federation.exchange.schema import state_hash
 
@@ -92,7 +92,7 @@ def test_a_good_update_is_let_in(precision):
     state, schema = toy()
     from federation.exchange.schema import state_hash
 
-    assert refusal(news("a", state, schema, precision=precision), 0, state_hash(state), schema) is None
+    assert refusal(make_update("a", state, schema, precision=precision), 0, state_hash(state), schema) is None
 
 
 def test_a_change_far_larger_than_the_others_is_an_outlier_and_a_small_one_is_not():
@@ -114,7 +114,7 @@ def test_sites_that_differ_widely_are_not_outliers():
 
 def test_norms_are_those_of_each_block():
     state, schema = toy()
-    update = news("a", state, schema)
+    update = make_update("a", state, schema)
     flat = torch.cat([delta.flatten() for delta in update.blocks["heads.lungs"].delta.values()])
     assert norms_of(update)["heads.lungs"] == pytest.approx(float(flat.norm()), rel=1e-6)
 

@@ -16,7 +16,7 @@ from federation import (
     Scaffold,
 )
 from federation.server.drift import Drift
-from tests.fixtures.toy_federation import news, toy
+from tests.fixtures.toy_federation import make_update, toy
 
 
 def round_of(aggregator, updates, state, schema, most=4096):
@@ -44,9 +44,9 @@ def test_shares_times_changes_are_the_merged_change(name):
     state, schema = toy()
     precision = "row" if name == "row" else "element"
     updates = [
-        news("a", state, schema, seed=1, num_examples=30, precision=precision),
-        news("b", state, schema, seed=2, num_examples=90, tasks=("lungs",), precision=precision),
-        news("c", state, schema, seed=3, num_examples=10, precision=precision),
+        make_update("a", state, schema, seed=1, num_examples=30, precision=precision),
+        make_update("b", state, schema, seed=2, num_examples=90, tasks=("lungs",), precision=precision),
+        make_update("c", state, schema, seed=3, num_examples=10, precision=precision),
     ]
     drift, after, told = round_of(WEIGHTED[name](), updates, state, schema)
     for block in schema.blocks:
@@ -69,7 +69,7 @@ def test_shares_times_changes_are_the_merged_change(name):
 
 def test_cosine_is_that_of_the_whole_change():
     state, schema = toy()
-    updates = [news(site, state, schema, seed=i) for i, site in enumerate("ab")]
+    updates = [make_update(site, state, schema, seed=i) for i, site in enumerate("ab")]
     _, after, told = round_of(FedAvg(), updates, state, schema)
     keys = [key for block in schema.blocks if not block.personal for key in block.keys]
     merged = torch.cat([(after[key] - state[key]).flatten() for key in keys])
@@ -82,7 +82,7 @@ def test_cosine_is_that_of_the_whole_change():
 
 def test_few_elements_say_nearly_the_same():
     state, schema = toy()
-    updates = [news(site, state, schema, seed=i) for i, site in enumerate("abc")]
+    updates = [make_update(site, state, schema, seed=i) for i, site in enumerate("abc")]
     _, _, whole = round_of(BayesianAggregator(), updates, state, schema)
     _, _, few = round_of(BayesianAggregator(), updates, state, schema, most=12)
     for site in "abc":
@@ -96,18 +96,18 @@ def test_few_elements_say_nearly_the_same():
 ])  # fmt: skip
 def test_what_has_no_weights_or_merges_nothing_claims_neither(make, shared, moved):
     state, schema = toy()
-    updates = [news(site, state, schema, seed=i) for i, site in enumerate("abc")]
+    updates = [make_update(site, state, schema, seed=i) for i, site in enumerate("abc")]
     _, _, told = round_of(make(), updates, state, schema)
     assert all(("share" in found) == shared and ("cosine" in found) == moved for found in told.values())
 
 
 def test_a_single_site_has_everything_to_say_and_the_merge_is_unchanged_by_the_watching():
     state, schema = toy()
-    update = news("pooled", state, schema)
+    update = make_update("pooled", state, schema)
     _, after, told = round_of(Pooled(), [update], state, schema)
     assert told["pooled"]["cosine"] == pytest.approx(1)
     assert set(told["pooled"]["share"].values()) == {1.0}
     plain = Pooled()
     plain.start(state, schema)
-    plain.add(news("pooled", state, schema))
+    plain.add(make_update("pooled", state, schema))
     assert all(torch.equal(value, after[key]) for key, value in plain.finish().items())
