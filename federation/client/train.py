@@ -15,7 +15,7 @@ from federation.client.lightning_internals import copy_module, go_on_from, hushe
 from federation.client.local_training import Interrupted, LocalTraining, RoundPlan, SiteState, state_of
 from federation.exchange.schema import Schema, State, block_of
 from federation.exchange.update import BlockUpdate, Update
-from federation.privacy.outgoing import Leaving
+from federation.privacy.outgoing import OutgoingUpdate
 from federation.privacy.policy import PrivacyPolicy
 
 __all__ = [
@@ -86,9 +86,9 @@ def train_site(
     curvature: Curvature = aggregator.curvature.fresh() if measures and aggregator.curvature else NoCurvature()
     objective = aggregator.client_objective(site)
     training = LocalTraining(plan, memory, objective, curvature, local, stop)
-    leaving = Leaving(privacy, site, plan, memory)
+    outgoing = OutgoingUpdate(privacy, site, plan, memory)
     trainer = make_trainer()
-    leaving.protect(module, trainer)
+    outgoing.attach_dp_sgd(module, trainer)
     _fit(module, datamodule, trainer, training, plan, memory, (plan.seed, plan.round, site))
     after = state_of(module)
     kept = SiteState(
@@ -122,7 +122,7 @@ def train_site(
     extra = objective.extra(after, start, update.steps, training.mean_rate())
     update.extra = {key: value for key, value in extra.items() if key in sent or key not in start}
     logged = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("train/")}
-    update, kept.privacy, told = leaving.passed(update, module)
+    update, kept.privacy, told = outgoing.apply(update, module)
     if privacy is not None and privacy.guarantees:  # what training logs is computed from images, and no noise covers it
         return SiteResult(update, kept, {}, {}, told)
     return SiteResult(update, kept, logged, training.moved, told)

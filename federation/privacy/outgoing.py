@@ -1,4 +1,4 @@
-"""Where a site's privacy policy meets its round: during local training, and at the door."""
+"""Apply a site's privacy policy in one round: DP-SGD during local training, and the update before it is sent."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from federation.privacy.policy import PrivacyPolicy
 from mtmedformer.errors import ConfigError
 
 
-class Leaving:
-    """Sees to a site's privacy policy in one round.
+class OutgoingUpdate:
+    """Applies a site's privacy policy in one round.
 
     Args:
-        policy: The policy; ``None`` lets everything pass.
+        policy: The policy; ``None`` changes nothing.
         site: Name of the site.
         plan: What the server says of the round.
         memory: What the site kept from its earlier rounds.
@@ -38,15 +38,15 @@ class Leaving:
             label = f"gradient|{site}|{plan.round}|{plan.base}"
             self.gradients = PrivateGradients(policy.examples, policy.key(self.memory), label)
 
-    def protect(self, module: L.LightningModule, trainer: L.Trainer) -> None:
-        """Give the module noised gradients, where the policy asks for them."""
+    def attach_dp_sgd(self, module: L.LightningModule, trainer: L.Trainer) -> None:
+        """Replace the module's gradients by clipped and noised ones, if the policy has ``examples``."""
         if self.gradients is not None:
             self.gradients.attach(module, trainer)
 
-    def passed(self, update: Update, module: L.LightningModule) -> tuple[Update, dict[str, Any], dict[str, Any]]:
-        """Return the update as it may leave, what the policy keeps, and its report, both as plain values.
+    def apply(self, update: Update, module: L.LightningModule) -> tuple[Update, dict[str, Any], dict[str, Any]]:
+        """Return the update to send, the privacy memory, and the privacy report, both as plain values.
 
-        What leaves without noise is counted as well, and without a policy: one that comes later cannot take it back.
+        Releases without noise are counted too, also without a policy: a later policy cannot undo them.
         """
         if self.gradients is None:
             add(self.memory.examples, 0.0)
