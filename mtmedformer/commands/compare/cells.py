@@ -9,32 +9,17 @@ import json
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from mtmedformer.commands.compare.code_version import code_version
 from mtmedformer.commands.compare.configuration import data_sets, essence, resolved, write_config
 from mtmedformer.commands.compare.study import Study
 from mtmedformer.errors import ConfigError
 from mtmedformer.storage.atomic_write import whole
-from mtmedformer.storage.hashing import source_digest
 
 Split = Literal["test", "val"]
-
-ROOMS = ("mtmedformer", "datamodules", "federation", "callbacks")
-NO_PART = (
-    "callbacks/prediction/",
-    "callbacks/reports/",
-    "mtmedformer/commands/",
-    "mtmedformer/plots/",
-    "mtmedformer/processes",
-)
-NO_PART_OF_CALLBACKS = ("data_identity", "digests", "overlays", "report", "table", "wandb")
-"""Files that no training runs through (beside the tools of the command line), so that work on them leaves finished
-cells finished."""
-
-LIBRARIES = ("torch", "lightning", "timm", "torchmetrics", "torchjd", "torchvision", "numpy")
 
 
 @dataclass(frozen=True)
@@ -162,26 +147,6 @@ def salt_of(output: Path) -> Path:
         file.write_text(secrets.token_hex(16))
         file.chmod(0o600)
     return file
-
-
-def code_version() -> str:
-    """Return the hash of the code that trainings run through, and of the libraries they stand on.
-
-    Comments, docstrings and layout do not count, nor do tools and reports: what cannot change a result must not make
-    a finished training run again.
-    """
-    from mtmedformer.commands.main import COMMANDS
-
-    home = Path(__file__).resolve().parents[3]
-    tools = tuple("/".join(command.module.split(".")[:2]) for command in COMMANDS.values())
-    files = []
-    for room in ROOMS:
-        for file in sorted((home / room).rglob("*.py")):
-            name = file.relative_to(home).as_posix()
-            aside = room == "callbacks" and any(word in file.stem for word in NO_PART_OF_CALLBACKS)
-            if not name.startswith((*NO_PART, *tools)) and not aside:
-                files.append(file)
-    return digest([source_digest(files, home), [f"{name} {version(name)}" for name in LIBRARIES]])
 
 
 def digest(value: Any) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mtmedformer.commands.compare.cells import Cell, Split, code_version, write_json
+from mtmedformer.commands.compare.cells import Cell, Split, write_json
+from mtmedformer.commands.compare.code_version import code_version
 from mtmedformer.commands.compare.measures import measures, same_start
 from mtmedformer.commands.compare.panels import Panels, paired
 from mtmedformer.commands.compare.statistics import Estimate, Panel, Summary, estimate, holm, per_run, verdict

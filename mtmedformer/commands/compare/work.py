@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mtmedformer.commands.compare.cells import Split, code_version, read_json, write_json
+from mtmedformer.commands.compare.cells import Split, read_json, write_json
+from mtmedformer.commands.compare.code_version import code_version
 
 COMMAND: dict[Split, str] = {"test": "test", "val": "validate"}
 DONE = (0, 3)

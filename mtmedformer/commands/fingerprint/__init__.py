@@ -1,4 +1,5 @@
 """``mtmedformer fingerprint``: describe a data set or a federation before training.
 
-``summary.py`` measures and counts, ``suggestions.py`` derives settings, ``tables.py`` prints, ``picture.py`` draws.
+``image_sets.py`` measures every image, ``summary.py`` counts, ``suggestions.py`` derives settings, ``tables.py``
+prints, ``picture.py`` draws.
 """

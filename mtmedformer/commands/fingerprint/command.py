@@ -21,8 +21,9 @@ from rich.console import Console
 
 from datamodules.base import MedicalDataModule
 from federation.datamodule import FederatedDataModule
+from mtmedformer.commands.fingerprint.image_sets import read_images, read_sites
 from mtmedformer.commands.fingerprint.picture import draw
-from mtmedformer.commands.fingerprint.summary import Fingerprint, read_images, read_sites, summarise, summarise_sites
+from mtmedformer.commands.fingerprint.summary import Fingerprint, summarise, summarise_sites
 from mtmedformer.commands.fingerprint.tables import show
 from mtmedformer.errors import ConfigError
 

@@ -8,44 +8,21 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from datamodules.audit.image_statistics import ImageStatistics, image_statistics
+from datamodules.audit.image_statistics import ImageStatistics
 from datamodules.audit.near_duplicates import LeakReport, find_duplicates, leak_report
 from datamodules.audit.shortcuts import Shortcut, find_shortcuts
-from datamodules.base import MedicalDataModule
 from datamodules.cache.quarantine import Quarantine
 from datamodules.loading.samplers import is_positive, strata
 from datamodules.records import ClassTruth, Split
-from federation.datamodule import FederatedDataModule
 from mtmedformer.batch import Task
+from mtmedformer.commands.fingerprint.image_sets import ImageSet
 from mtmedformer.commands.fingerprint.suggestions import Suggestion, suggest
-from mtmedformer.errors import ConfigError
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 QUANTILES = (5, 25, 50, 75, 95)
 
 Quantiles = dict[str, float]
 """Values by percentage: ``{"5": …, "25": …, "50": …, "75": …, "95": …}``."""
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """The images to summarise and the settings of their data set.
-
-    Attributes:
-        dataset: Class of the data module.
-        facts: One entry per usable image that is labelled for some task.
-        tasks: The tasks by name.
-        image_size: Height and width of the network's present input.
-        batch_size: Images per batch.
-        quarantine: Images and labels that were left out.
-    """
-
-    dataset: str
-    facts: Sequence[ImageStatistics]
-    tasks: dict[str, Task]
-    image_size: tuple[int, int]
-    batch_size: int
-    quarantine: Quarantine
 
 
 @dataclass(frozen=True)
@@ -62,6 +39,10 @@ class LabelCount:
 
     labelled: int = 0
     positive: int = 0
+
+
+LabelCounts = dict[str, dict[Split, dict[str, LabelCount]]]
+"""Label counts by site, split and task."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +113,7 @@ class Fingerprint:
     patients: int
     splits: dict[Split, SplitCount]
     tasks: dict[str, Task]
-    labelled: dict[str, dict[Split, dict[str, LabelCount]]]
+    labelled: LabelCounts
     classes: dict[str, dict[str, dict[Split, int]]]
     original_size: OriginalSize
     content_size: tuple[int, int]
@@ -146,48 +127,6 @@ class Fingerprint:
     suggestion: Suggestion
     warnings: list[str]
     sites: dict[str, Fingerprint] = field(default_factory=dict)
-
-
-def read_images(data: MedicalDataModule) -> ImageSet:
-    """Set a data set up and measure each of its images.
-
-    Raises:
-        DataError: As ``MedicalDataModule.setup``.
-    """
-    data.setup(None)
-    facts = image_statistics(data.datasets)
-    return ImageSet(
-        type(data).__name__, facts, data.tasks, (data.image_size[0], data.image_size[1]), data.batch_size,
-        data.quarantine,
-    )  # fmt: skip
-
-
-def read_sites(data: FederatedDataModule) -> dict[str, ImageSet]:
-    """Set the sites of a federation up and measure each of their images, which get the names of their sites.
-
-    Data sets of their own may use one image or patient key for different things, so their keys are prefixed with the
-    site. Sites that were cut from one data set share its keys.
-
-    Raises:
-        ConfigError: As ``FederatedDataModule.setup``, or a site's data set has no records to describe.
-        DataError: As ``MedicalDataModule.setup``.
-    """
-    data.setup(None)
-    found = {}
-    for name, site in data.sites.items():
-        source = site.source
-        if not isinstance(source, MedicalDataModule):
-            raise ConfigError(
-                f"fingerprint: site {name}: {type(source).__name__} is no datamodules.MedicalDataModule, so its images "
-                "cannot be described"
-            )
-        images, prefix = read_images(source), f"{name}/" if data.data is None else ""
-        facts = [
-            replace(f, record=replace(f.record, site=name, id=prefix + f.record.id, patient=prefix + f.record.patient))
-            for f in images.facts
-        ]
-        found[name] = replace(images, facts=facts)
-    return found
 
 
 def summarise(images: ImageSet) -> Fingerprint:
@@ -249,10 +188,8 @@ def summarise_sites(sites: Mapping[str, ImageSet], tasks: dict[str, Task]) -> tu
     return replace(together, sites=parts, warnings=warnings), facts
 
 
-def _labelled(
-    tasks: Mapping[str, Task], facts: Sequence[ImageStatistics]
-) -> dict[str, dict[Split, dict[str, LabelCount]]]:
-    table: dict[str, dict[Split, dict[str, LabelCount]]] = {}
+def _labelled(tasks: Mapping[str, Task], facts: Sequence[ImageStatistics]) -> LabelCounts:
+    table: LabelCounts = {}
     for fact in facts:
         for name, task in tasks.items():
             words = strata(fact.record, {name: task})

@@ -15,7 +15,8 @@ import yaml
 from rich.console import Console
 
 from mtmedformer.commands.compare import cells, runner
-from mtmedformer.commands.compare.cells import Cell, cells_of, code_version, prepare, salt_of, write_json
+from mtmedformer.commands.compare.cells import Cell, cells_of, prepare, salt_of, write_json
+from mtmedformer.commands.compare.code_version import code_version
 from mtmedformer.commands.compare.study import Study, Variant
 from mtmedformer.errors import ConfigError
 

@@ -11,7 +11,8 @@ import torch
 
 from mtmedformer.batch import Meta
 from mtmedformer.commands.compare import runner
-from mtmedformer.commands.compare.cells import Cell, code_version, digest, write_json
+from mtmedformer.commands.compare.cells import Cell, digest, write_json
+from mtmedformer.commands.compare.code_version import code_version
 from mtmedformer.commands.compare.measures import curve_of, measures, same_start
 from mtmedformer.commands.compare.report import render
 from mtmedformer.commands.compare.results import compare, higher_is_better, limits, write_csv, write_json_report
