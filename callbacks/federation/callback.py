@@ -30,11 +30,11 @@ from federation.client.lightning_internals import (
     SiteBar,
     build_site_trainer,
     copy_module,
-    keep_metrics_home,
-    note_sigterm_alone,
+    keep_metrics_local,
+    note_sigterm_per_process,
 )
-from federation.client.subprocess import Late, train_isolated
-from federation.client.train import Interrupted, RoundPlan, SiteResult, SiteState, state_of, train_site
+from federation.client.subprocess import SiteTimeoutError, train_isolated
+from federation.client.train import RoundPlan, SiteResult, SiteState, TrainingInterrupt, state_of, train_site
 from federation.exchange.schema import State, schema_of, state_hash
 from federation.partition import Holding
 from federation.privacy.policy import PrivacyPolicy
@@ -136,7 +136,7 @@ class Federation(L.Callback):
         if stage != "fit":
             return
         check_server(trainer, self.placement, self.policy, self._factory(trainer))
-        note_sigterm_alone(trainer)
+        note_sigterm_per_process(trainer)
         warnings.filterwarnings("ignore", r"It is recommended to use `self.log\(.*sync_dist=True")  # equal on all
         self._template = copy_module(pl_module)
         self._schema = schema_of(pl_module)
@@ -144,7 +144,7 @@ class Federation(L.Callback):
         for privacy in self._privacy.values():
             privacy.check(pl_module, self._schema, self.aggregator, self._placed(trainer) == "ddp")
         self._symmetries = permutation_groups(pl_module) if self.align and self.aggregator.merges else ()
-        keep_metrics_home(pl_module)  # every process validates everything, so that all decide alike
+        keep_metrics_local(pl_module)  # every process validates everything, so that all decide alike
         self._server = Server(trainer, pl_module, self.target)
         self.holdings = federated_data(trainer).holdings()
         if trainer.is_global_zero:
@@ -246,12 +246,12 @@ class Federation(L.Callback):
                 work = partial(self._train_here, trainer, plan, site, quiet=True)
                 return train_isolated(work, None, self.policy.deadline, asked_to_stop)
             return self._train_here(trainer, plan, site, lambda: asked_to_stop() or time.monotonic() > deadline)
-        except Interrupted:
+        except TrainingInterrupt:
             stops = asked_to_stop()
             if plan.distributed:
                 stops = trainer.strategy.reduce_boolean_decision(stops, all=False)
             if not stops:
-                raise Late from None
+                raise SiteTimeoutError from None
             raise (SIGTERMException if trainer.received_sigterm else KeyboardInterrupt) from None
 
     def _train_here(

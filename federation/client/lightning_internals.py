@@ -44,7 +44,7 @@ def copy_module(module: L.LightningModule) -> L.LightningModule:
 
 
 @contextmanager
-def solo(module: L.LightningModule) -> Iterator[None]:
+def as_single_process(module: L.LightningModule) -> Iterator[None]:
     """Let a one-device Trainer within a process group behave as rank 0 of a world of one.
 
     Metrics of the module no longer reach for the group, where they would mix sites and wait for ranks that never come;
@@ -52,14 +52,14 @@ def solo(module: L.LightningModule) -> Iterator[None]:
     """
     everyone: Any = rank_zero_only
     rank, everyone.rank = everyone.rank, 0
-    keep_metrics_home(module)
+    keep_metrics_local(module)
     try:
         yield
     finally:
         everyone.rank = rank
 
 
-def keep_metrics_home(module: torch.nn.Module) -> None:
+def keep_metrics_local(module: torch.nn.Module) -> None:
     """Stop a module's metrics from gathering over the process group."""
     for part in module.modules():
         if isinstance(part, Metric):
@@ -87,7 +87,7 @@ def seeded(*key: object) -> Iterator[int]:
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
+def quiet_lightning() -> Iterator[None]:
     """Keep what every Trainer says of itself (devices, ranks, why it stopped) from being said every round."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
@@ -130,7 +130,7 @@ def build_site_trainer(
         "default_root_dir": server.default_root_dir,
         **({} if validates else {"limit_val_batches": 0}),
     }
-    with hushed():
+    with quiet_lightning():
         trainer: L.Trainer = factory(**fixed, strategy=_strategy(server, distributed))
         if trainer.precision != server.precision and trainer.precision == "32-true":
             trainer = factory(**fixed, strategy=_strategy(server, distributed), precision=server.precision)
@@ -148,7 +148,7 @@ def _strategy(server: L.Trainer, distributed: bool) -> Strategy:
     return DDPStrategy(timeout=server.strategy._timeout, **server.strategy._ddp_kwargs)
 
 
-def note_sigterm_alone(trainer: L.Trainer) -> None:
+def note_sigterm_per_process(trainer: L.Trainer) -> None:
     """Let each process note SIGTERM for itself and pass it on to those it launched, before handlers are registered.
 
     Lightning's own handler broadcasts from within the signal handler. Where it interrupts processes between different
@@ -182,7 +182,7 @@ def budget(trainer: L.Trainer) -> tuple[int, int]:
     return epochs, steps
 
 
-def go_on_from(trainer: L.Trainer, epochs: int, steps: int) -> None:
+def continue_from(trainer: L.Trainer, epochs: int, steps: int) -> None:
     """Let a fresh Trainer count on from what its site has done in earlier rounds, for as much as its budget again.
 
     Samplers then draw new orders, loggers go on along their axis, and a resumed run does as an uninterrupted one.

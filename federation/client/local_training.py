@@ -21,7 +21,7 @@ from mtmedformer.batch import Batch
 from mtmedformer.errors import ConfigError
 
 
-class Interrupted(Exception):  # noqa: N818 (a request to stop, not an error)
+class TrainingInterrupt(BaseException):
     """Local training was asked to stop; nothing of this round is kept."""
 
 
@@ -167,7 +167,7 @@ class LocalTraining(L.Callback):
         if trainer.world_size > 1:  # the processes that train a site together leave it together
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop:
-            raise Interrupted
+            raise TrainingInterrupt
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Finish the measurement, and keep the optimiser and the schedule for the next round."""

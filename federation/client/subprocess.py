@@ -16,20 +16,20 @@ from pathlib import Path
 
 import torch
 
-from federation.client.train import Interrupted, SiteResult, SiteState
+from federation.client.train import SiteResult, SiteState, TrainingInterrupt
 from federation.exchange.update import load_update, save_update
 from mtmedformer.errors import ConfigError
 
 
-class Late(Exception):  # noqa: N818 (nothing went wrong; it took too long)
+class SiteTimeoutError(Exception):
     """A site was not done by the deadline."""
 
 
-class Died(Exception):  # noqa: N818
+class SiteCrashError(Exception):
     """The process of a site ended without a word; the message says how."""
 
 
-class Raised(Exception):  # noqa: N818
+class SiteTrainingError(Exception):
     """A site's training raised in its own process; the message is the traceback, which stays at the site.
 
     Attributes:
@@ -60,10 +60,10 @@ def train_isolated(
         stop: Asked again and again whether to give the round up.
 
     Raises:
-        Interrupted: When ``stop`` said so.
-        Late: When the deadline passed; the process is ended.
-        Died: When the process was killed.
-        Raised: When the training raised.
+        TrainingInterrupt: When ``stop`` said so.
+        SiteTimeoutError: When the deadline passed; the process is ended.
+        SiteCrashError: When the process was killed.
+        SiteTrainingError: When the training raised.
         ConfigError: When it raised one: a mistake that no site can mend.
     """
     box = Path(tempfile.mkdtemp(prefix="site-", dir=folder))
@@ -74,9 +74,9 @@ def train_isolated(
         while process.is_alive():
             process.join(0.1)
             if stop():
-                raise Interrupted
+                raise TrainingInterrupt
             if time.monotonic() > until and process.is_alive():
-                raise Late
+                raise SiteTimeoutError
         if process.exitcode:
             raise _told(box, process.exitcode)
         kept = torch.load(box / "kept.pt", weights_only=True)
@@ -108,10 +108,12 @@ def _told(box: Path, exit_code: int) -> Exception:
     """Return what a failed process said of its failure."""
     if not (box / "error.json").is_file():
         if exit_code < 0:
-            return Died(f"by signal {-exit_code}" + (", as where memory runs out" if exit_code == -9 else ""))
-        return Died(f"with code {exit_code}")
+            return SiteCrashError(f"by signal {-exit_code}" + (", as where memory runs out" if exit_code == -9 else ""))
+        return SiteCrashError(f"with code {exit_code}")
     told = json.loads((box / "error.json").read_text())
-    return ConfigError(told["words"]) if told["mistake"] else Raised(told["text"], told["kind"], told["words"])
+    return (
+        ConfigError(told["words"]) if told["mistake"] else SiteTrainingError(told["text"], told["kind"], told["words"])
+    )
 
 
 def _end(process: ForkProcess) -> None:

@@ -11,18 +11,18 @@ import lightning as L
 
 from federation.aggregators.base import Aggregator, ClientObjective
 from federation.bayes.curvature import Curvature, NoCurvature
-from federation.client.lightning_internals import copy_module, go_on_from, hushed, seeded, solo
-from federation.client.local_training import Interrupted, LocalTraining, RoundPlan, SiteState, state_of
+from federation.client.lightning_internals import as_single_process, continue_from, copy_module, quiet_lightning, seeded
+from federation.client.local_training import LocalTraining, RoundPlan, SiteState, TrainingInterrupt, state_of
 from federation.exchange.schema import Schema, State, block_of
 from federation.exchange.update import BlockUpdate, Update
 from federation.privacy.outgoing import OutgoingUpdate
 from federation.privacy.policy import PrivacyPolicy
 
 __all__ = [
-    "Interrupted",
     "RoundPlan",
     "SiteResult",
     "SiteState",
+    "TrainingInterrupt",
     "local_keys",
     "personal_keys",
     "state_of",
@@ -75,7 +75,7 @@ def train_site(
         privacy: What the site does to its update before it leaves.
 
     Raises:
-        Interrupted: When ``stop`` said so.
+        TrainingInterrupt: When ``stop`` said so.
     """
     began = time.perf_counter()
     local = local_keys(plan.schema, aggregator, privacy)
@@ -137,7 +137,7 @@ def validate_site(
     """Return the validation metrics of some weights on one site's own data, by ``<task>/<metric>``."""
     module = copy_module(template)
     module.load_state_dict(state)
-    with solo(module), hushed(), seeded("validation"):
+    with as_single_process(module), quiet_lightning(), seeded("validation"):
         results = make_trainer().validate(module, datamodule=datamodule, verbose=False)
     return {key.removeprefix("val/"): float(value) for found in results for key, value in found.items()}
 
@@ -169,13 +169,13 @@ def _fit(
     key: tuple[object, ...],
 ) -> L.Trainer:
     """Fit a module in an isolated Trainer that counts on from the site's earlier rounds, and return the Trainer."""
-    go_on_from(trainer, memory.epochs, memory.steps)
+    continue_from(trainer, memory.epochs, memory.steps)
     trainer.callbacks.append(training)  # type: ignore[attr-defined]
-    with seeded(*key), hushed():
+    with seeded(*key), quiet_lightning():
         if plan.distributed:
             trainer.fit(module, datamodule=datamodule)
         else:
-            with solo(module):
+            with as_single_process(module):
                 trainer.fit(module, datamodule=datamodule)
     return trainer
 

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from federation.client.subprocess import Died, Late, Raised
-from federation.client.train import Interrupted, RoundPlan, SiteResult, SiteState
+from federation.client.subprocess import SiteCrashError, SiteTimeoutError, SiteTrainingError
+from federation.client.train import RoundPlan, SiteResult, SiteState, TrainingInterrupt
 from federation.exchange.collectives import share
 from federation.exchange.update import Update, load_update, save_update, summary
 from federation.server.admission import Fault, Policy, outliers, refusal
@@ -150,12 +150,12 @@ class Gathering:
         for attempt in range(self.policy.retries + 1):
             try:
                 result = train(site)
-            except (Interrupted, KeyboardInterrupt):
+            except (TrainingInterrupt, KeyboardInterrupt):
                 raise
             except ConfigError as error:
                 return Arrival(site, mistake=str(error))
             except Exception as error:
-                if self.plan.distributed and not isinstance(error, Late):
+                if self.plan.distributed and not isinstance(error, SiteTimeoutError):
                     raise  # the other processes are still within the site's training, and wait there for this one
                 arrival = Arrival(site, Fault(site, _kind(error)))
                 self._note(site, "".join(traceback.format_exception(error)))
@@ -193,11 +193,13 @@ class Gathering:
 
 def _kind(error: Exception) -> str:
     """Say what kind of error it is, in words that hold nothing of a patient."""
-    if isinstance(error, Late):
+    if isinstance(error, SiteTimeoutError):
         return "not done by the deadline"
-    if isinstance(error, Died):
+    if isinstance(error, SiteCrashError):
         return f"its process ended ({error})"
-    kind, words = (error.kind, error.words) if isinstance(error, Raised) else (type(error).__name__, str(error))
+    kind, words = (
+        (error.kind, error.words) if isinstance(error, SiteTrainingError) else (type(error).__name__, str(error))
+    )
     short = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
     if kind in ("MemoryError", "OutOfMemoryError") or (kind == "RuntimeError" and any(w in words for w in short)):
         return "out of memory"

@@ -18,16 +18,16 @@ from torchmetrics import SumMetric
 
 from federation.client.lightning_internals import (
     SiteBar,
+    as_single_process,
     budget,
     build_site_trainer,
+    continue_from,
     copy_module,
-    go_on_from,
-    hushed,
-    keep_metrics_home,
-    note_sigterm_alone,
+    keep_metrics_local,
+    note_sigterm_per_process,
+    quiet_lightning,
     seeded,
     server_step,
-    solo,
 )
 from federation.site_loaders import Site
 from mtmedformer.errors import ConfigError
@@ -68,7 +68,7 @@ def test_metrics_of_a_solo_module_do_not_reach_for_the_group():
     assert module.val_loss.compute() == 102, "in a group of two the metric does mix processes"
     module.val_loss.reset()
     calls.clear()
-    with solo(module):
+    with as_single_process(module):
         module.val_loss.update(1.0)
         assert module.val_loss.compute() == 1
     assert calls == []
@@ -81,7 +81,7 @@ def test_on_another_rank_a_solo_trainer_logs(tmp_path, monkeypatch):
     logger.log_metrics({"a": 1.0}, step=0)
     logger.save()
     assert not (tmp_path / "metrics.csv").exists(), "on rank 1 a logger is silent"
-    with solo(toy_module()):
+    with as_single_process(toy_module()):
         logger.log_metrics({"a": 1.0}, step=0)
         logger.save()
     assert (tmp_path / "metrics.csv").read_text().startswith("a,step")
@@ -119,7 +119,7 @@ def test_random_streams_are_the_keys_and_the_callers_comes_back(monkeypatch):
 def test_trainers_are_hushed_and_warnings_are_not(caplog):
     log = logging.getLogger("lightning.pytorch")
     before = log.level
-    with hushed():
+    with quiet_lightning():
         assert not logging.getLogger("lightning.pytorch.utilities.rank_zero").isEnabledFor(logging.INFO)
         assert logging.getLogger("lightning.pytorch.utilities.rank_zero").isEnabledFor(logging.WARNING)
     assert log.level == before
@@ -143,7 +143,7 @@ def test_one_bar_a_site_below_the_rounds():
     trainer = build_site_trainer(L.Trainer, server(), bar=bar)
     assert trainer.progress_bar_callback is bar
     assert bar.process_position == 1
-    go_on_from(trainer, 0, 0)
+    continue_from(trainer, 0, 0)
     trainer.fit(toy_module(), datamodule=site())
 
 
@@ -159,7 +159,7 @@ def test_the_servers_signal_handlers_stay_in_charge():
     plain.fit(toy_module(), datamodule=site())
     assert seen.pop()[signal.SIGTERM] != handlers[signal.SIGTERM], "a plain Trainer takes SIGTERM over"
     trainer = build_site_trainer(L.Trainer, server())
-    go_on_from(trainer, 0, 0)
+    continue_from(trainer, 0, 0)
     trainer.callbacks.append(Look())
     trainer.fit(toy_module(), datamodule=site())
     assert seen == [handlers]
@@ -179,7 +179,7 @@ def test_sigterm_is_noted_without_a_word_to_the_group(monkeypatch):
                     time.sleep(0.01)
 
     trainer = server(max_epochs=1, callbacks=[Kill()], enable_progress_bar=False, enable_model_summary=False)
-    note_sigterm_alone(trainer)
+    note_sigterm_per_process(trainer)
     with pytest.raises(SIGTERMException):
         trainer.fit(toy_module(), datamodule=site())
     assert trainer.received_sigterm
@@ -217,7 +217,7 @@ def test_a_fresh_trainer_counts_on(settings, epochs, steps, tmp_path):
     logger = CSVLogger(tmp_path, name="", version="", flush_logs_every_n_steps=1)
     trainer = build_site_trainer(lambda **kw: L.Trainer(**settings, log_every_n_steps=1, **kw), server(), logger=logger)
     trainer.callbacks.append(Watch())
-    go_on_from(trainer, 10, 30)
+    continue_from(trainer, 10, 30)
     trainer.fit(toy_module(), datamodule=site())
     assert trainer.current_epoch == 10 + epochs
     assert trainer.global_step == 30 + steps
@@ -275,9 +275,9 @@ def test_a_trainer_within_a_trainer_leaves_the_outer_one_alone():
             if batch_idx == 0:
                 before = (trainer.current_epoch, trainer.global_step, pl_module.trainer)
                 inner = build_site_trainer(L.Trainer, trainer)
-                go_on_from(inner, 5, 15)
+                continue_from(inner, 5, 15)
                 twin = copy_module(pl_module)
-                with seeded("inner"), solo(twin):
+                with seeded("inner"), as_single_process(twin):
                     inner.fit(twin, datamodule=site())
                 seen[trainer.current_epoch] = inner.global_step
                 assert before == (trainer.current_epoch, trainer.global_step, pl_module.trainer)
@@ -300,7 +300,7 @@ def test_many_trainers_in_a_row_leave_the_server_as_it_was():
     outer, before = server(), {key: value.clone() for key, value in module.state_dict().items()}
     for _ in range(5):
         trainer = build_site_trainer(L.Trainer, outer)
-        go_on_from(trainer, 0, 0)
+        continue_from(trainer, 0, 0)
         trainer.fit(copy_module(module), datamodule=data)
         assert trainer.global_step > 0
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
@@ -308,5 +308,5 @@ def test_many_trainers_in_a_row_leave_the_server_as_it_was():
 
 def test_metrics_stay_home_on_request():
     module = toy_module()
-    keep_metrics_home(module)
+    keep_metrics_local(module)
     assert module.val_loss.distributed_available_fn() is False

@@ -11,7 +11,7 @@ from federation.aggregators.bayesian import BayesianAggregator
 from federation.alignment.align import permutation_groups, shuffle
 from federation.bayes.curvature import SquaredGradients
 from federation.client.lightning_internals import build_site_trainer
-from federation.client.train import Interrupted, SiteState, local_keys, train_site, validate_site
+from federation.client.train import SiteState, TrainingInterrupt, local_keys, train_site, validate_site
 from federation.site_loaders import Site
 from mtmedformer.errors import ConfigError
 from tests.fixtures.toy_sites import TASKS, ToyModule, ToySite, toy_module, toy_plan
@@ -224,7 +224,7 @@ def test_what_a_site_keeps_can_be_stored_without_code(tmp_path):
 
 def test_a_site_can_be_asked_to_stop():
     count = iter(range(10))
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupt):
         trained(stop=lambda: next(count) == 1)
 
 
