@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_only
 from pydicom import dcmread
 from pydicom.uid import UID
@@ -23,7 +22,7 @@ from datamodules.cache.quarantine import IMAGE, Issue
 from datamodules.images.dicom import is_dicom
 from datamodules.images.pixels import Originals
 from datamodules.images.presets import ChestPreset, PlainPreset, Preset
-from datamodules.loading.dataset import meta_of, pixels_of
+from datamodules.loading.single_image import prepare_file
 from datamodules.public.layout import is_litter
 from datamodules.records import Record
 from mtmedformer.batch import Batch, Sample, collate
@@ -177,13 +176,10 @@ class _Reader(Dataset[Sample | Issue]):
     def __getitem__(self, index: int) -> Sample | Issue:
         record = self.records[index]
         try:
-            made = self.preprocessing.apply(record)
-        except Exception as error:  # a fault of ours in one image must not end a night's work; it is told and listed
+            return prepare_file(record, self.preprocessing)
+        except Exception as error:  # a fault of the code in one image must not end the run; it is logged and listed
             log.exception("%s could not be prepared", record.file.name)
             return Issue(record.id, record.file.name, IMAGE, "image cannot be prepared", f"{type(error).__name__}")
-        if isinstance(made, Issue):
-            return made
-        return Sample(torch.from_numpy(pixels_of(made))[None], {}, meta_of(record, made, made.to_original, ""))
 
 
 def _as_is(item: object) -> object:

@@ -54,7 +54,7 @@ COLUMNS = [
 
 
 @dataclass
-class Lesion:
+class LesionRow:
     """A row of a case table."""
 
     kind: str
@@ -74,7 +74,7 @@ class Film:
     side: str
     view: str
     density: set[str] = field(default_factory=set)
-    lesions: list[Lesion] = field(default_factory=list)
+    lesions: list[LesionRow] = field(default_factory=list)
 
 
 class CBISDDSMDataModule(MedicalDataModule):
@@ -208,13 +208,13 @@ def read_films(table: Path) -> list[Film]:
         film = films.setdefault(name, Film(name, kind.lower(), split, patient, side[0], view))
         film.density.add(row.get("breast_density", row.get("breast density", "")))
         roi = roi if CASES.match(roi) else f"{name}_{row['abnormality id']}"
-        film.lesions.append(Lesion(film.kind, roi, row["pathology"], row["assessment"]))
+        film.lesions.append(LesionRow(film.kind, roi, row["pathology"], row["assessment"]))
     return list(films.values())
 
 
 @dataclass
 class _View:
-    lesions: list[Lesion] = field(default_factory=list)
+    lesions: list[LesionRow] = field(default_factory=list)
     density: set[str] = field(default_factory=set)
 
 

@@ -32,7 +32,7 @@ ABNORMALITIES = {
 LINE = re.compile(r"^(mdb\d{3})\s+([FGD])\s+(NORM|CALC|CIRC|SPIC|MISC|ARCH|ASYM)(?:\s+([BM]))?(?:\s+(\S.*?))?\s*$")
 
 
-class Row(NamedTuple):
+class InfoRow(NamedTuple):
     """One line of ``Info.txt``; ``circle`` is ``(x, y, radius)`` with y from the top, or ``None``."""
 
     image: str
@@ -87,7 +87,7 @@ def read_catalogue(root: Path, lesion_classes: Literal["lesion", "severity", "ab
     """
     folder = locate(root, ["Info.txt|README|README.txt|info.txt"], "mini-MIAS")
     table = next(folder / name for name in ("Info.txt", "info.txt", "README", "README.txt") if (folder / name).exists())
-    by_image: dict[str, list[Row]] = {}
+    by_image: dict[str, list[InfoRow]] = {}
     for row in read_rows(table):
         by_image.setdefault(row.image, []).append(row)
     files = {file.stem: file for file in reversed(files_below(folder, (".pgm", ".png")))}
@@ -136,7 +136,7 @@ def read_catalogue(root: Path, lesion_classes: Literal["lesion", "severity", "ab
     return Catalogue({task.name: task for task in tasks}, records, notes)
 
 
-def read_rows(table: Path) -> list[Row]:
+def read_rows(table: Path) -> list[InfoRow]:
     """Read the lines ``REFNUM BG CLASS [SEVERITY X Y RADIUS]``; prose around them is skipped.
 
     The origin is the bottom-left corner (note 3): pixel row ``1023 - y``, whose centre lies at ``1023.5 - y`` from the
@@ -155,13 +155,13 @@ def read_rows(table: Path) -> list[Row]:
             circle = (x + 0.5, SIDE - 1 - y + 0.5, float(radius))
         elif rest and "NOTE" not in rest:
             raise DataError(f"{table}: line {line!r} ends in {rest!r}; expected X Y RADIUS or a *NOTE*")
-        rows.append(Row(match[1], match[2], match[3], match[4], circle))
+        rows.append(InfoRow(match[1], match[2], match[3], match[4], circle))
     if not rows:
         raise DataError(f"{table} has no line that starts with an image name such as mdb001")
     return rows
 
 
-def _truth(rows: Sequence[Row], classes: tuple[str, ...], lesion_classes: str) -> tuple[dict[str, Truth], bool]:
+def _truth(rows: Sequence[InfoRow], classes: tuple[str, ...], lesion_classes: str) -> tuple[dict[str, Truth], bool]:
     severities = {SEVERITIES[row.severity] for row in rows if row.severity}
     worst = next((name for name in ("malignant", "benign") if name in severities), "normal")
     abnormal = {ABNORMALITIES[row.abnormality] for row in rows if row.abnormality != "NORM"}

@@ -11,19 +11,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mtmedformer.batch import Meta, Task
+from datamodules.cache.preprocessing import Preprocessing
+from datamodules.cache.quarantine import Issue
+from datamodules.images.presets import ChestPreset, PlainPreset, Preset
+from datamodules.loading.single_image import prepare_array, prepare_file
+from datamodules.records import Record
+from mtmedformer.batch import Sample, Task
 from mtmedformer.calibration import TaskCalibration
 from mtmedformer.commands.load.stored_model import PRESET_HOMES, build, build_model, read_model
 from mtmedformer.errors import ConfigError, DataError
-from mtmedformer.geometry import Floats, warp
 from mtmedformer.inference.results import NOTE, FoundBox, findings
 
 if TYPE_CHECKING:
-    from datamodules.images.presets import Preset
     from mtmedformer.module import MultiTaskModule
-
-SMALLEST_SIDE = 8
-"""Arrays with a side of fewer pixels are thumbnails, as for files."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ class Predictor:
             DataError: The image cannot be read, or used.
             ConfigError: It is not known how images are to be prepared.
         """
-        pixels, meta = self._prepared(image, laterality)
-        inputs = torch.from_numpy(pixels)[None, None].to(self.module.device)
-        found = findings(self.module.predict_whole(inputs), 0, meta, self.tasks, score)
+        sample = self._prepared(image, laterality)
+        outputs = self.module.predict_whole(sample.image[None].to(self.module.device))
+        meta, found = sample.meta, findings(outputs, 0, sample.meta, self.tasks, score)
         calibrated = (name for name, one in self.calibration.items() if one.temperature is not None)
         return Prediction(
             meta.original_size,
@@ -108,34 +108,22 @@ class Predictor:
             tuple(calibrated),
         )
 
-    def _prepared(self, image: NDArray[Any] | str | Path, laterality: Literal["L", "R"] | None) -> tuple[Floats, Meta]:
-        """Return the network's input, float32 (H, W) in [0, 1], and where it lies in the image."""
-        from datamodules.cache.preprocessing import Preprocessing
-        from datamodules.cache.quarantine import Issue
-        from datamodules.loading.dataset import meta_of, pixels_of
-        from datamodules.records import Record
-
+    def _prepared(self, image: NDArray[Any] | str | Path, laterality: Literal["L", "R"] | None) -> Sample:
+        """Return the network's input (1, H, W) in [0, 1], and where it lies in the image."""
         if self.image_size is None:
             raise ConfigError(
                 "it is not known how this model's images were prepared, because no config.yaml of its run lies beside "
                 "it, or its sites differ; say it: load(path, image_size=(HEIGHT, WIDTH), preset=...)"
             )
+        preprocessing = Preprocessing(self.preset, self.image_size)
         if isinstance(image, np.ndarray):
-            return self._framed(*_grey(image), laterality)
+            return prepare_array(image, preprocessing, laterality)
         file = Path(image)
         record = Record(id=file.name, file=file, patient=file.name, laterality=laterality)
-        made = Preprocessing(self.preset, self.image_size).apply(record)
-        if isinstance(made, Issue):
-            raise DataError(f"{file.name}: {made.reason}; {made.detail}")
-        return pixels_of(made), meta_of(record, made, made.to_original, "")
-
-    def _framed(self, pixels: Floats, top: int, laterality: Literal["L", "R"] | None) -> tuple[Floats, Meta]:
-        """Frame an array as a file of its depth would be: ``top`` is the whitest value its input is rounded to."""
-        assert self.image_size is not None
-        frame = self.preset.frame(pixels, self.image_size, laterality)
-        rounded = np.rint(warp(pixels, frame).clip(0, 1) * top)
-        meta = Meta("array", "", laterality=laterality, to_original=frame.to_original, original_size=_size(pixels))
-        return np.divide(rounded, top, dtype=np.float32), meta
+        sample = prepare_file(record, preprocessing)
+        if isinstance(sample, Issue):
+            raise DataError(f"{file.name}: {sample.reason}; {sample.detail}")
+        return sample
 
 
 def load(
@@ -159,8 +147,6 @@ def load(
     Raises:
         ConfigError: The file is missing, damaged, or asks for what may not be run.
     """
-    from datamodules.images.presets import ChestPreset, PlainPreset, Preset
-
     stored = read_model(path)
     module = build_model(stored, trusted)
     size = image_size if image_size is not None else stored.preparation.get("image_size")
@@ -179,31 +165,3 @@ def _height_width(size: Any) -> tuple[int, int] | None:
     if len(sides) != 2 or not all(isinstance(side, int) and side >= 16 for side in sides):
         raise ConfigError(f"image_size is {size}; give (height, width) in pixels, at least 16 each")
     return sides[0], sides[1]
-
-
-def _grey(image: NDArray[Any]) -> tuple[Floats, int]:
-    """Return an array as float32 (H, W) in [0, 1], and the whitest value its input is rounded to.
-
-    Raises:
-        DataError: It is no grey image of a known range.
-    """
-    if image.ndim != 2 or min(image.shape) < SMALLEST_SIDE:
-        raise DataError(f"the array has shape {image.shape}; give one grey image (height, width) of at least 8 x 8")
-    if image.min() == image.max():
-        raise DataError(f"the array is {image.flat[0]} everywhere; there is nothing to see")
-    if image.dtype == np.uint8:
-        return np.divide(image, 255, dtype=np.float32), 255
-    if image.dtype == np.uint16:
-        most = int(image.max())
-        white = 255 if most < 256 else 4095 if most < 4096 else 65535
-        return np.divide(image, white, dtype=np.float32), 255 if white == 255 else 65535
-    if image.dtype.kind != "f" or not (image.min() >= 0 and image.max() <= 1):  # NaN compares False
-        raise DataError(
-            f"the array is {image.dtype} from {image.min()} to {image.max()}; give float in [0, 1] (0 black, 1 white), "
-            "uint8 or uint16"
-        )
-    return image.astype(np.float32), 65535
-
-
-def _size(pixels: Floats) -> tuple[int, int]:
-    return int(pixels.shape[0]), int(pixels.shape[1])
