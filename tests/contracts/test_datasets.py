@@ -1,7 +1,8 @@
 """What every native data set promises, checked on a generated copy of its layout."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,71 +15,48 @@ from datamodules.base import MedicalDataModule
 from datamodules.records import BoxTruth, ClassTruth, MaskTruth
 from mtmedformer.batch import IGNORE, ClassificationTarget, DetectionTarget, SegmentationTarget
 from mtmedformer.errors import DataError
-from tests.fixtures import public_layouts
+from tests.fixtures.public_layouts import Layout, layouts
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
 
 
 @dataclass(frozen=True)
 class Set:
-    """A data set under test: its class, its label tables (below its root) and what a missing root's error must name."""
+    """A data set under test: its name, how its tree is written, and what its layout's module says of it."""
 
     name: str
-    class_name: str
-    expected: str
-    tables: tuple[str, ...] = ()
-    options: dict = field(default_factory=dict)
-    layout: str | None = None
+    layout: Layout
+    write: Callable[[Path], Path]
+    variant: str = ""
 
     @property
     def datamodule(self):
-        return getattr(datamodules, self.class_name)
+        return getattr(datamodules, self.layout.class_name)
+
+    @property
+    def expected(self):
+        return self.layout.expected
 
     def build(self, root, **options):
         plain = {"image_size": 64, "batch_size": 4, "num_workers": 0, "cache_dir": None, "max_quarantine_share": 0.0}
-        return self.datamodule(root=root, **plain | self.options | options)
+        return self.datamodule(root=root, **plain | options)
 
     def tree(self, folder):
-        write = getattr(public_layouts, self.layout or self.name)
-        return write(folder)
+        return self.write(folder)
 
     def __str__(self):
-        return self.layout or self.name
+        return "_".join(filter(None, (self.name, self.variant)))
 
 
-SETS = [
-    Set(
-        "rsna_pneumonia",
-        "RSNAPneumoniaDataModule",
-        "stage_2_train_labels.csv",
-        (
-            "stage_2_train_labels.csv",
-            "stage_2_detailed_class_info.csv",
-            "pneumonia-challenge-dataset-mappings_2018.json",
-        ),
-    ),
-    Set("kermany", "KermanyDataModule", "train/NORMAL"),
-    Set("kermany", "KermanyDataModule", "train/NORMAL", layout="kermany_mendeley"),
-    Set("covid_qu_ex", "CovidQuExDataModule", "Lung Segmentation Data/Lung Segmentation Data"),
-    Set("qata_cov19", "QaTaCov19DataModule", "Ground-truths"),
-    Set("covid_chestxray", "CovidChestXrayDataModule", "metadata.csv", ("metadata.csv",)),
-    Set(
-        "cbis_ddsm",
-        "CBISDDSMDataModule",
-        "mass_case_description",
-        ("mass_case_description_train_set.csv", "calc_case_description_test_set.csv"),
-    ),
-    Set("inbreast", "INbreastDataModule", "INbreast.csv", ("INbreast.csv",)),
-    Set(
-        "vindr_mammo",
-        "VinDrMammoDataModule",
-        "breast-level_annotations.csv",
-        ("breast-level_annotations.csv", "finding_annotations.csv"),
-    ),
-    Set("mini_mias", "MiniMIASDataModule", "Info.txt", ("Info.txt",)),
-    Set("cmmd", "CMMDDataModule", "CMMD_clinicaldata_revision.xlsx", ("CMMD_clinicaldata_revision.xlsx",)),
-]
-TABLES = [pytest.param(each, table, id=f"{each}-{Path(table).name}") for each in SETS for table in each.tables]
+def every_set():
+    for name, module in layouts().items():
+        yield Set(name, module.LAYOUT, module.write)
+        for variant, write in getattr(module, "VARIANTS", {}).items():
+            yield Set(name, module.LAYOUT, write, variant)
+
+
+SETS = list(every_set())
+TABLES = [pytest.param(each, table, id=f"{each}-{Path(table).name}") for each in SETS for table in each.layout.tables]
 
 
 @pytest.fixture(scope="module", params=SETS, ids=str)
@@ -310,4 +288,4 @@ def test_no_native_data_set_escapes_this_suite():
         for name, each in vars(datamodules).items()
         if isinstance(each, type) and issubclass(each, MedicalDataModule)
     }
-    assert exported - general == {each.class_name for each in SETS}
+    assert exported - general == {each.layout.class_name for each in SETS}

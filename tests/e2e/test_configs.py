@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from mtmedformer.commands.main import main
-from tests.fixtures import public_layouts
+from tests.fixtures.public_layouts import write_layout
 from tests.fixtures.small_set import write_small_set
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +44,7 @@ def test_the_first_line_is_a_command_that_names_the_file(config):
 
 @pytest.mark.parametrize("name", NATIVE)
 def test_native_sets_train(name, tmp_path):
-    root = getattr(public_layouts, name)(tmp_path / "tree")
+    root = write_layout(name, tmp_path / "tree")
     assert (
         main(
             [

@@ -7,16 +7,17 @@ from datamodules.images.presets import PlainPreset
 from datamodules.public.cbis_ddsm import CASES, find_mask, image_size, read_catalogue, read_films
 from datamodules.records import BoxTruth, MaskSource
 from mtmedformer.errors import DataError
-from tests.fixtures import public_layouts
+from tests.fixtures.layout_files import noise, square, write_dicom
+from tests.fixtures.public_layouts import cbis_ddsm as layout
 
-HEIGHT, WIDTH = public_layouts.CBIS_SIZE
+HEIGHT, WIDTH = layout.SIZE
 FIRST = "Mass-Training_P_00001_LEFT_CC"
 TWO = "Mass-Training_P_00001_LEFT_MLO"
 
 
 @pytest.fixture(scope="module", params=["nbia", "classic", "jpeg"])
 def root(request, tmp_path_factory):
-    return public_layouts.cbis_ddsm(tmp_path_factory.mktemp("cbis"), request.param)
+    return layout.write(tmp_path_factory.mktemp("cbis"), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def records(root):
 
 @pytest.fixture(scope="module")
 def nbia(tmp_path_factory):
-    return public_layouts.cbis_ddsm(tmp_path_factory.mktemp("nbia"))
+    return layout.write(tmp_path_factory.mktemp("nbia"))
 
 
 def test_mask_and_crop_are_told_apart_by_content_in_every_layout(records):
@@ -46,17 +47,17 @@ def test_every_film_is_found_and_is_the_full_image(records):
 
 
 def test_mask_of_the_same_size_as_its_crop_is_told_by_its_two_grey_levels(tmp_path):
-    crop, mask = public_layouts.noise(1, 20, 20), public_layouts.square(20, 20, (5, 5, 9, 9))
+    crop, mask = noise(1, 20, 20), square(20, 20, (5, 5, 9, 9))
     for names in (("1-1.dcm", "1-2.dcm"), ("1-2.dcm", "1-1.dcm")):
-        public_layouts.write_dicom(tmp_path / names[0], crop)
-        public_layouts.write_dicom(tmp_path / names[1], mask)
+        write_dicom(tmp_path / names[0], crop)
+        write_dicom(tmp_path / names[1], mask)
         assert find_mask([tmp_path / "1-1.dcm", tmp_path / "1-2.dcm"], (20, 20)) == tmp_path / names[1]
         assert find_mask([tmp_path / "1-1.dcm", tmp_path / "1-2.dcm"], (99, 99)) == tmp_path / names[1]
 
 
 def test_two_crops_and_no_mask_give_none(tmp_path):
     for number in (1, 2):
-        public_layouts.write_dicom(tmp_path / f"1-{number}.dcm", public_layouts.noise(number, 20 + number, 20))
+        write_dicom(tmp_path / f"1-{number}.dcm", noise(number, 20 + number, 20))
     assert find_mask(sorted(tmp_path.iterdir()), (80, 60)) is None
     assert find_mask([], (80, 60)) is None
 
@@ -174,7 +175,7 @@ def test_one_type_alone_leaks_nothing_and_has_one_detection_task(nbia):
 
 
 def test_tables_of_the_other_type_need_not_be_there(tmp_path):
-    root = public_layouts.cbis_ddsm(tmp_path)
+    root = layout.write(tmp_path)
     for table in root.glob("calc*.csv"):
         table.unlink()
     assert read_catalogue(root, lesion_types="mass").records
@@ -183,7 +184,7 @@ def test_tables_of_the_other_type_need_not_be_there(tmp_path):
 
 
 def test_broken_files_cost_their_own_truth_only(tmp_path, caplog):
-    root = public_layouts.cbis_ddsm(tmp_path)
+    root = layout.write(tmp_path)
     records = {r.id: r for r in read_catalogue(root).records}
     records[FIRST].truth["masses"].masks[0].file.write_bytes(b"\0" * 200)
     records["Mass-Test_P_00101_LEFT_CC"].file.write_bytes(b"no image")
@@ -199,7 +200,7 @@ def test_broken_files_cost_their_own_truth_only(tmp_path, caplog):
     "old, new", [("MALIGNANT", "MALIGN"), ("Mass-Training_P_00001", "P_00001"), (",4,BENIGN", ",9,BENIGN")]
 )
 def test_row_that_cannot_be_understood_raises(tmp_path, old, new):
-    root = public_layouts.cbis_ddsm(tmp_path)
+    root = layout.write(tmp_path)
     table = root / "mass_case_description_train_set.csv"
     table.write_text(table.read_text().replace(old, new))
     with pytest.raises(DataError, match="mass_case_description_train_set"):
@@ -207,7 +208,7 @@ def test_row_that_cannot_be_understood_raises(tmp_path, old, new):
 
 
 def test_images_beside_no_table_are_named(tmp_path):
-    root = public_layouts.cbis_ddsm(tmp_path)
+    root = layout.write(tmp_path)
     (root / "CBIS-DDSM").rename(tmp_path / "elsewhere")
     with pytest.raises(DataError, match="CBIS-DDSM images: not found: expected Mass-T"):
         read_catalogue(root)

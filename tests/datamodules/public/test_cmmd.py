@@ -4,12 +4,13 @@ import pytest
 
 from datamodules.public.cmmd import read_catalogue
 from mtmedformer.errors import DataError
-from tests.fixtures import public_layouts
+from tests.fixtures.layout_files import hash_of
+from tests.fixtures.public_layouts import cmmd as layout
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return public_layouts.cmmd(tmp_path_factory.mktemp("cmmd"))
+    return layout.write(tmp_path_factory.mktemp("cmmd"))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_table_saved_as_csv_and_a_tree_of_study_folders_are_read(root, records, 
     table = pd.read_excel(root / "CMMD_clinicaldata_revision.xlsx", dtype=str)
     table.to_csv(tmp_path / "CMMD_clinicaldata_revision.csv", index=False)
     for record in records.values():
-        study = tmp_path / "CMMD" / f"1.3.6.{public_layouts.hash_of(record.patient)}"
+        study = tmp_path / "CMMD" / f"1.3.6.{hash_of(record.patient)}"
         study.mkdir(parents=True, exist_ok=True)
         (study / f"{record.laterality}{record.view}.dcm").write_bytes(record.file.read_bytes())
     found = {r.id: r for r in read_catalogue(tmp_path).records}
@@ -70,14 +71,14 @@ def test_table_saved_as_csv_and_a_tree_of_study_folders_are_read(root, records, 
 
 
 def test_second_image_of_the_same_view_gets_a_name_of_its_own(tmp_path):
-    root = public_layouts.cmmd(tmp_path)
+    root = layout.write(tmp_path)
     file = next(r.file for r in read_catalogue(root).records if r.id == "D1-0001_L_CC")
     (file.parent / "1-9.dcm").write_bytes(file.read_bytes())
     assert {"D1-0001_L_CC", "D1-0001_L_CC_2"} <= {r.id for r in read_catalogue(root).records}
 
 
 def test_image_without_laterality_and_a_broken_one_get_no_label(tmp_path):
-    root = public_layouts.cmmd(tmp_path)
+    root = layout.write(tmp_path)
     files = {r.id: r.file for r in read_catalogue(root).records}
     header = pydicom.dcmread(files["D1-0001_L_CC"])
     del header.ImageLaterality
@@ -93,7 +94,7 @@ def test_image_without_laterality_and_a_broken_one_get_no_label(tmp_path):
 
 @pytest.mark.parametrize("column, value", [("classification", "Normal"), ("abnormality", "lump"), ("LeftRight", "B")])
 def test_cell_that_cannot_be_understood_raises(tmp_path, column, value):
-    root = public_layouts.cmmd(tmp_path)
+    root = layout.write(tmp_path)
     file = root / "CMMD_clinicaldata_revision.xlsx"
     table = pd.read_excel(file, dtype=str)
     table.loc[0, column] = value
@@ -103,7 +104,7 @@ def test_cell_that_cannot_be_understood_raises(tmp_path, column, value):
 
 
 def test_rows_of_one_breast_give_the_worst(tmp_path):
-    root = public_layouts.cmmd(tmp_path)
+    root = layout.write(tmp_path)
     file = root / "CMMD_clinicaldata_revision.xlsx"
     table = pd.read_excel(file, dtype=str)
     extra = pd.DataFrame([["D2-0002", "R", "44", "2", "mass", "Malignant", ""]], columns=table.columns)

@@ -9,12 +9,12 @@ from datamodules.cache.rasterize import rasterize
 from datamodules.images.presets import PlainPreset
 from datamodules.public.covid_chestxray import _lung_masks, read_catalogue
 from mtmedformer.errors import ConfigError, DataError
-from tests.fixtures import public_layouts
+from tests.fixtures.public_layouts import covid_chestxray as layout
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return public_layouts.covid_chestxray(tmp_path_factory.mktemp("covid_chestxray"))
+    return layout.write(tmp_path_factory.mktemp("covid_chestxray"))
 
 
 @pytest.fixture(scope="module")

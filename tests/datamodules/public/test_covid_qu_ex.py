@@ -6,12 +6,12 @@ from datamodules import CovidQuExDataModule
 from datamodules.public.covid_qu_ex import read_catalogue
 from datamodules.records import BoxTruth, MaskSource
 from mtmedformer.errors import DataError
-from tests.fixtures import public_layouts
+from tests.fixtures.public_layouts import covid_qu_ex as layout
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return public_layouts.covid_qu_ex(tmp_path_factory.mktemp("covid_qu_ex"))
+    return layout.write(tmp_path_factory.mktemp("covid_qu_ex"))
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,14 @@ from datamodules.images.presets import PlainPreset
 from datamodules.public.inbreast import BIRADS, read_catalogue
 from datamodules.records import BoxTruth, MaskSource
 from mtmedformer.errors import DataError
-from tests.fixtures import public_layouts
+from tests.fixtures.public_layouts import inbreast as layout
 
 INNER, BOX, FAR = (12, 14, 20, 28), (10.5, 12.5, 24.5, 30.5), (5, 40, 15, 50)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return public_layouts.inbreast(tmp_path_factory.mktemp("inbreast"))
+    return layout.write(tmp_path_factory.mktemp("inbreast"))
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +68,8 @@ def test_region_of_one_or_two_points_is_a_point_of_the_mask_and_never_a_box(root
 
 @pytest.mark.parametrize("points", [[(9.0, 9.0)], [(9.0, 9.0), (12.0, 14.0)]])
 def test_mass_that_is_but_a_point_has_no_box_so_boxes_are_unknown(tmp_path, points):
-    root = public_layouts.inbreast(tmp_path)
-    public_layouts.write_inbreast_xml(root / "AllXML" / "20586908.xml", [("Mass", points)])
+    root = layout.write(tmp_path)
+    layout.write_xml(root / "AllXML" / "20586908.xml", [("Mass", points)])
     truth = read_catalogue(root).records[0].truth
     assert "lesions" not in truth
     assert len(truth["lesion"].channels[0].polygons) == 1
@@ -96,7 +96,7 @@ def test_image_without_xml_is_negative_only_where_birads_is_1(records):
 
 
 def test_without_any_xml_nothing_is_negative(tmp_path):
-    root = public_layouts.inbreast(tmp_path)
+    root = layout.write(tmp_path)
     for file in (root / "AllXML").iterdir():
         file.unlink()
     assert not any("lesions" in r.truth for r in read_catalogue(root).records)
@@ -113,11 +113,9 @@ def test_image_that_is_not_in_the_table_is_left_out_and_counted(root, records):
 
 
 def test_unknown_names_of_regions_are_listed_not_dropped(tmp_path):
-    root = public_layouts.inbreast(tmp_path)
-    public_layouts.write_inbreast_xml(
-        root / "AllXML" / "20586908.xml", [("Lump", [(1, 1), (9, 1), (9, 9)]), ("Mass", [(3, 3)])]
-    )
-    public_layouts.write_inbreast_xml(root / "AllXML" / "20586934.xml", [("Lump", [(1, 1)]), ("Knot", [(2, 2)])])
+    root = layout.write(tmp_path)
+    layout.write_xml(root / "AllXML" / "20586908.xml", [("Lump", [(1, 1), (9, 1), (9, 9)]), ("Mass", [(3, 3)])])
+    layout.write_xml(root / "AllXML" / "20586934.xml", [("Lump", [(1, 1)]), ("Knot", [(2, 2)])])
     with pytest.raises(DataError, match=r"'Knot' \(1\), 'Lump' \(2\)"):
         read_catalogue(root)
     records = read_catalogue(root, unknown_names="unknown").records
@@ -127,7 +125,7 @@ def test_unknown_names_of_regions_are_listed_not_dropped(tmp_path):
 @pytest.mark.parametrize(
     "write",
     [
-        lambda file: public_layouts.write_inbreast_xml(file, [("Mass", [(1, 1), (9, 1), (9, 9)])], number_of_rois=2),
+        lambda file: layout.write_xml(file, [("Mass", [(1, 1), (9, 1), (9, 9)])], number_of_rois=2),
         lambda file: file.write_bytes(file.read_bytes().replace(b"<integer>4</integer>", b"<integer>5</integer>")),
         lambda file: file.write_bytes(file.read_bytes().replace(b"(12.000000, ", b"(twelve, ")),
         lambda file: file.write_bytes(b"<plist><dict></dict></plist>"),
@@ -138,7 +136,7 @@ def test_unknown_names_of_regions_are_listed_not_dropped(tmp_path):
     ids=["roi count", "point count", "no number", "no ROIs", "cut off", "entity", "empty"],
 )
 def test_contradictory_or_broken_xml_raises_and_names_itself(tmp_path, write):
-    root = public_layouts.inbreast(tmp_path)
+    root = layout.write(tmp_path)
     write(root / "AllXML" / "20586908.xml")
     with pytest.raises(DataError, match=r"20586908\.xml"):
         read_catalogue(root)
@@ -146,7 +144,7 @@ def test_contradictory_or_broken_xml_raises_and_names_itself(tmp_path, write):
 
 @pytest.mark.parametrize("old, new", [(";4c", ";7"), (";1;1\n", ";9;1\n")])
 def test_grade_that_does_not_exist_raises(tmp_path, old, new):
-    root = public_layouts.inbreast(tmp_path)
+    root = layout.write(tmp_path)
     table = root / "INbreast.csv"
     table.write_bytes(table.read_bytes().replace(b"\r\n", b"\n").replace(old.encode(), new.encode(), 1))
     with pytest.raises(DataError, match=r"INbreast\.csv: image"):

@@ -2,12 +2,13 @@ import pytest
 
 from datamodules.public.kermany import read_catalogue
 from mtmedformer.errors import DataError
-from tests.fixtures import public_layouts
+from tests.fixtures.layout_files import noise, write_image
+from tests.fixtures.public_layouts import kermany as layout
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return public_layouts.kermany(tmp_path_factory.mktemp("kermany"))
+    return layout.write(tmp_path_factory.mktemp("kermany"))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_tiny_validation_folder_joins_train_unless_asked_for(root, records):
 
 
 def test_mendeley_names_give_accession_and_germ(tmp_path):
-    by_id = {r.id: r for r in read_catalogue(public_layouts.kermany_mendeley(tmp_path)).records}
+    by_id = {r.id: r for r in read_catalogue(layout.write_mendeley(tmp_path)).records}
     assert by_id["NORMAL-1049278-0001"].patient == by_id["NORMAL-1049278-0002"].patient == "accession1049278"
     assert by_id["BACTERIA-40699-0001"].truth["pathology"].values == (0, 1, 0)
     assert by_id["VIRUS-888-0001"].truth["pathology"].values == (0, 0, 1)
@@ -66,9 +67,9 @@ def test_mendeley_names_give_accession_and_germ(tmp_path):
 
 
 def test_name_that_tells_nothing_leaves_the_germ_unknown_and_is_a_patient_of_its_own(tmp_path):
-    root = public_layouts.kermany(tmp_path)
+    root = layout.write(tmp_path)
     folder = root / "chest_xray" / "chest_xray" / "train" / "PNEUMONIA"
-    public_layouts.write_image(folder / "scan.jpeg", public_layouts.noise(1))
+    write_image(folder / "scan.jpeg", noise(1))
     catalogue = read_catalogue(root)
     record = next(r for r in catalogue.records if r.id == "scan")
     assert record.truth.keys() == {"pneumonia"}
@@ -77,7 +78,7 @@ def test_name_that_tells_nothing_leaves_the_germ_unknown_and_is_a_patient_of_its
 
 
 def test_layout_without_test_folder_is_named(tmp_path):
-    public_layouts.write_image(tmp_path / "train" / "NORMAL" / "IM-0001-0001.jpeg", public_layouts.noise(1))
+    write_image(tmp_path / "train" / "NORMAL" / "IM-0001-0001.jpeg", noise(1))
     (tmp_path / "train" / "PNEUMONIA").mkdir()
     with pytest.raises(DataError, match="lacks test/NORMAL, test/PNEUMONIA"):
         read_catalogue(tmp_path)

@@ -8,13 +8,14 @@ from datamodules.images.presets import PlainPreset
 from datamodules.public.mini_mias import read_catalogue, read_rows
 from datamodules.records import BoxTruth, MaskSource
 from mtmedformer.errors import DataError
-from tests.fixtures import public_layouts
+from tests.fixtures.layout_files import noise, write_image
+from tests.fixtures.public_layouts import mini_mias as layout
 from tests.fixtures.real_data import real
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return public_layouts.mini_mias(tmp_path_factory.mktemp("mias"))
+    return layout.write(tmp_path_factory.mktemp("mias"))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_abnormal_rows_without_a_place_are_unknown_not_negative(root, records):
 
 def test_circle_wholly_outside_the_image_is_unknown_too(tmp_path):
     (tmp_path / "Info.txt").write_text("mdb001 G CIRC B 535 2000 30\n")
-    public_layouts.write_image(tmp_path / "mdb001.pgm", public_layouts.noise(1, 64, 64))
+    write_image(tmp_path / "mdb001.pgm", noise(1, 64, 64))
     assert "lesions" not in read_catalogue(tmp_path).records[0].truth
 
 

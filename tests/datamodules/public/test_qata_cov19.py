@@ -2,12 +2,12 @@ import pytest
 
 from datamodules.public.qata_cov19 import read_catalogue
 from mtmedformer.errors import DataError
-from tests.fixtures import public_layouts
+from tests.fixtures.public_layouts import qata_cov19 as layout
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return public_layouts.qata_cov19(tmp_path_factory.mktemp("qata"))
+    return layout.write(tmp_path_factory.mktemp("qata"))
 
 
 @pytest.fixture(scope="module")

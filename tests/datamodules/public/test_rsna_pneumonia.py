@@ -10,12 +10,12 @@ from datamodules.public.layout import read_table
 from datamodules.public.rsna_pneumonia import MAPPING, read_boxes, read_catalogue
 from datamodules.records import BoxTruth
 from mtmedformer.errors import DataError
-from tests.fixtures import public_layouts
+from tests.fixtures.public_layouts import rsna_pneumonia as layout
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return public_layouts.rsna_pneumonia(tmp_path_factory.mktemp("rsna"))
+    return layout.write(tmp_path_factory.mktemp("rsna"))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_images_are_grouped_by_the_nih_patient_behind_them(records):
 
 
 def test_absent_mapping_is_said_loudly_and_every_image_is_its_own_patient(tmp_path):
-    root = public_layouts.rsna_pneumonia(tmp_path)
+    root = layout.write(tmp_path)
     (root / MAPPING).unlink()
     catalogue = read_catalogue(root)
     assert any("PATIENTS LEAK" in note and "11,439" in note for note in catalogue.notes)
@@ -60,7 +60,7 @@ def test_absent_mapping_is_said_loudly_and_every_image_is_its_own_patient(tmp_pa
 
 
 def test_mapping_elsewhere_can_be_named(tmp_path):
-    root = public_layouts.rsna_pneumonia(tmp_path)
+    root = layout.write(tmp_path)
     moved = (root / MAPPING).rename(tmp_path / "mappings.json")
     assert len({r.patient for r in read_catalogue(root, moved).records}) == 7
     with pytest.raises(DataError, match="mapping="):
@@ -68,7 +68,7 @@ def test_mapping_elsewhere_can_be_named(tmp_path):
 
 
 def test_images_the_mapping_does_not_know_are_counted(tmp_path):
-    root = public_layouts.rsna_pneumonia(tmp_path)
+    root = layout.write(tmp_path)
     pairs = json.loads((root / MAPPING).read_text())
     (root / MAPPING).write_text(json.dumps(pairs[:-3]))
     assert any("3 images are not in the NIH mapping" in note for note in read_catalogue(root).notes)
@@ -79,7 +79,7 @@ def test_unlabelled_test_images_are_no_records(records):
 
 
 def test_without_the_class_table_the_three_class_task_is_unknown_not_negative(tmp_path):
-    root = public_layouts.rsna_pneumonia(tmp_path)
+    root = layout.write(tmp_path)
     (root / "stage_2_detailed_class_info.csv").unlink()
     catalogue = read_catalogue(root)
     assert not any("pathology" in r.truth for r in catalogue.records)
@@ -123,7 +123,7 @@ def test_real_label_table_gives_the_published_counts():
 
 
 def test_zipped_label_table_is_read_too(tmp_path):
-    root = public_layouts.rsna_pneumonia(tmp_path)
+    root = layout.write(tmp_path)
     table = root / "stage_2_train_labels.csv"
     before = read_catalogue(root).records
     with zipfile.ZipFile(root / "stage_2_train_labels.csv.zip", "w") as archive:

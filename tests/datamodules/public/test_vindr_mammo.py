@@ -3,14 +3,14 @@ import pytest
 from datamodules.public.vindr_mammo import CATEGORIES, read_catalogue
 from datamodules.records import BoxTruth
 from mtmedformer.errors import ConfigError, DataError
-from tests.fixtures import public_layouts
+from tests.fixtures.public_layouts import vindr_mammo as layout
 
-HEIGHT, WIDTH = public_layouts.VINDR_SIZE
+HEIGHT, WIDTH = layout.SIZE
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return public_layouts.vindr_mammo(tmp_path_factory.mktemp("vindr"))
+    return layout.write(tmp_path_factory.mktemp("vindr"))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_boxes_refer_to_the_tables_size(records):
 
 
 def test_box_wholly_outside_leaves_the_boxes_unknown_and_is_counted(tmp_path):
-    root = public_layouts.vindr_mammo(tmp_path)
+    root = layout.write(tmp_path)
     edit(root / "finding_annotations.csv", "20.0,20.0,30.0,30.0", "500.0,500.0,600.0,600.0")
     catalogue = read_catalogue(root)
     assert "lesions" not in of(catalogue.records, "s1", "R", "CC").truth
@@ -123,7 +123,7 @@ def edit(file, old, new):
     ],
 )
 def test_cell_that_cannot_be_understood_raises_and_names_the_table(tmp_path, table, old, new):
-    root = public_layouts.vindr_mammo(tmp_path)
+    root = layout.write(tmp_path)
     edit(root / table, old, new)
     with pytest.raises(DataError, match=table):
         read_catalogue(root)
