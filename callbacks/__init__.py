@@ -1,6 +1,6 @@
 """Lightning callbacks: evaluation, federation, prediction, reports, run folder."""
 
-from callbacks.evaluation.calibrate import Calibrate, ReliabilityReport
+from callbacks.evaluation.calibrate import Calibrate
 from callbacks.evaluation.per_image_results import PerImageResults
 from callbacks.federation.callback import Federation
 from callbacks.federation.posterior_prediction import PosteriorPrediction
@@ -11,6 +11,7 @@ from callbacks.reports.federation_report import FederationReport
 from callbacks.reports.metrics_table import MetricsReport, MetricsTable
 from callbacks.reports.model_report import ModelReport
 from callbacks.reports.overlays import Overlays
+from callbacks.reports.reliability_report import ReliabilityReport
 from callbacks.run.atomic_checkpoints import AtomicCheckpoints
 from callbacks.run.checkpoints import LastCheckpoint, ResumePoint
 from callbacks.run.model_summary import PartsSummary

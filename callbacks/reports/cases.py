@@ -1,10 +1,10 @@
-"""The best, the middling and the worst test images of each task, with truth and prediction."""
+"""The best, median and worst test images of a task, with truth and prediction."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -25,26 +25,35 @@ from mtmedformer.metrics.matching import box_iou, match
 from mtmedformer.metrics.segmentation import binarise, overlap
 from mtmedformer.plots.overlays import overlay_figure
 
-Case = tuple[float, int]
-"""How good the prediction of an image is, from 0 to 1, and the image's place in the test set."""
-
 IOU, SCORE = 0.3, 0.4
-"""A box counts as shown above this score, and as right when it overlaps a true box of its class by this much."""
+"""A box is drawn from this score on; it is correct if it overlaps a true box of its class by this much."""
 
 
-def quality(task: Task, prediction: Any, target: Target, i: int) -> float | None:
-    """Return how good the prediction of one image of a batch is, from 0 to 1.
+class Case(NamedTuple):
+    """A test image.
 
-    Classification: the mean probability given to what is so. Segmentation: the mean Dice of the classes that are there;
-    0 where none is and something was drawn. Detection: F1 of the boxes that are shown; where nothing is there, one over
-    one and the number of false alarms. ``None`` where the truth is unknown, and where nothing is there and nothing was
-    drawn, for there is nothing to see.
+    Attributes:
+        quality: Quality of its prediction, from 0 to 1.
+        position: Its position in the test set.
+    """
+
+    quality: float
+    position: int
+
+
+def prediction_quality(task: Task, prediction: Any, target: Target, i: int) -> float | None:
+    """Rate the prediction of one image of a batch from 0 to 1.
+
+    Classification: mean probability of the true labels. Segmentation: mean Dice of the classes that are present; 0
+    where none is present and something was predicted. Detection: F1 of the boxes with a sufficient score; without a
+    true box ``1 / (1 + false alarms)``. ``None`` where the truth is unknown, and where nothing is present and nothing
+    was predicted.
 
     Args:
         task: The task.
-        prediction: Of the whole batch, as ``TaskHead.predict`` returns it.
-        target: Of the whole batch.
-        i: Place of the image in the batch.
+        prediction: Prediction of the whole batch, as ``TaskHead.predict`` returns it.
+        target: Target of the whole batch.
+        i: Index of the image in the batch.
     """
     if not bool(target.present[i]):
         return None
@@ -57,51 +66,56 @@ def quality(task: Task, prediction: Any, target: Target, i: int) -> float | None
     if isinstance(target, SegmentationTarget):
         masks = target.masks[i : i + 1]
         known = masks != IGNORE
-        found = binarise(prediction[i : i + 1].detach(), task.multi_label or len(task.classes) == 1, 0.5) & known
-        dice, _, empty = (part[0].cpu() for part in overlap(found, masks == 1, known))
+        predicted = binarise(prediction[i : i + 1].detach(), task.multi_label or len(task.classes) == 1, 0.5) & known
+        dice, _, empty = (part[0].cpu() for part in overlap(predicted, masks == 1, known))
         if bool((~dice.isnan()).any()):
             return float(dice[~dice.isnan()].mean())
         return 0.0 if bool((empty == 0).any()) else None
-    return _boxes(prediction[i], target, i)
+    return _box_quality(prediction[i], target, i)
 
 
-def _boxes(found: Mapping[str, torch.Tensor], target: DetectionTarget, i: int) -> float | None:
-    shown = (found["scores"] >= SCORE).cpu().numpy()
-    boxes, labels = (found[name].detach().cpu().numpy()[shown] for name in ("boxes", "labels"))
-    true, classes = target.boxes[i].cpu().numpy(), target.labels[i].cpu().numpy()
-    if not len(true):
+def _box_quality(prediction: Mapping[str, torch.Tensor], target: DetectionTarget, i: int) -> float | None:
+    drawn = (prediction["scores"] >= SCORE).cpu().numpy()
+    boxes, labels = (prediction[name].detach().cpu().numpy()[drawn] for name in ("boxes", "labels"))
+    true_boxes, true_labels = target.boxes[i].cpu().numpy(), target.labels[i].cpu().numpy()
+    if not len(true_boxes):
         return 1 / (1 + len(boxes)) if len(boxes) else None
-    right = 0
-    for k in np.unique(classes):
-        iou = box_iou(boxes[labels == k].astype(float), true[classes == k].astype(float))
-        right += int(match(iou, np.array([IOU])).sum())
-    return 2 * right / (len(boxes) + len(true))
+    correct = 0
+    for k in np.unique(true_labels):
+        iou = box_iou(boxes[labels == k].astype(float), true_boxes[true_labels == k].astype(float))
+        correct += int(match(iou, np.array([IOU])).sum())
+    return 2 * correct / (len(boxes) + len(true_boxes))
 
 
-def chosen(cases: Sequence[Case]) -> dict[str, Case]:
-    """Return the worst, the median and the best of the cases of a task; fewer where there are fewer images."""
-    ranked = sorted(case for case in cases if not math.isnan(case[0]))
+def select_cases(cases: Sequence[Case]) -> dict[str, Case]:
+    """Return the ``worst``, ``median`` and ``best`` case; fewer where there are fewer images."""
+    ranked = sorted(case for case in cases if not math.isnan(case.quality))
     if not ranked:
         return {}
-    picked = {"worst": ranked[0], "median": ranked[(len(ranked) - 1) // 2], "best": ranked[-1]}
-    first = {case[1]: name for name, case in reversed(picked.items())}
-    return {name: case for name, case in picked.items() if first[case[1]] == name}
+    selected = {"worst": ranked[0], "median": ranked[(len(ranked) - 1) // 2], "best": ranked[-1]}
+    first_name = {case.position: name for name, case in reversed(selected.items())}
+    return {name: case for name, case in selected.items() if first_name[case.position] == name}
 
 
 def case_figure(
-    task: Task, picked: Mapping[str, Case], images: Sequence[Batch], predictions: Sequence[dict[str, Any]]
+    task: Task,
+    cases: Mapping[str, Case],
+    images: Sequence[Batch],
+    predictions: Sequence[dict[str, Any]],
+    colours: Mapping[tuple[str, str], str],
 ) -> Figure:
-    """Draw the picked images of a task, a row each, with truth and prediction; close the figure after use.
+    """Draw the selected images of a task, one per row, with truth and prediction.
 
     Args:
-        task: The one task that is drawn.
-        picked: What ``chosen`` returned.
+        task: The task that is drawn.
+        cases: The cases by name, from ``select_cases``.
         images: The images, as batches of one.
         predictions: Their predictions by task.
+        colours: Colours of masks and boxes by task and class.
     """
     with mpl.rc_context({"backend": "agg", "text.parse_math": False}):
-        drawn = overlay_figure(images, predictions, {task.name: task}, SCORE)
-        for (name, (good, place)), axis in zip(picked.items(), drawn.axes[::3], strict=True):
-            axis.set_ylabel(f"{name} ({good:.2f})\ntest image {place + 1}", fontsize=9)
+        drawn = overlay_figure(images, predictions, {task.name: task}, SCORE, colours)
+        for (name, case), axis in zip(cases.items(), drawn.axes[::3], strict=True):
+            axis.set_ylabel(f"{name} ({case.quality:.2f})\ntest image {case.position + 1}", fontsize=9)
         plt.close(drawn)
     return drawn

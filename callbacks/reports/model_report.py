@@ -1,7 +1,7 @@
-"""After ``test``: a report and a model card, so that somebody who was not there knows what the model can and cannot do.
+"""Report and model card after ``test``.
 
-The report is ``report.html`` in the run folder. Where a federation's report of that name lies, it is
-``test_report.html`` beside it: neither takes the other's place.
+The report is ``report.html`` in the run folder. In the run folder of a federation, whose own report has that name, it
+is ``test_report.html``.
 """
 
 from __future__ import annotations
@@ -13,28 +13,31 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
+from torch.utils.data import DataLoader
 
-from callbacks.evaluation.calibrate import ReliabilityReport
-from callbacks.reports.cases import Case, case_figure, chosen, quality
+from callbacks.reports.cases import Case, case_figure, prediction_quality, select_cases
 from callbacks.reports.environment import versions
 from callbacks.reports.metrics_table import MetricsReport
 from callbacks.reports.model_card import model_card
+from callbacks.reports.model_evaluation import DataDescription, ModelDescription, ModelEvaluation, TaskEvaluation
 from callbacks.reports.model_page import model_page
-from callbacks.reports.ranking_curves import curves_of
+from callbacks.reports.ranking_curves import TaskCurves, task_curves
+from callbacks.reports.reliability_report import ReliabilityReport, TaskReliability
 from mtmedformer.batch import Batch, collate
 from mtmedformer.metrics.base import TaskMetrics
-from mtmedformer.plots.html import Html, figure, join, write_page
-
-Facts = dict[str, Any]
+from mtmedformer.module import MultiTaskModule
+from mtmedformer.plots.html import Html, figure, write_page
+from mtmedformer.plots.style import class_colours
+from mtmedformer.protocols import DescribedData
 
 
 class ModelReport(Callback):
     """Writes ``report.html`` and ``model_card.md`` after ``test``.
 
-    Data and splits, leak check, metrics with intervals by task, class, site and view, curves, calibration, the best,
-    median and worst images with truth and prediction, what was left out, configuration, versions, limits. Images are
-    named by their place in the test set, never by a file or a patient. **The pictures are of test images**: look for
-    burned-in text before the page leaves the house, or set ``cases`` to false.
+    Contents: data and splits, leak check, metrics with intervals by task, class, site and view, curves, calibration,
+    the best, median and worst images with truth and prediction, excluded items, configuration, versions, limitations.
+    Images are named by their position in the test set, never by file or patient. **The pictures show test images**:
+    check them for burned-in text before the page is passed on, or set ``cases`` to false.
 
     Args:
         folder: The run folder; ``None`` is the trainer's ``default_root_dir``.
@@ -44,128 +47,125 @@ class ModelReport(Callback):
     def __init__(self, folder: str | None = None, cases: bool = True) -> None:
         self.folder, self.cases = folder, cases
         self._cases: dict[str, list[Case]] = {}
-        self._seen = 0
-        self._curves: Facts = {}
+        self._images_seen = 0
+        self._curves: dict[str, TaskCurves] = {}
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start with no cases."""
-        self._cases, self._seen, self._curves = {}, 0, {}
+        """Reset cases and curves."""
+        self._cases, self._images_seen, self._curves = {}, 0, {}
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *args: Any
     ) -> None:
-        """Note how good the prediction of each image is; on several processes, of the first one's images."""
-        if not isinstance(outputs, dict) or not trainer.is_global_zero:
+        """Rate the prediction of each image; on several processes, of the images of the first one."""
+        if not isinstance(pl_module, MultiTaskModule) or not trainer.is_global_zero:
             return
-        for name, task in _tasks(pl_module).items():
+        for name, task in pl_module.tasks.items():
             for i in range(len(batch.meta)):
-                good = quality(task, outputs[name], batch.targets[name], i) if name in outputs else None
-                if good is not None:
-                    self._cases.setdefault(name, []).append((good, self._seen + i))
-        self._seen += len(batch.meta)
+                quality = prediction_quality(task, outputs[name], batch.targets[name], i)
+                if quality is not None:
+                    self._cases.setdefault(name, []).append(Case(quality, self._images_seen + i))
+        self._images_seen += len(batch.meta)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the curves of every task; every process takes part."""
+        """Compute the curves of every task, on every process."""
         for name, metric in _metrics(pl_module).items():
             with metric.gathered():
-                self._curves[name] = curves_of(metric)
+                self._curves[name] = task_curves(metric)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the report and the card, on the first process."""
-        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False) or not _metrics(pl_module):
+        if not isinstance(pl_module, MultiTaskModule) or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = Path(self.folder or trainer.default_root_dir)
-        told = self.facts(trainer, pl_module)
+        evaluation = self.evaluation(trainer, pl_module)
         federated = (folder / "report.json").is_file()
         page = folder / ("test_report.html" if federated else "report.html")
-        shown = self._pictures(trainer, pl_module) if self.cases else {}
-        write_page(page, model_page(told, shown))
-        write_page(folder / "model_card.md", model_card(told, page.name))
+        pictures = self._pictures(trainer, pl_module) if self.cases else {}
+        write_page(page, model_page(evaluation, pictures, class_colours(pl_module.tasks.values())))
+        write_page(folder / "model_card.md", model_card(evaluation, page.name))
         Console().print(f"Written: {page} and {folder / 'model_card.md'}", markup=False, soft_wrap=True)
 
-    def facts(self, trainer: Trainer, pl_module: LightningModule) -> Facts:
-        """Return everything the report and the card tell, but for the pictures."""
-        data: Any = getattr(trainer, "datamodule", None)
-        described = data.describe() if hasattr(data, "describe") else {}
-        metrics = _metrics(pl_module)
-        table = next((c for c in _callbacks(trainer) if isinstance(c, MetricsReport)), None)
-        values = dict(table.values) if table and table.values else _plain_values(metrics)
-        calibration = next((c for c in _callbacks(trainer) if isinstance(c, ReliabilityReport)), None)
-        return {
-            "tasks": {
-                name: {"kind": task.kind, "classes": list(task.classes), "primary": metrics[name].primary}
-                for name, task in _tasks(pl_module).items()
-                if name in metrics
-            },
-            "values": {key.removeprefix("test/"): value for key, value in values.items()},
-            "score": _score(values, {name: metric.primary for name, metric in metrics.items()}),
-            "curves": self._curves,
-            "reliability": dict(calibration.facts) if calibration else {},
-            "data": described.get("parts") or ({"": described} if described else {}),
-            "model": _model(trainer, pl_module),
-            "config": _config(Path(self.folder or trainer.default_root_dir)),
-            "versions": versions(),
+    def evaluation(self, trainer: Trainer, module: MultiTaskModule) -> ModelEvaluation:
+        """Return the results of the test that just ended."""
+        metrics = _metrics(module)
+        values = {name: _values(metric) for name, metric in metrics.items()}
+        reliability: dict[str, TaskReliability] = {}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, MetricsReport) and callback.values:
+                values = {name: _of_task(callback.values, name) for name in metrics}
+            elif isinstance(callback, ReliabilityReport):
+                reliability = callback.tasks
+        tasks = {
+            name: TaskEvaluation(
+                kind=module.tasks[name].kind,
+                classes=module.tasks[name].classes,
+                primary=metric.primary,
+                values=values[name],
+                curves=self._curves[name],
+                reliability=reliability.get(name, TaskReliability()),
+            )
+            for name, metric in metrics.items()
         }
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        known = [value for task in tasks.values() if not math.isnan(value := task.value(task.primary))]
+        return ModelEvaluation(
+            tasks=tasks,
+            score=sum(known) / len(known) if known else math.nan,
+            data=DataDescription.by_site(data.describe() if isinstance(data, DescribedData) else {}),
+            model=_model_description(trainer, module),
+            config=_config(Path(self.folder or trainer.default_root_dir)),
+            versions=versions(),
+        )
 
-    def _pictures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Html]:
-        """Return the cases of every task as pictures; images are read and predicted once more."""
+    def _pictures(self, trainer: Trainer, module: MultiTaskModule) -> dict[str, Html]:
+        """Return the selected images of every task; they are read and predicted once more."""
         loader: Any = trainer.test_dataloaders
-        shown: dict[str, Html] = {}
-        if getattr(loader, "batch_sampler", None) is None:  # several loaders, or a stream: no place leads to an image
-            return shown
+        pictures: dict[str, Html] = {}
+        if not isinstance(loader, DataLoader) or loader.batch_sampler is None:  # a position must identify an image
+            return pictures
         order = [index for indices in loader.batch_sampler for index in indices]
-        for name, task in _tasks(pl_module).items():
-            picked = chosen(self._cases.get(name, []))
-            if not picked:
+        for name, task in module.tasks.items():
+            cases = select_cases(self._cases.get(name, []))
+            if not cases:
                 continue
-            samples = [loader.dataset[order[place]] for _, place in picked.values()]
-            batches = [collate([sample], pl_module.tasks) for sample in samples]  # type: ignore[arg-type]
+            samples = [loader.dataset[order[case.position]] for case in cases.values()]
+            batches = [collate([sample], module.tasks) for sample in samples]
             with torch.inference_mode():
-                predictions = [pl_module.predict_whole(b.image.to(pl_module.device)) for b in batches]  # type: ignore[operator]
-            drawn = case_figure(task, picked, batches, predictions)
-            shown[name] = figure(drawn, "", f"{', '.join(picked)} test image of {name}", raster=True)
-        return {name: join(picture) for name, picture in shown.items()}
+                predictions = [module.predict_whole(batch.image.to(module.device)) for batch in batches]
+            drawn = case_figure(task, cases, batches, predictions, class_colours(module.tasks.values()))
+            pictures[name] = figure(drawn, "", f"{', '.join(cases)} test image of {name}", raster=True)
+        return pictures
 
 
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return list(trainer.callbacks)  # type: ignore[attr-defined]
+def _metrics(module: LightningModule) -> dict[str, TaskMetrics]:
+    if not isinstance(module, MultiTaskModule):
+        return {}
+    return {name: metric for name, metric in module.test_metrics.items() if isinstance(metric, TaskMetrics)}
 
 
-def _tasks(pl_module: LightningModule) -> dict[str, Any]:
-    return dict(getattr(pl_module, "tasks", {}))
+def _values(metric: TaskMetrics) -> dict[str, float]:
+    """Return the values of a metric without intervals."""
+    return {key: float(value) for key, value in metric.compute().items()}
 
 
-def _metrics(pl_module: LightningModule) -> dict[str, TaskMetrics]:
-    metrics = getattr(pl_module, "test_metrics", {})
-    return {name: metric for name, metric in metrics.items() if isinstance(metric, TaskMetrics)}
+def _of_task(values: dict[str, float], task: str) -> dict[str, float]:
+    start = f"test/{task}/"
+    return {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
 
 
-def _plain_values(metrics: dict[str, TaskMetrics]) -> dict[str, float]:
-    """Return the metrics without intervals, where nobody made any."""
-    return {f"test/{t}/{k}": float(v) for t, metric in metrics.items() for k, v in metric.compute().items()}
-
-
-def _score(values: dict[str, float], primary: dict[str, str]) -> float:
-    known = [values.get(f"test/{task}/{name}", math.nan) for task, name in primary.items()]
-    known = [value for value in known if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
-
-
-def _model(trainer: Trainer, pl_module: LightningModule) -> Facts:
-    encoder = getattr(pl_module, "encoder", None)
-    checkpoint = Path(str(trainer.ckpt_path)) if trainer.ckpt_path else None
-    calibrated = [name for name, one in getattr(pl_module, "calibration", {}).items() if one.temperature is not None]
-    return {
-        "class": type(pl_module).__name__,
-        "encoder": getattr(encoder, "name", type(encoder).__name__),
-        "parameters": sum(p.numel() for p in pl_module.parameters()),
-        "checkpoint": checkpoint.name if checkpoint else "none: the weights the module had",
-        "calibrated": calibrated,
-    }
+def _model_description(trainer: Trainer, module: MultiTaskModule) -> ModelDescription:
+    return ModelDescription(
+        name=type(module).__name__,
+        encoder=module.encoder.name,
+        parameters=sum(p.numel() for p in module.parameters()),
+        checkpoint=Path(str(trainer.ckpt_path)).name if trainer.ckpt_path else "no checkpoint",
+        calibrated=[name for name, one in module.calibration.items() if one.temperature is not None],
+    )
 
 
 def _config(folder: Path) -> str:
-    """Return the configuration the model was trained with, or else tested with, as it was written."""
+    """Return the configuration of the training, or else of the test, as text."""
     for name in ("config.yaml", "config_test.yaml"):
         if (folder / name).is_file():
             return (folder / name).read_text()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -27,7 +27,11 @@ from mtmedformer.plots.style import class_colours
 
 
 def overlay_figure(
-    images: Sequence[Batch], predictions: Sequence[dict[str, Any]], tasks: dict[str, Task], score: float = 0.4
+    images: Sequence[Batch],
+    predictions: Sequence[dict[str, Any]],
+    tasks: dict[str, Task],
+    score: float = 0.4,
+    colours: Mapping[tuple[str, str], str] | None = None,
 ) -> Figure:
     """Draw one row per image: the image, its truth and the predictions.
 
@@ -36,11 +40,13 @@ def overlay_figure(
         predictions: Predictions by task for each image, in the formats of ``TaskHead.predict``.
         tasks: The tasks to draw.
         score: Boxes below this score are not drawn.
+        colours: Colours by task and class; the default is those of ``class_colours``.
 
     Returns:
         A matplotlib figure; close it after use.
     """
-    colours = class_colours(tasks.values())
+    drawn = class_colours(tasks.values())
+    colours = drawn if colours is None else {key: colours[key] for key in drawn}
     figure, axes = plt.subplots(
         len(images), 3, figsize=(9.6, 3.3 * len(images) + 0.5), squeeze=False, layout="constrained"
     )
@@ -66,7 +72,7 @@ def overlay_figure(
 
 
 def _draw_truth(
-    axis: Axes, targets: dict[str, Target], tasks: dict[str, Task], colours: dict[tuple[str, str], str]
+    axis: Axes, targets: dict[str, Target], tasks: dict[str, Task], colours: Mapping[tuple[str, str], str]
 ) -> str:
     lines = []
     for name, task in tasks.items():
@@ -93,7 +99,7 @@ def _draw_prediction(
     axis: Axes,
     predictions: dict[str, Any],
     tasks: dict[str, Task],
-    colours: dict[tuple[str, str], str],
+    colours: Mapping[tuple[str, str], str],
     score: float,
 ) -> str:
     lines = []

@@ -48,16 +48,16 @@ def test_the_checkpoint_holds_its_calibration_and_the_folder_the_posterior(train
     assert all(set(one["nll"]) == {"0", "0.01", "0.1"} for one in tuning["tasks"].values())
 
 
-def test_test_uses_the_calibration_and_says_what_it_gains(trained, tmp_path, capsys):
+def test_test_command_uses_the_calibration_and_reports_its_effect(trained, tmp_path, capsys):
     arguments = ["test", "--ckpt_path", str(trained / "checkpoints/best.ckpt"), QUIET]
     assert main([*arguments, f"--trainer.default_root_dir={tmp_path}"]) == 0
-    facts = json.loads((tmp_path / "reliability.json").read_text())
-    assert {"ece", "ece_raw", "nll", "nll_raw", "temperature", "thresholds", "bins"} <= facts["health"].keys()
+    reliability = json.loads((tmp_path / "reliability.json").read_text())
+    assert {"ece", "ece_raw", "nll", "nll_raw", "temperature", "thresholds", "bins"} <= reliability["health"].keys()
     assert "ece raw" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("refused", [False, True])
-def test_predict_averages_over_the_posterior_or_says_why_not(trained, tmp_path, capsys, refused):
+def test_predict_averages_over_the_posterior_or_names_the_reason(trained, tmp_path, capsys, refused):
     posterior = Posterior.load(trained / "posterior.safetensors")
     for one in posterior.tuning["tasks"].values():
         one["scale"] = 0.0 if refused else 0.1

@@ -1,4 +1,4 @@
-"""Reports through the command line: what lies in the run folder, and that a browser opens it without a complaint."""
+"""Reports through the command line: files in the run folder, and a browser opens them without errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mtmedformer.commands.main import main
 from tests.fixtures.small_set import small_config, write_config
 
 CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
 )
 
 
@@ -61,34 +61,34 @@ def federated(images, tmp_path_factory):
     return runs / "run"
 
 
-def test_a_test_leaves_a_report_that_tells_all(tested):
+def test_test_command_writes_a_complete_report(tested):
     page = read(tested / "report.html")
-    for words in (
+    for text in (
         "Research use only",
-        "What it can do",
-        "What it cannot do",
+        "Performance",
+        "Limitations",
         "health",
         "nodules",
         "organ",
         "95 % interval",
         "site north",
         "view PA",
-        "What is taken for what",
+        "Confusion matrix",
         "Thresholds chosen on validation images",
         "No patient is in two splits",
         "LabelsCSVDataModule",
-        "Every image and every truth that was read could be used.",
+        "All images and labels could be used.",
         "PyTorch",
         "class_path: mtmedformer.SharedEncoder",
     ):
-        assert words in page.text, words
+        assert text in page.text, text
     assert page.drawings >= 3
     assert 1 <= page.images <= 3
     assert "secret-patient" not in (tested / "report.html").read_text()
     assert "im0" not in page.text
 
 
-def test_the_card_says_what_the_report_says(tested):
+def test_model_card_agrees_with_the_report(tested):
     card = (tested / "model_card.md").read_text()
     assert "# Model card: health, nodules, organ" in card
     assert "[report.html](report.html)" in card
@@ -98,11 +98,11 @@ def test_the_card_says_what_the_report_says(tested):
     assert f"{value:.3f}" in read(tested / "report.html").text
 
 
-def test_a_federation_keeps_its_report_beside_that_of_the_test(federated):
-    told = json.loads((federated / "report.json").read_text())
-    assert told["state"]["state"] == "finished"
-    assert [entry["round"] for entry in told["history"]] == [0, 1]
-    assert {s["site"]: s["labels"]["nodules"] for s in told["sites"]}["south"] == 0
+def test_federation_report_stays_beside_the_test_report(federated):
+    report = json.loads((federated / "report.json").read_text())
+    assert report["state"]["state"] == "finished"
+    assert [entry["round"] for entry in report["history"]] == [0, 1]
+    assert {s["site"]: s["labels"]["nodules"] for s in report["sites"]}["south"] == 0
     page = read(federated / "report.html")
     assert "south has no labels for nodules" in page.text
     assert "secret-patient" not in (federated / "report.html").read_text()
@@ -113,7 +113,7 @@ def test_a_federation_keeps_its_report_beside_that_of_the_test(federated):
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
 @pytest.mark.parametrize("which", ["tested/report.html", "federated/report.html", "federated/test_report.html"])
-def test_a_browser_opens_it_without_a_complaint(which, request, tmp_path):
+def test_browser_opens_the_page_without_errors(which, request, tmp_path):
     run, name = which.split("/")
     file = request.getfixturevalue(run) / name
     opened = subprocess.run(
