@@ -33,7 +33,7 @@ COMMANDS = {
     "predict": Command("write predictions for a data set, or for files (--images)", LIGHTNING_CLI),
     "fingerprint": Command("describe a data set before training on it", "mtmedformer.commands.fingerprint.command"),
     "compare": Command("train and compare variants of a configuration", "mtmedformer.commands.compare.command"),
-    "sweep": Command("search hyperparameters from a W&B sweep file, without W&B", "mtmedformer.commands.sweep"),
+    "sweep": Command("search hyperparameters from a W&B sweep file, without W&B", "mtmedformer.commands.sweep.command"),
     "export": Command("write a trained model as ONNX or safetensors", "mtmedformer.commands.export.command"),
 }
 

@@ -1,4 +1,4 @@
-"""Every sweep of the project: rendered by W&B's own agent, parsed by our command line, and run without W&B."""
+"""Every sweep of the project: rendered by the agent of W&B, parsed by the command line, and run without W&B."""
 
 import csv
 import os
@@ -48,7 +48,7 @@ def by_agent(config, values, monkeypatch):
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda p: p.stem)
-def test_wandb_renders_what_our_command_line_takes(file, monkeypatch, capsys, tmp_path):
+def test_the_command_that_wandb_renders_is_parsed(file, monkeypatch, capsys, tmp_path):
     from wandb.sdk.launch.sweeps.utils import load_sweep_config
 
     config = load_sweep_config(str(file))
@@ -59,7 +59,7 @@ def test_wandb_renders_what_our_command_line_takes(file, monkeypatch, capsys, tm
         values = {k: extremes(spec)[turn % len(extremes(spec))] for k, spec in config["parameters"].items()}
         words = by_agent(config, values, monkeypatch)
         assert words[:2] == ["/usr/bin/env", "mtmedformer"]
-        assert words[2:] == read_sweep(file).arguments(values), "what runs without W&B is the same command"
+        assert words[2:] == read_sweep(file).arguments(values), "the command without W&B is the same"
         with pytest.raises(SystemExit) as end:
             main([*words[2:], "--print_config"])
         assert end.value.code == 0
@@ -107,8 +107,8 @@ def test_the_command_in_the_first_line_runs(file, monkeypatch, tmp_path, capsys)
 
 
 @pytest.mark.slow
-def test_ctrl_c_and_the_same_command_again(images, tmp_path):
-    """The running trial is taken up where it was, and what had ended is not done again."""
+def test_the_same_command_continues_after_ctrl_c(images, tmp_path):
+    """The interrupted trial continues from its checkpoint, and ended trials are not repeated."""
     config = small_config(images, tmp_path, max_epochs=30)
     config["trainer"]["callbacks"] = [{"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": STOP}]
     sweep = {
@@ -127,14 +127,14 @@ def test_ctrl_c_and_the_same_command_again(images, tmp_path):
     while not (folder / "checkpoints/best.ckpt").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    told, _ = process.communicate(timeout=120)
-    assert process.returncode == 1, told
-    assert "goes on from here" in told
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, printed
+    assert "the same command continues" in printed
     begun = {int(row["epoch"]) for row in rows_of(folder / "metrics.csv")}
     assert max(begun) < 29
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 begun" in done.stdout
+    assert "1 to continue" in done.stdout
     epochs = [int(row["epoch"]) for row in rows_of(folder / "metrics.csv") if row["val/score"]]
     assert epochs == sorted(set(epochs)), "no epoch was trained twice"
     assert len(rows_of(tmp_path / "out/results.csv")) == 1

@@ -1,5 +1,8 @@
-"""``mtmedformer sweep``: a W&B sweep file run without W&B, by Optuna, one training after the other or side by side."""
+"""``mtmedformer sweep``: run a W&B sweep file without W&B, with Optuna choosing the parameters of each trial."""
 
-from mtmedformer.commands.sweep.command import main
+from mtmedformer.errors import ConfigError
 
-__all__ = ["main"]
+try:
+    import optuna  # noqa: F401  an optional package, which the modules below import
+except ImportError as error:
+    raise ConfigError("mtmedformer sweep needs Optuna; pip install 'mtmedformer[sweep]'") from error

@@ -1,4 +1,4 @@
-"""``mtmedformer sweep``: run a W&B sweep file without W&B, and say what it found."""
+"""``mtmedformer sweep``: run a W&B sweep file without W&B, and compare its trials."""
 
 from __future__ import annotations
 
@@ -7,41 +7,38 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import optuna
 from filelock import FileLock, Timeout
+from optuna.trial import TrialState
 from rich.console import Console
 
 from mtmedformer.commands.parser import ToolParser
-from mtmedformer.commands.sweep.results import Objective, Row, draw, objectives, points_of, show, write_csv
+from mtmedformer.commands.sweep.results import Objective, draw, objectives, points_of, show, write_csv
 from mtmedformer.commands.sweep.study import front, next_trial, open_study, unfinished
 from mtmedformer.commands.sweep.sweep_file import Sweep, read_sweep
-from mtmedformer.commands.sweep.trials import Outcome, outcome, run_trials
+from mtmedformer.commands.sweep.trials import TrialResult, load_result, read_result, run_trials, save_result
 from mtmedformer.errors import ConfigError
 
-if TYPE_CHECKING:
-    import optuna
-
-HOPELESS = 3
-"""Trials that fail, and none that does not, after which a sweep is given up."""
+MOST_FAILURES = 3
+"""A sweep stops after this many failed trials if none has succeeded."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a sweep as far as it is not done, and write ``results.csv`` and ``pareto.png``.
+    """Run the trials of a sweep that have not ended, and write ``results.csv`` and ``pareto.png``.
 
     Returns:
-        0; 1 when a trial failed or Ctrl-C was pressed: the same command goes on where it stopped.
+        0; 1 when a trial failed or Ctrl-C was pressed. The same command continues the sweep.
     """
     options, more = _parser().parse_known_args(argv)
     if odd := [word for word in more if not re.fullmatch(r"--\w+(\.\w+)+=.*", word, re.DOTALL)]:
         raise ConfigError(
             f"sweep: {odd[0]} is no option; settings of the trials are written --data.init_args.root=PATH"
         )
-    _require()
     if options.jobs < 1 or (options.trials is not None and options.trials < 1):
         raise ConfigError(f"--jobs {options.jobs} and --trials {options.trials} must be 1 or more")
     sweep = read_sweep(options.config).with_settings(more)
-    asked = [Objective.parse(text) for text in options.metrics.split(",")] if options.metrics else []
+    named = [Objective.parse(text) for text in options.metrics.split(",")] if options.metrics else []
     output = options.output or Path("runs/sweeps") / sweep.name
     output.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -49,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         with FileLock(output / "sweep.lock", timeout=0):
             study = open_study(sweep, output)
             interrupted = _run(study, sweep, options, output, console)
-            return _tell(study, sweep, asked, output, console) or int(interrupted)
+            return _report(study, sweep, named, output, console) or int(interrupted)
     except Timeout as error:
         raise ConfigError(f"--output {output}: a sweep is running there already; choose another folder") from error
 
@@ -60,25 +57,20 @@ def _parser() -> ToolParser:
         description="Run a W&B sweep file without W&B, by Optuna. Settings such as --data.root=PATH go to every trial.",
     )
     parser.add_argument("--config", type=Path, required=True, help="the sweep, as in configs/sweeps")
-    parser.add_argument("--trials", type=int, help="trials in all; the file's run_cap by default")
-    parser.add_argument("--jobs", type=int, default=1, help="trials at once; on several GPUs each gets one")
+    parser.add_argument("--trials", type=int, help="number of trials; the file's run_cap by default")
+    parser.add_argument("--jobs", type=int, default=1, help="trials at once; with several GPUs, each gets one")
     parser.add_argument("--output", type=Path, help="folder of the trials; runs/sweeps/<name> by default")
-    parser.add_argument("--seed", type=int, default=0, help="seed of what is tried")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of parameters")
     parser.add_argument(
-        "--metrics", metavar="A,B", help="what to weigh in pareto.png; each task's own metric by default; NAME:min"
+        "--metrics",
+        metavar="A,B",
+        help="metrics to weigh in pareto.png, NAME:min if less is better; the primary metric of each task by default",
     )
     return parser
 
 
-def _require() -> None:
-    try:
-        import optuna  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("mtmedformer sweep needs Optuna; pip install 'mtmedformer[sweep]'") from error
-
-
 def _run(study: optuna.Study, sweep: Sweep, options: argparse.Namespace, output: Path, console: Console) -> bool:
-    """Run what is left and return whether it was interrupted."""
+    """Run the remaining trials and return whether Ctrl-C was pressed."""
     total = sweep.trials if options.trials is None else options.trials
     if sweep.method == "grid":
         total = min(total, sweep.trials)
@@ -86,86 +78,87 @@ def _run(study: optuna.Study, sweep: Sweep, options: argparse.Namespace, output:
     ended = len(study.get_trials(deepcopy=False)) - len(begun)
     console.print(
         f"{sweep.name}: {total} trials by {sweep.method}, {ended} ended before"
-        + (f", {len(begun)} begun" if begun else ""),
+        + (f", {len(begun)} to continue" if begun else ""),
         highlight=False,
     )
 
     def waiting() -> Iterator[tuple[int, list[str]]]:
         for number, trial in begun.items():
             yield number, sweep.arguments(trial.params)
-        while len(study.get_trials(deepcopy=False)) < total and not _hopeless(study):
+        while len(study.get_trials(deepcopy=False)) < total and not _only_failures(study):
             trial = next_trial(study, sweep, options.seed)
             yield trial.number, sweep.arguments(trial.params)
 
-    def folder_of(number: int) -> Path:
-        return output / "trials" / f"{number:04d}"
-
-    ends = run_trials(waiting(), folder_of, options.jobs, lambda job: outcome(job, sweep.metric, sweep.maximise))
+    results = run_trials(
+        waiting(),
+        lambda number: _folder(output, number),
+        options.jobs,
+        lambda trial: read_result(trial, sweep.metric, sweep.maximise),
+    )
     try:
         with console.status(f"{ended}/{total} trials, Ctrl-C stops and keeps them") as status:
-            for end in ends:
-                _record(study, end)
+            for result in results:
+                save_result(result, _folder(output, result.number))
+                state = TrialState.FAIL if result.value is None else TrialState.COMPLETE
+                study.tell(result.number, result.value, state)
                 ended += 1
                 status.update(f"{ended}/{total} trials, Ctrl-C stops and keeps them")
-                console.print(f"{ended}/{total}  {_told(end, sweep.metric)}", highlight=False, markup=False)
+                console.print(f"{ended}/{total}  {_line(result, sweep.metric)}", highlight=False, markup=False)
     except KeyboardInterrupt:
-        ends.close()  # type: ignore[attr-defined]
-        console.print("Interrupted; the same command goes on from here.")
+        results.close()
+        console.print("Interrupted; the same command continues the sweep.")
         return True
     return False
 
 
-def _hopeless(study: optuna.Study) -> bool:
-    states = [trial.state.name for trial in study.get_trials(deepcopy=False)]
-    return states.count("FAIL") >= HOPELESS and "COMPLETE" not in states
+def _folder(output: Path, number: int) -> Path:
+    """Return the run folder of a trial."""
+    return output / "trials" / f"{number:04d}"
 
 
-def _record(study: optuna.Study, end: Outcome) -> None:
-    """Keep how a trial ended in the study."""
-    from optuna.trial import TrialState
-
-    trial = next(one for one in study.get_trials(deepcopy=False) if one.number == end.number)
-    facts = {"metrics": end.metrics, "epoch": end.epoch, "seconds": end.seconds, "reason": end.reason}
-    for key, value in facts.items():
-        study._storage.set_trial_user_attr(trial._trial_id, key, value)  # of a trial begun by an earlier process
-    if end.value is None:
-        study.tell(end.number, state=TrialState.FAIL)
-    else:
-        study.tell(end.number, end.value)
+def _only_failures(study: optuna.Study) -> bool:
+    states = [trial.state for trial in study.get_trials(deepcopy=False)]
+    return states.count(TrialState.FAIL) >= MOST_FAILURES and TrialState.COMPLETE not in states
 
 
-def _told(end: Outcome, metric: str) -> str:
-    if end.value is None:
-        return f"trial {end.number}: FAILED, {end.reason}"
-    return f"trial {end.number}: {metric} {end.value:.4g} in epoch {end.epoch}, {end.seconds:.0f} s"
+def _line(result: TrialResult, metric: str) -> str:
+    if result.value is None:
+        return f"trial {result.number}: FAILED, {result.reason}"
+    return f"trial {result.number}: {metric} {result.value:.4g} in epoch {result.epoch}, {result.seconds:.0f} s"
 
 
-def _tell(study: optuna.Study, sweep: Sweep, asked: Sequence[Objective], output: Path, console: Console) -> int:
-    """Print and write what was found; return 1 where a trial failed."""
-    rows = [
-        Row(trial.number, trial.value if trial.state.name == "COMPLETE" else None, trial.params, **trial.user_attrs)
+def _report(study: optuna.Study, sweep: Sweep, named: Sequence[Objective], output: Path, console: Console) -> int:
+    """Print and write the results; return 1 if a trial failed."""
+    results = [
+        load_result(
+            _folder(output, trial.number),
+            trial.number,
+            trial.value if trial.state == TrialState.COMPLETE else None,
+            trial.params,
+        )
         for trial in study.get_trials()
         if trial.state.is_finished()
     ]
-    done = [row for row in rows if row.value is not None]
-    failed = [row for row in rows if row.value is None]
-    for row in failed:
-        console.print(f"Trial {row.number} failed: {row.reason}", highlight=False, markup=False)
+    done = [(result.value, result) for result in results if result.value is not None]
+    failed = [result for result in results if result.value is None]
+    for result in failed:
+        console.print(f"Trial {result.number} failed: {result.reason}", highlight=False, markup=False)
     if not done:
-        console.print("No trial has ended well; there is nothing to compare.")
+        console.print("No trial has succeeded; there is nothing to compare.")
         return 1
-    done.sort(key=lambda row: -(row.value or 0) if sweep.maximise else (row.value or 0))
-    chosen = objectives(done, asked)
-    points = points_of(done, chosen)
-    best_of_all = front(points, tuple(one.maximise for one in chosen)) if len(chosen) > 1 and points else set()
-    show(done, chosen, best_of_all, sweep.metric, console)
-    write_csv([*done, *failed], best_of_all, output / "results.csv")
+    best = [result for _, result in sorted(done, key=lambda pair: -pair[0] if sweep.maximise else pair[0])]
+    chosen = objectives(best, named)
+    points = points_of(best, chosen)
+    pareto = front(points, tuple(one.maximise for one in chosen)) if len(chosen) > 1 and points else set()
+    show(best, chosen, pareto, sweep.metric, console)
+    write_csv([*best, *failed], pareto, output / "results.csv")
     written = [str(output / "results.csv")]
-    if best_of_all:
-        draw(points, chosen, best_of_all, output / "pareto.png")
+    if pareto:
+        draw(points, chosen, pareto, output / "pareto.png")
         written.append(str(output / "pareto.png"))
-    console.print(f"{len(done)} trials ended, {len(failed)} failed. Written: {' and '.join(written)}", soft_wrap=True)
-    words = shlex.join(["mtmedformer", *sweep.arguments(done[0].parameters)])
-    console.print(f"Best, trial {done[0].number}:", highlight=False)
-    console.print(words, highlight=False, markup=False, soft_wrap=True)
+    counts = f"{len(best)} trials succeeded, {len(failed)} failed"
+    console.print(f"{counts}. Written: {' and '.join(written)}", soft_wrap=True)
+    console.print(f"Best, trial {best[0].number}:", highlight=False)
+    command = shlex.join(["mtmedformer", *sweep.arguments(best[0].parameters)])
+    console.print(command, highlight=False, markup=False, soft_wrap=True)
     return int(bool(failed))

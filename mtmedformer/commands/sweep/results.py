@@ -1,4 +1,4 @@
-"""What came out of a sweep: a table on screen and as CSV, and a picture of what the tasks cost each other."""
+"""The results of a sweep: a table on screen, a CSV file, and a picture of the trade-off between tasks."""
 
 from __future__ import annotations
 
@@ -7,86 +7,66 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from mtmedformer.commands.sweep.trials import TrialResult
 from mtmedformer.errors import ConfigError
 from mtmedformer.storage.atomic_write import whole
 
 PRIMARY = re.compile(r"val/[^/]+/(auroc|map50|dice)")
-"""The metric that stands for a task in ``val/score``."""
+"""The metrics whose mean is ``val/score``, one per task."""
 
 SHOWN = 10
-"""Rows of the table on screen; the CSV has all."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A trial that has ended.
-
-    Attributes:
-        number: Its number.
-        value: What it reached; ``None`` where it failed.
-        parameters: What was tried.
-        metrics: Everything validated in its best epoch.
-        epoch: That epoch, from 0.
-        seconds: How long it took.
-        reason: Why it failed.
-    """
-
-    number: int
-    value: float | None
-    parameters: dict[str, Any]
-    metrics: dict[str, float] = field(default_factory=dict)
-    epoch: int = 0
-    seconds: float = 0.0
-    reason: str = ""
+"""Rows of the table on screen; the CSV file has all trials."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A metric whose trade-off is shown, and whether more of it is better."""
+    """A metric to weigh against others, and whether more of it is better."""
 
     name: str
     maximise: bool = True
 
     @classmethod
     def parse(cls, text: str) -> Objective:
-        """Read ``val/lungs/dice``, or ``val/lungs/hd95:min`` where less is better.
+        """Read ``val/lungs/dice``, or ``val/lungs/hd95:min`` if less is better.
 
         Raises:
-            ConfigError: It ends in something else.
+            ConfigError: The text has another form.
         """
-        name, _, way = text.strip().partition(":")
-        if way not in ("", "min", "max") or not name:
-            raise ConfigError(f"--metrics {text}: write NAME, or NAME:min where less is better")
-        return cls(name, way != "min")
+        name, _, goal = text.strip().partition(":")
+        if goal not in ("", "min", "max") or not name:
+            raise ConfigError(f"--metrics {text}: write NAME, or NAME:min if less is better")
+        return cls(name, goal != "min")
 
 
-def objectives(rows: Sequence[Row], asked: Sequence[Objective]) -> list[Objective]:
-    """Return the metrics to weigh against each other: those asked for, or each task's primary one.
+def objectives(rows: Sequence[TrialResult], named: Sequence[Objective]) -> list[Objective]:
+    """Return the metrics to weigh against each other: the named ones, or the primary one of each task.
 
     Raises:
-        ConfigError: One that was asked for was never logged.
+        ConfigError: A named metric was not logged.
     """
-    there = {name: None for row in rows for name, value in row.metrics.items() if math.isfinite(value)}
-    for one in asked:
-        if rows and one.name not in there:
-            raise ConfigError(f"--metrics {one.name}: was not logged; there are {', '.join(there) or 'none'}")
-    return list(asked) or [Objective(name) for name in there if PRIMARY.fullmatch(name)]
+    logged = {name: None for row in rows for name, value in row.metrics.items() if math.isfinite(value)}
+    for one in named:
+        if rows and one.name not in logged:
+            raise ConfigError(f"--metrics {one.name}: was not logged; logged were {', '.join(logged) or 'none'}")
+    return list(named) or [Objective(name) for name in logged if PRIMARY.fullmatch(name)]
 
 
-def points_of(rows: Sequence[Row], chosen: Sequence[Objective]) -> dict[int, tuple[float, ...]]:
-    """Return what each trial reached in every objective; one that lacks any is left out."""
-    found = {row.number: tuple(row.metrics.get(one.name, math.nan) for one in chosen) for row in rows}
-    return {number: values for number, values in found.items() if all(map(math.isfinite, values))}
+def points_of(rows: Sequence[TrialResult], chosen: Sequence[Objective]) -> dict[int, tuple[float, ...]]:
+    """Return the values of each trial in every objective; trials without all of them are left out."""
+    points = {row.number: tuple(row.metrics.get(one.name, math.nan) for one in chosen) for row in rows}
+    return {number: values for number, values in points.items() if all(map(math.isfinite, values))}
 
 
-def write_csv(rows: Sequence[Row], best_of_all: set[int], file: Path) -> None:
+def write_csv(rows: Sequence[TrialResult], front: set[int], file: Path) -> None:
     """Write every trial: its value, parameters, metrics, and whether it lies on the Pareto front."""
     parameters = list({key: None for row in rows for key in row.parameters})
     metrics = sorted({name for row in rows for name in row.metrics})
@@ -94,38 +74,33 @@ def write_csv(rows: Sequence[Row], best_of_all: set[int], file: Path) -> None:
         writer = csv.writer(lines)
         writer.writerow(["trial", "value", "front", "epoch", "seconds", *parameters, *metrics, "failed"])
         for row in rows:
-            head = [row.number, "" if row.value is None else row.value, int(row.number in best_of_all), row.epoch]
-            tried = [row.parameters.get(key, "") for key in parameters]
+            head = [row.number, "" if row.value is None else row.value, int(row.number in front), row.epoch]
+            values = [row.parameters.get(key, "") for key in parameters]
             writer.writerow(
-                [*head, round(row.seconds, 1), *tried, *(row.metrics.get(m, "") for m in metrics), row.reason]
+                [*head, round(row.seconds, 1), *values, *(row.metrics.get(m, "") for m in metrics), row.reason]
             )
 
 
 def show(
-    rows: Sequence[Row], chosen: Sequence[Objective], best_of_all: set[int], metric: str, console: Console
+    rows: Sequence[TrialResult], chosen: Sequence[Objective], front: set[int], metric: str, console: Console
 ) -> None:
-    """Print the best trials, best first; ``*`` marks those on the front."""
+    """Print the best trials, best first; ``*`` marks those on the Pareto front."""
     parameters = list({key: None for row in rows for key in row.parameters})
     table = Table("trial", metric.removeprefix("val/"), pad_edge=False, header_style="bold")
     for name in [*_short([one.name for one in chosen]), *_short(parameters)]:
         table.add_column(re.sub(r"[./](?=[^./]+$)", "\n", name), justify="right")
     for row in rows[:SHOWN]:
-        reached = [_number(row.metrics.get(one.name, math.nan)) for one in chosen]
-        tried = [_number(row.parameters[key]) for key in parameters]
-        mark = "*" if row.number in best_of_all else ""
-        table.add_row(f"{row.number}{mark}", _number(row.value), *reached, *tried)
+        values = [_number(row.metrics.get(one.name, math.nan)) for one in chosen]
+        settings = [_number(row.parameters[key]) for key in parameters]
+        mark = "*" if row.number in front else ""
+        table.add_row(f"{row.number}{mark}", _number(row.value), *values, *settings)
     console.print(table)
-    if best_of_all:
+    if front:
         console.print("* no other trial is better in one task without being worse in another", highlight=False)
 
 
-def draw(
-    points: Mapping[int, tuple[float, ...]], chosen: Sequence[Objective], best_of_all: set[int], file: Path
-) -> None:
-    """Draw every pair of objectives against each other, the trials of the front named and joined."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def draw(points: Mapping[int, tuple[float, ...]], chosen: Sequence[Objective], front: set[int], file: Path) -> None:
+    """Draw every pair of objectives as a scatter plot, with the numbers of the trials on the front."""
     pairs = list(itertools.combinations(range(len(chosen)), 2))
     figure = Figure(figsize=(4.6 * len(pairs), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -133,7 +108,7 @@ def draw(
     for place, (i, j) in enumerate(pairs, start=1):
         axes = figure.add_subplot(1, len(pairs), place)
         for number, values in points.items():
-            on = number in best_of_all
+            on = number in front
             axes.plot(values[i], values[j], "o", color="#d9822b" if on else "#8b929c", ms=7 if on else 5, zorder=2 + on)
             if on:
                 at = (values[i], values[j])
@@ -143,8 +118,8 @@ def draw(
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(0.12)
-    told = f"{len(points)} trials; orange: the {len(best_of_all)} on the Pareto front; arrows point to better"
-    figure.suptitle(told, fontsize=10)
+    title = f"{len(points)} trials; orange: the {len(front)} on the Pareto front; arrows point to better values"
+    figure.suptitle(title, fontsize=10)
     figure.savefig(file, dpi=130)
 
 
@@ -153,7 +128,7 @@ def _names(chosen: Sequence[Objective]) -> list[str]:
 
 
 def _short(keys: Sequence[str]) -> list[str]:
-    """Return what tells names apart at a glance: ``health/auroc``, ``weights.health``."""
+    """Shorten names as far as they stay different: ``health/auroc``, ``weights.health``."""
     short = [key.removeprefix("val/") if "/" in key else ".".join(key.split(".")[-2:]) for key in keys]
     return short if len(set(short)) == len(keys) else list(keys)
 

@@ -1,33 +1,32 @@
-"""The trials of a sweep and who chooses them: an Optuna study in a file, which outlives the process."""
+"""The trials of a sweep: an Optuna study in a journal file, which is continued by the next process."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mtmedformer.commands.sweep.sweep_file import Sweep
+import optuna
+from optuna.distributions import distribution_to_json
+from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState
+
+from mtmedformer.commands.sweep.sweep_file import Sweep, choices
 from mtmedformer.errors import ConfigError
 
-if TYPE_CHECKING:
-    import optuna
-    from optuna.samplers import BaseSampler
-    from optuna.trial import FrozenTrial
-
 STUDY = "study.journal"
-"""Holds every trial, what was tried and what came out; Optuna's journal, text, appended to only."""
+"""Parameters and value of every trial; Optuna's journal, a text file that is only appended to."""
 
 
 def open_study(sweep: Sweep, output: Path) -> optuna.Study:
-    """Open the study of a folder, or start one.
+    """Open the study in a folder, or create one.
 
     Raises:
-        ConfigError: The folder holds another sweep.
+        ConfigError: The folder contains the trials of another sweep.
     """
-    import optuna
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     output.mkdir(parents=True, exist_ok=True)
     file = str(output / STUDY)
@@ -37,64 +36,57 @@ def open_study(sweep: Sweep, output: Path) -> optuna.Study:
         direction="maximize" if sweep.maximise else "minimize",
         load_if_exists=True,
     )
-    asked = _digest(sweep)
-    if study.user_attrs.setdefault("sweep", asked) != asked:
+    digest = _digest(sweep)
+    if study.user_attrs.setdefault("sweep", digest) != digest:
         raise ConfigError(
-            f"--output {output}: holds trials of another version of this sweep; choose another folder, or delete it"
+            f"--output {output}: contains trials of another version of this sweep; choose another folder, or delete it"
         )
-    study.set_user_attr("sweep", asked)
+    study.set_user_attr("sweep", digest)
     return study
 
 
 def next_trial(study: optuna.Study, sweep: Sweep, seed: int) -> FrozenTrial:
-    """Choose the parameters of one more trial; the same number gets the same random numbers, interrupted or not."""
+    """Choose the parameters of the next trial, the same in an interrupted and in an uninterrupted sweep."""
     study.sampler = _sampler(sweep, seed, len(study.get_trials(deepcopy=False)))
     trial = study.ask(sweep.space)
     return next(one for one in study.get_trials() if one.number == trial.number)
 
 
 def unfinished(study: optuna.Study) -> list[FrozenTrial]:
-    """Return the trials that were begun and neither ended nor failed."""
-    from optuna.trial import TrialState
-
+    """Return the trials that were started and have neither ended nor failed."""
     return study.get_trials(states=(TrialState.RUNNING,))
 
 
+class _Grid(GridSampler):
+    """A grid that leaves the counting of trials to the sweep; Optuna's would stop a loop that does not run here."""
+
+    def after_trial(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing."""
+
+
 def _sampler(sweep: Sweep, seed: int, number: int) -> BaseSampler:
-    from optuna.samplers import GridSampler, RandomSampler, TPESampler
-
-    class Grid(GridSampler):
-        """Leaves the counting of trials to the sweep: Optuna's own stops a loop that is not run here."""
-
-        def after_trial(self, *args: Any, **kwargs: Any) -> None:
-            """Do nothing."""
-
     if sweep.method == "grid":
-        # one seed for all: it shuffles the grid, whose places the trials remember
-        return Grid({key: list(getattr(one, "choices", ())) for key, one in sweep.space.items()}, seed=seed)
+        # one seed for all trials: it shuffles the grid, and the trials store their places in it
+        return _Grid({key: choices(one) for key, one in sweep.space.items()}, seed=seed)
     if sweep.method == "random":
         return RandomSampler(seed=seed + number)
     return TPESampler(seed=seed + number, multivariate=True, constant_liar=True)
 
 
-def front(points: dict[int, tuple[float, ...]], maximise: tuple[bool, ...]) -> set[int]:
-    """Return the trials that no other beats in every respect (the Pareto front).
+def front(points: Mapping[int, tuple[float, ...]], maximise: tuple[bool, ...]) -> set[int]:
+    """Return the trials on the Pareto front: those that no other trial equals or exceeds in every objective.
 
     Args:
-        points: What each trial reached, by its number.
+        points: Values of each trial, by its number.
         maximise: Whether more is better, for each of the values.
     """
-    import optuna
-
-    way = optuna.study.StudyDirection
-    study = optuna.create_study(directions=[way.MAXIMIZE if more else way.MINIMIZE for more in maximise])
+    direction = optuna.study.StudyDirection
+    study = optuna.create_study(directions=[direction.MAXIMIZE if more else direction.MINIMIZE for more in maximise])
     study.add_trials([optuna.trial.create_trial(values=list(v), user_attrs={"number": n}) for n, v in points.items()])
     return {trial.user_attrs["number"] for trial in study.best_trials}
 
 
 def _digest(sweep: Sweep) -> str:
-    from optuna.distributions import distribution_to_json
-
     space = {key: distribution_to_json(one) for key, one in sweep.space.items()}
     parts = [sweep.method, sweep.metric, sweep.maximise, space, sweep.fixed, sweep.command]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""A W&B sweep file: what is varied and how, what is looked at, and the command line of a trial."""
+"""Read a W&B sweep file: the parameters to vary, the metric, and the command line of a trial."""
 
 from __future__ import annotations
 
@@ -6,36 +6,34 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from mtmedformer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
 
 Method = Literal["bayes", "grid", "random"]
 
 TRIALS = 20
-"""Trials of a sweep that says no ``run_cap``."""
+"""Number of trials of a sweep without ``run_cap``."""
 
 RANGES = ("uniform", "q_uniform", "int_uniform", "log_uniform", "log_uniform_values")
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep file asks for.
+    """The content of a sweep file.
 
     Attributes:
-        name: Its ``name``, or the file's.
+        name: Its ``name``, or that of the file.
         method: How parameters are chosen.
-        metric: What is looked at, a column of ``metrics.csv``.
+        metric: The metric to optimise, a column of ``metrics.csv``.
         maximise: Whether more of it is better.
-        space: What is varied, by dotted key.
-        fixed: What has one value, by dotted key.
-        command: The command line after the program, ``${args}`` where the parameters go.
-        trials: How many trials it asks for.
+        space: Distributions of the parameters to vary, by dotted key.
+        fixed: Parameters with one value, by dotted key.
+        command: The command line after the program, with ``${args}`` in place of the parameters.
+        trials: Number of trials.
     """
 
     name: str
@@ -48,11 +46,11 @@ class Sweep:
     trials: int
 
     def with_settings(self, words: Sequence[str]) -> Sweep:
-        """Return the sweep with further arguments for every trial, which what is varied wins over."""
+        """Return the sweep with further arguments for every trial; the varied parameters override them."""
         return replace(self, command=(*self.command[:-1], *words, self.command[-1]))
 
     def arguments(self, parameters: Mapping[str, Any]) -> list[str]:
-        """Return the command line of a trial after the program, as ``wandb agent`` would build it."""
+        """Return the command line of a trial after the program, the same as ``wandb agent`` builds."""
         flags = [f"--{key}={value}" for key, value in {**self.fixed, **parameters}.items()]
         return [word for part in self.command for word in (flags if part == "${args}" else [part])]
 
@@ -61,7 +59,7 @@ def read_sweep(file: Path) -> Sweep:
     """Read a sweep file.
 
     Raises:
-        ConfigError: It is no sweep file, or asks for what Optuna has no counterpart of.
+        ConfigError: The file is no sweep, or uses something that Optuna does not have.
     """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -81,15 +79,20 @@ def read_sweep(file: Path) -> Sweep:
             fixed[key] = spec["value"]
         else:
             space[key] = _distribution(f"{file}: parameters.{key}", spec)
-    if method == "grid" and (open_ended := [key for key, one in space.items() if not hasattr(one, "choices")]):
-        raise ConfigError(f"{file}: a grid needs values: for every parameter; {open_ended[0]} has none")
+    if method == "grid" and (open_ended := [key for key, one in space.items() if not choices(one)]):
+        raise ConfigError(f"{file}: a grid needs values: for every parameter, and {open_ended[0]} has none")
     trials = content.get("run_cap", TRIALS)
     if method == "grid":
-        combinations = math.prod(len(getattr(one, "choices", ())) for one in space.values())
+        combinations = math.prod(len(choices(one)) for one in space.values())
         trials = min(combinations, content.get("run_cap", combinations))
     name = str(content.get("name", file.stem))
     command = _command(file, content.get("command"))
     return Sweep(name, method, metric["name"], metric["goal"] == "maximize", space, fixed, command, trials)
+
+
+def choices(distribution: BaseDistribution) -> list[Any]:
+    """Return the values of a parameter with ``values``, and an empty list for one with a range."""
+    return list(distribution.choices) if isinstance(distribution, CategoricalDistribution) else []
 
 
 def _command(file: Path, command: Any) -> tuple[str, ...]:
@@ -98,20 +101,18 @@ def _command(file: Path, command: Any) -> tuple[str, ...]:
     rest = [word for word in words if word not in ("${env}", "${interpreter}", "${program}")]
     if rest[:1] != ["fit"] or rest[-1:] != ["${args}"]:
         raise ConfigError(
-            f"{file}: command is {words}; it must be a list like those of configs/sweeps: fit first after "
-            '${env} and ${program}, "${args}" last, because what comes before --config loses to it'
+            f"{file}: command is {words}; it must be a list like those in configs/sweeps: ${{env}}, ${{program}}, fit, "
+            'and "${args}" last, because --config overrides the arguments before it'
         )
     return tuple(rest)
 
 
 def _distribution(where: str, spec: Any) -> BaseDistribution:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
     if isinstance(spec, dict) and "parameters" in spec:
-        raise ConfigError(f"{where}: write nested keys with dots, they would arrive as one dictionary")
+        raise ConfigError(f"{where}: write nested keys with dots; nested parameters would be passed as one dictionary")
     if isinstance(spec, dict) and isinstance(spec.get("values"), list) and spec["values"]:
         if not all(value is None or isinstance(value, bool | int | float | str) for value in spec["values"]):
-            raise ConfigError(f"{where}: values are numbers and text; write a list as text, '[1, 2]'")
+            raise ConfigError(f"{where}: values must be numbers or text; write a list as text, '[1, 2]'")
         return CategoricalDistribution(spec["values"])
     low, high = (spec.get("min"), spec.get("max")) if isinstance(spec, dict) else (None, None)
     if not isinstance(low, int | float) or not isinstance(high, int | float) or low >= high:
@@ -120,11 +121,12 @@ def _distribution(where: str, spec: Any) -> BaseDistribution:
     kind = spec.get("distribution", "int_uniform" if whole else "uniform")
     if kind == "int_uniform":
         return IntDistribution(int(low), int(high))
-    if kind == "log_uniform":  # W&B's bounds of this one are exponents
+    if kind == "log_uniform":  # whose bounds are exponents in W&B
         return FloatDistribution(math.exp(low), math.exp(high), log=True)
     if kind not in RANGES or (kind == "log_uniform_values" and low <= 0):
         raise ConfigError(
-            f"{where}: distribution {kind} from {low} to {high} is not run without W&B; choose from {', '.join(RANGES)}"
+            f"{where}: distribution {kind} from {low} to {high} is not supported without W&B; choose from "
+            f"{', '.join(RANGES)}"
         )
     step = float(spec.get("q", 1)) if kind == "q_uniform" else None
     return FloatDistribution(float(low), float(high), log=kind == "log_uniform_values", step=step)

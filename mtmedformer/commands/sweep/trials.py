@@ -1,30 +1,32 @@
-"""Runs trials side by side, each ``mtmedformer fit`` in a process of its own, and reads what came out."""
+"""Run trials side by side, each ``mtmedformer fit`` in a process of its own, and read their results."""
 
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import shutil
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from mtmedformer.commands.child_runs import DONE, GRACE, failure_text, start
 from mtmedformer.processes import stop_all
+from mtmedformer.storage.atomic_write import whole
 
-DONE = (0, 3)
-"""Exit codes of a training that has come to its end; 3 says that some of the data could not be used."""
-
-GRACE = 60.0
-"""Seconds a trial has to save itself after Ctrl-C."""
+RESULT = "result.json"
+"""File with the result of a trial, in its folder."""
 
 
 @dataclass
-class Job:
-    """A trial at work.
+class RunningTrial:
+    """A trial that is running.
 
     Attributes:
         number: Number of the trial.
@@ -42,16 +44,17 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a trial ended.
+class TrialResult:
+    """The result of a trial that has ended.
 
     Attributes:
         number: Number of the trial.
-        value: What it reached in its best epoch; ``None`` where it failed.
-        metrics: Everything validated in that epoch.
+        value: The sweep's metric in the best epoch; ``None`` for a trial that failed.
+        metrics: All validation metrics of that epoch.
         epoch: That epoch, from 0.
-        seconds: How long it took, since it was last started.
+        seconds: Time since the trial was last started.
         reason: Why it failed.
+        parameters: Its parameters, by dotted key.
     """
 
     number: int
@@ -60,25 +63,26 @@ class Outcome:
     epoch: int = 0
     seconds: float = 0.0
     reason: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)
 
 
 def run_trials(
     waiting: Iterator[tuple[int, list[str]]],
     folder_of: Callable[[int], Path],
     jobs: int,
-    read: Callable[[Job], Outcome],
-) -> Iterator[Outcome]:
-    """Run trials, ``jobs`` at a time, and yield how each ended, in the order they end.
+    read: Callable[[RunningTrial], TrialResult],
+) -> Generator[TrialResult]:
+    """Run trials, ``jobs`` at a time, and yield their results in the order in which they end.
 
-    Where the caller is interrupted, the running trials save themselves first; they are continued when they come again.
+    When the caller is interrupted, the running trials save a checkpoint first, from which they are continued later.
 
     Args:
-        waiting: Number and arguments of each trial; asked for one only when there is room for it.
-        folder_of: The run folder of a trial.
-        jobs: How many run at once.
-        read: Reads how a trial ended.
+        waiting: Number and arguments of each trial; the next one is taken only when there is room for it.
+        folder_of: Returns the run folder of a trial.
+        jobs: Number of trials that run at once.
+        read: Reads the result of a trial that has ended.
     """
-    running: list[Job] = []
+    running: list[RunningTrial] = []
     more = True
     try:
         while more or running:
@@ -90,14 +94,14 @@ def run_trials(
                 else:
                     running.append(_start(*following, folder_of(following[0]), jobs, slot))
             time.sleep(0.1)
-            for job in [one for one in running if one.process.poll() is not None]:
-                running.remove(job)
-                yield read(job)
+            for trial in [one for one in running if one.process.poll() is not None]:
+                running.remove(trial)
+                yield read(trial)
     finally:
         stop_all([one.process for one in running], GRACE)
 
 
-def _start(number: int, arguments: list[str], folder: Path, jobs: int, slot: int) -> Job:
+def _start(number: int, arguments: list[str], folder: Path, jobs: int, slot: int) -> RunningTrial:
     last = folder / "checkpoints/last.ckpt"
     if last.is_file():
         arguments = [*arguments, f"--ckpt_path={last}"]
@@ -105,46 +109,47 @@ def _start(number: int, arguments: list[str], folder: Path, jobs: int, slot: int
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     own = [f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false"]
-    with (folder / "log.txt").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mtmedformer", *arguments, *own],
-            env=_environment(jobs, slot),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches the sweep alone, which passes it on
-        )
-    return Job(number, folder, process, slot)
+    process = start("mtmedformer", [*arguments, *own], folder / "log.txt", jobs, _variables(jobs, slot))
+    return RunningTrial(number, folder, process, slot)
 
 
-def _environment(jobs: int, slot: int) -> dict[str, str]:
-    """Return the environment of a trial: a share of the cores, a GPU, and W&B silent unless it was asked for."""
-    import torch
-
-    kept = {key: value for key, value in os.environ.items() if key not in {"LOCAL_RANK", "MTMEDFORMER_RUN_DIR"}}
-    home = str(Path(__file__).resolve().parents[3])
-    kept["PYTHONPATH"] = os.pathsep.join([path for path in (home, kept.get("PYTHONPATH")) if path])
-    kept.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    kept.setdefault("WANDB_MODE", "disabled")
-    if jobs > 1 and (gpus := torch.cuda.device_count()) and "CUDA_VISIBLE_DEVICES" not in kept:
-        kept["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
-    return kept | {"WANDB_SILENT": "true", "PYTHONUNBUFFERED": "1"}
+def _variables(jobs: int, slot: int) -> dict[str, str]:
+    """Return environment variables of a trial: a GPU of its own, and no W&B unless the user has set its mode."""
+    variables = {"WANDB_MODE": os.environ.get("WANDB_MODE", "disabled"), "WANDB_SILENT": "true"}
+    if jobs > 1 and (gpus := torch.cuda.device_count()) and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        variables["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+    return variables
 
 
-def outcome(job: Job, metric: str, maximise: bool) -> Outcome:
-    """Return how a trial ended: the epoch in which a metric was best, and everything validated in it."""
-    seconds, code = time.monotonic() - job.began, job.process.returncode
+def read_result(trial: RunningTrial, metric: str, maximise: bool) -> TrialResult:
+    """Read the result of a trial that has ended: the epoch with the best value of a metric, and its metrics."""
+    seconds, code = time.monotonic() - trial.began, trial.process.returncode
     if code not in DONE:
-        return Outcome(job.number, None, seconds=seconds, reason=f"{last_words(job.folder)} (exit code {code})")
-    rows = _rows(job.folder / "metrics.csv")
-    seen = [row for row in rows if math.isfinite(row.get(metric, math.nan))]
-    if not seen:
+        reason = f"{failure_text(trial.folder / 'log.txt')} (exit code {code})"
+        return TrialResult(trial.number, None, seconds=seconds, reason=reason)
+    rows = _rows(trial.folder / "metrics.csv")
+    known = [row for row in rows if math.isfinite(row.get(metric, math.nan))]
+    if not known:
         names = sorted({name for row in rows for name in row if name.startswith("val/") and name.count("/") < 2})
-        there = f"; there are {', '.join(names)} and more" if names else ""
-        return Outcome(job.number, None, seconds=seconds, reason=f"no value of {metric} was logged{there}")
-    best = max(seen, key=lambda row: row[metric] if maximise else -row[metric])
+        others = f"; logged were {', '.join(names)} and metrics of tasks" if names else ""
+        return TrialResult(trial.number, None, seconds=seconds, reason=f"no value of {metric} was logged{others}")
+    best = max(known, key=lambda row: row[metric] if maximise else -row[metric])
     metrics = {name: value for name, value in best.items() if "val/" in name}
-    return Outcome(job.number, best[metric], metrics, int(best.get("epoch", 0)), seconds)
+    return TrialResult(trial.number, best[metric], metrics, int(best.get("epoch", 0)), seconds)
+
+
+def save_result(result: TrialResult, folder: Path) -> None:
+    """Write the result of a trial into its folder."""
+    with whole(folder / RESULT) as part:
+        part.write_text(json.dumps(asdict(result), indent=1) + "\n")
+
+
+def load_result(folder: Path, number: int, value: float | None, parameters: dict[str, Any]) -> TrialResult:
+    """Return the stored result of a trial; without its file, what the study knows of it."""
+    if not (folder / RESULT).is_file():
+        return TrialResult(number, value, reason="" if value is not None else "failed", parameters=parameters)
+    stored = json.loads((folder / RESULT).read_text())
+    return TrialResult(**{**stored, "number": number, "value": value, "parameters": parameters})
 
 
 def _rows(file: Path) -> list[dict[str, float]]:
@@ -160,12 +165,3 @@ def _is_number(text: str | None) -> bool:
     except ValueError:
         return False
     return True
-
-
-def last_words(folder: Path) -> str:
-    """Return the paragraph of a trial's mistake, or the last line it wrote."""
-    file = folder / "log.txt"
-    text = file.read_text(errors="replace").strip() if file.is_file() else ""
-    mistake = text.rfind("mtmedformer: ")
-    words = text[mistake:] if mistake >= 0 else text.rpartition("\n")[2]
-    return " ".join(words.split())[:400] or "no word"
