@@ -143,7 +143,7 @@ class Federation(L.Callback):
         self._privacy = by_site(self.privacy, list(federated_data(trainer).sites), self.aggregator)
         for privacy in self._privacy.values():
             privacy.check(pl_module, self._schema, self.aggregator, self._placed(trainer) == "ddp")
-        self._symmetries = permutation_groups(pl_module) if self.align and self.aggregator.merges else ()
+        self._symmetries = permutation_groups(pl_module) if self.align and self.aggregator.exchange.merged else ()
         keep_metrics_local(pl_module)  # every process validates everything, so that all decide alike
         self._server = Server(trainer, pl_module, self.target)
         self.holdings = federated_data(trainer).holdings()
@@ -200,12 +200,9 @@ class Federation(L.Callback):
     def _gather(self, trainer: L.Trainer, plan: RoundPlan, gathering: Gathering) -> None:
         """Train the sites of the round, each on the processes it is placed on."""
         data = federated_data(trainer)
-        sites = {"pooled": data.pooled()} if self.aggregator.pooled else data.sites
-        names = (
-            list(sites)
-            if self.aggregator.pooled
-            else taking_part(self.participation, plan.round, list(sites), self._seed)
-        )
+        pooled = self.aggregator.data == "pooled"
+        sites = {"pooled": data.pooled()} if pooled else data.sites
+        names = list(sites) if pooled else taking_part(self.participation, plan.round, list(sites), self._seed)
         apart = self._placed(trainer) == "per_rank"
         owners = {name: i % trainer.world_size if apart else 0 for i, name in enumerate(names)}
         mine = [name for name in names if not apart or owners[name] == trainer.global_rank]
@@ -277,7 +274,7 @@ class Federation(L.Callback):
     def _validate_own(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate each site's own model on its own data, where it has one or where that was asked for."""
         own = self._sites_have_their_own()
-        if not (own or self.validate_sites) or self.aggregator.pooled:
+        if not (own or self.validate_sites) or self.aggregator.data == "pooled":
             return
         make = partial(build_site_trainer, self._factory(trainer), trainer, validates=True)
         sites = federated_data(trainer).sites
@@ -359,7 +356,7 @@ class Federation(L.Callback):
         return self._target.get(key)
 
     def _sites_have_their_own(self) -> bool:
-        own = self.aggregator.personal_norms or self.aggregator.personal_models or not self.aggregator.merges
+        own = self.aggregator.personal is not None or not self.aggregator.exchange.global_model
         return own or any(privacy.blocks is not None for privacy in self._privacy.values())
 
     def _say_state(self, trainer: L.Trainer, reason: str, ended: bool = False, failed: bool = False) -> None:

@@ -84,7 +84,7 @@ class TunePosterior(Callback):
         if stage != "fit":
             return
         aggregator = _federation(trainer).aggregator
-        if not isinstance(aggregator, BayesianAggregator) or not aggregator.needs_precision:
+        if not isinstance(aggregator, BayesianAggregator) or not aggregator.exchange.precision:
             raise ConfigError(
                 f"TunePosterior: {type(aggregator).__name__} keeps no precision, so there is no posterior; use "
                 "federation.BayesianAggregator with a curvature and rho above 0"

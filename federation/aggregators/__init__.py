@@ -1,15 +1,12 @@
-"""Aggregators: from the sites' updates of a round to the next global state."""
+"""Aggregators: merge the sites' updates of a round into the next global state."""
 
-from federation.aggregators.base import Aggregator, ClientObjective, merge
+from federation.aggregators.base import Aggregator, ClientObjective, Exchange, PersonalModel, merge
 from federation.aggregators.bayesian import BayesianAggregator
-from federation.aggregators.ditto import Ditto
-from federation.aggregators.fedavg import FedAvg
-from federation.aggregators.fedbn import FedBN
+from federation.aggregators.fedavg import FedAvg, FedBN
 from federation.aggregators.fedopt import FedAdam, FedAvgM, FedYogi
 from federation.aggregators.fedprox import FedProx
-from federation.aggregators.fine_tuned import FineTuned
-from federation.aggregators.fisher_merging import FisherMerging
-from federation.aggregators.inverse_variance import InverseVariance
+from federation.aggregators.fisher_merging import FisherMerging, InverseVariance
+from federation.aggregators.personal import Ditto, FineTuned
 from federation.aggregators.reference_points import Local, Pooled
 from federation.aggregators.robust import CoordinateMedian, TrimmedMean
 from federation.aggregators.scaffold import Scaffold
@@ -20,6 +17,7 @@ __all__ = [
     "ClientObjective",
     "CoordinateMedian",
     "Ditto",
+    "Exchange",
     "FedAdam",
     "FedAvg",
     "FedAvgM",
@@ -30,6 +28,7 @@ __all__ = [
     "FisherMerging",
     "InverseVariance",
     "Local",
+    "PersonalModel",
     "Pooled",
     "Scaffold",
     "TrimmedMean",

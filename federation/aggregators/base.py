@@ -1,18 +1,17 @@
-"""What every aggregator is: a stream of site updates in, one global state out."""
+"""The contract of aggregators: updates of the sites in, the next global state out."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import Tensor
 
+from federation.bayes.curvature import Curvature
 from federation.exchange.schema import Schema, State
 from federation.exchange.update import Update
-
-if TYPE_CHECKING:
-    from federation.bayes.curvature import Curvature
 
 
 class ClientObjective:
@@ -23,53 +22,107 @@ class ClientObjective:
     """
 
     def gradient(self, name: str, parameter: Tensor, start: Tensor) -> Tensor | None:
-        """Return what is added to a parameter's gradient before the optimiser's step, or ``None``.
+        """Return the term to add to a parameter's gradient before the optimizer step, or ``None``.
 
         Args:
-            name: ``state_dict`` name of the parameter.
-            parameter: Its present value.
+            name: ``state_dict`` key of the parameter.
+            parameter: Its current value.
             start: Its global value at the start of the round, same shape and device.
         """
         return None
 
     def extra(self, state: State, start: State, steps: int, lr: float) -> dict[str, Tensor]:
-        """Return further tensors for ``Update.extra`` once local training is over.
+        """Return further tensors for ``Update.extra`` after local training.
 
         Args:
             state: The site's weights after its local training, on any device.
-            start: The global weights the round began with.
-            steps: Optimiser steps taken.
+            start: The global weights at the start of the round.
+            steps: Optimizer steps taken.
             lr: Mean learning rate of those steps.
         """
         return {}
 
+    @property
+    def changes_gradients(self) -> bool:
+        """Whether ``gradient`` is overridden."""
+        return type(self).gradient is not ClientObjective.gradient
 
-class Aggregator(ABC):
-    """Merges the sites' updates of a round into the next global state.
+    @property
+    def sends_extra(self) -> bool:
+        """Whether ``extra`` is overridden."""
+        return type(self).extra is not ClientObjective.extra
 
-    Updates arrive one at a time and in the order of the site names, so memory does not grow with the number of sites
-    and the result does not depend on who finished first. Blocks that no site sent stay as they were, bit for bit;
-    integer counters take the largest value.
+
+@dataclass(frozen=True)
+class Exchange:
+    """Which weights the sites send, and whether the server merges them.
 
     Attributes:
-        needs_precision: Whether sites must measure and send the precision of their weights.
-        curvature: What measures it; each site trains with a copy of its own. ``None`` where nothing is measured.
-        personal_norms: Whether normalisation layers stay at each site.
-        personal_models: Whether each site keeps a model of its own beside the global one, trained there under
-            ``personal_objective``.
-        personal_follows: Whether that model moves along with the global one: the site keeps its deviation from it and
-            not its weights.
-        merges: ``False`` means nothing is merged: every site goes on from its own last weights, the global state stays.
-        pooled: ``True`` means one site, named ``pooled``, trains on the union of every site's data.
+        merged: Whether updates are merged. If not, every site continues from its own last weights, the global state
+            stays as it is, and updates serve reports only.
+        norms: Whether normalisation layers are exchanged; if not, each site keeps its own.
+        curvature: Measures the precision of the weights during local training, each site with a copy of its own; it is
+            sent with the update. ``None``: no precision is measured.
     """
 
-    needs_precision: bool = False
+    merged: bool = True
+    norms: bool = True
     curvature: Curvature | None = None
-    personal_norms: bool = False
-    personal_models: bool = False
-    personal_follows: bool = False
-    merges: bool = True
-    pooled: bool = False
+
+    @property
+    def precision(self) -> bool:
+        """Whether sites measure and send the precision of their weights."""
+        return self.curvature is not None
+
+    @property
+    def global_model(self) -> bool:
+        """Whether the global state is a complete model; if not, each site's own weights are to be evaluated."""
+        return self.merged and self.norms
+
+    def local_keys(self, schema: Schema) -> frozenset[str]:
+        """Return the ``state_dict`` keys that stay at each site and are never merged."""
+        if not self.merged:
+            return frozenset(schema.shapes)
+        return schema.personal_keys() if self.norms else schema.personal_keys() | schema.norms
+
+
+@dataclass(frozen=True)
+class PersonalModel:
+    """A second model per site, trained on the site's data after the global one and never sent.
+
+    Attributes:
+        objective: Its training objective; ``start`` in ``ClientObjective.gradient`` is the global value at the start of
+            the round. Each site and round uses a copy.
+        keeps: What the site keeps between rounds. ``weights``: training continues from the site's last personal
+            weights. ``deviation``: it continues from the new global weights plus the site's last difference from them.
+        first_round: Round, from 0, in which it starts, from the global weights.
+    """
+
+    objective: ClientObjective = ClientObjective()  # noqa: RUF009 (has no state)
+    keeps: Literal["weights", "deviation"] = "weights"
+    first_round: int = 0
+
+
+class Aggregator(ABC):
+    """Merge the sites' updates of a round into the next global state.
+
+    Updates arrive one at a time in the order of the site names, so memory does not grow with the number of sites and
+    the result does not depend on the order of arrival. Blocks that no site sent stay unchanged, bit for bit; integer
+    counters take the largest value.
+
+    Three attributes state what differs from plain averaging; the training loop reads them and nothing else.
+
+    Attributes:
+        exchange: Which weights are sent and merged, and whether with their precision.
+        personal: The model that each site trains besides the global one; ``None``: there is none.
+        data: ``sites``: each site trains on its own data. ``pooled``: one site, named ``pooled``, trains on the union.
+        power: Power of ``num_examples`` in the weight of a site; 0 weights all sites equally.
+    """
+
+    exchange: Exchange = Exchange()
+    personal: PersonalModel | None = None
+    data: Literal["sites", "pooled"] = "sites"
+    power: float = 0.0
 
     def starting_state(self, state: State) -> State:
         """Return the state from which the sites start the coming round; by default the global state.
@@ -85,25 +138,18 @@ class Aggregator(ABC):
 
     @abstractmethod
     def add(self, update: Update) -> None:
-        """Take one site's update."""
+        """Add the update of one site."""
 
     @abstractmethod
     def finish(self) -> State:
         """Return the next global state, with every key of the one given to ``start``.
 
-        What no site sent is as it was before the round, bit for bit, wherever the sites began.
+        A tensor that no site sent has its value before the round, bit for bit, also if ``starting_state`` moved it.
         """
 
     def client_objective(self, site: str) -> ClientObjective:
         """Return the changes to this site's local training in the coming round."""
         return ClientObjective()
-
-    def personal_objective(self, site: str) -> ClientObjective | None:
-        """Return how a site trains its personal model after the global one; ``None`` where it trains none.
-
-        Its ``gradient`` receives as ``start`` the global value at the start of the round, as for the global model.
-        """
-        return None
 
     def relative(self, curvature: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return ``BlockUpdate.precision`` and ``BlockUpdate.scale`` by key for a site's raw curvature by key."""
@@ -113,12 +159,12 @@ class Aggregator(ABC):
         """Return what must survive a restart between rounds: tensors and plain containers only."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (nothing to take up is a fine default)
-        """Take up where ``state_dict`` was taken."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (no state is a valid default)
+        """Restore what ``state_dict`` returned."""
 
 
 def merge(aggregator: Aggregator, state: State, schema: Schema, updates: Iterable[Update]) -> State:
-    """Return the next global state from updates that arrived in any order; the sites began at ``state``."""
+    """Return the next global state from updates in any order; the sites started at ``state``."""
     aggregator.start(state, schema)
     for update in sorted(updates, key=lambda one: one.site):
         aggregator.add(update)

@@ -1,4 +1,4 @@
-"""The product's namesake: each site's weights are an observation, as precise as its data make them."""
+"""The Bayesian merge: each site's weights are an observation, with a precision measured during its training."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from federation.aggregators.base import ClientObjective
-from federation.aggregators.fedopt import FedAvgM
+from federation.aggregators.base import ClientObjective, Exchange, PersonalModel
+from federation.aggregators.fedavg import FedAvg
 from federation.aggregators.fedprox import Proximal
+from federation.aggregators.server_step import Momentum
 from federation.bayes.curvature import Curvature, NoCurvature, SquaredGradients, normalise
 from federation.bayes.posterior import Factor, Posterior, SiteMemory, relative_precision
 from federation.exchange.schema import Schema, State
@@ -22,8 +24,8 @@ MAX_CURVATURE_RATIO = 10.0
 """Greatest factor, up or down, by which a tensor's mean curvature changes a site's weight (before the power ``b``)."""
 
 
-class BayesianAggregator(FedAvgM):
-    r"""Merge the sites' Gaussian beliefs about every weight, a block at a time, over the sites that hold its labels.
+class BayesianAggregator(FedAvg):
+    r"""Merge the sites' Gaussian estimates of every weight, per block, over the sites that hold its labels.
 
     Site $k$ observes weight $i$ with precision $c_k (r_{ki} + \kappa)$, $c_k = n_k^a\, \bar\lambda_k^b$: $n_k$ labelled
     samples, mean curvature $\bar\lambda_k$ of its loss in the tensor, and curvature relative to that mean, tempered by
@@ -36,47 +38,55 @@ class BayesianAggregator(FedAvgM):
     where with ``lookahead`` the sites measured $\Delta$ from $w + \eta \mu v$, the mean of their prior. With the
     curvature off (``rho`` and ``b`` 0, or ``NoCurvature``) this is FedAvg, with ``momentum`` FedAvgM, with or without
     lookahead, bit for bit: by counts at ``a`` 1, of equal sites at ``a`` 0, on the same sums. The mathematics of the
-    paper that gave the product its name are not public; these are ours, derived and compared in
+    paper that gave the product its name are not public; these are our own, derived and compared in
     ``docs/federation/mathematics.md``.
 
-    While updates stream in, its sums take two copies of the model, ``momentum`` one and ``lookahead`` another.
-    ``between`` and ``remember`` keep every site's weights and precision on the server: one to two copies a site.
+    The sums take two copies of the model, ``momentum`` one and ``lookahead`` another. ``between`` and ``remember`` keep
+    every site's weights and precision on the server: one to two copies per site.
 
     Args:
-        curvature: What measures curvature during a site's training; ``None`` is the running mean of squared gradients,
-            which costs nothing. ``NoCurvature`` turns precision off.
+        curvature: Measures the curvature during a site's training; ``None`` is the running mean of squared gradients,
+            at no extra cost. ``NoCurvature`` turns precision off.
         granularity: Whether precision differs by ``element``, by output ``row``, or by ``tensor``.
-        rho: Tempering of the relative curvature, in [0, 1]: 1 takes it as measured, which did best on validation where
-            sites differ (``docs/results/``); 0 turns it off.
+        rho: Tempering of the relative curvature, in [0, 1]: 1 uses it as measured, which was best on validation data
+            where sites differ (``docs/results``); 0 turns it off.
         low: Least relative curvature, before tempering.
         high: Greatest relative curvature, before tempering.
-        a: Power of ``num_examples``, in [0, 1]: 1 counts samples; 0 counts every owner the same, which does better
-            where sites differ and ``momentum`` is off, and matters little with it. ``between`` ignores it and estimates
-            from the updates how much sites differ.
-        b: Power of the mean curvature of a site's loss in a tensor, in [0, 1]: 0 lets no site win by a louder loss, 1
-            takes it as measured, up to 10 times more or less than the sites' last. A site that is served badly has the
-            louder loss.
+        a: Power of ``num_examples``, in [0, 1]: 1 weights by samples; 0 gives every owner the same weight, which is
+            better where sites differ and ``momentum`` is off, and makes little difference with it. ``between`` ignores
+            it and estimates from the updates how much sites differ.
+        b: Exponent of a tensor's mean curvature, in [0, 1]. 0 ignores it; 1 weights sites by it, clipped to a factor of
+            10 around last round's geometric mean. Poorly fitted sites have larger curvature.
         kappa: Shrinkage towards the owners' mean, at least 0.
-        momentum: How much of the last round's step goes on into the next, $\mu$ in [0, 1): where rounds agree, the step
-            becomes up to $1 / (1 - \mu)$ times as long.
-        lookahead: Whether the sites begin a round where past rounds predict the weights to be, $w + \eta \mu v$, and
-            not at $w$. The step is as long, but it is measured at its end: a long ``momentum`` is safe then.
-        eta: Length of the server's step.
-        between: Estimate each tensor's variance between sites (DerSimonian and Laird) and weigh sites by
-            1 / (within + between), with within = 1 / (num_examples × curvature), absolute this time.
-        remember: Keep the weights of sites that are away and count them on, discounted by ``gamma``.
-        gamma: Discount per round of what an absent site last said, in [0, 1]; for the posterior in any case, for the
-            merge with ``remember`` or ``between``.
-        beta: Pull of local training towards the global weights, weighted by the server's relative precision a row;
-            where there is none yet it is FedProx with ``mu = beta``.
-        personal_models: Give each site a model of its own, $w_g + d_k$: it follows the global weights, and its
-            deviation $d_k$ is kept and trained on at the site, which takes a second local training per round.
+        momentum: Share of the last round's step that is added to the next, $\mu$ in [0, 1). Where rounds agree, the
+            step becomes up to $1 / (1 - \mu)$ times as long.
+        lookahead: Whether the sites start a round at the predicted weights, $w + \eta \mu v$, instead of $w$. The step
+            has the same length but is measured at its end, which makes a long ``momentum`` safe.
+        eta: Length $\eta$ of the server's step.
+        between: Estimate each tensor's variance between sites (DerSimonian and Laird) and weight sites by
+            1 / (within + between), with within = 1 / (num_examples × curvature), absolute in this case.
+        remember: Keep the last weights of absent sites and include them in the merge, discounted by ``gamma``.
+        gamma: Discount per round of absence, in [0, 1]: always for the posterior, for the merge with ``remember`` or
+            ``between``.
+        beta: Pull of local training towards the global weights, weighted by the server's relative precision per row;
+            without a precision it is FedProx with ``mu = beta``.
+        personal_models: Give each site a personal model $w_g + d_k$: it follows the global weights, and the site keeps
+            its deviation $d_k$ and trains it further, which takes a second local training per round.
 
     Raises:
         ConfigError: When a number is out of its range, or the granularity is unknown.
-    """
 
-    personal_follows = True
+    Example:
+        >>> schema = Schema((Block("encoder", ("w",)),), {"w": (2,)}, frozenset({"w"}), frozenset(), ())
+        >>> bayes = BayesianAggregator(kappa=0, momentum=0)
+        >>> bayes.start({"w": torch.zeros(2)}, schema)
+        >>> for site, change, curvature in (("a", [1.0, 1.0], [3.0, 1.0]), ("b", [5.0, 5.0], [1.0, 3.0])):
+        ...     precision, scale = bayes.relative({"w": torch.tensor(curvature)})
+        ...     block = BlockUpdate(10, {"w": torch.tensor(change)}, precision, scale)
+        ...     bayes.add(Update(site, 0, "", "", {"encoder": block}))
+        >>> bayes.finish()["w"]
+        tensor([2., 4.])
+    """
 
     def __init__(
         self,
@@ -97,8 +107,7 @@ class BayesianAggregator(FedAvgM):
         beta: float = 0.0,
         personal_models: bool = False,
     ) -> None:
-        super().__init__(momentum, eta, "equal", lookahead)
-        self.power = a
+        super().__init__("equal")
         for name, value in {"rho": rho, "a": a, "b": b, "gamma": gamma}.items():
             if not 0 <= value <= 1:
                 raise ConfigError(f"aggregator.{name}: {value} is outside [0, 1]")
@@ -110,68 +119,70 @@ class BayesianAggregator(FedAvgM):
         if granularity not in ("element", "row", "tensor"):
             raise ConfigError(f"aggregator.granularity: {granularity!r} is none of 'element', 'row', 'tensor'")
         self.curvature = SquaredGradients() if curvature is None else curvature
-        self.needs_precision = (rho > 0 or b > 0) and not isinstance(self.curvature, NoCurvature)
         self.granularity, self.rho, self.low, self.high = granularity, rho, low, high
-        self.b, self.kappa, self.between, self.gamma, self.beta = b, kappa, between, gamma, beta
-        self.remember = remember
+        self.a, self.b, self.kappa = a, b, kappa
+        self.momentum, self.lookahead, self.eta = momentum, lookahead, eta
+        self.between, self.remember, self.gamma, self.beta = between, remember, gamma, beta
         self.personal_models = personal_models
+        self.power = a
+        self.server = Momentum(momentum, eta, lookahead)
+        measures = (rho > 0 or b > 0) and not isinstance(self.curvature, NoCurvature)
+        self.exchange = Exchange(curvature=self.curvature if measures else None)
+        self.personal = PersonalModel(keeps="deviation") if personal_models else None
         self.memory = SiteMemory(weights=between or remember)
         self._levels: dict[str, float] = {}
         self.variances: dict[str, float] = {}
-        """Variance between sites by tensor, where it is estimated."""
+        """Variance between sites per tensor, where it is estimated."""
 
+    @override
     def start(self, state: State, schema: Schema) -> None:
-        """Begin a round from the state that the sites began at."""
         super().start(state, schema)
         self._sent: dict[str, set[str]] = {}
         self._levels = self.memory.levels() if self.b > 0 else {}
 
+    @override
     def add(self, update: Update) -> None:
-        """Take one site's update, into the sums and into the site memory.
-
-        Raises:
-            ValueError: When updates do not come in the order of the site names, or one site comes twice.
-        """
         if self.between:
-            self._receive(update)
+            self.sums.receive(update)  # the changes are added in ``finish``, when the variances are known
         else:
             super().add(update)
         for name, block in update.blocks.items():
-            if block.num_examples > 0 and not self._schema.block(name).personal:
+            if block.num_examples > 0 and not self.sums.schema.block(name).personal:
                 self._sent.setdefault(name, set()).add(update.site)
-        self.memory.replace(update, self._state, self._schema)
+        self.memory.replace(update, self.sums.state, self.sums.schema)
 
+    @override
     def finish(self) -> State:
-        """Return the next global state; what absent sites last said, and what needs all sites at once, joins here."""
         for name, present in sorted(self._sent.items()):
             owners = self.memory.owners(name)
-            for key in self._schema.block(name).keys:
+            for key in self.sums.schema.block(name).keys:
                 if self.between:
                     self._estimate(key, owners)
                 for site, factor in owners.items():
                     weight = self._remembered(key, factor)
                     if key in factor.weights and weight is not None and (self.between or site not in present):
-                        self._means.add(key, factor.weights[key] - self._state[key], weight)
+                        self.sums.add(key, factor.weights[key] - self.sums.state[key], weight)
         return super().finish()
 
+    @override
     def weight(self, block: BlockUpdate, key: str) -> Tensor | float:
         r"""Return $n^a \bar\lambda^b (r + \kappa) / (1 + \kappa)$, which is $n^a$ without curvature."""
         count = super().weight(block, key)
-        if not self.needs_precision:
+        if not self.exchange.precision:
             return count
         count *= self._curvature_scale(key, block.scale.get(key, 1.0))
         relative = relative_precision(block, key)
         return _shrunk(relative, self.kappa).mul_(count) if relative.ndim else count
 
+    @override
     def relative(self, curvature: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return relative precision and mean curvature by key, as an update carries them."""
         return normalise(curvature, self.granularity, self.rho, self.low, self.high)
 
+    @override
     def client_objective(self, site: str) -> ClientObjective:
-        """Return the pull towards the global weights, strongest where the server is surest."""
         if self.beta == 0:
             return ClientObjective()
-        precision = self.memory.precision(self.gamma) if self.needs_precision else {}
+        precision = self.memory.precision(self.gamma) if self.exchange.precision else {}
         return Proximal(self.beta, {key: value / value.mean() for key, value in precision.items() if value.mean() > 0})
 
     def posterior(self, state: State, schema: Schema) -> Posterior:
@@ -184,30 +195,27 @@ class BayesianAggregator(FedAvgM):
         blocks = {block.name: block.keys for block in schema.blocks if not block.personal}
         return Posterior(state, self.memory.precision(self.gamma), blocks, self.memory.summary())
 
-    def personal_objective(self, site: str) -> ClientObjective | None:
-        """Return that a site trains its own model freely; that it rides on the global one ties it enough."""
-        return ClientObjective() if self.personal_models else None
-
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the site memory, the variances between sites and the momentum of every tensor."""
         kept = {"memory": self.memory.state_dict(), "variances": dict(self.variances)}
-        return kept | {"velocity": dict(self._moments)}
+        return kept | {"server": self.server.state_dict()}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take memory, variances and momentum up."""
         self.memory.load_state_dict(state["memory"])
         self.variances = dict(state["variances"])
-        self._moments = dict(state.get("velocity", {}))
+        self.server.load_state_dict(state["server"])
 
     def _curvature_scale(self, key: str, curvature: float) -> float:
-        """Return what a tensor's mean curvature counts, over the sites' last; 1 while nothing is known of those."""
+        """Return the factor for a tensor's mean curvature, relative to the sites' last; 1 while those are unknown."""
         if key not in self._levels:
             return 1.0
-        return math.pow(min(max(curvature / self._levels[key], 1 / MAX_CURVATURE_RATIO), MAX_CURVATURE_RATIO), self.b)
+        ratio = min(max(curvature / self._levels[key], 1 / MAX_CURVATURE_RATIO), MAX_CURVATURE_RATIO)
+        return math.pow(ratio, self.b)
 
     def _precision(self, key: str, factor: Factor) -> Tensor:
         """Return the absolute precision of a site's tensor, num_examples × curvature (1 if not measured), float64."""
-        curvature = factor.curvature.get(key, torch.ones(())) if self.needs_precision else torch.ones(())
+        curvature = factor.curvature.get(key, torch.ones(())) if self.exchange.precision else torch.ones(())
         return curvature.double() * factor.num_examples
 
     def _estimate(self, key: str, owners: dict[str, Factor]) -> None:
@@ -215,12 +223,12 @@ class BayesianAggregator(FedAvgM):
         held = [factor for factor in owners.values() if key in factor.weights]
         if held:
             self.variances[key] = between_variance(
-                [factor.weights[key] - self._state[key] for factor in held],
+                [factor.weights[key] - self.sums.state[key] for factor in held],
                 [float(self._precision(key, factor).mean()) for factor in held],
             )
 
     def _remembered(self, key: str, factor: Factor) -> Tensor | None:
-        """Return what a factor in the memory weighs in the merge; ``None`` where it is to be left out."""
+        """Return the weight of a remembered factor in the merge; ``None`` where it is left out."""
         discount = self.gamma ** self.memory.age(factor)
         if discount == 0 or not (self.between or self.remember):
             return None
@@ -228,20 +236,21 @@ class BayesianAggregator(FedAvgM):
         if self.between:
             return _shrunk(1 / (1 / precision + self.variances[key]), self.kappa).mul_(discount)
         count = math.pow(factor.num_examples, self.power)
-        if self.needs_precision:
-            count *= self._curvature_scale(key, float(factor.curvature[key].mean()) if key in factor.curvature else 1.0)
+        if self.exchange.precision:
+            curvature = float(factor.curvature[key].mean()) if key in factor.curvature else 1.0
+            count *= self._curvature_scale(key, curvature)
         return _shrunk(precision / precision.mean(), self.kappa).mul_(discount * count)
 
 
 def between_variance(changes: Sequence[Tensor], precisions: Sequence[float]) -> float:
-    r"""Estimate how much sites truly differ in one tensor, beyond what the noise within each explains.
+    r"""Estimate the variance between sites in one tensor, beyond the noise within each site.
 
     DerSimonian and Laird's moment estimator, averaged over the $N$ elements: with $p_k$ the precision of site $k$ and
     $\bar\Delta$ the $p$-weighted mean, $Q = \frac1N \sum_k p_k \lVert \Delta_k - \bar\Delta \rVert^2$ and
     $\tau^2 = \max\bigl(0, (Q - (K - 1)) / (\sum p - \sum p^2 / \sum p)\bigr)$.
 
     Args:
-        changes: One tensor a site, all of one shape.
+        changes: One tensor per site, all of one shape.
         precisions: Precision of each site's tensor, in 1/weight², above 0.
 
     Returns:
@@ -261,5 +270,5 @@ def between_variance(changes: Sequence[Tensor], precisions: Sequence[float]) -> 
 
 
 def _shrunk(precision: Tensor, kappa: float) -> Tensor:
-    """Mix a precision with its own mean, in place; a scalar stays as it is, to the last bit."""
+    """Mix a precision with its own mean, in place; a scalar stays unchanged, bit for bit."""
     return precision if precision.ndim == 0 else precision.add_(kappa * precision.mean()).div_(1 + kappa)

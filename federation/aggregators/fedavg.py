@@ -1,15 +1,16 @@
-"""Federated averaging, a block at a time, over the sites that hold the block's labels."""
+"""Federated averaging per block, over the sites that hold the block's labels."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
+from typing_extensions import override
 
-from federation.aggregators.base import Aggregator
-from federation.aggregators.weighted_mean import Centre, WeightedMeans
+from federation.aggregators.base import Aggregator, Exchange
+from federation.aggregators.server_step import ServerStep
+from federation.aggregators.weighted_mean import Centre, RoundSums, WeightedMeans
 from federation.exchange.schema import Schema, State
 from federation.exchange.update import BlockUpdate, Update
 from mtmedformer.errors import ConfigError
@@ -20,83 +21,88 @@ Weights = Literal["num_examples", "equal"]
 class FedAvg(Aggregator):
     r"""Move each block by the weighted mean of its owners' changes, $w \leftarrow w + \sum n_k \Delta_k / \sum n_k$.
 
-    Owners of a block are the sites that trained it in this round; a block nobody trained stays as it was, bit for bit.
-    Running statistics of BatchNorm (floating-point buffers) are averaged like weights. Other aggregators are this one
-    with another weight (``weight``) or another server step (``step``), so they share its sums to the last bit.
+    Owners of a block are the sites that trained it in this round; a block without owners stays unchanged, bit for bit.
+    Running statistics of BatchNorm (floating-point buffers) are averaged like weights.
+
+    Other aggregators are this one with another weight (override ``weight``), another server optimizer (set ``server``)
+    or another centre than the mean (override ``centre``), so they share its sums to the last bit.
 
     Args:
         weights: ``num_examples`` weights each site by the labelled samples that reached the block; ``equal`` gives
             every owner the same weight.
 
+    Attributes:
+        power: 1 for ``num_examples``, 0 for ``equal``.
+        server: The server optimizer.
+        sums: The sums of the current round, from ``start`` on.
+
     Raises:
         ConfigError: When ``weights`` is neither.
+
+    Example:
+        >>> schema = Schema((Block("encoder", ("w",)),), {"w": (1,)}, frozenset({"w"}), frozenset(), ())
+        >>> fedavg = FedAvg()
+        >>> fedavg.start({"w": torch.zeros(1)}, schema)
+        >>> for site, n, change in (("a", 30, 1.0), ("b", 10, 5.0)):
+        ...     fedavg.add(Update(site, 0, "", "", {"encoder": BlockUpdate(n, {"w": torch.tensor([change])})}))
+        >>> fedavg.finish()["w"]
+        tensor([2.])
 
     Reference:
         McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017.
     """
 
+    sums: RoundSums
+
     def __init__(self, weights: Weights = "num_examples") -> None:
         if weights not in ("num_examples", "equal"):
             raise ConfigError(f"aggregator.weights: {weights!r} is neither 'num_examples' nor 'equal'")
+        self.weights = weights
         self.power = 1.0 if weights == "num_examples" else 0.0
+        self.server = ServerStep()
 
+    @override
+    def starting_state(self, state: State) -> State:
+        return self.server.starting_state(state)
+
+    @override
     def start(self, state: State, schema: Schema) -> None:
-        """Begin a round from the state that the sites began at."""
-        self._state, self._schema = state, schema
-        self._means = self.centre()
-        self._counters: dict[str, Tensor] = {}
-        self._last: str | None = None
+        self.sums = RoundSums(state, schema, self.exchange.local_keys(schema), self.centre())
 
+    @override
     def add(self, update: Update) -> None:
-        """Take one site's update.
+        for block, key, delta in self.sums.receive(update):
+            self.sums.add(key, delta, self.weight(block, key))
 
-        Raises:
-            ValueError: When updates do not come in the order of the site names, or one site comes twice.
-        """
-        self._receive(update)
-        for block, key, delta in self._changes(update):
-            self._means.add(key, delta, self.weight(block, key))
-
+    @override
     def finish(self) -> State:
-        """Return the next global state; tensors nobody sent are those of before the round, not copies."""
-        merged = dict(self._state)
-        for key in self._means:
-            old, mean = self._state[key], self._means.pop(key)
-            change = self.step(key, mean) if key in self._schema.parameters else mean
-            merged[key] = change.add_(old).to(old.dtype)
-        return merged | self.untouched_state() | self._counters
-
-    def untouched_state(self) -> State:
-        """Return the pre-round values of tensors that ``starting_state`` moved but no site updated."""
-        return {}
+        return self.sums.finish(self.server.step) | self.server.untouched_state()
 
     def weight(self, block: BlockUpdate, key: str) -> Tensor | float:
-        """Return what one site's change of one tensor weighs, above 0; broadcasts to the tensor."""
+        """Return the weight of one site's change of one tensor: above 0, broadcasts to the tensor."""
         return math.pow(block.num_examples, self.power)
 
-    def step(self, key: str, mean: Tensor) -> Tensor:
-        """Return the server's change of one parameter for its owners' mean change; float64, may reuse ``mean``."""
-        return mean
-
     def centre(self) -> Centre:
-        """Return what collects the changes of a round; it is given each change and its weight."""
+        """Return the object that collects the changes of a round and reduces them to one per tensor."""
         return WeightedMeans()
 
-    def _receive(self, update: Update) -> None:
-        """Check the order of sites, and take the integer counters: the largest value stays."""
-        if self._last is not None and update.site <= self._last:
-            raise ValueError(f"update of site {update.site!r} after {self._last!r}: add each site once, in name order")
-        self._last = update.site
-        for key, value in update.counters.items():
-            if not (self.personal_norms and key in self._schema.norms):
-                self._counters[key] = torch.maximum(self._counters.get(key, self._state[key]), value)
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self.server.state_dict()
 
-    def _changes(self, update: Update) -> list[tuple[BlockUpdate, str, Tensor]]:
-        """Return the changes of an update that are merged: blocks with examples, nothing personal."""
-        return [
-            (block, key, delta)
-            for name, block in update.blocks.items()
-            if block.num_examples > 0 and not self._schema.block(name).personal
-            for key, delta in block.delta.items()
-            if not (self.personal_norms and key in self._schema.norms)
-        ]
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.server.load_state_dict(state)
+
+
+class FedBN(FedAvg):
+    """FedAvg whose normalisation layers stay at each site: their weights, biases, statistics and counters.
+
+    Written for BatchNorm; here it applies to every kind (``Schema.norms``), since transformers normalise by layer. The
+    global state keeps its initial norms, so evaluate each site's model with the site's own norms.
+
+    Reference:
+        Li et al., FedBN: Federated Learning on Non-IID Features via Local Batch Normalization, ICLR 2021.
+    """
+
+    exchange = Exchange(norms=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import override
 
 from federation.aggregators.base import ClientObjective
 from federation.aggregators.fedavg import FedAvg, Weights
@@ -21,8 +22,8 @@ class Proximal(ClientObjective):
         self.mu = mu
         self.precision = dict(precision or {})
 
+    @override
     def gradient(self, name: str, parameter: Tensor, start: Tensor) -> Tensor | None:
-        """Return the pull of one parameter; it vanishes where the parameter still is the global one."""
         if self.mu == 0:
             return None
         pull = (parameter.detach() - start) * self.mu
@@ -35,7 +36,7 @@ class Proximal(ClientObjective):
 class FedProx(FedAvg):
     r"""FedAvg whose sites minimise $L_k(w) + \frac{\mu}{2} \lVert w - w_g \rVert^2$.
 
-    The norm is squared, as in the paper; some published baselines leave the square out, which is another method.
+    The norm is squared, as in the paper; some published baselines omit the square, which is a different method.
 
     Args:
         mu: Strength of the pull; the paper tries 0.001 to 1. 0 is FedAvg.
@@ -54,6 +55,6 @@ class FedProx(FedAvg):
             raise ConfigError(f"aggregator.mu: {mu} is negative; use 0 (FedAvg) or more")
         self.mu = mu
 
+    @override
     def client_objective(self, site: str) -> ClientObjective:
-        """Return the pull towards the global weights."""
         return Proximal(self.mu)

@@ -1,51 +1,49 @@
-"""The two ends of every comparison: sites alone, and all data in one place."""
+"""The two reference points of every comparison: each site alone, and all data in one place."""
 
 from __future__ import annotations
 
-from federation.aggregators.base import Aggregator
+from typing_extensions import override
+
+from federation.aggregators.base import Aggregator, Exchange
 from federation.aggregators.fedavg import FedAvg
 from federation.exchange.schema import Schema, State
 from federation.exchange.update import Update
 
 
 class Local(Aggregator):
-    """Merges nothing: every site trains on alone, and the global state stays what it was at the start.
+    """Merge nothing: every site trains alone, and the global state stays as it was.
 
-    The orchestration reads ``merges = False``: a site begins each round with its own last weights and is judged by
-    them; in the first round with the global ones, so all sites start equal. Updates are taken and forgotten, counters
-    too, so the report still has their counts and norms.
+    In the first round all sites start from the global weights, later from their own last ones, with which they are
+    also evaluated. Updates serve the report only.
     """
 
-    merges = False
+    exchange = Exchange(merged=False)
 
+    @override
     def start(self, state: State, schema: Schema) -> None:
-        """Begin a round from the global state."""
         self._state = state
 
+    @override
     def add(self, update: Update) -> None:
-        """Take one site's update, and leave it."""
+        pass
 
+    @override
     def finish(self) -> State:
-        """Return the global state as it was."""
         return dict(self._state)
 
 
 class Pooled(FedAvg):
-    """Trains on the union of all sites' data, which no federation may do; the yardstick of what it could reach.
+    """Train on the union of all sites' data: what a federation could reach at best, and must not do.
 
-    The orchestration reads ``pooled = True``: it runs one site, named ``pooled``, whose training set is every site's,
-    and adds its one update. The mean over one site is that site's
-    weights.
+    One site, named ``pooled``, trains on the training sets of all sites; the mean over one site is that site's weights.
     """
 
-    pooled = True
+    data = "pooled"
 
+    @override
     def add(self, update: Update) -> None:
-        """Take the one update.
-
-        Raises:
-            ValueError: When there is a second one: then the sites were not pooled.
-        """
-        if self._last is not None:
-            raise ValueError(f"update of {update.site!r} after {self._last!r}: pooled data are trained on as one site")
+        if self.sums.last is not None:
+            raise ValueError(
+                f"update of {update.site!r} after {self.sums.last!r}: pooled data are trained on as one site"
+            )
         super().add(update)

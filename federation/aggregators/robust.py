@@ -1,7 +1,7 @@
-"""Centres that one bad site cannot move far: median and trimmed mean, a coordinate at a time.
+"""Robust centres, which one bad site cannot move far: the median and the trimmed mean per coordinate.
 
-An order statistic cannot be had from running sums, so these two keep every site's changes until the end of the round:
-they do not stream, and their memory grows by one copy of the model a site.
+Order statistics need all values at once, so these two keep every site's changes until the end of the round: they do not
+stream, and their memory grows by one copy of the model per site.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from federation.aggregators.fedavg import FedAvg
 from federation.aggregators.weighted_mean import Centre
@@ -17,7 +18,7 @@ from mtmedformer.errors import ConfigError
 
 
 class KeptValues:
-    """Every site's tensors by name, for a centre that needs them all at once.
+    """Keep every site's tensors by key, for a centre that needs them all at once.
 
     Args:
         centre: From float64 (sites, …), sorted along the sites, to (…).
@@ -31,19 +32,19 @@ class KeptValues:
         return iter(list(self._values))
 
     def add(self, name: str, value: Tensor, weight: Tensor | float) -> None:
-        """Keep one site's tensor; the weight plays no part."""
+        """Keep one site's tensor; the weight is ignored."""
         self._values.setdefault(name, []).append(value)
 
     def pop(self, name: str) -> Tensor:
-        """Return the centre of a tensor in float64, and forget its values."""
+        """Return the centre of a tensor in float64, and drop its values."""
         return self._centre(torch.stack(self._values.pop(name)).double().sort(dim=0).values)
 
 
 class CoordinateMedian(FedAvg):
-    """Move every weight by the median of its owners' changes; sites count the same.
+    """Move every weight by the median of its owners' changes; all sites have the same weight.
 
     With an even number of owners it is the mean of the middle two. Fewer than half of the sites, whatever they send,
-    cannot move a weight beyond what the others sent.
+    cannot move a weight beyond the range of what the others sent.
 
     Reference:
         Yin et al., Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates, ICML 2018, definition 1.
@@ -52,8 +53,8 @@ class CoordinateMedian(FedAvg):
     def __init__(self) -> None:
         super().__init__("equal")
 
+    @override
     def centre(self) -> Centre:
-        """Return what keeps the changes and takes their median."""
         return KeptValues(_median)
 
 
@@ -61,7 +62,7 @@ class TrimmedMean(FedAvg):
     """Move every weight by the mean of its owners' changes without the smallest and the largest; sites count the same.
 
     Args:
-        trim: Share of the sites cut at each end, rounded down to whole sites: with four sites nothing is cut below .25.
+        trim: Share of the sites cut at each end, rounded down to whole sites; with four sites, below 0.25 none is cut.
 
     Raises:
         ConfigError: When ``trim`` is not in [0, 0.5).
@@ -76,8 +77,8 @@ class TrimmedMean(FedAvg):
             raise ConfigError(f"aggregator.trim: {trim} cuts everything or nothing; choose a share in [0, 0.5)")
         self.trim = trim
 
+    @override
     def centre(self) -> Centre:
-        """Return what keeps the changes and takes their trimmed mean."""
         return KeptValues(self._trimmed)
 
     def _trimmed(self, ordered: Tensor) -> Tensor:

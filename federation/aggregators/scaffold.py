@@ -1,4 +1,4 @@
-"""SCAFFOLD: control variates that take a site's own direction out of its local steps."""
+"""SCAFFOLD: control variates that correct the drift of local steps."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from federation.aggregators.base import ClientObjective
 from federation.aggregators.fedavg import FedAvg, Weights
+from federation.aggregators.server_step import ServerStep
 from federation.exchange.schema import Schema, State
 from federation.exchange.update import Update
 
 
 class ControlVariates(ClientObjective):
-    r"""Correct a site's gradient by $c - c_k$ and renew $c_k$ when its training is over.
+    r"""Add $c - c_k$ to a site's gradient and renew $c_k$ after its training.
 
     Args:
         common: The server's control $c$ by parameter; 0 where a name is absent.
@@ -25,8 +27,8 @@ class ControlVariates(ClientObjective):
         self.common, self.own = common, own
         self._corrections: State = {}
 
+    @override
     def gradient(self, name: str, parameter: Tensor, start: Tensor) -> Tensor | None:
-        """Return $c - c_k$ of one parameter."""
         if name not in self._corrections:
             zero = torch.zeros(parameter.shape)
             difference = self.common.get(name, zero) - self.own.get(name, zero)
@@ -47,16 +49,16 @@ class ControlVariates(ClientObjective):
 class Scaffold(FedAvg):
     r"""SCAFFOLD with option II for the site controls: sites step along $g + c - c_k$.
 
-    The server keeps every site's control by name, so sites stay without memory and one that comes back after a pause
-    goes on from its last control; this takes one copy of the model a site. $c$ of a tensor is the mean of the controls
-    of all sites that ever trained it (the paper divides by the number of sites, which a federation with missing tasks
-    has a different one of for each decoder). A renewed control travels in ``Update.extra`` under its parameter's name.
+    The server keeps every site's control by name, so sites need no memory, and a site that returns after a pause
+    continues from its last control. This takes one copy of the model per site. $c$ of a tensor is the mean of the
+    controls of all sites that ever trained it; the paper divides by the number of sites, which with missing tasks
+    differs between decoders. A renewed control is sent in ``Update.extra`` under its parameter's key.
 
     The formula for $c_k$ assumes plain SGD at the site: $(w_g - w_k)/(K\,lr)$ is then the mean gradient. Under Adam it
-    is the mean step instead, which is out of proportion to the gradients it corrects; use SGD.
+    is the mean step, which is not on the scale of the gradients; use SGD.
 
     Args:
-        weights: As in ``FedAvg``; the paper counts sites equally.
+        weights: As in ``FedAvg``; the paper weights sites equally.
         lr: Server learning rate.
 
     Reference:
@@ -66,22 +68,25 @@ class Scaffold(FedAvg):
     def __init__(self, weights: Weights = "equal", lr: float = 1.0) -> None:
         super().__init__(weights)
         self.lr = lr
+        self.server = ServerStep(lr)
         self._common: State = {}
         self._controls: dict[str, State] = {}
 
+    @override
     def start(self, state: State, schema: Schema) -> None:
-        """Begin a round from the global state."""
         super().start(state, schema)
         self._renewed: dict[str, State] = {}
 
+    @override
     def add(self, update: Update) -> None:
-        """Take one site's update and its renewed controls of the blocks it trained."""
-        super().add(update)
-        sent = {key for _, key, _ in self._changes(update)}
+        changes = self.sums.receive(update)
+        for block, key, delta in changes:
+            self.sums.add(key, delta, self.weight(block, key))
+        sent = {key for _, key, _ in changes}
         self._renewed[update.site] = {key: value for key, value in update.extra.items() if key in sent}
 
+    @override
     def finish(self) -> State:
-        """Return the next global state, and renew the controls."""
         for site, controls in self._renewed.items():
             self._controls[site] = self._controls.get(site, {}) | controls
         for key in sorted({key for controls in self._renewed.values() for key in controls}):
@@ -89,19 +94,15 @@ class Scaffold(FedAvg):
             self._common[key] = torch.stack(owned).double().mean(0).float()
         return super().finish()
 
-    def step(self, key: str, mean: Tensor) -> Tensor:
-        """Return the mean change, scaled by the server learning rate."""
-        return mean.mul_(self.lr)
-
+    @override
     def client_objective(self, site: str) -> ClientObjective:
-        """Return a site's correction."""
         return ControlVariates(dict(self._common), dict(self._controls.get(site, {})))
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the common control and every site's."""
         return {"common": dict(self._common), "controls": {site: dict(own) for site, own in self._controls.items()}}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the controls up."""
         self._common = dict(state["common"])
         self._controls = {site: dict(own) for site, own in state["controls"].items()}

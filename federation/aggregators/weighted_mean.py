@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from federation.exchange.schema import Schema, State
+from federation.exchange.update import BlockUpdate, Update
+
 CHUNK = 1 << 18  # elements worked on at once: 2 MiB of float64, which stays in a core's cache
 
 
 class Centre(Protocol):
-    """Collects tensors of several sites by name and gives one back for each name."""
+    """Collects the tensors of several sites by key and reduces them to one tensor per key."""
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the names that were added; ``pop`` may be called meanwhile."""
+        """Iterate over the keys that were added; ``pop`` may be called meanwhile."""
         ...
 
     def add(self, name: str, value: Tensor, weight: Tensor | float) -> None:
@@ -23,7 +26,7 @@ class Centre(Protocol):
         ...
 
     def pop(self, name: str) -> Tensor:
-        """Return a tensor's centre in float64, and forget what was collected for it."""
+        """Return the centre of one key in float64, and drop what was collected for it."""
         ...
 
 
@@ -32,7 +35,7 @@ class WeightedMeans:
 
     Every product, sum and quotient is taken in float64. The sums are held in float64 as well, unless weights differ
     within the rows of a matrix or kernel: numerator and denominator would then be four copies of the model, so both are
-    held in float32 (two copies), rounded once a site.
+    held in float32 (two copies), rounded once per site.
     """
 
     def __init__(self) -> None:
@@ -48,8 +51,8 @@ class WeightedMeans:
         Args:
             name: Name of the tensor.
             value: Its value at the site, any floating-point type.
-            weight: Strictly positive, of a shape that broadcasts to the value's: a scalar, one number an output row
-                (rows, 1, …), or one an element.
+            weight: Strictly positive, of a shape that broadcasts to the value's: a scalar, one number per output row
+                (rows, 1, …), or one per element.
         """
         if not isinstance(weight, Tensor):
             weight = torch.tensor(weight, dtype=torch.float64)
@@ -69,7 +72,7 @@ class WeightedMeans:
         self._tops[name], self._bottoms[name] = top, bottom
 
     def pop(self, name: str) -> Tensor:
-        """Return the weighted mean of a tensor in float64, and forget its sums."""
+        """Return the weighted mean of a tensor in float64, and drop its sums."""
         return self._tops.pop(name).double().div_(self._bottoms.pop(name).double())
 
     def nbytes(self) -> int:
@@ -77,8 +80,66 @@ class WeightedMeans:
         return sum(t.numel() * t.element_size() for t in [*self._tops.values(), *self._bottoms.values()])
 
 
+class RoundSums:
+    """The sums of one round: checks each update, collects its changes, and returns the merged state.
+
+    Args:
+        state: The state that the sites started from (CPU tensors, not changed).
+        schema: The model's schema.
+        local: Keys that are not merged.
+        centre: Collects the changes; ``None`` is the weighted mean.
+
+    Attributes:
+        last: Name of the site added last; ``None`` before the first.
+    """
+
+    def __init__(self, state: State, schema: Schema, local: frozenset[str], centre: Centre | None = None) -> None:
+        self.state, self.schema, self.local = state, schema, local
+        self.centre = WeightedMeans() if centre is None else centre
+        self.last: str | None = None
+        self._counters: dict[str, Tensor] = {}
+
+    def receive(self, update: Update) -> list[tuple[BlockUpdate, str, Tensor]]:
+        """Take the integer counters of an update and return the changes to merge: its blocks with examples.
+
+        Raises:
+            ValueError: When updates do not come in the order of the site names, or one site comes twice.
+        """
+        if self.last is not None and update.site <= self.last:
+            raise ValueError(f"update of site {update.site!r} after {self.last!r}: add each site once, in name order")
+        self.last = update.site
+        for key, value in update.counters.items():
+            if key not in self.local:
+                self._counters[key] = torch.maximum(self._counters.get(key, self.state[key]), value)
+        return [
+            (block, key, delta)
+            for name, block in update.blocks.items()
+            if block.num_examples > 0 and not self.schema.block(name).personal
+            for key, delta in block.delta.items()
+            if key not in self.local
+        ]
+
+    def add(self, key: str, change: Tensor, weight: Tensor | float) -> None:
+        """Add one site's change of one tensor; the weight is above 0 and broadcasts to it."""
+        self.centre.add(key, change, weight)
+
+    def finish(self, step: Callable[[str, Tensor], Tensor]) -> State:
+        """Return the merged state; tensors that no site sent are those of ``state``, not copies.
+
+        Args:
+            step: From a parameter's key and mean change (float64, may be overwritten) to the server's step; buffers
+                move by their mean change.
+        """
+        merged = dict(self.state)
+        for key in self.centre:
+            old, mean = self.state[key], self.centre.pop(key)
+            change = step(key, mean) if key in self.schema.parameters else mean
+            merged[key] = change.add_(old).to(old.dtype)
+        return merged | self._counters
+
+
 def _fitted(weight: Tensor, shape: torch.Size) -> Tensor:
-    """Return a weight as a scalar, as one number a row, or as one number an element."""
+    """Return a weight as a scalar, as one number per row, or as one number per element."""
     if weight.numel() == 1:
         return weight.reshape(())
     rows = (shape[0], *[1] * (len(shape) - 1))
@@ -86,7 +147,7 @@ def _fitted(weight: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _parts(value: Tensor) -> Iterator[slice | tuple[()]]:
-    """Yield what indexes a tensor a few rows at a time, about ``CHUNK`` elements each."""
+    """Yield slices of a tensor's rows of about ``CHUNK`` elements each."""
     if value.ndim == 0:
         yield ()
         return

@@ -21,7 +21,7 @@ from mtmedformer.errors import ConfigError, DataError
 from mtmedformer.storage.atomic_write import whole
 
 FLOOR = 1e-6  # of the mean precision of a tensor: what a site knows nothing of goes by the other sites, never by 0/0
-SILENT = 1e-12  # curvature of a tensor no gradient ever reached
+LEAST_CURVATURE = 1e-12  # curvature of a tensor no gradient ever reached
 
 
 def relative_precision(block: BlockUpdate, key: str) -> Tensor:
@@ -84,7 +84,9 @@ class SiteMemory:
         for name, block in update.blocks.items():
             if block.num_examples > 0 and not schema.block(name).personal:
                 curvature = {
-                    key: self._kept(relative_precision(block, key).mul_(max(block.scale.get(key, 1.0), SILENT)))
+                    key: self._kept(
+                        relative_precision(block, key).mul_(max(block.scale.get(key, 1.0), LEAST_CURVATURE))
+                    )
                     for key in block.delta
                     if key in schema.parameters
                 }
@@ -122,7 +124,7 @@ class SiteMemory:
         for site in sorted(self.factors):
             for factor in self.factors[site].values():
                 for key, curvature in factor.curvature.items():
-                    logs.setdefault(key, []).append(math.log(max(float(curvature.double().mean()), SILENT)))
+                    logs.setdefault(key, []).append(math.log(max(float(curvature.double().mean()), LEAST_CURVATURE)))
         return {key: math.exp(math.fsum(found) / len(found)) for key, found in logs.items()}
 
     def summary(self) -> dict[str, dict[str, dict[str, int]]]:
@@ -232,6 +234,10 @@ class Posterior:
             return cls(**states, blocks=blocks, sites=facts["sites"], tuning=facts.get("tuning", {}))
         except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{file.name}: not a posterior ({type(error).__name__}: {error})") from error
+
+
+def _scale(block: BlockUpdate, key: str) -> float:
+    return max(block.scale.get(key, 1.0), LEAST_CURVATURE)
 
 
 def _generator(seed: int, key: str) -> torch.Generator:

@@ -116,7 +116,7 @@ class LocalTraining(L.Callback):
     ) -> None:
         self.plan, self.memory, self.objective = plan, memory, objective
         self.curvature, self.local_keys, self.stop = curvature, local_keys, stop
-        self.changes_gradients = type(objective).gradient is not ClientObjective.gradient
+        self.changes_gradients = objective.changes_gradients
         self.images = 0
         self.labelled: Counter[str] = Counter()
         self.curvatures: dict[str, Tensor] = {}

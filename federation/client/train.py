@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 import lightning as L
 
 from federation.aggregators.base import Aggregator, ClientObjective
-from federation.bayes.curvature import Curvature, NoCurvature
+from federation.bayes.curvature import NoCurvature
 from federation.client.lightning_internals import as_single_process, continue_from, copy_module, quiet_lightning, seeded
 from federation.client.local_training import LocalTraining, RoundPlan, SiteState, TrainingInterrupt, state_of
 from federation.exchange.schema import Schema, State, block_of
@@ -24,7 +25,6 @@ __all__ = [
     "SiteState",
     "TrainingInterrupt",
     "local_keys",
-    "personal_keys",
     "state_of",
     "train_site",
     "validate_site",
@@ -82,8 +82,8 @@ def train_site(
     start = plan.state | memory.local
     module = copy_module(template)
     module.load_state_dict(start)
-    measures = aggregator.needs_precision and (privacy is None or privacy.sends_precision)
-    curvature: Curvature = aggregator.curvature.fresh() if measures and aggregator.curvature else NoCurvature()
+    measured = aggregator.exchange.curvature if privacy is None or privacy.sends_precision else None
+    curvature = NoCurvature() if measured is None else measured.fresh()
     objective = aggregator.client_objective(site)
     training = LocalTraining(plan, memory, objective, curvature, local, stop)
     outgoing = OutgoingUpdate(privacy, site, plan, memory)
@@ -100,10 +100,10 @@ def train_site(
         own=memory.own,
         deviation=memory.deviation,
     )
-    personal = aggregator.personal_objective(site)
-    if personal is not None:
-        own = _personal(site, template, datamodule, plan, memory, personal, make_trainer, stop)
-        if aggregator.personal_follows:
+    personal = aggregator.personal
+    if personal is not None and plan.round >= personal.first_round:
+        own = _personal(site, template, datamodule, plan, memory, personal.objective, make_trainer, stop)
+        if personal.keeps == "deviation":
             kept.deviation = {key: own[key] - plan.state[key] for key in own if own[key].is_floating_point()}
         else:
             kept.own = own
@@ -143,20 +143,9 @@ def validate_site(
 
 
 def local_keys(schema: Schema, aggregator: Aggregator, privacy: PrivacyPolicy | None = None) -> frozenset[str]:
-    """Return the names that never leave a site.
-
-    Personal blocks and those the site's policy holds back, norms if the aggregator says so, or everything.
-    """
-    if not aggregator.merges:
-        return frozenset(schema.shapes)
+    """Return the keys that stay at a site: what is not exchanged, and what its privacy policy holds back."""
     held = frozenset(key for key in schema.shapes if privacy is not None and not privacy.may_leave(block_of(key)))
-    return personal_keys(schema) | held | (schema.norms if aggregator.personal_norms else frozenset())
-
-
-def personal_keys(schema: Schema) -> frozenset[str]:
-    """Return the names of personal blocks, integer buffers among them."""
-    personal = {block.name for block in schema.blocks if block.personal}
-    return frozenset(key for key in schema.shapes if key.split(".")[0] in personal)
+    return aggregator.exchange.local_keys(schema) | held
 
 
 def _fit(
@@ -194,7 +183,7 @@ def _personal(
     module = copy_module(template)
     module.load_state_dict(memory.weights(plan.state))
     start = SiteState(memory.epochs, memory.steps, schedulers=memory.schedulers)
-    training = LocalTraining(plan, start, objective, NoCurvature(), personal_keys(plan.schema), stop)
+    training = LocalTraining(plan, start, copy.deepcopy(objective), NoCurvature(), plan.schema.personal_keys(), stop)
     _fit(module, datamodule, make_trainer(), training, plan, start, (plan.seed, plan.round, site, "personal"))
     return state_of(module)
 
@@ -212,7 +201,9 @@ def _block_updates(
     precision, scale = aggregator.relative(measured) if measured else ({}, {})
     blocks = {}
     for block in schema.blocks:
-        keys = [key for key in block.keys if not block.personal and (key not in local or not aggregator.merges)]
+        keys = [
+            key for key in block.keys if not block.personal and (key not in local or not aggregator.exchange.merged)
+        ]
         num_examples = training.num_examples(block.task)
         if num_examples > 0 and keys:
             blocks[block.name] = BlockUpdate(

@@ -65,6 +65,11 @@ class Schema:
                 return block
         raise KeyError(f"no block is called {name!r}; there are {', '.join(b.name for b in self.blocks)}")
 
+    def personal_keys(self) -> frozenset[str]:
+        """Return the keys of personal blocks, integer buffers included."""
+        personal = {block.name for block in self.blocks if block.personal}
+        return frozenset(key for key in self.shapes if key.split(".")[0] in personal)
+
     def digest(self) -> str:
         """Return a 16-digit hash of names, shapes and ownership."""
         facts = [[b.name, b.task, b.personal, [[k, self.shapes[k]] for k in b.keys]] for b in self.blocks]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from federation.aggregators.base import Aggregator, ClientObjective
+from federation.aggregators.base import Aggregator
 from federation.aggregators.bayesian import BayesianAggregator
 from federation.exchange.quantization import Rounding, decoded, encoded, step_of
 from federation.exchange.schema import Schema, State, block_of
@@ -111,7 +111,7 @@ class PrivacyPolicy:
         unknown = sorted(set(self.blocks or ()) - set(known))
         if unknown:
             raise ConfigError(f"privacy.blocks: no block is called {', '.join(unknown)}; there are {', '.join(known)}")
-        if aggregator.pooled:
+        if aggregator.data == "pooled":
             raise ConfigError(
                 "privacy: the Pooled aggregator puts all data in one place; choose another, or no privacy"
             )
@@ -121,12 +121,12 @@ class PrivacyPolicy:
                 "not send; set aggregator.between to false"
             )
         if self.noise_multiplier > 0:
-            if type(aggregator.client_objective("")).extra is not ClientObjective.extra:
+            if aggregator.client_objective("").sends_extra:
                 raise ConfigError(
                     f"privacy.noise_multiplier: {type(aggregator).__name__} sends more than the change of the weights, "
                     "and no noise covers that; choose FedAvg, FedProx or the Bayesian aggregator"
                 )
-            if not aggregator.personal_norms:
+            if aggregator.exchange.norms:
                 refuse_batch_norm(module, "privacy.noise_multiplier", "or keep norms at the site with FedBN")
         if self.examples is not None:
             refuse_batch_norm(module, "privacy.examples")

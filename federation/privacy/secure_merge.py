@@ -1,4 +1,7 @@
-"""The Bayesian merge from sums alone: what each site adds, and what the server makes of the totals."""
+"""The merge from sums alone: what each site adds, and how the server turns the totals into the next state.
+
+A library building block: ``fit`` does not use it (see ``docs/privacy.md``).
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,23 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from federation.aggregators.base import ClientObjective
 from federation.aggregators.bayesian import BayesianAggregator
 from federation.aggregators.fedavg import FedAvg
+from federation.aggregators.weighted_mean import WeightedMeans
 from federation.exchange.schema import Schema, State
 from federation.exchange.update import Update
 from mtmedformer.errors import ConfigError
 
 
 def summands(aggregator: FedAvg, update: Update, schema: Schema) -> dict[str, Tensor]:
-    r"""Return a site's summands: of every weight $c\, \Delta$ (``top``) and $c$ (``bottom``), float64.
+    r"""Return a site's summands: for every weight $c\, \Delta$ (``top``) and $c$ (``bottom``), float64.
 
-    $c = n^a (r + \kappa)$ as the aggregator has it. A block the site did not train is zeros in both, so the server does
-    not learn who holds which task. Counters and ``num_examples`` are not sent.
+    $c$ is the aggregator's ``weight``, $n^a (r + \kappa)$ for the Bayesian one. A block that the site did not train is
+    zero in both, so the totals do not reveal which site has labels for which task. Counters and ``num_examples`` are
+    not sent.
 
     Args:
-        aggregator: As the server configured it; needs no state.
+        aggregator: As configured at the server; needs no state.
         update: The site's update.
         schema: The model's schema.
 
@@ -30,29 +34,26 @@ def summands(aggregator: FedAvg, update: Update, schema: Schema) -> dict[str, Te
         ConfigError: When the aggregator needs more than sums.
     """
     require_sums(aggregator)
-    found: dict[str, Tensor] = {}
+    local = aggregator.exchange.local_keys(schema)
+    sums: dict[str, Tensor] = {}
     for block in schema.blocks:
-        if block.personal:
-            continue
         sent = update.blocks.get(block.name)
-        for key in block.keys:
-            if aggregator.personal_norms and key in schema.norms:
-                continue
+        for key in (key for key in block.keys if key not in local):
             weight = torch.zeros(schema.shapes[key], dtype=torch.float64)
             change = torch.zeros_like(weight)
             if sent is not None and sent.num_examples > 0 and key in sent.delta:
                 weight += aggregator.weight(sent, key)
                 change = sent.delta[key].double()
-            found[f"top|{key}"], found[f"bottom|{key}"] = weight * change, weight
-    return found
+            sums[f"top|{key}"], sums[f"bottom|{key}"] = weight * change, weight
+    return sums
 
 
 def merge_sums(aggregator: FedAvg, state: State, sums: Mapping[str, Tensor], schema: Schema) -> State:
-    """Return the next global state from the totals of ``summands``; a weight nobody trained stays, bit for bit.
+    """Return the next global state from the totals of ``summands``; a weight that no site trained stays, bit for bit.
 
     Args:
-        aggregator: The same as the sites'.
-        state: The state that the sites began at, as ``Aggregator.starting_state`` gave it.
+        aggregator: The same as at the sites.
+        state: The state that the sites started from (``Aggregator.starting_state``).
         sums: Totals by name.
         schema: The model's schema.
     """
@@ -62,30 +63,27 @@ def merge_sums(aggregator: FedAvg, state: State, sums: Mapping[str, Tensor], sch
         kind, key = name.split("|", 1)
         if kind == "bottom" and bool((bottom > 0).any()):
             mean = torch.where(bottom > 0, sums[f"top|{key}"] / bottom, 0.0)
-            change = aggregator.step(key, mean) if key in schema.parameters else mean
+            change = aggregator.server.step(key, mean) if key in schema.parameters else mean
             merged[key] = (change + state[key]).to(state[key].dtype)
-    return merged | aggregator.untouched_state()
+    return merged | aggregator.server.untouched_state()
 
 
 def require_sums(aggregator: FedAvg) -> None:
-    """Refuse an aggregator that must see single updates.
+    """Refuse an aggregator that needs single updates.
 
     Raises:
         ConfigError: When it does.
     """
     bayes = aggregator if isinstance(aggregator, BayesianAggregator) else None
     alone = bayes is None or not (bayes.memory.weights or bayes.beta > 0)
-    plain = (
-        type(aggregator).centre is FedAvg.centre
-        and type(aggregator.client_objective("")).extra is ClientObjective.extra
-    )
+    plain = isinstance(aggregator.centre(), WeightedMeans) and not aggregator.client_objective("").sends_extra
     if not (alone and plain):
         raise ConfigError(
-            f"{type(aggregator).__name__} as configured looks at single updates, and secure summation shows none; "
-            "switch between, remember and beta off, or choose FedAvg"
+            f"{type(aggregator).__name__} as configured needs single updates, and secure summation reveals only their "
+            "sum; switch between, remember and beta off, or choose FedAvg"
         )
     if bayes is not None and bayes.b > 0:
         raise ConfigError(
-            "BayesianAggregator as configured looks at single updates, at how loud each site's loss is; for secure "
-            "summation set aggregator.b to 0"
+            "BayesianAggregator as configured needs single updates (each site's mean curvature); for secure summation "
+            "set aggregator.b to 0"
         )

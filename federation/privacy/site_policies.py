@@ -28,7 +28,7 @@ def by_site(
     if unknown:
         raise ConfigError(f"federation.privacy: no site is called {', '.join(unknown)}; there are {', '.join(sites)}")
     guarded = [site for site, policy in privacy.items() if policy.guarantees]
-    if 0 < len(guarded) < len(sites) and getattr(aggregator, "power", 0.0) > 0:
+    if 0 < len(guarded) < len(sites) and aggregator.power > 0:
         raise ConfigError(
             f"federation.privacy: {', '.join(guarded)} would weigh as one image each, because counts do not leave "
             "under a guarantee, and the others by theirs; set aggregator.weights: equal (a: 0 for the Bayesian one)"

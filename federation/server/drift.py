@@ -12,7 +12,7 @@ from federation.aggregators.base import Aggregator
 from federation.aggregators.bayesian import BayesianAggregator
 from federation.aggregators.fedavg import FedAvg
 from federation.aggregators.weighted_mean import WeightedMeans
-from federation.bayes.posterior import SILENT, relative_precision
+from federation.bayes.posterior import LEAST_CURVATURE, relative_precision
 from federation.exchange.schema import Schema, State
 from federation.exchange.update import BlockUpdate, Update
 
@@ -31,6 +31,7 @@ class Drift:
 
     def __init__(self, aggregator: Aggregator, schema: Schema, most: int = 4096) -> None:
         self.aggregator, self.schema, self.most = aggregator, schema, most
+        self.norms = frozenset() if aggregator.exchange.norms else schema.norms
         self._changes: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self._weights: dict[str, dict[str, Tensor]] = defaultdict(dict)
 
@@ -40,7 +41,7 @@ class Drift:
             if block.num_examples <= 0 or self.schema.block(name).personal:
                 continue
             for key, delta in block.delta.items():
-                if self.aggregator.personal_norms and key in self.schema.norms:
+                if key in self.norms:
                     continue
                 places = self._places(delta.numel())
                 self._changes[key][update.site] = delta.flatten()[places].double()
@@ -97,8 +98,8 @@ class Drift:
     def _weight(self, block: BlockUpdate, key: str) -> Tensor | None:
         """Return what a tensor weighs when it arrives; its absolute precision where sites are then found to differ."""
         if self._differ:
-            known = key in self.schema.parameters and self.aggregator.needs_precision
-            scale = max(block.scale.get(key, 1.0), SILENT) if known else 1.0
+            known = key in self.schema.parameters and self.aggregator.exchange.precision
+            scale = max(block.scale.get(key, 1.0), LEAST_CURVATURE) if known else 1.0
             return (relative_precision(block, key) if known else torch.ones(())).double() * scale * block.num_examples
         if isinstance(self.aggregator, FedAvg) and isinstance(self.aggregator.centre(), WeightedMeans):
             return torch.as_tensor(self.aggregator.weight(block, key))

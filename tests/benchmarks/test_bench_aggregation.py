@@ -106,4 +106,4 @@ def test_ten_sites_of_25_million_weights_stream(case: str, capsys: pytest.Captur
     ratio = min(ours) / min(theirs)
     with capsys.disabled():
         print(f"\n{case}: {copies:.2f} copies of the model, {min(ours):.2f} s, {ratio:.2f} times the plain sums")
-    assert copies < COPIES + (getattr(make(), "momentum", 0.0) > 0)
+    assert copies < COPIES + (getattr(make().server, "momentum", 0.0) > 0)

@@ -16,6 +16,7 @@ from federation.aggregators import (
     BayesianAggregator,
     CoordinateMedian,
     Ditto,
+    Exchange,
     FedAdam,
     FedAvg,
     FedAvgM,
@@ -26,6 +27,7 @@ from federation.aggregators import (
     FisherMerging,
     InverseVariance,
     Local,
+    PersonalModel,
     Pooled,
     Scaffold,
     TrimmedMean,
@@ -93,6 +95,29 @@ def tensors(thing: Any) -> Iterator[Tensor]:
 
 
 @over(EVERY)
+def test_strategy_objects_are_complete_and_pickled(make):
+    aggregator, (_, schema) = make(), toy()
+    assert isinstance(aggregator.exchange, Exchange)
+    assert aggregator.personal is None or isinstance(aggregator.personal, PersonalModel)
+    assert aggregator.data in ("sites", "pooled")
+    assert pickle.loads(pickle.dumps(aggregator)).exchange.local_keys(schema) == aggregator.exchange.local_keys(schema)
+
+
+@over(EVERY)
+def test_local_keys_hold_every_personal_block_and_are_never_merged(make):
+    state, schema = toy()
+    aggregator = make()
+    local = aggregator.exchange.local_keys(schema)
+    assert schema.personal_keys() <= local <= schema.shapes.keys()
+    assert (local == schema.shapes.keys()) == (not aggregator.exchange.merged)
+    assert (schema.norms <= local) == (not aggregator.exchange.global_model)
+    update = make_update("a", state, schema)
+    update.counters |= {key: state[key] + 1 for key in schema.counters}
+    merged = merge(aggregator, state, schema, [update])
+    same({key: merged[key] for key in local}, {key: state[key] for key in local})
+
+
+@over(EVERY)
 def test_sites_that_learnt_nothing_change_nothing(make):
     state, schema = toy()
     sites = ["a"] if make is Pooled else ["a", "b", "c"]
@@ -118,7 +143,7 @@ def test_identical_sites_move_as_one(make):
     merged = merge(aggregator, state, schema, updates)
     for block in updates[0].blocks.values():
         for key, delta in block.delta.items():
-            local = aggregator.personal_norms and key in schema.norms
+            local = key in aggregator.exchange.local_keys(schema)
             torch.testing.assert_close(merged[key], state[key] if local else state[key] + delta, rtol=1e-6, atol=1e-6)
 
 
@@ -205,7 +230,7 @@ def test_counters_take_the_largest_value(make):
         for update, value in zip(updates, values, strict=False):
             update.counters = {counter: torch.tensor(value)}
         merged = merge(make(), state, schema, updates)
-        stays = not make().merges or make().personal_norms
+        stays = not make().exchange.global_model
         assert merged[counter] == (5 if stays else expected)
         assert merged[counter].dtype == torch.int64
 
@@ -290,7 +315,8 @@ def test_memory_does_not_grow_with_the_number_of_sites(make):
 def test_local_rules_are_pickled_and_fit_the_parameters(make):
     _, aggregator = rounds(make, restarts=False)
     state, _ = toy()
-    for objective in (aggregator.client_objective("a"), aggregator.personal_objective("a")):
+    personal = aggregator.personal.objective if aggregator.personal else None
+    for objective in (aggregator.client_objective("a"), personal):
         if objective is None:
             continue
         copied = pickle.loads(pickle.dumps(objective))

@@ -97,7 +97,7 @@ def _keeps_no_global_model(folder: Path) -> bool:
         return False
     module, _, name = path.rpartition(".")
     kind = getattr(importlib.import_module(module), name)
-    return bool(not kind.merges or kind.personal_norms)
+    return not kind.exchange.global_model
 
 
 def _rounds(checkpoint: Path) -> dict[str, Any]:

@@ -245,7 +245,7 @@ class Watched(FedAvgM):
         self.rounds = []
 
     def start(self, state, schema):
-        self.rounds.append({"began": state, "momentum": dict(self._moments)})
+        self.rounds.append({"began": state, "momentum": dict(self.server.moments)})
         super().start(state, schema)
 
     def finish(self):

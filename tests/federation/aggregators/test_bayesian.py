@@ -113,7 +113,7 @@ def test_without_curvature_it_is_fedavg_to_the_last_bit(off, a, weights):
         ]
         state, other = merge(aggregator, state, schema, updates), merge(plain, other, schema, updates)
         assert all(torch.equal(value, other[key]) for key, value in state.items())
-    assert aggregator.needs_precision == (off == "ones")
+    assert aggregator.exchange.precision == (off == "ones")
     if off != "ones":
         updates = [make_update("abc"[i], state, schema, i, num_examples=[10, 301, 43][i]) for i in range(3)]
         merged = merge(bayes(a=a), state, schema, updates)
@@ -248,7 +248,7 @@ def test_sites_are_asked_for_precision_of_the_configured_grain():
         assert relative["w"].numel() == math.prod(shape)
         assert scale["w"] == pytest.approx(float(raw["w"].mean()), rel=1e-4)
     assert isinstance(bayes().curvature, SquaredGradients)
-    assert not bayes(NoCurvature()).needs_precision
+    assert not bayes(NoCurvature()).exchange.precision
 
 
 @pytest.mark.parametrize(

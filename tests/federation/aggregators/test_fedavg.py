@@ -203,9 +203,9 @@ def test_one_wild_site_moves_nothing_beyond_the_others(aggregator):
 def test_local_merges_nothing_and_pooled_takes_one_site_whole():
     state, schema = toy()
     updates = [make_update(site, state, schema, i) for i, site in enumerate("ab")]
-    assert not Local.merges
+    assert not Local.exchange.merged
     assert all(torch.equal(v, state[k]) for k, v in merge(Local(), state, schema, updates).items())
-    assert Pooled.pooled
+    assert Pooled.data == "pooled"
     merged = merge(Pooled(), state, schema, updates[:1])
     torch.testing.assert_close(merged[KEY], state[KEY] + updates[0].blocks["encoder"].delta[KEY])
     with pytest.raises(ValueError, match="one site"):

@@ -37,7 +37,7 @@ def test_the_pull_grows_with_the_distance():
 
 def test_no_pull_asks_for_nothing():
     assert FedProx(0.0).client_objective("a").gradient("w", torch.ones(2), torch.zeros(2)) is None
-    assert Ditto(0.0).personal_objective("a").gradient("w", torch.ones(2), torch.zeros(2)) is None
+    assert Ditto(0.0).personal.objective.gradient("w", torch.ones(2), torch.zeros(2)) is None
 
 
 def settle(objective, own, curvature, start):
@@ -54,9 +54,9 @@ def test_a_site_settles_between_its_own_optimum_and_the_global_weights(mu):
     expected = (curvature * own + mu * start) / (curvature + mu)
     torch.testing.assert_close(settle(FedProx(mu).client_objective("a"), own, curvature, start), expected)
     ditto = Ditto(mu)
-    torch.testing.assert_close(settle(ditto.personal_objective("a"), own, curvature, start), expected)
+    torch.testing.assert_close(settle(ditto.personal.objective, own, curvature, start), expected)
     torch.testing.assert_close(settle(None, own, curvature, start), own)
-    assert ditto.personal_models
+    assert ditto.personal.keeps == "weights"
     assert ditto.client_objective("a").gradient("w", own, start) is None  # the global model is plain FedAvg
 
 
