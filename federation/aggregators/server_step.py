@@ -90,9 +90,7 @@ class Momentum(ServerStep):
         self._untouched.pop(key, None)
         kept = self.moments.get(key)
         updated = mean if kept is None else mean.add(kept, alpha=self.momentum)
-        self.moments[key] = (
-            updated.float()
-        )  # the step uses the rounded value, so that a resumed run takes the same step
+        self.moments[key] = updated.float()  # rounded before use, so that a resumed run takes the same step
         return (mean if self.lookahead else self.moments[key].double()).mul_(self.lr)
 
     @override
