@@ -183,7 +183,6 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
             DataError: As ``plan`` does; too much cannot be used, a split has no labelled image, or the cache is full.
         """
         self.plan()
-        stage = getattr(stage, "value", stage)
         if stage == "predict":
             self._build({"predict": self.predict_split})
         else:

@@ -91,7 +91,7 @@ class ImageFolderDataModule(Originals, L.LightningDataModule):
             DataError: There is none, or a path is not there.
             ConfigError: The Trainer wants to do anything but predict.
         """
-        if getattr(stage, "value", stage) not in ("predict", None):
+        if stage not in ("predict", None):
             raise ConfigError("ImageFolderDataModule has no labels: it serves predict alone")
         found, notes = find_images(self.images)
         for note in notes:

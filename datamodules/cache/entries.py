@@ -6,6 +6,7 @@ A safetensors file is memory-mapped and cannot run code.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,6 @@ from safetensors.numpy import save
 
 from datamodules.cache.quarantine import Issue
 from mtmedformer.geometry import Affine, Bytes, Floats, Ints
-
-_ARRAYS = ("masks", "boxes", "labels")
-_FACTS = ("to_original", "original_size", "spacing", "view", "laterality", "remarks")
 
 
 @dataclass(frozen=True)
@@ -78,9 +76,22 @@ class CacheEntry:
 def save_entry(entry: CacheEntry, path: Path) -> None:
     """Write a decoded image into a file."""
     arrays = {"image": entry.image}
-    for kind in _ARRAYS:
-        arrays |= {f"{kind}/{task}": np.ascontiguousarray(array) for task, array in getattr(entry, kind).items()}
-    facts = {name: getattr(entry, name) for name in _FACTS} | {"issues": [asdict(issue) for issue in entry.issues]}
+    by_task: dict[str, Mapping[str, NDArray[Any]]] = {
+        "masks": entry.masks,
+        "boxes": entry.boxes,
+        "labels": entry.labels,
+    }
+    for kind, of_task in by_task.items():
+        arrays |= {f"{kind}/{task}": np.ascontiguousarray(array) for task, array in of_task.items()}
+    facts = {
+        "to_original": entry.to_original,
+        "original_size": entry.original_size,
+        "spacing": entry.spacing,
+        "view": entry.view,
+        "laterality": entry.laterality,
+        "remarks": entry.remarks,
+        "issues": [asdict(issue) for issue in entry.issues],
+    }
     path.write_bytes(save(arrays, metadata={"facts": json.dumps(facts)}))  # save_file would make it the owner's alone
 
 
@@ -88,7 +99,7 @@ def load_entry(path: Path) -> CacheEntry:
     """Read a decoded image back."""
     with safe_open(path, framework="numpy") as file:
         facts = json.loads(file.metadata()["facts"])
-        arrays: dict[str, dict[str, Any]] = {kind: {} for kind in _ARRAYS}
+        arrays: dict[str, dict[str, Any]] = {"masks": {}, "boxes": {}, "labels": {}}
         for name in file.keys():  # noqa: SIM118  the handle is no mapping
             kind, _, task = name.partition("/")
             if kind in arrays:

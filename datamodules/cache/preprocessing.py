@@ -12,7 +12,7 @@ import inspect
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -95,7 +95,7 @@ def _describe(value: Any) -> Any:
     if isinstance(value, Path):
         return digest(value)
     if is_dataclass(value):
-        return {f.name: _describe(getattr(value, f.name)) for f in fields(value)}
+        return {name: _describe(item) for name, item in vars(value).items()}
     if isinstance(value, dict):
         return {key: _describe(item) for key, item in value.items()}
     if isinstance(value, tuple):

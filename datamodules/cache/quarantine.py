@@ -116,5 +116,5 @@ class Quarantine:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
-            writer.writerows([getattr(issue, column) for column in COLUMNS] for issue in self.issues)
+            writer.writerows((i.id, i.file, i.subject, i.reason, i.detail) for i in self.issues)
         return path

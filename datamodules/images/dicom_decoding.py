@@ -135,8 +135,7 @@ def _check(file: Path, header: Dataset) -> None:
 
 def _decode(file: Path, header: Dataset) -> tuple[Values, list[str]]:
     """Return the stored values, (H, W) or (H, W, 3) as RGB, possibly a read-only view of the file's bytes."""
-    meta = getattr(header, "file_meta", None)
-    syntax = UID((meta or {}).get("TransferSyntaxUID") or _native(file, header))
+    syntax = UID(header.file_meta.get("TransferSyntaxUID") or _native(file, header))
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:

@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
 
 _SLICES = ("CT", "MR", "PT", "NM")
 """Modalities of physical values with outliers (metal, flow): without a window their percentiles are shown."""
@@ -234,7 +235,7 @@ def number_of(header: Dataset, key: str, index: int = 0) -> float | None:
         value = header.get(key)
         if isinstance(value, bytes):
             value = int.from_bytes(value[:2], "little", signed=bool(header.PixelRepresentation)) if value else None
-        number = float(value[index] if hasattr(value, "__getitem__") and not isinstance(value, str) else value)
+        number = float(value[index] if isinstance(value, MultiValue) else value)
     except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError):
         return None
     return number if np.isfinite(number) else None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from datamodules.labels_csv.table import CellError, Row, Table
+from datamodules.labels_csv.table import CellError, Table, TableRow
 from datamodules.records import BoxTruth, ClassTruth, MaskSource, MaskTruth, Truth
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError, DataError
@@ -92,7 +92,7 @@ class Reader(Protocol):
 
     task: Task
 
-    def read(self, row: Row) -> Truth | None:
+    def read(self, row: TableRow) -> Truth | None:
         """Return the truth, or ``None`` where the row does not say.
 
         Raises:
@@ -109,7 +109,7 @@ class OneClass:
         found = (row.text(spec.column) for row in table.rows if _labelled(row, flag) is not False)
         self.task = Task(name, "classification", _classes(spec.classes, found, table, spec.column))
 
-    def read(self, row: Row) -> ClassTruth | None:
+    def read(self, row: TableRow) -> ClassTruth | None:
         """Return one-hot truth."""
         cell, known = row.cells[self.column], _switch(row, self.flag)
         label = cell if cell in self.task.classes else row.text(self.column)  # a class may be called "none"
@@ -138,7 +138,7 @@ class ManyClasses:
         self.columns, self.flag = [columns[c] for c in order], flag
         self.task = Task(name, "classification", tuple(order), multi_label=True)
 
-    def read(self, row: Row) -> ClassTruth | None:
+    def read(self, row: TableRow) -> ClassTruth | None:
         """Return 1, 0 or NaN a class."""
         if _switch(row, self.flag) is False:
             return None
@@ -160,7 +160,7 @@ class BoxReader:
             classes = list(_classes(None, self._found(table, spec.labels), table, spec.labels))
         self.task = Task(name, "detection", tuple(classes), weak=spec.weak)
 
-    def read(self, row: Row) -> BoxTruth | None:
+    def read(self, row: TableRow) -> BoxTruth | None:
         """Return the boxes; a blank cell is unknown unless the flag says that someone looked."""
         known = _switch(row, self.flag)
         if known is False or (known is None and not row.text(self.boxes)):
@@ -174,7 +174,7 @@ class BoxReader:
             raise row.error(self.labels, "not one label a box", fix)
         return BoxTruth(boxes, tuple(_index(self.task, str(n).strip(), row, self.labels) for n in names))
 
-    def _box(self, row: Row, item: Any) -> tuple[float, float, float, float]:
+    def _box(self, row: TableRow, item: Any) -> tuple[float, float, float, float]:
         try:
             x0, y0, x1, y1 = (float(v) for v in item)
         except (TypeError, ValueError):
@@ -204,7 +204,7 @@ class MaskReader:
         overlap = bool(spec.columns) or len(classes) == 1
         self.task = Task(name, "segmentation", classes, multi_label=overlap, weak=spec.weak)
 
-    def read(self, row: Row) -> MaskTruth | None:
+    def read(self, row: TableRow) -> MaskTruth | None:
         """Return a source a class; a blank cell is not annotated unless the flag says that someone looked."""
         known = _switch(row, self.flag)
         if known is False:
@@ -212,7 +212,7 @@ class MaskReader:
         sources = tuple(self._source(row, column, values, bool(known)) for column, values in self.channels)
         return MaskTruth(sources) if any(sources) else None
 
-    def _source(self, row: Row, column: str, values: tuple[int, ...] | None, known: bool) -> MaskSource | None:
+    def _source(self, row: TableRow, column: str, values: tuple[int, ...] | None, known: bool) -> MaskSource | None:
         if not row.text(column):
             return MaskSource() if known else None
         return MaskSource(path_in(self.root, row, column), values)
@@ -282,7 +282,7 @@ def check_columns(
     return specs
 
 
-def path_in(root: Path, row: Row, column: str) -> Path:
+def path_in(root: Path, row: TableRow, column: str) -> Path:
     """Return the file a cell names.
 
     Raises:
@@ -297,19 +297,19 @@ def path_in(root: Path, row: Row, column: str) -> Path:
     return path
 
 
-def _switch(row: Row, flag: str | None) -> bool | None:
+def _switch(row: TableRow, flag: str | None) -> bool | None:
     """Return what the flag says; a blank one says no, having none says nothing."""
     return bool(row.switch(flag)) if flag else None
 
 
-def _labelled(row: Row, flag: str | None) -> bool | None:
+def _labelled(row: TableRow, flag: str | None) -> bool | None:
     try:
         return _switch(row, flag)
     except CellError:  # told when the row is read
         return False
 
 
-def _index(task: Task, name: str, row: Row, column: str) -> int:
+def _index(task: Task, name: str, row: TableRow, column: str) -> int:
     if name not in task.classes:
         raise row.error(column, "unknown class", f"the classes of {task.name} are {', '.join(task.classes)}")
     return task.classes.index(name)

@@ -27,7 +27,7 @@ from datamodules.labels_csv.columns import (
     path_in,
     reader,
 )
-from datamodules.labels_csv.table import CellError, Row, Table, read_labels
+from datamodules.labels_csv.table import CellError, Table, TableRow, read_labels
 from datamodules.records import Catalogue, ClassTruth, MaskTruth, Record, Split, Truth
 from mtmedformer.errors import DataError
 
@@ -147,7 +147,7 @@ class LabelsCSVDataModule(MedicalDataModule):
             )
         return Catalogue({r.task.name: r.task for r in readers}, records, notes)
 
-    def _entry(self, row: Row, table: Table, readers: Sequence[Reader]) -> Entry:
+    def _entry(self, row: TableRow, table: Table, readers: Sequence[Reader]) -> Entry:
         truth: dict[str, Truth] = {}
         errors: dict[str, CellError] = {}
         for each in readers:
@@ -245,16 +245,15 @@ class Entry:
             DataError: They contradict each other.
         """
         a, b = self.record, other.record
-        joined: dict[str, Any] = {}
-        for name, blank in (
-            ("patient", ""),
-            ("site", "unknown"),
-            ("view", None),
-            ("laterality", None),
-            ("split", None),
-            ("size", None),
-        ):
-            joined[name] = self._agree(other, name, getattr(a, name), getattr(b, name), blank, table)
+        joined = replace(
+            a,
+            patient=self._agree(other, "patient", a.patient, b.patient, "", table),
+            site=self._agree(other, "site", a.site, b.site, "unknown", table),
+            view=self._agree(other, "view", a.view, b.view, None, table),
+            laterality=self._agree(other, "laterality", a.laterality, b.laterality, None, table),
+            split=self._agree(other, "split", a.split, b.split, None, table),
+            size=self._agree(other, "size", a.size, b.size, None, table),
+        )
         for group in {**a.groups, **b.groups}:
             self._agree(other, group, a.groups.get(group), b.groups.get(group), None, table)
         errors = {**self.errors, **other.errors}
@@ -262,7 +261,7 @@ class Entry:
         for task in a.truth.keys() & b.truth.keys():
             truth[task] = self._together(other, task, a.truth[task], b.truth[task], table)
         known = {task: found for task, found in truth.items() if task not in errors}
-        record = replace(a, truth=known, groups={**a.groups, **b.groups}, **joined)
+        record = replace(joined, truth=known, groups={**a.groups, **b.groups})
         return Entry(self.line, record, errors, [*self.remarks, *other.remarks])
 
     def _together(self, other: Entry, task: str, a: Truth, b: Truth, table: Path) -> Truth:

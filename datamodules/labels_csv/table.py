@@ -35,7 +35,7 @@ class CellError(Exception):
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One row: its table, the line it starts on (counted from 1 with the header) and its stripped cells by column."""
 
     file: Path
@@ -112,7 +112,7 @@ class Table:
 
     file: Path
     columns: list[str]
-    rows: list[Row]
+    rows: list[TableRow]
     notes: list[str]
 
     def require(self, columns: Iterable[str], why: str) -> None:
@@ -155,7 +155,7 @@ def read_labels(file: Path, key: str) -> Table:
         raise DataError(f"{file}: the table is empty; it needs a header line and a row an image")
     fitting = [s for s in SEPARATORS if key in (cell.strip() for cell in next(csv.reader([first], delimiter=s)))]
     separator = fitting[0] if fitting else max(SEPARATORS, key=first.count)
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     header: list[str] = []
     csv.field_size_limit(LARGEST_CELL)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
@@ -174,7 +174,7 @@ def read_labels(file: Path, key: str) -> Table:
                     f'Cells that contain {separator!r} need double quotes around them: "[[1{separator}2]]".'
                 )
             else:
-                rows.append(Row(file, start, dict(zip(header, stripped, strict=True))))
+                rows.append(TableRow(file, start, dict(zip(header, stripped, strict=True))))
     except csv.Error as error:
         raise DataError(
             f"{file}: line {reader.line_num} is no line of a table ({error}); save it as CSV again"

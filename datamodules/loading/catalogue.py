@@ -117,5 +117,5 @@ _FIELDS = ("site", "view", "laterality")
 
 
 def _value(record: Record, key: str) -> str | None:
-    value: str | None = getattr(record, key) if key in _FIELDS else record.groups.get(key)
-    return value
+    own = {"site": record.site, "view": record.view, "laterality": record.laterality}
+    return own[key] if key in own else record.groups.get(key)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
 
-from datamodules.records import BoxTruth, ClassTruth, MaskTruth, Record
+from datamodules.records import BoxTruth, ClassTruth, MaskSource, MaskTruth, Record
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError
 
@@ -134,10 +134,8 @@ class TaskSampler(DistributedSampler[int]):
         yield from (int(order[i]) for turn in slices for i in range(*turn[self.rank]))
 
 
-def _drawn(masks: Sequence[object]) -> bool:
-    return any(
-        getattr(m, "file", None) is not None or getattr(m, "polygons", ()) or getattr(m, "discs", ()) for m in masks
-    )
+def _drawn(masks: Sequence[MaskSource]) -> bool:
+    return any(mask.file is not None or mask.polygons or mask.discs for mask in masks)
 
 
 def _batches(each: int, replicas: int, size: int) -> list[list[tuple[int, int]]]:
