@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_only
 from pydicom import dcmread
 from pydicom.uid import UID
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.base import log_warning
 from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import IMAGE, Issue
 from datamodules.images.dicom import is_dicom
@@ -95,7 +95,7 @@ class ImageFolderDataModule(Originals, L.LightningDataModule):
             raise ConfigError("ImageFolderDataModule has no labels: it serves predict alone")
         found, notes = find_images(self.images)
         for note in notes:
-            _tell(note)
+            log_warning(note)
         self.records = [Record(id=name, file=file, patient=name) for name, file in found.items()]
 
     def ask_for_done(self, done: Callable[[Mapping[str, Path]], Collection[str]]) -> None:
@@ -184,11 +184,6 @@ class _Reader(Dataset[Sample | Issue]):
 
 def _as_is(item: object) -> object:
     return item
-
-
-@rank_zero_only
-def _tell(message: str) -> None:
-    log.warning(message)
 
 
 def find_images(paths: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
