@@ -1,4 +1,4 @@
-"""Images without labels, to be predicted: files and folder trees as they are, read one by one and kept nowhere."""
+"""Images without labels for ``predict``: files and folder trees, read one by one, without table and cache."""
 
 from __future__ import annotations
 
@@ -32,26 +32,29 @@ from mtmedformer.inference.results import ABOUT
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".pgm", ".bmp", ".gif", ".webp", ".jp2")
-"""Files of these names are meant to be images: one that cannot be read has failed and is not just something else."""
+"""A file with such a suffix counts as an image: if it cannot be read, it is a failure and not some other file."""
 
 
 class ImageFolderDataModule(Originals, L.LightningDataModule):
-    """Images to predict, without a table and without labels.
+    """Serve images for ``predict``, without a table and without labels.
 
-    Each image is read when its turn comes, on the road training images take (display chain, frame, size), and let go
-    after it: memory does not grow with their number, nothing is cached, and results come at once. An image that cannot
-    be read is listed in ``failures`` and the rest goes on.
+    Each image is read when its batch is due and prepared as training images are (display chain, frame, size). Nothing
+    is cached, so memory does not grow with the number of images. An image that cannot be read is added to ``failures``
+    and the other images are served.
 
     Args:
-        images: Files and folder trees; DICOM, PNG, JPEG, TIFF and what else ``datamodules.images.pixels`` reads.
+        images: Files and folder trees: DICOM, PNG, JPEG, TIFF and the other formats of ``datamodules.images.pixels``.
         image_size: ``[height, width]`` of the network's input in pixels, or one number for both; as in training.
-        preset: How images are framed; as in training. ``null`` for the whole image.
-        batch_size: Images a batch.
-        num_workers: Processes that read; 0 reads in this process.
+        preset: Framing, as in training; ``null`` for the whole image.
+        batch_size: Images per batch.
+        num_workers: Processes that read; 0 reads in the main process.
 
     Attributes:
-        records: The images, once set up.
-        failures: Images that could not be used, with reasons, so far as they have been read.
+        records: The images, complete after ``setup``.
+        failures: Images that could not be used so far, with reasons.
+
+    Raises:
+        ConfigError: ``image_size``, ``batch_size`` or ``num_workers`` is out of its range.
     """
 
     def __init__(
@@ -75,75 +78,76 @@ class ImageFolderDataModule(Originals, L.LightningDataModule):
         self.preprocessing = Preprocessing(preset or PlainPreset(), (self.image_size[0], self.image_size[1]))
         self.records: list[Record] = []
         self.failures: list[Issue] = []
-        self._done: Callable[[Mapping[str, Path]], Collection[str]] = lambda files: ()
+        self._finished: Callable[[Mapping[str, Path]], Collection[str]] = lambda files: ()
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides how an image is prepared, as text and numbers."""
+        """Size, name and plain arguments of the preprocessing, for the record kept beside the predictions."""
         preset = self.preprocessing.preset
         plain = {k: v for k, v in vars(preset).items() if isinstance(v, str | int | float | None)}
         return {"image_size": list(self.image_size), "preset": {"name": type(preset).__name__, **plain}}
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the images; nothing is read yet.
+        """Find the image files; no pixel is read.
 
         Raises:
-            DataError: There is none, or a path is not there.
-            ConfigError: The Trainer wants to do anything but predict.
+            DataError: A path does not exist, or there is no image.
+            ConfigError: The stage is not ``predict``.
         """
         if stage not in ("predict", None):
-            raise ConfigError("ImageFolderDataModule has no labels: it serves predict alone")
+            raise ConfigError("ImageFolderDataModule has no labels; use it with predict only")
         found, notes = find_images(self.images)
         for note in notes:
             log_warning(note)
         self.records = [Record(id=name, file=file, patient=name) for name, file in found.items()]
 
-    def ask_for_done(self, done: Callable[[Mapping[str, Path]], Collection[str]]) -> None:
-        """Leave out images that are done.
+    def skip_finished(self, finished: Callable[[Mapping[str, Path]], Collection[str]]) -> None:
+        """Leave out the images whose results exist.
 
         Args:
-            done: Takes the image files by id and returns the ids of those that are done. It is called when the first
-                batch is due, which is after the model's weights are loaded.
+            finished: Returns the ids of the finished images, given all image files by id. It is called before the first
+                batch, after the model's weights are loaded.
         """
-        self._done = done
+        self._finished = finished
 
     def predict_dataloader(self) -> ImageBatches:
-        """Return the batches of what is not done; several processes share the images."""
-        return ImageBatches(self._todo, self.preprocessing, self.batch_size, self.num_workers, self.failures)
+        """Return the batches of the unfinished images; the processes of a distributed run share them."""
+        return ImageBatches(self._unfinished, self.preprocessing, self.batch_size, self.num_workers, self.failures)
 
-    def _todo(self) -> list[Record]:
-        left = set(self._done(self.files))
+    def _unfinished(self) -> list[Record]:
+        finished = set(self._finished(self.files))
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        return [record for record in self.records if record.id not in left][rank::ranks]
+        return [record for record in self.records if record.id not in finished][rank::ranks]
 
 
 class ImageBatches:
-    """Batches of what can be read; what cannot goes into a list of failures.
+    """Iterable of batches; images that cannot be read are added to a list of failures.
 
     Args:
-        todo: Returns the images; called once, when they are needed. (Lightning patches ``DataLoader`` while it asks
-            for loaders and, after an error there, leaves it patched.)
-        preprocessing: How they are prepared.
-        batch_size: Images a batch.
+        unfinished: Returns the records of the images; called once, at the first use. (A call inside
+            ``predict_dataloader`` would run while Lightning has patched ``DataLoader``, and an error there would leave
+            it patched.)
+        preprocessing: How images are prepared.
+        batch_size: Images per batch.
         num_workers: Processes that read.
-        failures: Where failures are added.
+        failures: Failures are appended to this list.
     """
 
     def __init__(
         self,
-        todo: Callable[[], list[Record]],
+        unfinished: Callable[[], list[Record]],
         preprocessing: Preprocessing,
         batch_size: int,
         num_workers: int,
         failures: list[Issue],
     ) -> None:
-        self.todo, self.preprocessing = todo, preprocessing
+        self.unfinished, self.preprocessing = unfinished, preprocessing
         self.batch_size, self.num_workers, self.failures = batch_size, num_workers, failures
 
     @cached_property
     def reader(self) -> _Reader:
-        """The images, once they are needed."""
-        return _Reader(self.todo(), self.preprocessing)
+        """The images as a data set; made at the first use."""
+        return _Reader(self.unfinished(), self.preprocessing)
 
     def __len__(self) -> int:
         return math.ceil(len(self.reader) / self.batch_size)
@@ -165,7 +169,7 @@ class ImageBatches:
 
 
 class _Reader(Dataset[Sample | Issue]):
-    """Reads and frames one image an item."""
+    """One prepared image, or the reason why there is none, per item."""
 
     def __init__(self, records: list[Record], preprocessing: Preprocessing) -> None:
         self.records, self.preprocessing = records, preprocessing
@@ -187,43 +191,43 @@ def _as_is(item: object) -> object:
 
 
 def find_images(paths: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
-    """Return the images in files and folder trees.
+    """Find the images among files and in folder trees.
 
-    A file is taken as it is. Of a folder, everything is taken that is a DICOM image by content or has the name of an
-    image; DICOM objects that are no images (reports, segmentations, presentation states, directories), what an
-    operating system left behind and folders of predictions are passed over.
+    A file is always taken. Of a folder, files are taken that are DICOM images by content or have the suffix of an
+    image. Skipped are DICOM objects that are no images (reports, segmentations, presentation states, directories),
+    hidden files of operating systems and folders of predictions.
 
     Args:
         paths: Files and folders.
 
     Returns:
-        The images by id, in a stable order: the path below the given folder, or the file's name; with the given
-        folder's name before it where several were given. And sentences on what was passed over.
+        The images by id, in a stable order, and sentences on what was skipped. An id is the path below the given
+        folder, or the file's name; where several paths were given, the folder's name comes first.
 
     Raises:
-        DataError: A path is not there, or there is no image.
+        DataError: A path does not exist, or there is no image.
     """
     found: dict[str, Path] = {}
     taken: set[Path] = set()
-    passed: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     for path in dict.fromkeys(Path(os.path.abspath(Path(p).expanduser())) for p in paths):
         if not path.exists():
-            raise DataError(f"--images {path}: there is no such file or folder")
+            raise DataError(f"--images {path}: no such file or folder")
         for file in _files(path):
             if path.is_file() or not (why := _not_an_image(file)):
                 if file not in taken:
                     taken.add(file)
                     found[_free(found, _name(file, path, len(paths) > 1))] = file
             else:
-                passed[why] += 1
-    listing = ", ".join(f"{count} × {why}" for why, count in passed.most_common())
+                skipped[why] += 1
+    listing = ", ".join(f"{count} × {why}" for why, count in skipped.most_common())
     if not found:
         where = ", ".join(str(p) for p in paths)
         raise DataError(
-            f"--images {where}: no image found ({listing or 'nothing is there'}); give DICOM, PNG, JPEG or TIFF files, "
-            "or folders of them"
+            f"--images {where}: no image found ({listing or 'the folder is empty'}); give DICOM, PNG, JPEG or TIFF "
+            "files, or folders of them"
         )
-    return found, [f"Passed over what is no image: {listing}"] if passed else []
+    return found, [f"Skipped files that are no images: {listing}"] if skipped else []
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -239,23 +243,23 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _not_an_image(file: Path) -> str:
-    """Say what a file in a folder is, or nothing where it is an image or meant to be one."""
+    """Return what kind of file this is, or an empty string where it is or should be an image."""
     try:
         with file.open("rb") as stream:
             head = stream.read(132)
     except OSError:
-        return ""  # reading it later says why
+        return ""  # reading it later gives the reason
     if is_dicom(head):
         return _other_object(file)
     return "" if file.suffix.lower() in SUFFIXES else f"{file.suffix.lower() or 'no'} file"
 
 
 def _other_object(file: Path) -> str:
-    """Name the kind of a DICOM object that is no image; a damaged or unknown one may be an image."""
+    """Return the kind of a DICOM object that is no image; a damaged or unknown one may be an image."""
     try:
         header = dcmread(file, force=True, stop_before_pixels=True, specific_tags=["SOPClassUID"])
         kind = UID(str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or ""))
-    except Exception:  # whatever a broken file makes of the parser: reading it later says why
+    except Exception:  # a broken file may raise anything in the parser; reading it later gives the reason
         return ""
     known = kind.name != str(kind)
     return f"DICOM {kind.name.removesuffix(' Storage')}" if known and "Image" not in kind.name else ""

@@ -279,7 +279,7 @@ class ResumablePrediction(Protocol):
     @property
     def settings(self) -> dict[str, Any]: ...  # noqa: D102
 
-    def ask_for_done(self, done: Callable[[Mapping[str, Path]], Collection[str]]) -> None:
+    def skip_finished(self, finished: Callable[[Mapping[str, Path]], Collection[str]]) -> None:
         """Set the function that returns the ids of the finished images, given all files by id."""
         ...
 

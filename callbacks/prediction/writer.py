@@ -75,8 +75,8 @@ class PredictionWriter(Callback):
         """Have the data set ask for what is done, once the weights are loaded; that is only after all ``setup``."""
         self._outputs = None
         data: Any = getattr(trainer, "datamodule", None)
-        if stage == "predict" and hasattr(data, "ask_for_done"):
-            data.ask_for_done(lambda files: self._done(trainer, pl_module, files))
+        if stage == "predict" and hasattr(data, "skip_finished"):
+            data.skip_finished(lambda files: self._done(trainer, pl_module, files))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace what the folder holds, where the data set does not ask for what is done."""

@@ -26,7 +26,7 @@ def test_images_are_known_by_content_and_by_name(tree):
     (tree / "broken.jpg").write_bytes(b"meant to be one")
     found, notes = find_images([tree])
     assert list(found) == ["broken.jpg", "one.PNG", "study/series/0001", "study/series/0002"]
-    assert notes == ["Passed over what is no image: 1 × .txt file"]
+    assert notes == ["Skipped files that are no images: 1 × .txt file"]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_done_images_are_left_out(tree):
     data = ImageFolderDataModule([tree], image_size=32, num_workers=0)
     data.setup("predict")
     asked = []
-    data.ask_for_done(lambda files: asked.append(dict(files)) or {"one.PNG"})
+    data.skip_finished(lambda files: asked.append(dict(files)) or {"one.PNG"})
     batches = data.predict_dataloader()
     assert asked == [], "the weights may not be there yet"
     assert len(batches) == 2

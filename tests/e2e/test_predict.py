@@ -114,7 +114,7 @@ def test_bad_files_are_listed_and_told_by_the_exit_code(checkpoint, folder, tmp_
 def test_mistakes_end_with_two_and_a_sentence(checkpoint, folder, tmp_path, capsys):
     output = tmp_path / "out"
     for arguments, words in (
-        ((checkpoint, output, tmp_path / "absent"), "there is no such file or folder"),
+        ((checkpoint, output, tmp_path / "absent"), "no such file or folder"),
         ((checkpoint.with_name("none.ckpt"), output, folder), "no such file"),
         ((checkpoint, output, tmp_path), "no image found"),
     ):
