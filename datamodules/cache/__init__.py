@@ -1,1 +1,1 @@
-"""The decode cache: each image is decoded and resized once."""
+"""Decode each image once: preprocessing, the entries of the cache, unusable images and labels."""

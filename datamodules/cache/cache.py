@@ -1,7 +1,7 @@
-"""Decode once: framed images, masks and boxes as memory-mapped files, found again by content.
+"""The decode cache: framed images, masks and boxes as memory-mapped files, named by content, each decoded once.
 
-Entries (see ``datamodules.cache.entries``) appear by atomic rename: several workers, ranks or runs may fill one folder
-at once, and a killed one leaves nothing that looks finished.
+An entry is written to a temporary file and renamed, so that several workers, ranks or runs may fill one folder at the
+same time, and a killed one leaves no incomplete entry.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 GB = 1e9
-_STARTED = time.time()  # entries used since are this process's own and never evicted by it
+_STARTED = time.time()  # entries used since then belong to this run and are not evicted
 
 
 class Cache:
-    """A folder of decoded images, or, without a folder, a dictionary of them.
+    """Store decoded images in a folder, or in memory.
 
     Args:
-        folder: Where entries are kept; ``None`` keeps them in memory.
-        max_gb: Most that the folder (or memory) may hold, in GB of 10⁹ bytes. Beyond it the entries used longest ago
-            go first; entries of the present run never go.
+        folder: Folder of the entries; ``None`` keeps them in memory.
+        max_gb: Largest size of all entries in GB of 10⁹ bytes. Above it, the entries unused for longest are removed;
+            entries of the present run are never removed.
     """
 
     def __init__(self, folder: Path | None, max_gb: float = 20.0) -> None:
@@ -52,22 +52,22 @@ class Cache:
         self._bytes = 0
 
     def path(self, key: str) -> Path:
-        """Return where an entry lies, whether or not it is there."""
+        """Return the file of an entry, whether or not it exists."""
         assert self.folder is not None
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def load(self, key: str) -> CacheEntry | None:
-        """Return an entry, or ``None`` where it is absent or damaged."""
+        """Return an entry, or ``None`` where it is missing or damaged."""
         return self.memory.get(key) if self.folder is None else self._read(load_entry, key)
 
     def report(self, key: str) -> Report | None:
-        """Return what was left out of an entry, or ``None`` where the entry is absent or damaged."""
+        """Return the report of an entry (issues and remarks), or ``None`` where the entry is missing or damaged."""
         if self.folder is None:
             return self.memory[key].report() if key in self.memory else None
         return self._read(load_report, key)
 
     def save(self, key: str, entry: CacheEntry) -> None:
-        """Store an entry; it is there whole or not at all.
+        """Store an entry, completely or not at all.
 
         Raises:
             DataError: The disk is full or the folder cannot be written.
@@ -82,18 +82,18 @@ class Cache:
             raise self._refusal(error) from error
 
     def fetch(self, key: str, record: Record, preprocessing: Preprocessing) -> CacheEntry:
-        """Return an entry, decoding it where it has gone missing since ``fill``.
+        """Return an entry, and decode it again where it has disappeared since ``fill``.
 
         Raises:
-            DataError: It has gone missing and the image cannot be decoded any more.
+            DataError: The entry has disappeared and the image can no longer be decoded.
         """
         entry = self.load(key)
         if entry is None:
             made = preprocessing.apply(record)
             if isinstance(made, Issue):
                 raise DataError(
-                    f"{record.file}: {made.reason} {made.detail}. It could be read when training began: was the file "
-                    f"or the cache folder {self.folder} changed meanwhile? Start again to leave it out."
+                    f"{record.file}: {made.reason} {made.detail}. It could be read when training started: the file or "
+                    f"the cache folder {self.folder} has changed since. Start again to leave it out."
                 )
             entry = made
             self.save(key, entry)
@@ -102,36 +102,36 @@ class Cache:
     def fill(
         self, records: Sequence[Record], keys: Sequence[str], preprocessing: Preprocessing, workers: int = 0
     ) -> dict[str, Report]:
-        """Decode what is not there yet, with a progress bar.
+        """Decode the images that have no entry yet, with a progress bar.
 
         Args:
             records: The images.
-            keys: Their entries (``preprocessing.keys(records)``).
-            preprocessing: How they are decoded.
-            workers: Processes that decode.
+            keys: The name of each entry (``preprocessing.keys(records)``).
+            preprocessing: How images are decoded and framed.
+            workers: Processes that decode; 0 decodes in this process.
 
         Returns:
-            Per entry what was left out or corrected. An image that cannot be used has an issue but no entry, so that
-            the next run tries it again.
+            The report of each entry by its key. An unusable image has an issue but no entry; the next run decodes it
+            again.
 
         Raises:
-            DataError: The entries do not fit under ``max_gb``, or the disk is full.
+            DataError: The entries exceed ``max_gb``, or the disk is full.
         """
         needed = dict(zip(keys, records, strict=True))
-        there = self._there(needed)
-        if len(there) == len(needed):
-            return there
-        with self._alone():
-            there = self._there(needed)  # another process may have filled it meanwhile
-            missing = {key: record for key, record in needed.items() if key not in there}
+        present = self._present(needed)
+        if len(present) == len(needed):
+            return present
+        with self._locked():
+            present = self._present(needed)  # another process may have filled it meanwhile
+            missing = {key: record for key, record in needed.items() if key not in present}
             self._make_room(needed, missing, preprocessing)
-            return there | self._decode(missing, preprocessing, workers, set(needed))
+            return present | self._decode(missing, preprocessing, workers, set(needed))
 
-    def _there(self, keys: Iterable[str]) -> dict[str, Report]:
+    def _present(self, keys: Iterable[str]) -> dict[str, Report]:
         reports = {key: report for key in keys if (report := self.report(key)) and not report.transient}
         if self.folder is not None:
             for key in reports:
-                with suppress(OSError):  # another user's entry, whose time of use is not ours to set
+                with suppress(OSError):  # another user's entry: its time of use cannot be set
                     os.utime(self.path(key))
         return reports
 
@@ -147,36 +147,38 @@ class Cache:
             generator=torch.Generator().manual_seed(0),  # else a cold cache would move the global random stream
         )
         reports = {}
-        for key, done, size in tqdm(loader, f"Decoding {len(jobs)} images once", len(jobs), leave=False, unit="image"):
-            if isinstance(done, DataError):
-                raise done
-            if isinstance(done, CacheEntry):
-                self.memory[key] = done
-                done = done.report()
-            reports[key] = done
+        for key, result, size in tqdm(
+            loader, f"Decoding {len(jobs)} images once", len(jobs), leave=False, unit="image"
+        ):
+            if isinstance(result, DataError):
+                raise result
+            if isinstance(result, CacheEntry):
+                self.memory[key] = result
+                result = result.report()
+            reports[key] = result
             self._grow(size, keep)
         return reports
 
     def _make_room(
         self, needed: Mapping[str, Record], missing: Mapping[str, Record], preprocessing: Preprocessing
     ) -> None:
-        """Refuse before the first image is decoded what can never fit, then evict what stands in the way."""
+        """Raise before decoding if the entries cannot fit; otherwise evict old entries until they do."""
         least = sum(preprocessing.smallest_bytes(record) for record in needed.values())
         if least > self.max_gb * GB:
             raise DataError(self._too_small(len(needed), least))
         if self.folder is None:
             self._bytes = sum(entry.nbytes for entry in self.memory.values())
             return
-        for part in self.folder.glob("*/.*.part"):  # left by a killed process
+        for part in self.folder.glob("*/.*.part"):  # of a killed process
             if part.stat().st_mtime < time.time() - 3600:
                 part.unlink(missing_ok=True)
         self._bytes = sum(path.stat().st_size for path in self._entries())
-        ahead = sum(preprocessing.smallest_bytes(record) for record in missing.values())
-        self._grow(ahead, set(needed))
-        self._bytes -= ahead
+        expected = sum(preprocessing.smallest_bytes(record) for record in missing.values())
+        self._grow(expected, set(needed))
+        self._bytes -= expected
 
     def _grow(self, size: int, keep: set[str]) -> None:
-        """Count ``size`` more bytes, evicting what was used longest ago until they fit."""
+        """Add ``size`` bytes to the count and evict the entries unused for longest until the total fits."""
         self._bytes += size
         if self._bytes > self.max_gb * GB and self.folder is not None:
             old = {p: p.stat() for p in self._entries() if p.stem not in keep}
@@ -216,8 +218,8 @@ class Cache:
             )
         return DataError(f"The cache folder {self.folder} cannot be written ({error}). Point {elsewhere}")
 
-    def _alone(self) -> AbstractContextManager[object]:
-        """Return a context in which no other process fills this folder; a holder that dies frees it."""
+    def _locked(self) -> AbstractContextManager[object]:
+        """Return a context in which no other process fills this folder; the lock of a killed process is free."""
         if self.folder is None:
             return nullcontext()
         try:
@@ -233,7 +235,7 @@ class Cache:
 
 
 class _Jobs(Dataset[tuple[str, object, int]]):
-    """Decodes and stores one record an item; what goes wrong comes back as a value, so that its message stays whole."""
+    """Decodes and stores one record per item; an error is returned as a value, so that its message is not wrapped."""
 
     def __init__(self, jobs: list[tuple[str, Record]], preprocessing: Preprocessing, cache: Cache) -> None:
         self.jobs, self.preprocessing, self.cache = jobs, preprocessing, cache
@@ -242,7 +244,7 @@ class _Jobs(Dataset[tuple[str, object, int]]):
         return len(self.jobs)
 
     def __getitem__(self, index: int) -> tuple[str, CacheEntry | Report | DataError, int]:
-        """Return the key, the entry (in memory) or report (on disk) or why there is none, and the bytes it takes."""
+        """Return the key; the entry (in memory), its report (on disk) or an error; and the size in bytes."""
         key, record = self.jobs[index]
         try:
             made = self.preprocessing.apply(record)

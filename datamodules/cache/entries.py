@@ -22,33 +22,33 @@ from mtmedformer.geometry import Affine, Bytes, Floats, Ints
 
 @dataclass(frozen=True)
 class Report:
-    """What had to be left out of one image, with reasons, and what had to be corrected, one remark a correction."""
+    """The issues of one image (what was left out, and why) and its remarks (one per correction)."""
 
     issues: tuple[Issue, ...] = ()
     remarks: tuple[str, ...] = ()
 
     @property
     def transient(self) -> bool:
-        """Whether decoding again may go better although the files are the same."""
+        """Whether decoding the same files again may succeed."""
         return any(issue.transient for issue in self.issues)
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One image with its masks and boxes in the network's frame; classes, split and site stay with the record.
+    """One image with its masks and boxes in the network's frame; the record holds classes, split and site.
 
     Attributes:
         image: uint8 or uint16 (H, W): 0..255 or 0..65535 stand for [0, 1].
         to_original: Affine from the frame to the original image (see ``mtmedformer.batch.Meta``).
         original_size: ``(height, width)`` of the original image.
-        masks: Per segmentation task uint8 (K, H, W) of 0/1/``IGNORE``.
-        boxes: Per detection task float32 (N, 4) xyxy in pixels of the frame.
-        labels: Per detection task int64 (N,).
+        masks: uint8 (K, H, W) of 0/1/``IGNORE`` by segmentation task.
+        boxes: float32 (N, 4) xyxy in pixels of the frame, by detection task.
+        labels: int64 (N,) class indices, by detection task.
         spacing: ``(row, column)`` spacing of the original image in mm, or ``None``.
-        view: View as the file's header has it, or ``None``.
-        laterality: Laterality as the file's header has it, or ``None``.
-        issues: What had to be left out, with reasons.
-        remarks: What had to be corrected, one entry a correction.
+        view: View from the file's header, or ``None``.
+        laterality: Side from the file's header, ``L`` or ``R``, or ``None``.
+        issues: What was left out, with reasons.
+        remarks: What was corrected, one entry per correction.
     """
 
     image: NDArray[np.uint8] | NDArray[np.uint16]
@@ -65,11 +65,11 @@ class CacheEntry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays."""
+        """Size of the arrays in bytes."""
         return self.image.nbytes + sum(a.nbytes for d in (self.masks, self.boxes, self.labels) for a in d.values())
 
     def report(self) -> Report:
-        """Return what was left out and corrected."""
+        """Return the issues and remarks."""
         return Report(self.issues, self.remarks)
 
 
@@ -92,7 +92,9 @@ def save_entry(entry: CacheEntry, path: Path) -> None:
         "remarks": entry.remarks,
         "issues": [asdict(issue) for issue in entry.issues],
     }
-    path.write_bytes(save(arrays, metadata={"facts": json.dumps(facts)}))  # save_file would make it the owner's alone
+    path.write_bytes(
+        save(arrays, metadata={"facts": json.dumps(facts)})
+    )  # save_file would make the file readable by its owner only
 
 
 def load_entry(path: Path) -> CacheEntry:
@@ -118,7 +120,7 @@ def load_entry(path: Path) -> CacheEntry:
 
 
 def load_report(path: Path) -> Report:
-    """Read what was left out or corrected when the image was decoded; maps the header only."""
+    """Read the report of a file's entry; maps the header only."""
     with safe_open(path, framework="numpy") as file:
         facts = json.loads(file.metadata()["facts"])
         return Report(tuple(Issue(**issue) for issue in facts["issues"]), tuple(facts["remarks"]))

@@ -35,51 +35,51 @@ PIXEL_CODE = (
     "mtmedformer/errors.py",
     "mtmedformer/geometry.py",
 )
-"""Folders and files whose code can change an entry: a change in any of them decodes every image again.
+"""Folders and files whose code can change an entry. A change in any of them decodes every image again.
 
-A test follows the imports of ``read_image`` and ``rasterize`` and fails where they reach a module outside these.
+A test follows the imports of ``read_image`` and ``rasterize`` and fails if they reach a module that is not covered.
 """
 
 DECODERS = ("pydicom", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls", "python-gdcm", "pillow")
-"""Libraries whose versions, beside OpenCV's, are part of an entry's name.
+"""Libraries whose versions are part of an entry's name, in addition to OpenCV's.
 
-Decoders mend faults too (signed JPEG 2000, bit depths, colour conversion), and where one is not installed the next in
-line decodes. Upgrades are rare and decoding again takes minutes, whereas an image decoded by an old fault would stay in
-use unnoticed. NumPy and SciPy are left out: they compute, and differences of rounding are no reason to decode again.
+A new version of a decoder may correct the pixels (signed JPEG 2000, bit depths, colour conversion), and if a decoder is
+not installed another one is used. Upgrades are rare and decoding again takes minutes, but wrong pixels of an old
+version would stay in use unnoticed. NumPy and SciPy are not listed: their versions differ by rounding at most.
 """
 
 WHOLE_BYTES = 4 * 2**20
-"""Files up to this size are digested whole."""
+"""Files up to this size in bytes are digested completely."""
 
 SAMPLED_BYTES, SAMPLES = 2**16, 16
-"""Of larger files, so many blocks of this size are digested."""
+"""Size in bytes and number of the blocks that are digested of larger files."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How records become entries.
+    """Decode and frame images; name their cache entries.
 
     Attributes:
-        preset: Decides the frame.
-        size: ``(height, width)`` of the frame.
+        preset: Computes the frame.
+        size: ``(height, width)`` of the network's input in pixels.
     """
 
     preset: Preset
     size: tuple[int, int]
 
     def apply(self, record: Record) -> CacheEntry | Issue:
-        """Decode and draw a record (see ``datamodules.cache.rasterize.rasterize``)."""
+        """Decode an image and draw its masks and boxes (see ``datamodules.cache.rasterize.rasterize``)."""
         return rasterize(record, self.preset, self.size)
 
     def keys(self, records: Sequence[Record]) -> list[str]:
-        """Return the name of each record's entry; reads the files' bytes but decodes nothing."""
+        """Return the name of each record's entry: 40 hexadecimal digits. Files are read and digested, not decoded."""
         settings = {"code": _code(), "preset": _describe_preset(self.preset), "size": self.size}
         common = json.dumps(settings, sort_keys=True, default=str)
         with ThreadPoolExecutor(8) as pool:
             return list(pool.map(lambda record: _key(common, record), records))
 
     def smallest_bytes(self, record: Record) -> int:
-        """Return the least that a record's entry takes: an 8-bit image and its masks."""
+        """Return a lower bound of the size of a record's entry in bytes: an 8-bit image and its masks."""
         channels = sum(len(t.channels) for t in record.truth.values() if isinstance(t, MaskTruth))
         return self.size[0] * self.size[1] * (1 + channels)
 
@@ -91,7 +91,7 @@ def _key(common: str, record: Record) -> str:
 
 
 def _describe(value: Any) -> Any:
-    """Return a JSON description in which a file stands for its content, wherever it lies."""
+    """Return a description for JSON in which a file is replaced by the digest of its content."""
     if isinstance(value, Path):
         return digest(value)
     if is_dataclass(value):
@@ -104,10 +104,10 @@ def _describe(value: Any) -> Any:
 
 
 def digest(file: Path) -> str:
-    """Return a digest of a file's content, ``missing`` where there is none.
+    """Return a digest of a file's content, ``missing`` where there is no file.
 
-    Files above 4 MiB are digested by their length, their time of change and 16 blocks spread over them, so that a
-    folder of full-size mammograms is not read twice.
+    Of a file above 4 MiB the digest covers its size, its modification time and 16 blocks spread over it, so that full
+    mammograms need not be read twice.
     """
     try:
         stat = file.stat()
@@ -131,7 +131,7 @@ def _digest(file: Path, size: int, changed: int) -> str:
 
 
 def _describe_preset(preset: Preset) -> dict[str, Any]:
-    """Return what a preset's framing depends on: its code and its plain attributes (nested ones hold strengths)."""
+    """Return what the frame depends on: the preset's code and plain attributes (nested ones configure augmentation)."""
     kind = type(preset)
     plain = {name: value for name, value in vars(preset).items() if isinstance(value, str | int | float | None)}
     return {"frame": _preset_code(kind), **plain}
@@ -139,7 +139,7 @@ def _describe_preset(preset: Preset) -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def _preset_code(kind: type[Preset]) -> str:
-    """Return a name of a preset's code: its own and, where it lies outside this project, that of its file."""
+    """Return the class's name and a digest of the file that defines it; the user may have written the preset."""
     try:
         file = Path(inspect.getfile(kind)).resolve()
         return f"{kind.__qualname__} {source_digest([file], file.parent)}"

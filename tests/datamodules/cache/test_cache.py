@@ -268,7 +268,7 @@ def test_an_entry_that_goes_missing_while_training_is_made_anew(
         assert same(cache.fetch(keys[0], records(films)[0], PREPROCESSING), made)
     assert decoded == ["0.png"]
     (films / "1.png").unlink()
-    with pytest.raises(DataError, match=r"1.png: image file missing .*It could be read when training began"):
+    with pytest.raises(DataError, match=r"1.png: image file missing .*It could be read when training started"):
         cache.fetch(keys[1], records(films)[1], PREPROCESSING)
 
 
