@@ -68,6 +68,7 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         predict_split: The split that ``predict`` reads, or ``all``.
 
     Attributes:
+        only_patients: Patients to be used, set before ``setup``; ``None`` uses all. Splits count all patients.
         tasks: Tasks by name, complete after ``plan``.
         records: Usable images with their usable labels, complete after ``setup``.
         splits: Split of each record by its id.
@@ -118,6 +119,7 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         self.sampler: Strategy = sampler
         self.only_tasks = tasks
         self.where = where or {}
+        self.only_patients: frozenset[str] | None = None
         self.cache_dir = cache_dir
         self.cache_max_gb = cache_max_gb
         self.max_quarantine_share = max_quarantine_share
@@ -171,7 +173,8 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         lost = {subject: len(ids) for subject, ids in self.quarantine.lost().items()}  # by ``catalogue`` itself
         totals = count_labelled(catalogue.records, self.tasks)
         self.quarantine.check({k: n + lost.get(k, 0) for k, n in totals.items()}, self.max_quarantine_share)
-        self.records = select(records, self.where)
+        kept = [r for r in records if self.only_patients is None or r.patient in self.only_patients]
+        self.records = select(kept, self.where)
         selected = {(record.id, task) for record in self.records for task in self.tasks}
         issues = self.quarantine.issues
         self.quarantine.issues = [i for i in issues if i.subject == IMAGE or (i.id, i.subject) in selected]

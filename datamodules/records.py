@@ -1,4 +1,4 @@
-"""What is known of an image before its pixels are read: data sets produce records, nothing else knows their folders."""
+"""Records: an image's file, patient, site and labels, before its pixels are read. Data sets produce them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Split = Literal["train", "val", "test"]
 
 @dataclass(frozen=True)
 class MaskSource:
-    """Where one mask channel comes from; with nothing given the channel is annotated and empty (all background).
+    """Source of one mask channel; without arguments the channel is annotated and empty (all background).
 
     Attributes:
         file: Mask image (any format ``datamodules.images.pixels`` reads).
         values: Pixel values of ``file`` that belong to the class; ``None`` means every value above zero.
-        polygons: Polygons as tuples of ``(x, y)`` points in pixels of the original image. One or two points are points
-            (drawn as discs of ``point_radius``).
+        polygons: Polygons as tuples of ``(x, y)`` points in pixels of the original image. One or two points are
+            drawn as discs of ``point_radius``.
         discs: ``(x, y, radius)`` in pixels of the original image.
         point_radius: Radius in pixels of a polygon with fewer than three points.
-        also: Further sources of the same channel, united with this one (one file a lesion, several lesions an image).
+        also: Further sources of the same channel, united with this one (one file per lesion, several lesions).
     """
 
     file: Path | None = None
@@ -36,22 +36,22 @@ class MaskSource:
 
 @dataclass(frozen=True)
 class ClassTruth:
-    """Classification truth: 1.0, 0.0 or NaN (unknown) a class, in the task's class order."""
+    """Classification label: 1.0, 0.0 or NaN (unknown) per class, in the task's class order."""
 
     values: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class BoxTruth:
-    """Detection truth; everything empty means annotated and nothing there.
+    """Detection label; all fields empty: annotated, and there is no box.
 
     Attributes:
         boxes: Boxes ``(x0, y0, x1, y1)`` in pixels of the original image (corner convention).
         labels: Class index of each box.
-        masks: Masks whose boxes count too, found when the pixels are read.
+        masks: Masks whose bounding boxes are added when the pixels are read.
         mask_labels: Class index of each mask.
-        components: Whether each connected component of a mask is a box (else one box encloses the whole mask).
-        min_area: Components of fewer pixels than this, in the original image, are noise and no box.
+        components: Whether each connected component of a mask gives a box (else one box encloses the whole mask).
+        min_area: Smallest number of pixels of a component in the original image; smaller ones are noise.
     """
 
     boxes: tuple[tuple[float, float, float, float], ...] = ()
@@ -64,7 +64,7 @@ class BoxTruth:
 
 @dataclass(frozen=True)
 class MaskTruth:
-    """Segmentation truth: one source a class; ``None`` where that class is not annotated in this image."""
+    """Segmentation label: one source per class; ``None`` for a class that is not annotated in this image."""
 
     channels: tuple[MaskSource | None, ...]
 
@@ -79,15 +79,15 @@ class Record:
     Attributes:
         id: Name of the image, unique within its data set.
         file: The image file.
-        patient: Patient key as the data set has it; stays inside the DataModule (batches carry a hash).
-        truth: Truth by task name. **A task that is absent here is unknown**, never negative.
+        patient: The data set's patient key; it does not leave the data module (batches contain a hash).
+        truth: Label by task name. **A task without an entry is unknown**, never negative.
         site: Site (hospital, source) of the image.
         view: Radiographic view, or ``None``.
         laterality: ``L``, ``R`` or ``None``.
         split: The official or suggested split of the image, or ``None``.
-        weak: Names of the tasks whose truth is approximate in this image.
-        groups: Further columns one may split a federation by, for example ``{"client": "tissue_F"}``.
-        size: ``(height, width)`` the truth's coordinates refer to where it differs from the file's own, else ``None``.
+        weak: Names of the tasks whose label is approximate in this image.
+        groups: Further values by which a federation can be split into sites, for example ``{"client": "tissue_F"}``.
+        size: ``(height, width)`` that the label's coordinates refer to, where it is not the file's, else ``None``.
     """
 
     id: str
@@ -105,12 +105,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What a data set's own file produces: its tasks and its records.
+    """The tasks and records of a data set; what ``MedicalDataModule.catalogue`` returns.
 
     Attributes:
         tasks: The tasks of the data set by name.
-        records: One record an image, in a stable order.
-        notes: Sentences a user should read (rows dropped and why, groups that are missing); logged as warnings.
+        records: One record per image, in a stable order.
+        notes: Sentences for the user (dropped rows and why, missing folders); logged as warnings.
     """
 
     tasks: dict[str, Task]
@@ -119,5 +119,5 @@ class Catalogue:
 
 
 def hash_patient(patient: str, salt: str = "") -> str:
-    """Return a 16-digit one-way hash of a patient key; what batches, logs and files carry instead of the key."""
+    """Return a hash of a patient key, 16 hexadecimal digits; batches, logs and files contain it instead of the key."""
     return hashlib.blake2b(f"{salt}\x00{patient}".encode(), digest_size=8).hexdigest()

@@ -28,7 +28,7 @@ class Structure:
         task: Name of its task.
         label: Name of its class.
         size: Square root of its area in pixels of the original image.
-        framed: The same in pixels of the network's input.
+        framed: Square root of its area in pixels of the network's input.
         spacing: Mean pixel spacing of the original image in mm, or ``None``.
     """
 
@@ -41,19 +41,19 @@ class Structure:
 
 @dataclass(frozen=True)
 class ImageStatistics:
-    """What is known of one image after looking at it.
+    """What is measured of one image.
 
     Attributes:
-        record: Its record, truth that could not be used taken out.
+        record: Its record with the usable labels.
         split: Its split.
         view: View from the record or the file's header.
         laterality: Side from the record or the file's header.
         size: ``(height, width)`` of the original image.
-        content: ``(height, width)`` in original pixels of the part that is framed (the breast, the whole film).
+        content: ``(height, width)`` in original pixels of the part inside the frame (the breast, the whole film).
         spacing: ``(row, column)`` spacing in mm, or ``None``.
-        histogram: Share of the framed pixels in each of ``BINS`` grey bins over [0, 1]; padding left out.
+        histogram: Share of the framed pixels in each of ``BINS`` grey bins over [0, 1]; without padding.
         structures: Boxes and masks.
-        thumbnail: uint8 (64, 64), for the leak check.
+        thumbnail: uint8 (64, 64), for the search for near-duplicates.
     """
 
     record: Record

@@ -1,9 +1,9 @@
-"""Find images that are in a data set twice, above all once in training and once in testing.
+"""Find images that are in a data set twice, for example in training and in test.
 
-A perceptual hash of each image proposes pairs (every pair is compared, blockwise); the correlation of the fine
-structure of their thumbnails decides, after one is fitted to the other where that is needed. Fine structure, because
-chest films share the coarse one: thumbnails of different patients correlate up to 0.97 as they are, up to 0.55 in their
-fine structure (mammograms 0.71, drawn phantoms 0.81); copies do so from 0.85 upwards.
+A perceptual hash of each image proposes pairs (every pair is compared, blockwise). The correlation of the fine
+structure of their thumbnails decides, if necessary after one is registered to the other. The coarse structure of chest
+films is alike: thumbnails of different patients correlate up to 0.97, their fine structure up to 0.55 (mammograms 0.71,
+drawn phantoms 0.81). Copies correlate from 0.85 upwards.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class LeakReport:
 
     Attributes:
         images: Number of images compared.
-        across_splits: Pairs in two splits: the test is not a test.
-        across_sites: Pairs in one split at two sites: a federation sees the image twice.
-        across_patients: Pairs in one split under two patient keys: a new split may part them.
+        across_splits: Pairs in two splits: results on the test split are too good.
+        across_sites: Pairs in one split at two sites: a federation uses the image twice.
+        across_patients: Pairs in one split under two patient keys: another split may separate them.
     """
 
     images: int
@@ -61,7 +61,7 @@ class LeakReport:
     across_patients: list[Duplicate]
 
     def summary(self) -> str:
-        """Say in one sentence what was found."""
+        """Return the numbers of pairs in one sentence."""
         found = [
             f"{len(pairs)} {what}"
             for pairs, what in (

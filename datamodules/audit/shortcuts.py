@@ -1,6 +1,6 @@
-"""How well a finding can be told without looking at the image: from its view, site, side or format.
+"""How well a finding is predicted from view, site, side or format alone, without the pixels.
 
-A model finds these shortcuts too. In the RSNA pneumonia set, for example, the view alone (a bedside film or not) gives
+A model may use these shortcuts. In the RSNA pneumonia set, for example, the view alone (a bedside film or not) gives
 an AUC of 0.71.
 """
 
@@ -26,17 +26,17 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class Shortcut:
-    """What one property of an image says about one finding.
+    """How well one property of an image predicts one finding.
 
     Attributes:
         task: Name of the task.
-        finding: The class, or ``any`` for a box of whatever class.
+        finding: The class, or ``any`` for a box of any class.
         source: The property: ``view``, ``site``, ``laterality``, ``image size`` or ``pixel spacing``.
-        auc: Area under the ROC curve of the finding's rate in *other* patients with the same property; what lies below
-            chance (rates of other patients are biased that way) is given as chance, 0.5.
-        images: Images labelled for it.
-        positives: Those with the finding.
-        warning: Whether the AUC is high enough to worry: 0.15 and two standard errors from chance.
+        auc: Area under the ROC curve of the finding's rate in *other* patients with the same property. Values below
+            0.5, to which rates of other patients are biased, are given as 0.5.
+        images: Number of images labelled for it.
+        positives: Number of images with the finding.
+        warning: Whether the AUC exceeds 0.5 by more than 0.15 and by more than two standard errors.
     """
 
     task: str
@@ -48,11 +48,11 @@ class Shortcut:
     warning: bool
 
 
-def find_shortcuts(facts: Sequence[ImageStatistics], tasks: dict[str, Task], least: int = 10) -> list[Shortcut]:
-    """Measure every property against every finding, patients kept apart.
+def find_shortcuts(images: Sequence[ImageStatistics], tasks: dict[str, Task], least: int = 10) -> list[Shortcut]:
+    """Measure how well each property predicts each finding in other patients.
 
     Args:
-        facts: The images.
+        images: Their statistics.
         tasks: The tasks by name; segmentation tasks are left out.
         least: Findings with fewer positives or negatives than this are left out.
 
@@ -60,42 +60,42 @@ def find_shortcuts(facts: Sequence[ImageStatistics], tasks: dict[str, Task], lea
         The strongest first.
     """
     sources = {
-        "view": [str(f.view) for f in facts],
-        "site": [f.record.site for f in facts],
-        "laterality": [str(f.laterality) for f in facts],
-        "image size": [f"{f.size[1]}x{f.size[0]}" for f in facts],
-        "pixel spacing": ["None" if f.spacing is None else f"{f.spacing[0]:.4g}" for f in facts],
+        "view": [str(f.view) for f in images],
+        "site": [f.record.site for f in images],
+        "laterality": [str(f.laterality) for f in images],
+        "image size": [f"{f.size[1]}x{f.size[0]}" for f in images],
+        "pixel spacing": ["None" if f.spacing is None else f"{f.spacing[0]:.4g}" for f in images],
     }
-    fold = np.array([_fold(f.record.patient) for f in facts])
+    fold = np.array([_fold(f.record.patient) for f in images])
     found = []
-    for task, finding, truth in _findings(facts, tasks):
+    for task, finding, truth in _findings(images, tasks):
         known = ~np.isnan(truth)
-        positives, images = int(truth[known].sum()), int(known.sum())
-        if min(positives, images - positives) < least:
+        positives, labelled = int(truth[known].sum()), int(known.sum())
+        if min(positives, labelled - positives) < least:
             continue
-        error = 0.5 / math.sqrt(min(positives, images - positives))
+        error = 0.5 / math.sqrt(min(positives, labelled - positives))
         for source, values in sources.items():
             chosen = [v for v, k in zip(values, known, strict=True) if k]
             if len(set(chosen)) < 2:
                 continue
             auc = max(0.5, _auc(_rates(chosen, truth[known], fold[known]), truth[known]))
             found.append(
-                Shortcut(task, finding, source, round(auc, 3), images, positives, auc - 0.5 > max(0.15, 2 * error))
+                Shortcut(task, finding, source, round(auc, 3), labelled, positives, auc - 0.5 > max(0.15, 2 * error))
             )
     return sorted(found, key=lambda s: (-s.auc, s.task, s.finding, s.source))
 
 
-def _findings(facts: Sequence[ImageStatistics], tasks: dict[str, Task]) -> list[tuple[str, str, NDArray[np.float64]]]:
-    """Return per finding 1, 0 or NaN (unknown) an image."""
+def _findings(images: Sequence[ImageStatistics], tasks: dict[str, Task]) -> list[tuple[str, str, NDArray[np.float64]]]:
+    """Return task, finding and 1, 0 or NaN (unknown) per image, for each finding."""
     found = []
     for name, task in tasks.items():
-        truths = [f.record.truth.get(name) for f in facts]
+        truths = [f.record.truth.get(name) for f in images]
         if task.kind == "classification":
             for k, label in enumerate(task.classes):
                 values = [t.values[k] if isinstance(t, ClassTruth) else math.nan for t in truths]
                 found.append((name, label, np.array(values)))
         elif task.kind == "detection":
-            words = [strata(f.record, {name: task}) for f in facts]
+            words = [strata(f.record, {name: task}) for f in images]
             some = [
                 float(w == (f"{name}=+",)) if isinstance(t, BoxTruth) else math.nan
                 for t, w in zip(truths, words, strict=True)
@@ -111,7 +111,7 @@ def _fold(patient: str) -> int:
 def _rates(values: Sequence[str], truth: NDArray[np.float64], fold: NDArray[np.int_]) -> NDArray[np.float64]:
     """Return for each image the rate of the finding among images of other patients with the same value.
 
-    Rates are drawn towards the overall one by two images' worth, so that a rare value says little.
+    Each rate is averaged with the overall rate, weighted as two images, so that rare values are close to it.
     """
     scores = np.empty(len(values))
     for k in range(FOLDS):

@@ -1,4 +1,4 @@
-"""What could not be used and why: images and truths left out of training, counted by reason and written to a table."""
+"""The quarantine: images and labels that cannot be used, counted by reason and written to ``quarantine.csv``."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from pathlib import Path
 from mtmedformer.errors import DataError
 
 IMAGE = "image"
-"""Subject of an issue that costs the whole image, not the truth of one task."""
+"""Subject of an issue that makes the whole image unusable, not only the label of one task."""
 
 COLUMNS = ("id", "file", "subject", "reason", "detail")
 
 
 @dataclass(frozen=True)
 class Issue:
-    """One thing that cannot be used.
+    """One image, or one task's label of an image, that cannot be used.
 
     Attributes:
         id: Record the issue belongs to.
         file: Name of the image file, without its folders.
-        subject: ``image`` (the record is skipped) or the name of the task whose truth is dropped (it becomes unknown,
-            never negative; the image stays).
-        reason: Short and the same for all issues of one sort, so that issues can be counted by it.
-        detail: What exactly, with the values.
-        transient: Whether the cause lies outside the data's content (a missing codec, an unreadable disk), so that the
-            record is tried again in the next run although nothing in it has changed.
+        subject: ``image`` (the record is skipped) or the name of the task whose label is dropped (the label becomes
+            unknown, never negative; the image stays).
+        reason: Short, and the same for all issues of one kind, so that they can be counted.
+        detail: The values concerned.
+        transient: Whether the cause is outside the file's content (a missing codec, an unreadable disk). The next run
+            decodes the record again.
     """
 
     id: str
@@ -41,19 +41,18 @@ class Issue:
 
 @dataclass
 class Quarantine:
-    """Everything left out of one data set.
+    """Everything that is left out of one data set.
 
     Attributes:
-        issues: One an image or task truth left out, in the order they were met.
-        remarks: How often the data was corrected rather than left out, for example ``{"boxes clipped to the image":
-            43}``.
+        issues: One per image or label left out, in the order of decoding.
+        remarks: Number of corrections by kind, for example ``{"boxes clipped to their image": 43}``.
     """
 
     issues: list[Issue] = field(default_factory=list)
     remarks: Counter[str] = field(default_factory=Counter)
 
     def add(self, issues: Iterable[Issue], remarks: Iterable[str] = ()) -> None:
-        """Take up issues (each once, however often it is reported) and remarks."""
+        """Add issues, repeated ones once, and remarks."""
         known = set(self.issues)
         for issue in issues:
             if issue not in known:
@@ -66,14 +65,14 @@ class Quarantine:
         return Counter(f"{issue.subject}: {issue.reason}" for issue in self.issues)
 
     def lost(self) -> dict[str, set[str]]:
-        """Return the ids of the records that lost something, by subject (``image`` or a task)."""
+        """Return the ids of the records with issues, by subject (``image`` or a task)."""
         lost: dict[str, set[str]] = {}
         for issue in self.issues:
             lost.setdefault(issue.subject, set()).add(issue.id)
         return lost
 
     def summary(self) -> str:
-        """Return one line that says how much is left out and why, or an empty string where nothing is."""
+        """Return one line with the number of images and labels left out and the reasons; empty if there are none."""
         parts = [f"{count} × {reason}" for reason, count in self.by_reason().most_common()]
         parts += [f"{count} × {remark} (kept)" for remark, count in self.remarks.most_common()]
         if not parts:
@@ -81,17 +80,17 @@ class Quarantine:
         lost = self.lost()
         images = len(lost.pop(IMAGE, set()))
         truths = sum(len(ids) for ids in lost.values())
-        return f"Left out {images} images and {truths} truths of other images: " + "; ".join(parts)
+        return f"Left out {images} images and {truths} labels of other images: " + "; ".join(parts)
 
     def check(self, totals: dict[str, int], max_share: float) -> None:
-        """Refuse a data set of which too much is left out.
+        """Raise if too much of a data set is left out.
 
         Args:
-            totals: How many records there are by subject: ``image`` for all, a task's name for those labelled for it.
+            totals: Number of records by subject: all under ``image``, those labelled for a task under its name.
             max_share: Largest share that may be left out, in [0, 1].
 
         Raises:
-            DataError: A larger share of the images, or of the truth of one task, is left out.
+            DataError: A larger share of the images, or of the labels of one task, is left out.
         """
         for subject, ids in self.lost().items():
             total = totals.get(subject, 0)
@@ -103,13 +102,13 @@ class Quarantine:
             raise DataError(
                 f"{len(ids)} of {total} {what} cannot be used, more than max_quarantine_share={max_share:g} allows. "
                 f"The first ones:\n{reasons}\n"
-                "Mend the files or the paths in the table, or raise max_quarantine_share to train without them."
+                "Correct the files or the paths in the table, or raise max_quarantine_share to train without them."
             )
 
     def write(self, folder: Path | str) -> Path:
         """Write ``quarantine.csv`` (id, file, subject, reason, detail) into a folder and return its path.
 
-        The file is written even where nothing is left out: a header alone says that everything was used.
+        If nothing is left out, the file has a header only.
         """
         path = Path(folder) / "quarantine.csv"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Turn a record and its pixels into what the cache keeps: the framed image, masks and boxes, all in one frame.
+"""Rasterize a record: decode and frame its image, draw its masks and boxes in the same frame.
 
 Coordinates are those of ``mtmedformer.batch``: continuous, from the top-left corner of the top-left pixel; a pixel
 ``(row i, column j)`` belongs to a shape when its centre ``(j + 0.5, i + 0.5)`` lies inside.
@@ -26,40 +26,40 @@ from mtmedformer.geometry import Bytes, Floats, Frame, Ints, boxes_to_frame, com
 Mask = NDArray[np.bool_]
 
 ASPECT_TOLERANCE = 0.01
-"""How far the aspect ratios of a mask and its image may differ, relative; more is a mask of something else."""
+"""Largest relative difference between the aspect ratios of a mask and its image; beyond it the mask is rejected."""
 
 SMALLEST_SIDE = 8
-"""Images with a side of fewer pixels are thumbnails, scout lines or broken files."""
+"""Smallest side in pixels; images below it are thumbnails, scout lines or broken files."""
 
 CLIPPED, RESIZED, OTHER_SIDE = (
     "boxes clipped to their image",
     "masks resized to their image",
     "images whose side differs between table and header (table taken)",
 )
-"""Corrections that are counted but cost nothing."""
+"""Remarks: corrections that are counted; the image and its labels are used."""
 
 
 class UnusableError(Exception):
-    """An image or truth that cannot be trusted; ``reason`` is countable, ``detail`` says what exactly."""
+    """An image or label that cannot be used, with a ``reason`` that can be counted and a ``detail`` with the values."""
 
     def __init__(self, reason: str, detail: str = "", transient: bool = False) -> None:
         super().__init__(reason, detail)
         self.reason, self.detail, self.transient = reason, detail, transient
 
     def issue(self, record: Record, subject: str) -> Issue:
-        """Return the issue this is for a record."""
+        """Return the issue for a record and a subject (``image`` or a task)."""
         return Issue(record.id, record.file.name, subject, self.reason, self.detail, self.transient)
 
 
 @dataclass
 class Canvas:
-    """The original image as a place for shapes.
+    """The size of the original image and the frame of the network's input, in which labels are drawn.
 
     Attributes:
         size: ``(height, width)`` of the original image.
-        frame: Where the network's input lies in it.
-        scale: ``(y, x)`` pixels of the original image per unit of the truth's coordinates.
-        remarks: Corrections made on the way.
+        frame: Position of the network's input in it.
+        scale: ``(y, x)`` pixels of the original image per unit of the label's coordinates.
+        remarks: Corrections so far.
     """
 
     size: tuple[int, int]
@@ -77,13 +77,13 @@ def rasterize(record: Record, preset: Preset, size: tuple[int, int]) -> CacheEnt
     """Decode one image, frame it, and draw its masks and boxes in that frame.
 
     Args:
-        record: What is known of the image.
-        preset: Decides the frame (crop, flip, letterbox).
-        size: ``(height, width)`` of the frame.
+        record: The image file and its labels.
+        preset: Computes the frame (crop, flip, letterbox).
+        size: ``(height, width)`` of the frame in pixels.
 
     Returns:
-        The framed image; a task whose truth is broken has neither mask nor boxes there, but an issue. Where the image
-        itself cannot be used, the issue alone.
+        The entry; a task whose label cannot be used has an issue and neither mask nor boxes. If the image itself cannot
+        be used, its issue instead of an entry.
     """
     try:
         pixels = _read(record)
@@ -122,7 +122,7 @@ def rasterize(record: Record, preset: Preset, size: tuple[int, int]) -> CacheEnt
 
 
 def rasterize_masks(truth: MaskTruth, canvas: Canvas) -> Bytes:
-    """Draw the channels of a segmentation truth.
+    """Draw the channels of a segmentation label in the frame.
 
     Returns:
         uint8 (K, H, W): 1 inside, 0 outside, ``IGNORE`` throughout a channel that is not annotated.
@@ -140,7 +140,7 @@ def rasterize_masks(truth: MaskTruth, canvas: Canvas) -> Bytes:
                 mask.astype(np.uint8), Frame(compose(to_mask, canvas.frame.to_original), canvas.frame.size)
             )
             if mask.any() and not framed.any():
-                raise UnusableError("mask outside the cropped frame", "what is there would turn into a negative")
+                raise UnusableError("mask outside the cropped frame", "the label would become negative")
             np.maximum(channel, framed, out=channel)
     return masks
 
@@ -160,12 +160,12 @@ def rasterize_boxes(truth: BoxTruth, canvas: Canvas) -> tuple[Floats, Ints]:
     height, width = canvas.frame.size
     clipped = framed.clip(0, (width, height, width, height)).astype(np.float32)
     if ((clipped[:, 2:] - clipped[:, :2]) <= 0).any():
-        raise UnusableError("box outside the cropped frame", "what is there would turn into a negative")
+        raise UnusableError("box outside the cropped frame", "the label would become negative")
     return clipped, np.asarray(labels, np.int64)
 
 
 def draw(source: MaskSource, canvas: Canvas) -> Mask:
-    """Return one mask channel: file, polygons and discs united; with none of them it is empty.
+    """Draw one mask channel: the union of file, polygons and discs; empty if the source has none of them.
 
     Returns:
         bool (h, w): the size of the source's file where it has one, else that of the original image.
@@ -177,7 +177,7 @@ def draw(source: MaskSource, canvas: Canvas) -> Mask:
     for polygon in source.polygons:
         points = canvas.shape(polygon, mask.shape)
         if not np.isfinite(points).all():
-            raise UnusableError("polygon with a coordinate that is no number")
+            raise UnusableError("polygon with a coordinate that is not a number")
         if len(points) > 2 and fill_polygon(mask, points):
             continue
         radius = source.point_radius if len(points) <= 2 else 0.0  # 3 and more: smaller than a pixel
@@ -201,7 +201,7 @@ def _read(record: Record) -> Pixels:
     if min(values.shape) < SMALLEST_SIDE:
         raise UnusableError("image too small", f"{values.shape[1]}x{values.shape[0]} pixels")
     if not np.isfinite(values).all():
-        raise UnusableError("image holds values that are no numbers")
+        raise UnusableError("image with values that are not numbers")
     if values.min() == values.max():
         raise UnusableError("image constant", f"every pixel is {values.flat[0]:g}")
     return pixels
@@ -242,7 +242,7 @@ def _original_boxes(truth: BoxTruth, canvas: Canvas) -> NDArray[np.float64]:
     inside = boxes.clip(0, (width, height, width, height))
     for box, sides in zip(truth.boxes, boxes[:, 2:] - boxes[:, :2], strict=True):
         if not np.isfinite(sides).all():
-            raise UnusableError("box with a coordinate that is no number", f"{list(box)}")
+            raise UnusableError("box with a coordinate that is not a number", f"{list(box)}")
         if (sides <= 0).any():
             raise UnusableError("box without area or with corners swapped", f"{list(box)}; boxes are [x0, y0, x1, y1]")
     outside = ((inside[:, 2:] - inside[:, :2]) <= 0).any(axis=1)
@@ -261,7 +261,7 @@ def fill_polygon(mask: Mask, points: NDArray[np.float64]) -> int:
         points: (N, 2) corners ``(x, y)``; the last is joined to the first.
 
     Returns:
-        How many pixels lie inside.
+        Number of pixels inside.
     """
     x0, y0 = points.T
     x1, y1 = np.roll(points, -1, axis=0).T
@@ -281,7 +281,7 @@ def fill_disc(mask: Mask, x: float, y: float, radius: float) -> int:
     """Set the pixels whose centres lie within a disc, and always the pixel that holds its centre.
 
     Returns:
-        How many pixels of the mask lie inside; 0 where the disc is outside the mask.
+        Number of pixels of the mask inside; 0 if the disc is outside the mask.
     """
     height, width = mask.shape
     if not all(math.isfinite(v) for v in (x, y, radius)):
@@ -298,13 +298,13 @@ def fill_disc(mask: Mask, x: float, y: float, radius: float) -> int:
 
 
 def mask_boxes(mask: Mask, size: tuple[int, int], components: bool, min_area: int) -> NDArray[np.float64]:
-    """Return the box around a mask, or around each of its 8-connected components.
+    """Find the box around a mask, or around each of its 8-connected components.
 
     Args:
         mask: bool (h, w).
         size: ``(height, width)`` the boxes and ``min_area`` refer to, of the mask's aspect ratio.
-        components: One box a component instead of one around everything.
-        min_area: Components (or masks) of fewer pixels are no box.
+        components: One box per component instead of one around the whole mask.
+        min_area: Smallest number of pixels of a component (or mask); smaller ones give no box.
 
     Returns:
         float64 (N, 4) xyxy; N = 0 for an empty mask.

@@ -1,4 +1,4 @@
-"""Check what a data set produced and select from it."""
+"""Check a catalogue, and select patients, records and tasks from it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mtmedformer.errors import ConfigError, DataError
 
 
 def check_catalogue(catalogue: Catalogue, name: str) -> None:
-    """Refuse a catalogue that contradicts itself.
+    """Raise if a catalogue contradicts itself.
 
     Args:
-        catalogue: What the data set produced.
+        catalogue: Tasks and records of a data set.
         name: Name of the data set, for the error.
 
     Raises:
-        DataError: There is no record, an id comes twice, or a truth does not fit its task.
+        DataError: There is no record, two records have one id, or a label does not fit its task.
     """
     if not catalogue.records:
         raise DataError(f"{name} has no images")
@@ -31,7 +31,7 @@ def check_catalogue(catalogue: Catalogue, name: str) -> None:
     for record in catalogue.records:
         for task, truth in record.truth.items():
             if task not in catalogue.tasks:
-                raise DataError(f"{name}: {record.file.name} is labelled for {task!r}, which is none of its tasks")
+                raise DataError(f"{name}: {record.file.name} is labelled for {task!r}, which is not one of its tasks")
             problem = _misfit(catalogue.tasks[task], truth)
             if problem:
                 raise DataError(f"{name}: {record.file.name}, task {task!r}: {problem}")
@@ -49,9 +49,9 @@ def _misfit(task: Task, truth: Truth) -> str:
         fits, found = task.kind == "detection", f"class indices {sorted({*truth.labels, *truth.mask_labels})}"
         complete = all(0 <= label < count for label in (*truth.labels, *truth.mask_labels))
         if len(truth.boxes) != len(truth.labels) or len(truth.masks) != len(truth.mask_labels):
-            return "there are not as many labels as boxes and masks"
+            return "the numbers of labels and of boxes and masks differ"
     if not fits:
-        return f"the task is one of {task.kind}, its truth is a {type(truth).__name__}"
+        return f"the task's kind is {task.kind}, but its label is a {type(truth).__name__}"
     return "" if complete else f"{found} for {count} classes ({', '.join(task.classes)})"
 
 
@@ -68,14 +68,14 @@ def select(records: list[Record], where: Mapping[str, str | list[str]]) -> list[
     """Keep the records whose site, view, laterality or group has one of the values allowed.
 
     Raises:
-        ConfigError: A key is nothing records are known by, or nothing is left.
+        ConfigError: Records have no such key, or no record is left.
     """
     groups = list(dict.fromkeys(key for record in records for key in record.groups))
     kept = records
     for key, allowed in where.items():
         if key not in (*_FIELDS, *groups):
             known = ", ".join([*_FIELDS, *groups])
-            raise ConfigError(f"data.init_args.where: images are not known by {key!r}; choose from {known}")
+            raise ConfigError(f"data.init_args.where: images have no {key!r}; choose from {known}")
         values = {allowed} if isinstance(allowed, str) else set(allowed)
         there = {_value(record, key) for record in records}
         kept = [record for record in kept if _value(record, key) in values]
@@ -89,7 +89,7 @@ def choose_tasks(tasks: dict[str, Task], names: list[str] | None) -> dict[str, T
     """Keep the tasks of these names, or all with ``None``.
 
     Raises:
-        ConfigError: A name is unknown or none is given.
+        ConfigError: A name is unknown, or the list is empty.
     """
     unknown = sorted(set(names or []) - set(tasks))
     if unknown or names == []:
@@ -98,7 +98,7 @@ def choose_tasks(tasks: dict[str, Task], names: list[str] | None) -> dict[str, T
 
 
 def advice(records: Sequence[Record], tasks: dict[str, Task]) -> str:
-    """Return a sentence on the tasks and classes that training on these records could not learn, or nothing."""
+    """Return a sentence on the tasks and classes without (positive) images, which cannot be learned; or nothing."""
     words = Counter(word for record in records for word in set(strata(record, tasks)))
     problems = []
     for name, task in tasks.items():

@@ -1,4 +1,4 @@
-"""Serve decoded images as samples, augmented by ``(seed, epoch, record)`` alone and not by which worker does it."""
+"""Decoded images as samples; augmentation depends on seed, epoch and record, not on the worker."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from mtmedformer.batch import IGNORE, Boxes, Meta, Sample, Task
 from mtmedformer.geometry import Affine, Floats, compose
 
 Key = tuple[int, int, int]
-"""``(epoch, turn, index)``: turn counts how often the record was drawn before in that epoch."""
+"""``(epoch, turn, index)``; turn is the number of earlier draws of the record in that epoch."""
 
 
 class CachedDataset(Dataset[Sample]):
     """The samples of one split.
 
     Args:
-        records: The images, truth that could not be used taken out.
-        keys: Their cache entries.
-        tasks: Tasks of a sample; truth of other tasks is left out.
-        cache: Where the decoded images are.
-        preprocessing: How to decode one that has gone missing; its preset augments.
+        records: The usable images with their usable labels.
+        keys: Name of the cache entry of each record.
+        tasks: Tasks of a sample; labels of other tasks are left out.
+        cache: The decoded images.
+        preprocessing: Decodes an entry that has disappeared; its preset augments.
         augment: Whether to augment (training only).
         seed: Seed of the augmentation.
         salt: Salt of the patients' hashes.
@@ -64,8 +64,8 @@ class CachedDataset(Dataset[Sample]):
         """Return one sample.
 
         Args:
-            key: Index of the record, or ``(epoch, turn, index)`` as ``EpochSampler`` yields; an index alone is drawn as
-                in epoch 0.
+            key: Index of the record, or ``(epoch, turn, index)`` as ``EpochSampler`` yields it; an index alone means
+                epoch 0 and turn 0.
         """
         epoch, turn, index = (0, 0, key) if isinstance(key, int) else key
         record = self.records[index]
@@ -102,7 +102,7 @@ class CachedDataset(Dataset[Sample]):
 
 
 def meta_of(record: Record, entry: CacheEntry, to_original: Affine, salt: str) -> Meta:
-    """Return what a batch says of an image besides its pixels; the table's word goes before the header's."""
+    """Return an image's metadata for a batch; view and side of the record take precedence over the file's header."""
     return Meta(
         id=record.id,
         patient=hash_patient(record.patient, salt),
@@ -122,9 +122,9 @@ def pixels_of(entry: CacheEntry) -> Floats:
 
 
 class EpochSampler(DistributedSampler[Key]):
-    """Adds to each index of a sampler its epoch and turn, so that augmentation needs no other source of randomness.
+    """Add epoch and turn to each index of a sampler; the data set derives the augmentation from them.
 
-    Being a ``DistributedSampler``, Lightning leaves it in place and calls ``set_epoch``, after a resume too.
+    It is a ``DistributedSampler``, so Lightning keeps it and calls ``set_epoch``, also after a resume.
 
     Args:
         sampler: Yields indices.
@@ -139,7 +139,7 @@ class EpochSampler(DistributedSampler[Key]):
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Key]:
-        """Yield an epoch's keys; once, where a run is resumed within it, without the first ``skip``."""
+        """Yield an epoch's keys; in the first epoch after a resume, without the first ``skip``."""
         skip, self.skip = self.skip, 0
         turns: dict[int, int] = {}
         for place, index in enumerate(self.sampler):
@@ -149,23 +149,23 @@ class EpochSampler(DistributedSampler[Key]):
                 yield self.epoch, turn, index
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the order and the augmentation of this epoch from now on."""
+        """Set the epoch that decides order and augmentation."""
         super().set_epoch(epoch)
         self.sampler.set_epoch(epoch)
 
 
 class ResumableLoader(DataLoader[Any]):
-    """Counts the batches it has served, so that a checkpoint in mid-epoch can be resumed with the next one.
+    """A ``DataLoader`` that counts the batches served, so that a run resumes at the next batch of an epoch.
 
-    Lightning stores ``state_dict`` in the checkpoint and gives it back before the first batch. The count is of batches
-    handed out, not of those that workers have prepared ahead.
+    Lightning stores ``state_dict`` in the checkpoint and restores it before the first batch. Batches that workers have
+    prepared but the trainer has not received are not counted.
     """
 
     served = 0
     pending = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield the batches of an epoch, from where ``load_state_dict`` said."""
+        """Yield the batches of an epoch, after a resume from the first batch that was not served."""
         self.served, self.pending = self.pending, 0
         if self.served:
             assert isinstance(self.sampler, EpochSampler)
@@ -179,7 +179,7 @@ class ResumableLoader(DataLoader[Any]):
         return {"served": self.served}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next epoch after as many batches."""
+        """Skip that many batches of the next epoch."""
         self.pending = state["served"]
 
 

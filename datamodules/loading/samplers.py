@@ -1,4 +1,4 @@
-"""In which order training visits the images: shuffled, with a lesion in every batch, or with rare labels more often."""
+"""Orders of the training images: shuffled, a positive image in every batch, or rare labels drawn more often."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ Strategy = Literal["shuffle", "positive", "sqrt"]
 NEGATIVE_CLASSES = frozenset(
     {"normal", "negative", "benign", "healthy", "none", "no_finding", "no finding", "no_findings", "absent", "clear"}
 )
-"""Names of classes that mean "nothing to find" where exactly one class of a task holds."""
+"""Names of negative classes, for tasks of which exactly one class holds."""
 
 
 def strata(record: Record, tasks: dict[str, Task]) -> tuple[str, ...]:
-    """Say in words what a record's truth holds, one word a label.
+    """Return the strata of a record, one string per label.
 
-    ``task=class`` for each class that holds, ``task=none`` where every known class is absent; ``task=+`` or ``task=-``
-    for boxes and masks. A task (or a class) that is unknown adds nothing. A mask that comes from a file counts as
-    ``+``, because only reading the file could tell.
+    ``task=class`` for each class that holds, ``task=none`` if every known class is absent; ``task=+`` or ``task=-`` for
+    boxes and masks. Unknown tasks and classes add nothing. A mask file counts as ``+``, since it has not been read.
     """
     words = []
     for name in sorted(tasks):
@@ -48,13 +47,13 @@ def strata(record: Record, tasks: dict[str, Task]) -> tuple[str, ...]:
 
 
 def is_positive(word: str) -> bool:
-    """Tell whether a word of `strata` means that there is something to find."""
+    """Return whether a stratum of `strata` is positive."""
     value = word.split("=", 1)[1]
     return value != "-" and value.lower() not in NEGATIVE_CLASSES
 
 
 def positives(records: Sequence[Record], tasks: dict[str, Task]) -> NDArray[np.bool_]:
-    """Tell which records show something to find.
+    """Return which records are positive, bool (N,).
 
     A record does if, in any task, it has a box, a mask, or a class that is not called normal, negative, benign or
     alike. A task in which more than half of all records are positive (lungs, breast outline) is left out, because every
@@ -73,21 +72,24 @@ def positives(records: Sequence[Record], tasks: dict[str, Task]) -> NDArray[np.b
 
 
 class TaskSampler(DistributedSampler[int]):
-    """Yields indices of records, in an order that depends on ``(seed, epoch)`` and the settings alone.
+    """Yield indices of records in an order that depends on seed, epoch and settings only.
 
-    Being a ``DistributedSampler``, Lightning leaves it in place and calls ``set_epoch``. The order is drawn once for
-    all processes; they take turns, one batch each, and get equally many samples (a few are repeated to even out).
+    It is a ``DistributedSampler``, so Lightning keeps it and calls ``set_epoch``. One order is drawn for all processes;
+    they take one batch each in turn and have equally many samples (a few are repeated).
 
     Args:
         records: The records of the training split, in their order there.
         tasks: The tasks by name.
         strategy: ``shuffle``: every record once, in random order. ``positive``: every record once, arranged so that
-            every batch holds a positive record while there are enough of them. ``sqrt``: as many draws as records, with
-            replacement; a stratum (what is labelled, and as what) of n records is drawn in proportion to √n.
-        batch_size: Samples of one process's batch.
+            every batch has a positive record while there are enough of them. ``sqrt``: as many draws as records, with
+            replacement; a stratum (see `strata`) of n records is drawn in proportion to √n.
+        batch_size: Samples per batch and process.
         seed: Seed of the order.
-        num_replicas: Processes that share the records.
-        rank: Which of them this is.
+        num_replicas: Number of processes that share the records.
+        rank: Index of this process.
+
+    Raises:
+        ConfigError: An unknown strategy, or a batch size below 1.
     """
 
     def __init__(
@@ -139,7 +141,7 @@ def _drawn(masks: Sequence[MaskSource]) -> bool:
 
 
 def _batches(each: int, replicas: int, size: int) -> list[list[tuple[int, int]]]:
-    """Cut ``each * replicas`` positions into turns; in a turn every process gets one batch, ``(start, stop)``."""
+    """Divide ``each * replicas`` positions into turns of one batch ``(start, stop)`` per process."""
     turns, start = [], 0
     for done in range(0, each, size):
         length = min(size, each - done)
@@ -151,7 +153,7 @@ def _batches(each: int, replicas: int, size: int) -> list[list[tuple[int, int]]]
 def _spread(
     order: NDArray[np.int64], positive: NDArray[np.bool_], batches: list[tuple[int, int]], rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Rearrange a random order so that as many batches as possible hold a positive, the rest staying random."""
+    """Rearrange a random order so that as many batches as possible have a positive record; the rest stays random."""
     hits = order[positive]
     lucky = rng.permutation(len(batches))[: len(hits)]
     spots = np.array([rng.integers(*batches[b]) for b in lucky], np.int64)

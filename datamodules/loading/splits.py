@@ -1,8 +1,8 @@
-"""Train, val and test by patient: no patient is in two of them, and rare labels and small sites are in each.
+"""Split records into train, val and test by patient, with rare labels and small sites in each split.
 
-The greedy rule is that of scikit-learn's ``StratifiedGroupKFold`` (patients one by one, each to the part where the
-label counts stay closest to their targets), with several labels an image, parts of different size and an order of
-patients that does not depend on that of the records.
+The greedy rule is that of scikit-learn's ``StratifiedGroupKFold`` (patients one by one, each to the part whose label
+counts stay closest to their targets), extended to several labels per image and parts of different size. The order of
+the patients does not depend on the order of the records.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ def assign_splits(
     fold: int | None = None,
     folds: int = 5,
 ) -> dict[str, Split]:
-    """Put every record into a split, all records of a patient into the same one.
+    """Assign every record to a split, all records of a patient to the same one.
 
-    Official splits are kept where records carry them; a patient without one counts as training. Whichever of val and
-    test nobody has officially is then carved out of training, so that the labels of every task and the sites keep
-    their shares. The result depends on the records, not on their order.
+    Official splits of records are kept; a patient without one is in training. If no record is officially in val (or
+    test), that split is taken from training, with the shares of each task's labels and of the sites preserved. The
+    result does not depend on the order of the records.
 
     Args:
         records: All usable records.
         tasks: The tasks by name; their labels are what is balanced.
-        val_fraction: Share of the carved-up patients' images that goes to val, if val is carved; 0: no val.
-        test_fraction: The same for test; 0: no test (and val has to serve).
-        seed: Decides between patients who are alike.
+        val_fraction: Share of the images in val, if val is taken from training; 0: no val.
+        test_fraction: Share of the images in test, if test is taken from training; 0: no test, val is used instead.
+        seed: Decides between patients with the same labels.
         official: Keep ``Record.split``; otherwise ignore it.
-        fold: Take val as this part of ``folds`` equal ones instead (cross-validation); every patient outside test is in
-            val in exactly one fold. Official val counts as training then; test is the same in every fold.
+        fold: Use this part of ``folds`` equal ones as val (cross-validation); every patient outside test is in val in
+            exactly one fold. Official val counts as training then; test is the same in every fold.
         folds: Number of parts, at least 2.
 
     Returns:
@@ -56,7 +56,7 @@ def assign_splits(
     Raises:
         DataError: A patient is in two official splits, a patient key is missing, an id appears twice, or there are too
             few patients.
-        ConfigError: Fractions or folds that cannot be.
+        ConfigError: Fractions or folds out of their ranges.
     """
     if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
         raise ConfigError(
@@ -83,7 +83,7 @@ def assign_splits(
     else:
         val_share = val_fraction
         if "test" not in official_splits:
-            log.warning("splits: no test split (test_fraction is 0); val has to serve as test")
+            log.warning("splits: no test split (test_fraction is 0); val is used as test")
     if fold is not None:
         parts = _partition(pool, patients, vectors, [1 / folds] * folds, [1] * folds, f"{seed} fold")
         splits |= dict.fromkeys(parts[fold], "val")
@@ -94,7 +94,7 @@ def assign_splits(
 
 
 def _by_patient(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Group records by patient, in an order that does not depend on theirs."""
+    """Group records by patient, in an order that does not depend on the order of the records."""
     twice = [i for i, n in Counter(r.id for r in records).items() if n > 1]
     if twice:
         named = sorted(r.file.name for r in records if r.id in set(twice))
@@ -140,7 +140,7 @@ def _few(names: Sequence[str], between: str = ", ", limit: int = 5) -> str:
 
 
 def _label_counts(patients: dict[str, list[Record]], tasks: dict[str, Task]) -> dict[str, NDArray[np.float64]]:
-    """Count each patient's images, and the images with each label, overall and at each site."""
+    """Count per patient the images and the images with each label, over all and per site."""
     words: dict[str, list[str]] = {}
     for patient, records in patients.items():
         found = words[patient] = []
@@ -163,10 +163,10 @@ def _partition(
     least: Sequence[int],
     seed: str,
 ) -> list[list[str]]:
-    """Deal patients into parts of given shares, each to the part where the label counts stay closest to their targets.
+    """Distribute patients over parts of given shares, each to the part whose label counts stay closest to the target.
 
-    Patients with the rarest labels go first, then those with the most images; a hash of the key and the seed decides
-    between equals. Every part gets at least as many patients as ``least`` says.
+    Patients with the rarest labels come first, then those with the most images; a hash of key and seed decides between
+    equals. Part k gets at least ``least[k]`` patients.
     """
     if len(pool) < sum(least):
         images = sum(len(patients[p]) for p in pool)
@@ -181,7 +181,7 @@ def _partition(
     tie = [hashlib.blake2b(f"{seed}\x00{p}".encode(), digest_size=8).hexdigest() for p in pool]
     turn = sorted(range(len(pool)), key=lambda i: (rarest[i], -len(patients[pool[i]]), tie[i]))
     target = np.outer(shares, total)
-    gap = target.copy()  # what each part still lacks
+    gap = target.copy()  # counts that each part still lacks
     parts: list[list[int]] = [[] for _ in shares]
     for i in turn:
         # how the sum of gap² / target (Pearson's chi-squared) changes when a part gets i

@@ -451,7 +451,7 @@ def test_broken_films_are_left_out_and_listed(root: Path, caplog: pytest.LogCapt
     assert set(nine.truth) == {"finding", "lesions"}
     lines = [r.getMessage() for r in caplog.records if "Left out" in r.getMessage()]
     assert len(lines) == 1
-    assert "Left out 3 images and 1 truths of other images" in lines[0]
+    assert "Left out 3 images and 1 labels of other images" in lines[0]
     assert "Name" not in lines[0]
     table = data.quarantine.write(root / "run").read_text()
     assert "film4,film4.png,image,image unreadable" in table
@@ -480,10 +480,10 @@ def test_a_task_whose_masks_are_broken_stops_the_run(root: Path) -> None:
     "truth, message",
     [
         ({"finding": ClassTruth((1.0,))}, r"film0.png, task 'finding': 1 values for 2 classes \(sick, well\)"),
-        ({"lesions": ClassTruth((1.0,))}, "the task is one of detection, its truth is a ClassTruth"),
+        ({"lesions": ClassTruth((1.0,))}, "the task.s kind is detection, but its label is a ClassTruth"),
         ({"lesions": BoxTruth(((1, 1, 5, 5),), (3,))}, r"class indices \[3\] for 1 classes"),
-        ({"lesions": BoxTruth(((1, 1, 5, 5),))}, "not as many labels as boxes"),
-        ({"heart": ClassTruth((1.0,))}, "labelled for 'heart', which is none of its tasks"),
+        ({"lesions": BoxTruth(((1, 1, 5, 5),))}, "the numbers of labels and of boxes"),
+        ({"heart": ClassTruth((1.0,))}, "labelled for 'heart', which is not one of its tasks"),
     ],
 )
 def test_truth_that_does_not_fit_its_task_is_refused(root: Path, truth: dict[str, Any], message: str) -> None:

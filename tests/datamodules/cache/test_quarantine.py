@@ -43,7 +43,7 @@ def test_an_issue_counts_once_however_often_it_is_met() -> None:
 
 def test_the_summary_is_one_line_and_empty_without_issues() -> None:
     summary = full().summary()
-    assert summary.startswith("Left out 2 images and 3 truths of other images: 2 × lungs: mask file missing; ")
+    assert summary.startswith("Left out 2 images and 3 labels of other images: 2 × lungs: mask file missing; ")
     assert "3 × boxes clipped to their image (kept)" in summary
     assert "\n" not in summary
     assert Quarantine().summary() == ""
@@ -54,7 +54,7 @@ def test_corrections_alone_are_told_too() -> None:
     quarantine.add([], ["masks resized to their image"])
     assert (
         quarantine.summary()
-        == "Left out 0 images and 0 truths of other images: 1 × masks resized to their image (kept)"
+        == "Left out 0 images and 0 labels of other images: 1 × masks resized to their image (kept)"
     )
 
 

@@ -195,8 +195,8 @@ def test_a_lesion_smaller_than_a_pixel_of_the_frame_stays(tmp_path: Path) -> Non
     [
         ((9, 9, 3, 20), "box without area or with corners swapped"),
         ((9, 9, 9, 20), "box without area or with corners swapped"),
-        ((float("nan"), 1, 2, 3), "box with a coordinate that is no number"),
-        ((0, 0, float("inf"), 3), "box with a coordinate that is no number"),
+        ((float("nan"), 1, 2, 3), "box with a coordinate that is not a number"),
+        ((0, 0, float("inf"), 3), "box with a coordinate that is not a number"),
         ((64, 0, 80, 20), "box outside the image"),
         ((5, -20, 10, 0), "box outside the image"),
     ],
@@ -320,7 +320,7 @@ def test_values_that_are_no_numbers_are_an_issue(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("datamodules.cache.rasterize.read_image", lambda file: Pixels(pixels, 16, ()))
     issue = rasterize(Record("a", film(tmp_path), "p"), PlainPreset(), (32, 32))
     assert not isinstance(issue, CacheEntry)
-    assert issue.reason == "image holds values that are no numbers"
+    assert issue.reason == "image with values that are not numbers"
 
 
 @pytest.fixture

@@ -371,7 +371,7 @@ def test_a_whole_run_leaves_out_what_is_broken(root: Path, caplog: pytest.LogCap
         data.setup(None)
     assert reasons(data) == {
         "lesions: box without area or with corners swapped": 1,
-        "lesions: box with a coordinate that is no number": 1,
+        "lesions: box with a coordinate that is not a number": 1,
         "lesions: box outside the image": 1,
         "image: image file missing": 1,
     }
