@@ -60,8 +60,8 @@ def test_files_are_taken_as_they_are_and_each_once(tree):
     assert list(find_images([tree, other])[0])[-1] == "tree/one.PNG_2"
 
 
-def test_nothing_to_predict_is_told(tmp_path):
-    with pytest.raises(DataError, match="there is no such file"):
+def test_nothing_to_predict_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no such file or folder"):
         find_images([tmp_path / "absent"])
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(DataError, match=r"no image found \(1 × \.txt file\)"):
@@ -122,8 +122,8 @@ def test_originals_are_shown_as_they_are_read(tree):
     assert [data.is_dicom(file) for file in data.files.values()] == [False, True, True]
 
 
-def test_it_serves_predict_alone(tree):
-    with pytest.raises(ConfigError, match="predict alone"):
+def test_it_serves_predict_only(tree):
+    with pytest.raises(ConfigError, match="predict only"):
         ImageFolderDataModule([tree]).setup("fit")
     with pytest.raises(ConfigError, match="image_size"):
         ImageFolderDataModule([tree], image_size=(8, 8))

@@ -263,7 +263,7 @@ def test_a_shape_outside_the_image_is_refused(source: MaskSource) -> None:
 
 
 def test_a_polygon_of_no_numbers_is_refused() -> None:
-    with pytest.raises(UnusableError, match="no number"):
+    with pytest.raises(UnusableError, match="not a number"):
         draw(MaskSource(polygons=(((1, 1), (float("nan"), 5), (3, 9)),)), canvas())
 
 

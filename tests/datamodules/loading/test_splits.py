@@ -201,7 +201,7 @@ def test_three_patients_are_enough():
 def test_no_test_split_is_said(caplog):
     splits = assign_splits(cohort(20), TASKS, test_fraction=0)
     assert set(splits.values()) == {"train", "val"}
-    assert "val has to serve as test" in caplog.text
+    assert "val is used as test" in caplog.text
 
 
 def test_no_val_is_allowed():
