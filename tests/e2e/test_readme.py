@@ -74,16 +74,61 @@ def test_the_table_has_flags():
     assert len(FLAGS) >= 10
 
 
-def test_the_example_table_means_what_the_text_says(tmp_path):
+def write_example(folder, copies=1):
+    """Write README's table and its images; further copies belong to further patients."""
     (table,) = blocks("csv")
-    (tmp_path / "labels.csv").write_text(table)
-    for folder in ("films", "masks"):
-        (tmp_path / folder).mkdir()
-    for name in ("a", "b"):
-        write_dicom(tmp_path / f"films/{name}.dcm", film(512, 512))
-    Image.fromarray(np.arange(512 * 512, dtype=np.uint8).reshape(512, 512)).save(tmp_path / "films/c.png")
-    for name in ("a", "c"):
-        Image.fromarray(np.full((512, 512), 255, np.uint8)).save(tmp_path / f"masks/{name}.png")
+    header, *rows = table.splitlines()
+    lines = [header]
+    for copy in range(copies):
+        mark = f"_{copy}" if copy else ""
+        lines += [re.sub(r"((?:films|masks)/\w)|(p\d)", rf"\g<0>{mark}", row) for row in rows]
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+    for name in ("films", "masks"):
+        (folder / name).mkdir()
+    for copy in range(copies):
+        mark = f"_{copy}" if copy else ""
+        for name in ("a", "b"):
+            write_dicom(folder / f"films/{name}{mark}.dcm", film(512, 512, seed=copy))
+        grey = np.arange(512 * 512, dtype=np.uint64) * (copy + 1) % 251
+        Image.fromarray(grey.astype(np.uint8).reshape(512, 512)).save(folder / f"films/c{mark}.png")
+        for name in ("a", "c"):
+            Image.fromarray(np.full((512, 512), 255, np.uint8)).save(folder / f"masks/{name}{mark}.png")
+
+
+def test_the_example_configuration_trains_on_the_example_table(tmp_path, monkeypatch, capsys):
+    (tmp_path / "path/to/folder").mkdir(parents=True)
+    write_example(tmp_path / "path/to/folder", copies=4)
+    (tmp_path / "mine.yaml").write_text(next(b for b in blocks("yaml") if "LabelsCSVDataModule" in b))
+    monkeypatch.chdir(tmp_path)
+    fingerprint, fit = [command for command in commands() if "mine.yaml" in command]
+    small = ["--data.image_size=64", "--data.num_workers=0", "--data.batch_size=4"]
+    assert main([*fingerprint, *small]) == 0
+    assert main([*fit, *small, "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu"]) == 0
+
+
+def test_the_table_of_commands_is_the_command_line():
+    table = re.findall(r"^\| `mtmedformer (\w+)`", TEXT, re.MULTILINE)
+    assert table == list(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        raise SystemExit(main([command, "--help"]))
+    assert end.value.code == 0
+    assert "--" in capsys.readouterr().out
+
+
+def test_a_command_that_needs_an_extra_follows_its_installation():
+    needed = {"export": "export", "sweep": "sweep"}
+    for body in blocks("bash"):
+        extras = set(",".join(re.findall(r"pip install -e '\.\[([\w,]+)\]'", body)).split(","))
+        used = set(re.findall(r"^mtmedformer (\w+)", body, re.MULTILINE))
+        assert {needed[name] for name in used & set(needed)} <= extras
+
+
+def test_the_example_table_means_what_the_text_says(tmp_path):
+    write_example(tmp_path)
     from jsonargparse import ArgumentParser
 
     from datamodules import MedicalDataModule
