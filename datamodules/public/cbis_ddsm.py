@@ -1,8 +1,4 @@
-"""CBIS-DDSM: scanned film mammograms with a contour, a pathology and a BI-RADS each lesion; no normal images.
-
-Source: Lee et al., Scientific Data 2017, doi 10.1038/sdata.2017.177; TCIA doi 10.7937/K9/TCIA.2016.7O02S9CY. The
-Kaggle mirror ``awsaf49/cbis-ddsm-breast-cancer-image-dataset`` (JPEG) is read too.
-"""
+"""CBIS-DDSM: the TCIA tree or its Kaggle mirror (awsaf49/cbis-ddsm-breast-cancer-image-dataset, JPEG) as records."""
 
 from __future__ import annotations
 
@@ -55,7 +51,7 @@ COLUMNS = [
 
 @dataclass
 class LesionRow:
-    """A row of a case table."""
+    """One lesion: a row of a case table."""
 
     kind: str
     roi: str
@@ -65,7 +61,7 @@ class LesionRow:
 
 @dataclass
 class Film:
-    """A mammogram as one case table has it: its lesions of one type."""
+    """A mammogram and its lesions of one type, from one case table."""
 
     name: str
     kind: str
@@ -78,16 +74,29 @@ class Film:
 
 
 class CBISDDSMDataModule(MedicalDataModule):
-    """CBIS-DDSM: film mammograms with a mask and a pathology each lesion.
+    """CBIS-DDSM: scanned film mammograms with a contour, a pathology and a BI-RADS per lesion; no normal images.
+
+    Expected below ``root``, as TCIA's downloader writes it (the Kaggle mirror's ``csv`` and ``jpeg`` folders too)::
+
+        mass_case_description_train_set.csv   calc_case_description_test_set.csv   (and the other two)
+        Mass-Training_P_00001_LEFT_CC/…/*.dcm          a mammogram
+        Mass-Training_P_00001_LEFT_CC_1/…/*.dcm        mask and cropped image of its lesion 1
+
+    Source: Lee et al., Scientific Data 2017, doi 10.1038/sdata.2017.177; TCIA, doi 10.7937/K9/TCIA.2016.7O02S9CY.
+    Licence: CC BY 3.0.
 
     Args:
         root: Folder with the four ``*_case_description_*_set.csv`` (there or in ``csv``) and the images.
-        lesion_types: Which tables' films to use. With ``both``, detection is two tasks, ``masses`` and
-            ``calcifications``, because one task cannot know one class and not the other; else it is ``lesions``.
-        benign_without_callback: Pathology of such lesions: benign, a class of its own, or unknown.
+        lesion_types: The tables whose films are used. With ``both``, detection is two tasks, ``masses`` and
+            ``calcifications``, because in one task a film would have one class known and the other unknown; else one
+            task, ``lesions``.
+        benign_without_callback: Label of ``BENIGN_WITHOUT_CALLBACK`` lesions: benign, a class of its own, or unknown.
         lesion_classes: Classes of the boxes: the type of lesion, or each lesion's own pathology.
-        preset: How images are framed and augmented: cropped to the breast and turned to one side by default.
-        kwargs: Arguments of ``MedicalDataModule``.
+        preset: Framing and augmentation; by default cropped to the breast and turned to one side.
+        kwargs: Arguments of `MedicalDataModule`.
+
+    Raises:
+        DataError: The layout is not found under ``root``, or a table is incomplete (on ``catalogue`` and ``setup``).
     """
 
     def __init__(
@@ -106,7 +115,7 @@ class CBISDDSMDataModule(MedicalDataModule):
         self.lesion_classes = lesion_classes
 
     def catalogue(self) -> Catalogue:
-        """Return the records; see ``read_catalogue``."""
+        """Read the tables and list the files as records; see ``read_catalogue`` in this module."""
         return read_catalogue(
             self.root, self.lesion_types, self.benign_without_callback, self.lesion_classes, self.official_splits
         )
@@ -119,17 +128,17 @@ def read_catalogue(
     lesion_classes: Literal["type", "pathology"] = "type",
     official: bool = True,
 ) -> Catalogue:
-    """Turn the case tables and the TCIA tree (or the JPEG mirror) into records, one a mammogram and lesion type.
+    """Turn the case tables and the TCIA tree (or the JPEG mirror) into records, one per mammogram and lesion type.
 
-    Paths of the tables do not match the disk and name mask and crop the wrong way round in places, so files are found
-    by the first part of the path (``Mass-Training_P_00001_LEFT_CC``, lesions with ``_1`` appended), and mask and crop
-    told apart by content: the mask has the size of the mammogram, or at most two values.
+    The paths in the tables do not match the files and in places swap mask and crop. Files are therefore found by the
+    first part of the path (``Mass-Training_P_00001_LEFT_CC``, lesions with ``_1`` appended), and the mask is recognised
+    by content: it has the size of the mammogram, or at most two values.
 
-    Only the lesions of a table are known: a mass film without a row in the calcification table says nothing of
-    calcifications, so these are *unknown* there. A film whose mask is not found has unknown boxes and masks. There are
-    no true negatives.
+    Only the lesions of a table are known: on a film of the mass table without a row in the calcification table,
+    calcifications are *unknown*. A film whose mask is not found has unknown boxes and masks. There are no true
+    negatives.
 
-    Options are those of ``CBISDDSMDataModule``; without ``official`` splits nothing need be dropped.
+    The arguments are those of `CBISDDSMDataModule`; without ``official`` splits no image is dropped.
 
     Returns:
         ``pathology`` and ``birads`` (the worst of the breast's view over all tables read; assessment 0, incomplete, is
@@ -137,7 +146,7 @@ def read_catalogue(
         view.
 
     Raises:
-        DataError: Tables or images are missing or garbled.
+        DataError: Tables or images are missing, or a row has unknown values.
     """
     chosen = [kind for kind in TYPES if lesion_types in (kind, "both")]
     name = "{}_case_description_*_set.csv"
@@ -219,7 +228,7 @@ class _View:
 
 
 def _views(films: Sequence[Film]) -> dict[tuple[str, str, str], _View]:
-    """Gather the lesions of each woman's view over all tables: a label of an image must know of both types."""
+    """Collect the lesions of each patient's view over all tables, since labels of an image cover both types."""
     views: dict[tuple[str, str, str], _View] = {}
     for film in films:
         view = views.setdefault((film.patient, film.side, film.view), _View())
@@ -294,7 +303,7 @@ def _pathology(name: str, without_callback: str) -> str | None:
 
 
 def find_mask(files: Sequence[Path], size: tuple[int, int] | None) -> Path | None:
-    """Return the mask among a lesion's files, told from the cropped image by content; ``None`` where none is one.
+    """Return the mask among a lesion's files (the other file is the cropped image), or ``None``.
 
     The mask has the mammogram's size. Only where no file or several have it are the pixels looked at: the mask then is
     the one of two grey levels, the larger if there are several.

@@ -1,8 +1,4 @@
-"""CMMD: full-field digital mammograms from China with biopsy-proven pathology, one label a breast.
-
-Source: Cui et al., The Chinese Mammography Database, TCIA 2021, doi 10.7937/tcia.eqde-4b16. No boxes, no masks, no
-official split, no normal breasts.
-"""
+"""CMMD, the Chinese Mammography Database: the TCIA tree and its clinical table as records; no official split."""
 
 from __future__ import annotations
 
@@ -33,13 +29,24 @@ HEADER = ["PatientID", "ImageLaterality", "Laterality", "ViewPosition", "ViewCod
 
 
 class CMMDDataModule(MedicalDataModule):
-    """CMMD: digital mammograms with biopsy-proven pathology a breast.
+    """CMMD: digital mammograms with a biopsy-proven pathology per breast; no boxes, masks or normal breasts.
+
+    Expected below ``root``, as TCIA's downloader writes it::
+
+        CMMD_clinicaldata_revision.xlsx (or .csv)
+        CMMD/D1-0001/…/*.dcm
+
+    Source: Cui et al., The Chinese Mammography Database, TCIA 2021, doi 10.7937/tcia.eqde-4b16.
+    Licence: CC BY 4.0.
 
     Args:
         root: Folder with ``CMMD_clinicaldata_revision.xlsx`` (or ``.csv``) and the DICOM tree.
-        keep_unlabelled: Keep the images of breasts without a row, with nothing known of them (for prediction).
-        preset: How images are framed and augmented: cropped to the breast and turned to one side by default.
-        kwargs: Arguments of ``MedicalDataModule``.
+        keep_unlabelled: Keep the images of breasts without a row, without any label (for prediction).
+        preset: Framing and augmentation; by default cropped to the breast and turned to one side.
+        kwargs: Arguments of `MedicalDataModule`.
+
+    Raises:
+        DataError: The layout is not found under ``root``, or a table is incomplete (on ``catalogue`` and ``setup``).
     """
 
     def __init__(
@@ -54,24 +61,24 @@ class CMMDDataModule(MedicalDataModule):
         self.keep_unlabelled = keep_unlabelled
 
     def catalogue(self) -> Catalogue:
-        """Return the records; see ``read_catalogue``."""
+        """Read the tables and list the files as records; see ``read_catalogue`` in this module."""
         return read_catalogue(self.root, self.keep_unlabelled)
 
 
 def read_catalogue(root: Path, keep_unlabelled: bool = False) -> Catalogue:
     """Turn the NBIA tree and the clinical table into records; side and view are read from the DICOM headers.
 
-    The table has one row a **breast**, and many women were imaged on both sides but have a row for one. The other
-    breast is unknown, never negative.
+    The table has one row per **breast**; many women were imaged on both sides but have one row. The other breast is
+    unknown, never negative.
 
-    Options are those of ``CMMDDataModule``.
+    The arguments are those of `CMMDDataModule`.
 
     Returns:
         ``pathology`` and ``abnormality`` (``both`` sets both classes). ``groups["client"]`` is the sub-collection
         D1/D2.
 
     Raises:
-        DataError: The layout is missing or the table is garbled.
+        DataError: The layout is missing, or a row of the table has unknown values.
     """
     folder = locate(root, [f"{TABLE}.xlsx|{TABLE}.csv"], "CMMD")
     labels = _labels(next(f for f in (folder / f"{TABLE}.xlsx", folder / f"{TABLE}.csv") if f.exists()))
@@ -91,12 +98,14 @@ def read_catalogue(root: Path, keep_unlabelled: bool = False) -> Catalogue:
     records = unique_ids(records)
     notes = []
     if unlabelled:
-        fate = "kept with nothing known" if keep_unlabelled else "dropped"
+        fate = "kept without labels" if keep_unlabelled else "dropped"
         notes.append(f"CMMD: {unlabelled} of {len(files)} images show a breast without a row in the table; {fate}")
     if sideless:
-        notes.append(f"CMMD: {sideless} images carry no laterality, so no label can be given to them")
+        notes.append(f"CMMD: {sideless} images have no laterality in their header, so they have no label")
     if broken:
-        notes.append(f"CMMD: {len(broken)} of those are no readable DICOM (download again): {', '.join(broken[:5])}")
+        notes.append(
+            f"CMMD: {len(broken)} of those are not readable as DICOM (download them again): {', '.join(broken[:5])}"
+        )
     absent = len(labels.keys() - {(r.patient, r.laterality) for r in records})
     if absent:
         notes.append(f"CMMD: {absent} of {len(labels)} labelled breasts have no image on disk")
@@ -104,7 +113,7 @@ def read_catalogue(root: Path, keep_unlabelled: bool = False) -> Catalogue:
 
 
 def _labels(file: Path) -> dict[tuple[str, str], dict[str, Truth]]:
-    """Return the truth by patient and side; of several rows a breast, the worst pathology and every abnormality."""
+    """Return the truth by patient and side; of several rows per breast, the worst pathology and every abnormality."""
     found: dict[tuple[str, str], tuple[set[str], set[str]]] = {}
     for row in rows_of(read_table(file, ["ID1", "LeftRight", "abnormality", "classification"])):
         pathology, kind, side = row["classification"].lower(), row["abnormality"].lower(), row["LeftRight"].upper()[:1]

@@ -1,7 +1,7 @@
-"""The covid-chestxray dataset: radiographs from publications, with a hierarchy of findings and some lung masks.
+"""The covid-chestxray dataset: its repository as records.
 
-Source: Cohen et al., arXiv 2006.11988; https://github.com/ieee8023/covid-chestxray-dataset. The lung masks are V7 Labs'
-(as shipped with torchxrayvision) or the repository's ``annotations/lungVAE-masks``, which a network drew.
+The lung masks are V7 Labs' (shipped with torchxrayvision) or the repository's ``annotations/lungVAE-masks``, the output
+of a network.
 """
 
 from __future__ import annotations
@@ -24,19 +24,31 @@ UNKNOWN = {"", "todo", "unknown"}
 PATHOLOGY = ("covid19", "other_pneumonia", "no_finding")
 SITES = {"radiopaedia": "radiopaedia", "eurorad": "eurorad", "sirm": "sirm_italy"}
 V7_LUNG = (255,)
-"""V7 Labs' masks also hold 127 for what is not lung field; torchxrayvision takes 255 alone."""
+"""Value of the lungs in V7 Labs' masks; 127 marks other regions (torchxrayvision uses 255 only, too)."""
 
 
 class CovidChestXrayDataModule(MedicalDataModule):
-    """covid-chestxray-dataset: radiographs from publications and teaching sites.
+    """covid-chestxray-dataset: radiographs from publications with a hierarchy of findings and some lung masks.
+
+    Expected below ``root``: a checkout of the repository::
+
+        metadata.csv
+        images/*.{jpg,jpeg,png}
+        semantic_masks_v7labs_lungs/*.png or annotations/lungVAE-masks/*.png      (optional)
+
+    Source: Cohen et al., arXiv 2006.11988; https://github.com/ieee8023/covid-chestxray-dataset.
+    Licence: per image, in the column ``license`` of ``metadata.csv``.
 
     Args:
         root: The repository's folder.
         findings: Classes of the task ``findings``: steps of the hierarchy, spelt as in the table.
-        views: Views to keep; lateral (``L``), CT (``Axial``, ``Coronal``) and others are dropped and counted.
+        views: Views to keep; lateral (``L``), CT (``Axial``, ``Coronal``) and others are dropped and counted in a note.
         lung_masks: Folder with lung masks named like the images (``x.png`` or ``x_mask.png``). ``None`` looks for
             ``semantic_masks_v7labs_lungs``, then ``annotations/lungVAE-masks`` (weak), under the root.
-        kwargs: Arguments of ``MedicalDataModule``.
+        kwargs: Arguments of `MedicalDataModule`.
+
+    Raises:
+        DataError: The layout is not found under ``root``, or a table is incomplete (on ``catalogue`` and ``setup``).
     """
 
     def __init__(
@@ -54,7 +66,7 @@ class CovidChestXrayDataModule(MedicalDataModule):
         self.lung_masks = lung_masks
 
     def catalogue(self) -> Catalogue:
-        """Return the records; see ``read_catalogue``."""
+        """Read the tables and list the files as records; see ``read_catalogue`` in this module."""
         return read_catalogue(self.root, self.findings, self.views, self.lung_masks)
 
 
@@ -67,17 +79,17 @@ def read_catalogue(
     """Turn ``metadata.csv`` and ``images`` into records.
 
     A finding is a path such as ``Pneumonia/Viral/COVID-19``. A class holds if it is a step of that path. Where the path
-    stops above the class (``Pneumonia`` alone says nothing of ``Viral``), the class is unknown, not absent.
+    stops above the class (``Pneumonia`` alone does not decide ``Viral``), the class is unknown, not absent.
 
-    Options are those of ``CovidChestXrayDataModule``.
+    The arguments are those of `CovidChestXrayDataModule`.
 
     Returns:
         ``findings`` (several may hold), ``pathology`` (``covid19``, ``other_pneumonia``, ``no_finding``; unknown where
         the path does not decide) and ``lungs`` on the images with a mask.
 
     Raises:
-        DataError: The layout is missing or the table is garbled.
-        ConfigError: A class of ``findings`` or a view occurs nowhere in the table.
+        DataError: The layout is missing, or the table is incomplete.
+        ConfigError: A class of ``findings`` or all ``views`` are not in the table.
     """
     folder = locate(root, ["metadata.csv", "images"], "covid-chestxray-dataset")
     table = folder / "metadata.csv"
@@ -129,9 +141,9 @@ def _check(option: str, chosen: Sequence[str], there: set[str], table: Path) -> 
     if option == "findings" and wrong and not there:
         raise DataError(f"{table}: column 'finding' holds no finding")
     if option == "findings" and (not chosen or wrong):
-        raise ConfigError(f"{option}={list(chosen)}: {wrong} occur nowhere in {table}; it has {sorted(there)}")
+        raise ConfigError(f"{option}={list(chosen)}: {wrong} are not in {table}; it has {sorted(there)}")
     if option == "views" and not set(chosen) & there:
-        raise ConfigError(f"{option}={list(chosen)}: none occurs in {table}; it has {sorted(there)}")
+        raise ConfigError(f"{option}={list(chosen)}: none of them is in {table}; it has {sorted(there)}")
 
 
 def _reason_to_drop(
@@ -176,9 +188,9 @@ def _is_open(path: tuple[str, ...], name: str, paths: Sequence[tuple[str, ...]])
 
 
 def _lung_masks(folder: Path, chosen: Path | None) -> tuple[dict[str, MaskSource], bool]:
-    """Return the lung masks by image name (both spellings) and whether a network drew them.
+    """Return the lung masks by image name (both spellings) and whether they are the output of a network.
 
-    An all-zero V7 mask is an image that was not annotated (a chest film always shows lungs), so it is left out.
+    An all-zero V7 mask belongs to an image that was not annotated, since a chest film shows lungs; it is left out.
     """
     if chosen is not None and not chosen.is_dir():
         raise DataError(f"lung_masks={chosen} is not a folder")

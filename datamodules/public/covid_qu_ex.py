@@ -1,8 +1,7 @@
-"""COVID-QU-Ex: chest radiographs with a class, a lung mask each, and infection masks on 2,913 of them.
+"""COVID-QU-Ex: its two folder trees as records.
 
-Source: Tahir et al., Computers in Biology and Medicine 2021, doi 10.1016/j.compbiomed.2021.105002;
-https://www.kaggle.com/datasets/anasmohammedtahir/covidqu. Aggregated from many public sets (among them RSNA, Kermany
-and QaTa-COV19): class and source coincide, and joining it with those sets leaks images.
+The set is composed of many public sets (RSNA, Kermany and QaTa-COV19 among them): class and source coincide, and using
+it together with those sets puts copies of images into several splits.
 """
 
 from __future__ import annotations
@@ -29,18 +28,30 @@ SUBJECT = re.compile(r"^(sub-[A-Za-z0-9]+)")
 
 
 class CovidQuExDataModule(MedicalDataModule):
-    """COVID-QU-Ex: chest radiographs with classes, lung masks and some infection masks.
+    """COVID-QU-Ex: chest radiographs with a class and a lung mask each, and infection masks on 2,913 of them.
+
+    Expected below ``root`` (the archive repeats each tree's folder name)::
+
+        Lung Segmentation Data/Lung Segmentation Data/{Train,Val,Test}/{COVID-19,Non-COVID,Normal}/
+            images/*.png   lung masks/*.png
+        Infection Segmentation Data/Infection Segmentation Data/…/
+            images/*.png   lung masks/*.png   infection masks/*.png
+
+    Source: Tahir et al., Computers in Biology and Medicine 2021, doi 10.1016/j.compbiomed.2021.105002;
+    https://www.kaggle.com/datasets/anasmohammedtahir/covidqu. Licence: see that page.
 
     Args:
-        root: Folder with ``Lung Segmentation Data`` and/or ``Infection Segmentation Data``, each of which holds a
-            folder of its own name again (the published archive does).
-        tree: Which tree's images and official splits to use. ``both``: those of the lung tree (all 33,920 images), with
-            the infection masks of images of the same class and name joined to them.
-        patients: The set publishes no patient. ``subject`` reads ``sub-S0…`` where a file name has it (and drops such
-            patients from earlier official splits when a later one has them); ``image`` is the published image-level
-            protocol, which lets those patients leak.
-        min_area: Smallest connected component of an infection mask, in pixels of the image, that is a box.
-        kwargs: Arguments of ``MedicalDataModule``.
+        root: Folder with ``Lung Segmentation Data`` and/or ``Infection Segmentation Data``.
+        tree: The tree whose images and official splits are used. ``both``: those of the lung tree (33,920 images), with
+            the infection masks of the images of the same class and name.
+        patients: The set has no patient ids. ``subject`` reads ``sub-S0…`` where a file name has it, and drops such
+            patients from train (val) if val or test (test) has them too; ``image`` is the published split by image,
+            in which those patients are in several splits.
+        min_area: Smallest connected component of an infection mask that gives a box, in pixels of the image.
+        kwargs: Arguments of `MedicalDataModule`.
+
+    Raises:
+        DataError: The layout is not found under ``root``, or a table is incomplete (on ``catalogue`` and ``setup``).
     """
 
     def __init__(
@@ -58,7 +69,7 @@ class CovidQuExDataModule(MedicalDataModule):
         self.min_area = min_area
 
     def catalogue(self) -> Catalogue:
-        """Return the records; see ``read_catalogue``."""
+        """Read the tables and list the files as records; see ``read_catalogue`` in this module."""
         return read_catalogue(self.root, self.tree, self.patients, self.min_area, self.official_splits)
 
 
@@ -72,12 +83,12 @@ def read_catalogue(
     """Turn the two folder trees into records.
 
     The infection masks outline COVID-19 only. They are used on the COVID-19 images; a normal image is a true negative
-    where the infection tree lists it; a non-COVID pneumonia is *unknown* even where an all-zero mask lies beside it.
+    if the infection tree has it; a non-COVID pneumonia is *unknown*, even if it has an all-zero mask.
 
-    Options are those of ``CovidQuExDataModule``; without ``official`` splits nothing need be dropped.
+    The arguments are those of `CovidQuExDataModule`; without ``official`` splits no image is dropped.
 
     Returns:
-        ``pathology``, ``lungs``, ``infection`` and ``lesions`` (a box each component of the infection mask).
+        ``pathology``, ``lungs``, ``infection`` and ``lesions`` (a box per component of the infection mask).
 
     Raises:
         DataError: The tree asked for is missing.
@@ -117,15 +128,15 @@ def read_catalogue(
     if official:
         records, notes = disjoint_splits(records, "COVID-QU-Ex")
     notes.append(
-        "COVID-QU-Ex: no patient ids are published, so the official splits are by image and most patients cannot be "
-        "kept apart; the set also contains images of RSNA, Kermany and QaTa-COV19 (do not test across them)"
+        "COVID-QU-Ex: no patient ids are published, so the official splits are by image and patients may be in several "
+        "splits; the set also contains images of RSNA, Kermany and QaTa-COV19 (do not test across these sets)"
     )
     if missing:
         notes.append(f"COVID-QU-Ex: {missing} images have no lung mask; 'lungs' is unknown there")
     joined = {(r.file.parent.parent.name, r.file.stem) for r in records if "infection" in r.truth}
     lost = sum(key not in joined for key in infection if key[0] == "COVID-19")
     if tree == "both" and lost:
-        notes.append(f"COVID-QU-Ex: {lost} infection masks belong to no image kept from the lung tree and are unused")
+        notes.append(f"COVID-QU-Ex: {lost} infection masks belong to no image used from the lung tree and are not used")
     tasks = TASKS if tree != "lung" else TASKS[:2]
     return Catalogue({task.name: task for task in tasks}, records, notes)
 

@@ -1,7 +1,4 @@
-"""INbreast: full-field digital mammograms of 115 women with BI-RADS, density and exact contours.
-
-Source: Moreira et al., Academic Radiology 2012, doi 10.1016/j.acra.2011.09.014, and the release's own ``README``.
-"""
+"""INbreast: the release's table, DICOM files and XML contours as records."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ NAMES = {
     "assymetry": "asymmetry",
     "asymmetry": "asymmetry",
 }
-"""Names of regions as the release spells them (lower case), and what they are."""
+"""Kind of a region by its name as the release spells it (lower case)."""
 UNNAMED = re.compile(r"^(|unnamed|point ?\d*)$")
 MASK_OF = {"spiculation": "mass", "cluster": "calcification"}
 BOX_OF = {"mass": "mass", "cluster": "calcification_cluster", "distortion": "distortion", "asymmetry": "asymmetry"}
@@ -44,24 +41,36 @@ Point = tuple[float, float]
 
 
 class Region(NamedTuple):
-    """A region of an XML file: what it is (``None``: not said) and its points in pixels of the image."""
+    """A region of an XML file: its kind (``None``: unknown) and its points in pixels of the image."""
 
     kind: str | None
     points: tuple[Point, ...]
 
 
 class INbreastDataModule(MedicalDataModule):
-    """INbreast: digital mammograms with BI-RADS, density and exact contours.
+    """INbreast: digital mammograms of 115 women with BI-RADS, density and exact contours.
+
+    Expected below ``root``::
+
+        INbreast.csv                              separated by semicolons
+        AllDICOMs/<file>_<patient>_MG_R_CC_ANON.dcm
+        AllXML/<file>.xml                         contours in pixels (OsiriX)
+
+    Source: Moreira et al., Academic Radiology 2012, doi 10.1016/j.acra.2011.09.014.
+    Licence: for research, by agreement with the authors; see the release's ``README``.
 
     Args:
         root: ``INbreast Release 1.0`` or a folder that contains it.
         birads_positive: Lowest BI-RADS that counts as positive in ``suspicion``.
         birads_3: Whether BI-RADS 3 (probably benign) is negative or left unknown in ``suspicion``.
         point_radius: Radius in pixels of the disc drawn for a point calcification.
-        unknown_names: What to do with a region whose name is not in ``NAMES``: raise an error that lists the names, or
-            leave ``lesions`` and ``lesion`` of that image unknown.
-        preset: How images are framed and augmented: cropped to the breast and turned to one side by default.
-        kwargs: Arguments of ``MedicalDataModule``.
+        unknown_names: If a region's name is not in ``NAMES``: ``error`` raises and lists the names, ``unknown`` leaves
+            ``lesions`` and ``lesion`` of that image unknown.
+        preset: Framing and augmentation; by default cropped to the breast and turned to one side.
+        kwargs: Arguments of `MedicalDataModule`.
+
+    Raises:
+        DataError: The layout is not found under ``root``, or a table is incomplete (on ``catalogue`` and ``setup``).
     """
 
     def __init__(
@@ -82,7 +91,7 @@ class INbreastDataModule(MedicalDataModule):
         self.unknown_names = unknown_names
 
     def catalogue(self) -> Catalogue:
-        """Return the records; see ``read_catalogue``."""
+        """Read the tables and list the files as records; see ``read_catalogue`` in this module."""
         return read_catalogue(self.root, self.birads_positive, self.birads_3, self.point_radius, self.unknown_names)
 
 
@@ -100,14 +109,14 @@ def read_catalogue(
     calcification; it is part of the mask, never a box. A spiculated region belongs to the mask of its mass and is a
     box only where no mass lies in it.
 
-    Options are those of ``INbreastDataModule``.
+    The arguments are those of `INbreastDataModule`.
 
     Returns:
-        ``birads`` (4a–c are 4), ``suspicion``, ``density`` (ACR 1–4 as A–D), ``lesions`` (boxes: one a region) and
+        ``birads`` (4a–c are 4), ``suspicion``, ``density`` (ACR 1–4 as A–D), ``lesions`` (one box per region) and
         ``lesion`` (masks).
 
     Raises:
-        DataError: The layout is missing, a table or XML file is garbled, or a region has an unknown name.
+        DataError: The layout is missing, a table or XML file is incomplete, or a region has an unknown name.
     """
     folder = locate(root, ["INbreast.csv", "AllDICOMs"], "INbreast")
     table = folder / "INbreast.csv"
@@ -169,7 +178,7 @@ def read_regions(file: Path, strange: Counter[str]) -> list[Region]:
     A point without a name, or called ``Point 1``, is a calcification (only those are marked by points).
 
     Raises:
-        DataError: The file is no such plist, or its own counts of regions or points do not hold.
+        DataError: The file is not such a plist, or its counts of regions or points are wrong.
     """
     try:
         with file.open("rb") as stream:
@@ -225,9 +234,9 @@ def _extent(points: Sequence[Point]) -> tuple[float, float, float, float]:
 
 
 def _boxes(regions: Sequence[Region]) -> BoxTruth | None:
-    """Return one box a contour of a boxed kind; a spiculated region counts as a mass where it holds none.
+    """Return one box per mass, cluster, distortion and asymmetry, and per spiculated region without a mass in it.
 
-    A mass, cluster, distortion or asymmetry that is but a point has no extent: the boxes are unknown (``None``) then.
+    If one of them is only a point, it has no extent and the boxes are unknown (``None``).
     """
     masses = [_extent(r.points) for r in regions if r.kind == "mass" and len(r.points) > 2]
     boxes, labels = [], []
@@ -249,7 +258,7 @@ def _meet(a: tuple[float, float, float, float], b: tuple[float, float, float, fl
 
 
 def _masks(regions: Sequence[Region], point_radius: float) -> MaskTruth:
-    """Return one source a class; a class without region is annotated and empty. The canvas is the DICOM's own size."""
+    """Return one source per class; a class without region is annotated and empty. Points are pixels of the file."""
     polygons: dict[str, list[tuple[Point, ...]]] = {name: [] for name in MASKS}
     for region in regions:
         kind = region.kind or ""

@@ -1,8 +1,4 @@
-"""Kermany's paediatric chest radiographs: normal, bacterial and viral pneumonia; no boxes, no masks.
-
-Source: Kermany et al., Cell 2018, doi 10.1016/j.cell.2018.02.010; Mendeley Data doi 10.17632/rscbjbr9sj.3 and its
-Kaggle mirror (paultimothymooney/chest-xray-pneumonia), whose names and folders differ.
-"""
+"""Kermany's paediatric chest radiographs: the Mendeley archive or its Kaggle mirror as records."""
 
 from __future__ import annotations
 
@@ -27,15 +23,25 @@ CAUSES = {"bacteria": "bacterial_pneumonia", "virus": "viral_pneumonia"}
 
 
 class KermanyDataModule(MedicalDataModule):
-    """Kermany's paediatric chest radiographs.
+    """Kermany's paediatric chest radiographs: normal, bacterial or viral pneumonia; no boxes, no masks.
+
+    Expected below ``root``, from Mendeley Data or the Kaggle mirror, whose file names differ::
+
+        train/{NORMAL,PNEUMONIA}/*.jpeg   test/{NORMAL,PNEUMONIA}/*.jpeg   val/… (mirror only)
+
+    Source: Kermany et al., Cell 2018, doi 10.1016/j.cell.2018.02.010; Mendeley Data, doi 10.17632/rscbjbr9sj.3;
+    https://www.kaggle.com/datasets/paultimothymooney/chest-xray-pneumonia. Licence: CC BY 4.0.
 
     Args:
-        root: Folder above ``train`` and ``test`` (``chest_xray`` or one that contains it).
-        numbering: Whether ``person7`` of train and of test are one child (``shared``: the train images are dropped,
-            the safe reading) or the numbers start again in each split (``per_split``: nothing is dropped).
+        root: Folder with ``train`` and ``test`` (``chest_xray``), or a folder that contains it.
+        numbering: Whether ``person7`` of train and of test are one child (``shared``, safe: the train images are
+            dropped) or numbers start again in each split (``per_split``: no image is dropped).
         official_val: Keep the mirror's validation folder (16 images) as validation; otherwise it joins train, from
             which a validation split is drawn by patient.
-        kwargs: Arguments of ``MedicalDataModule``.
+        kwargs: Arguments of `MedicalDataModule`.
+
+    Raises:
+        DataError: The layout is not found under ``root``, or a table is incomplete (on ``catalogue`` and ``setup``).
     """
 
     def __init__(
@@ -51,7 +57,7 @@ class KermanyDataModule(MedicalDataModule):
         self.official_val = official_val
 
     def catalogue(self) -> Catalogue:
-        """Return the records; see ``read_catalogue``."""
+        """Read the tables and list the files as records; see ``read_catalogue`` in this module."""
         return read_catalogue(self.root, self.numbering, self.official_val, self.official_splits)
 
 
@@ -63,11 +69,14 @@ def read_catalogue(
 ) -> Catalogue:
     """Turn ``{train,val,test}/{NORMAL,PNEUMONIA}`` into records, mirror or Mendeley layout alike.
 
-    Options are those of ``KermanyDataModule``; without ``official`` splits nothing need be dropped.
+    The arguments are those of `KermanyDataModule`; without ``official`` splits no image is dropped.
 
     Returns:
         ``pneumonia`` from the folder; ``pathology`` from the folder and the file name, unknown where the name does not
-        say virus or bacteria.
+        contain virus or bacteria.
+
+    Raises:
+        DataError: The layout is missing or has no image.
     """
     folder = locate(root, ["train/NORMAL", "train/PNEUMONIA", "test/NORMAL", "test/PNEUMONIA"], "Kermany chest X-ray")
     splits: dict[str, Split] = {"train": "train", "val": "val" if official_val else "train", "test": "test"}
@@ -93,10 +102,14 @@ def read_catalogue(
     if notes:
         notes.append("Kermany chest X-ray: set `numbering: per_split` if patient numbers start again in each split")
     if unnamed:
-        notes.append(f"Kermany chest X-ray: {unnamed} file names give no patient; each counts as one of its own")
+        notes.append(
+            f"Kermany chest X-ray: {unnamed} file names contain no patient; each counts as a patient of its own"
+        )
     counts = Counter("pathology" in r.truth for r in records)
     if counts[False]:
-        notes.append(f"Kermany chest X-ray: {counts[False]} names do not say virus or bacteria; 'pathology' is unknown")
+        notes.append(
+            f"Kermany chest X-ray: {counts[False]} names contain neither virus nor bacteria; 'pathology' is unknown"
+        )
     return Catalogue({task.name: task for task in TASKS}, records, notes)
 
 

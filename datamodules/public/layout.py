@@ -1,4 +1,4 @@
-"""What the native layouts of public data sets share: finding a layout under a root and reading dirty label tables."""
+"""Find the layout of a public data set under a root, read its label tables, and split its records."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from mtmedformer.errors import DataError
 log = logging.getLogger(__name__)
 
 DEPTH = 3
-"""How many folders below the root a layout is looked for."""
+"""Number of folder levels below the root that are searched."""
 
 MOST_FOLDERS = 20_000
-"""How many folders are looked into before the search is given up (the root was a home folder, say)."""
+"""Number of folders after which the search is given up (the root may be a home folder)."""
 
 
 def locate(root: Path, expected: Sequence[str], dataset: str) -> Path:
-    """Return the folder at or below ``root`` that holds every expected entry.
+    """Find the folder at or below ``root`` that contains every expected entry.
 
-    Downloads wrap a data set in folders of their own (``archive/chest_xray/chest_xray``), so the root is searched
-    breadth-first, ``DEPTH`` folders deep, and the shallowest match in name order wins.
+    Downloads put a data set into further folders (``archive/chest_xray/chest_xray``). The root is therefore searched
+    breadth-first, ``DEPTH`` levels deep; the first match in level and name order is returned.
 
     Args:
-        root: Where the user says the data set is.
-        expected: Paths or glob patterns relative to the folder looked for; ``a|b`` accepts either.
+        root: Folder given by the user.
+        expected: Paths or glob patterns relative to the folder; ``a|b`` accepts either.
         dataset: Name of the data set, for the error.
 
     Raises:
-        DataError: The root is missing, or nothing below it has every entry; the closest folder found is named.
+        DataError: The root is missing, or no folder has every entry; the error names the closest folder.
     """
     if not root.is_dir():
         raise DataError(f"{dataset}: root {root} is not a folder; expected {_listing(expected)} under root")
@@ -76,12 +76,12 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def is_litter(name: str) -> bool:
-    """Return whether an operating system left this file or folder behind (``._x``, ``.DS_Store``, ``__MACOSX``)."""
+    """Return whether a file or folder belongs to the operating system (``._x``, ``.DS_Store``, ``__MACOSX``)."""
     return name.startswith((".", "__MACOSX")) or name == "Thumbs.db"
 
 
 def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
-    """Return every file below a folder with one of the suffixes (any case), litter left out, in path order."""
+    """Return every file below a folder with one of the suffixes (any case), without system files, in path order."""
     wanted = tuple(suffix.lower() for suffix in suffixes)
     found = []
     for where, folders, names in os.walk(folder):
@@ -91,16 +91,15 @@ def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
 
 
 def read_table(file: Path, columns: Sequence[str], sep: str = ",") -> pd.DataFrame:
-    r"""Read a label table as stripped text, so that no blank, newline or ``NaN`` is ever guessed at.
+    r"""Read a label table as stripped text; blanks and ``NaN`` are not interpreted.
 
     Args:
         file: CSV (optionally zipped) or Excel.
-        columns: Columns that must be there; header cells are stripped before they are compared.
+        columns: Required columns; header cells are stripped before they are compared.
         sep: Separator of a CSV.
 
     Returns:
-        One row a line; every cell a string without surrounding white space (``"x.dcm\n"`` becomes ``"x.dcm"``), empty
-        where nothing stands.
+        One row per line; every cell is a string without surrounding white space (``"x.dcm\n"`` becomes ``"x.dcm"``).
 
     Raises:
         DataError: The file is empty, cannot be parsed or lacks a column.
@@ -111,9 +110,11 @@ def read_table(file: Path, columns: Sequence[str], sep: str = ",") -> pd.DataFra
         else:
             table = pd.read_csv(file, sep=sep, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise DataError(f"label table {file} is not there; expected the columns {', '.join(columns)}") from error
+        raise DataError(f"label table {file} does not exist; expected the columns {', '.join(columns)}") from error
     except Exception as error:  # pandas, openpyxl and zipfile raise many kinds on a broken file, none a common base
-        raise DataError(f"label table {file} cannot be read ({type(error).__name__}): is it complete?") from error
+        raise DataError(
+            f"label table {file} cannot be read ({type(error).__name__}); check whether it is complete"
+        ) from error
     table.columns = pd.Index([str(name).strip() for name in table.columns])
     missing = [name for name in columns if name not in table.columns]
     if missing:
@@ -145,12 +146,12 @@ def number(row: Mapping[str, str], column: str, file: Path) -> float | None:
     except ValueError:
         value = float("nan")
     if not -1e9 < value < 1e9:
-        raise DataError(f"{file}: column {column!r} holds {cell!r}, which is no number")
+        raise DataError(f"{file}: column {column!r} holds {cell!r}, which is not a number")
     return value
 
 
 def one_hot(classes: Sequence[str], name: str) -> ClassTruth:
-    """Return the truth of a single-label task."""
+    """Return the label of a task of which exactly one class holds."""
     return ClassTruth(tuple(float(name == each) for each in classes))
 
 
@@ -160,7 +161,7 @@ def clipped(
     """Clip boxes to an image of ``width`` × ``height`` pixels.
 
     Returns:
-        The boxes that still have an area, and how many had none.
+        The boxes with an area after clipping, and the number of boxes without.
     """
     kept, kept_labels = [], []
     for (x0, y0, x1, y1), label in zip(boxes, labels, strict=True):
@@ -172,12 +173,12 @@ def clipped(
 
 
 def disjoint_splits(records: Sequence[Record], dataset: str) -> tuple[list[Record], list[str]]:
-    """Take patients of the official test split out of train and val, and patients of val out of train.
+    """Remove patients of the official test split from train and val, and patients of val from train.
 
-    The test split stays as published, so numbers remain comparable; a patient is never on both sides.
+    The test split stays as published, so results remain comparable; no patient is in two splits.
 
     Returns:
-        The records kept, in order, and a note for the user if any was dropped.
+        The kept records in order, and a note for the user if some were dropped.
     """
     members = {split: {r.patient for r in records if r.split == split} for split in ("val", "test")}
     shut = {"train": members["val"] | members["test"], "val": members["test"], "test": set(), None: set()}
@@ -187,7 +188,7 @@ def disjoint_splits(records: Sequence[Record], dataset: str) -> tuple[list[Recor
     lost = [r for r in records if r.patient in shut[r.split]]
     return kept, [
         f"{dataset}: {len(lost)} images of {len({r.patient for r in lost})} patients were dropped from train or val, "
-        "because the official splits have other images of the same patients in a later split"
+        "because the official val or test split has other images of the same patients"
     ]
 
 
@@ -202,6 +203,6 @@ def unique_ids(records: Sequence[Record]) -> list[Record]:
 
 
 def require_records(records: Sequence[Record], dataset: str, root: Path, listed: int) -> None:
-    """Raise a ``DataError`` if none of the images a table lists was found."""
+    """Raise a ``DataError`` if no image of a table was found."""
     if not records:
         raise DataError(f"{dataset}: none of the {listed} labelled images was found under root {root}")

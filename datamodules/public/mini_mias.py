@@ -1,7 +1,4 @@
-"""mini-MIAS: 322 film mammograms (MLO), 1024 × 1024, with a circle around each abnormality.
-
-Source: Suckling et al., Excerpta Medica ICS 1069 (1994) 375–378; the facts below are from the set's own ``Info.txt``.
-"""
+"""mini-MIAS: the images and ``Info.txt`` as records."""
 
 from __future__ import annotations
 
@@ -43,13 +40,24 @@ class InfoRow(NamedTuple):
 
 
 class MiniMIASDataModule(MedicalDataModule):
-    """mini-MIAS: film mammograms with circles around abnormalities.
+    """mini-MIAS: 322 film mammograms (MLO), 1024 × 1024 pixels, with a circle around each abnormality.
+
+    Expected below ``root``::
+
+        Info.txt (or README)
+        mdb001.pgm … mdb322.pgm
+
+    Source: Suckling et al., Excerpta Medica ICS 1069 (1994) 375-378. Licence: for research; see the set's own licence
+    agreement.
 
     Args:
         root: Folder with the images and ``Info.txt`` (or ``README``), or one that contains it.
         lesion_classes: Classes of ``lesions`` and ``lesion``: one, by severity, or by abnormality.
-        preset: How images are framed and augmented: cropped to the breast and turned to one side by default.
-        kwargs: Arguments of ``MedicalDataModule``.
+        preset: Framing and augmentation; by default cropped to the breast and turned to one side.
+        kwargs: Arguments of `MedicalDataModule`.
+
+    Raises:
+        DataError: The layout is not found under ``root``, or a table is incomplete (on ``catalogue`` and ``setup``).
     """
 
     def __init__(
@@ -64,7 +72,7 @@ class MiniMIASDataModule(MedicalDataModule):
         self.lesion_classes = lesion_classes
 
     def catalogue(self) -> Catalogue:
-        """Return the records; see ``read_catalogue``."""
+        """Read the tables and list the files as records; see ``read_catalogue`` in this module."""
         return read_catalogue(self.root, self.lesion_classes)
 
 
@@ -73,13 +81,13 @@ def read_catalogue(root: Path, lesion_classes: Literal["lesion", "severity", "ab
 
     Boxes and masks come from circles, so both tasks are weak. An image with an abnormality that has no circle (a widely
     spread calcification) is *unknown* for them; a normal image is a true negative. Films come in pairs of one woman:
-    odd numbers are right, the even number after each is her left.
+    an odd number is the right breast, the next even number the left one.
 
-    Options are those of ``MiniMIASDataModule``.
+    The arguments are those of `MiniMIASDataModule`.
 
     Returns:
         ``pathology`` (normal, benign, malignant: the worst of the image), ``abnormality`` (several may hold),
-        ``tissue`` (background; ``groups["client"]`` is the usual split into federated clients), ``lesions`` and
+        ``tissue`` (background; ``groups["client"]`` is the usual split into federated sites), ``lesions`` and
         ``lesion``.
 
     Raises:
@@ -124,7 +132,7 @@ def read_catalogue(root: Path, lesion_classes: Literal["lesion", "severity", "ab
         notes.append(f"mini-MIAS: {len(by_image) - len(records)} of {len(by_image)} listed images are not on disk")
     if unlocated:
         notes.append(
-            f"mini-MIAS: {unlocated} abnormal images give no place for a finding; 'lesions' and 'lesion' are unknown"
+            f"mini-MIAS: {unlocated} abnormal images have a finding without position; 'lesions' and 'lesion' unknown"
         )
     tasks = (
         Task("pathology", "classification", PATHOLOGY),
@@ -137,7 +145,7 @@ def read_catalogue(root: Path, lesion_classes: Literal["lesion", "severity", "ab
 
 
 def read_rows(table: Path) -> list[InfoRow]:
-    """Read the lines ``REFNUM BG CLASS [SEVERITY X Y RADIUS]``; prose around them is skipped.
+    """Read the lines ``REFNUM BG CLASS [SEVERITY X Y RADIUS]``; other text is skipped.
 
     The origin is the bottom-left corner (note 3): pixel row ``1023 - y``, whose centre lies at ``1023.5 - y`` from the
     top.

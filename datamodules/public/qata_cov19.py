@@ -1,8 +1,6 @@
-"""QaTa-COV19-v2: COVID-19 chest radiographs with infection masks; every image is positive.
+"""QaTa-COV19-v2: its folders as records.
 
-Source: Degerli et al., IEEE ICIP 2022, doi 10.1109/ICIP46576.2022.9897412;
-https://www.kaggle.com/datasets/aysendegerli/qatacov19-dataset. The usual validation split is LViT's (Li et al., IEEE
-TMI 2023), two Excel lists that are not part of the download.
+The usual validation split is LViT's (Li et al., IEEE TMI 2023), two Excel lists that are not part of the download.
 """
 
 from __future__ import annotations
@@ -27,15 +25,26 @@ SUBJECT = re.compile(r"^(sub-[A-Za-z0-9]+)")
 
 
 class QaTaCov19DataModule(MedicalDataModule):
-    """QaTa-COV19-v2: COVID-19 chest radiographs with infection masks.
+    """QaTa-COV19-v2: COVID-19 chest radiographs with infection masks; every image is positive.
+
+    Expected below ``root``::
+
+        Train Set/Images/*.png   Train Set/Ground-truths/mask_*.png
+        Test Set/Images/*.png    Test Set/Ground-truths/mask_*.png
+
+    Source: Degerli et al., IEEE ICIP 2022, doi 10.1109/ICIP46576.2022.9897412;
+    https://www.kaggle.com/datasets/aysendegerli/qatacov19-dataset. Licence: see that page.
 
     Args:
         root: ``QaTa-COV19-v2`` or a folder that contains it.
         val_ids: LViT's ``Val_ID.xlsx`` (column ``Image``, names of masks): those training images become validation.
-            ``None`` leaves validation to be drawn by patient.
-        only_subjects: Keep only the files named ``sub-…``: the others are also in COVID-QU-Ex.
-        min_area: Smallest connected component of a mask, in pixels of the image, that is a box.
-        kwargs: Arguments of ``MedicalDataModule``.
+            ``null`` draws the validation split by patient.
+        only_subjects: Keep only the files named ``sub-…``; the others are also in COVID-QU-Ex.
+        min_area: Smallest connected component of a mask that gives a box, in pixels of the image.
+        kwargs: Arguments of `MedicalDataModule`.
+
+    Raises:
+        DataError: The layout is not found under ``root``, or a table is incomplete (on ``catalogue`` and ``setup``).
     """
 
     def __init__(
@@ -53,7 +62,7 @@ class QaTaCov19DataModule(MedicalDataModule):
         self.min_area = min_area
 
     def catalogue(self) -> Catalogue:
-        """Return the records; see ``read_catalogue``."""
+        """Read the tables and list the files as records; see ``read_catalogue`` in this module."""
         return read_catalogue(self.root, self.val_ids, self.only_subjects, self.min_area, self.official_splits)
 
 
@@ -66,13 +75,13 @@ def read_catalogue(
 ) -> Catalogue:
     """Turn ``{Train Set,Test Set}/{Images,Ground-truths}`` into records.
 
-    Options are those of ``QaTaCov19DataModule``; without ``official`` splits nothing need be dropped.
+    The arguments are those of `QaTaCov19DataModule`; without ``official`` splits no image is dropped.
 
     Returns:
-        ``infection`` and ``lesions`` (a box each component). There is no class task: every image is positive.
+        ``infection`` and ``lesions`` (a box per component). No classification task: every image is positive.
 
     Raises:
-        DataError: The layout or ``val_ids`` is missing, or an id in it is no training image.
+        DataError: The layout or ``val_ids`` is missing, or none of its names is a training image.
     """
     expected = [f"{name}/{part}" for name in FOLDERS for part in ("Images", "Ground-truths")]
     folder = locate(root, expected, "QaTa-COV19-v2")

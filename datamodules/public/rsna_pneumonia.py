@@ -1,8 +1,4 @@
-"""RSNA Pneumonia Detection Challenge (Kaggle, 2018): chest radiographs with boxes around lung opacities.
-
-Source: Shih et al., Radiology: Artificial Intelligence 2019, doi 10.1148/ryai.2019180041;
-https://www.kaggle.com/c/rsna-pneumonia-detection-challenge.
-"""
+"""RSNA Pneumonia Detection Challenge (Kaggle, 2018): the challenge's tables and DICOM files as records."""
 
 from __future__ import annotations
 
@@ -32,12 +28,25 @@ SIDE = 1024.0
 
 
 class RSNAPneumoniaDataModule(MedicalDataModule):
-    """RSNA Pneumonia: chest radiographs with boxes around lung opacities.
+    """RSNA Pneumonia Detection Challenge 2018: chest radiographs with boxes around lung opacities.
+
+    Expected below ``root``::
+
+        stage_2_train_labels.csv (or .zip)              boxes in pixels
+        stage_2_train_images/<patientId>.dcm
+        stage_2_detailed_class_info.csv                 for the task ``pathology`` (optional)
+        pneumonia-challenge-dataset-mappings_2018.json  from rsna.org, for the patients (without it patients leak)
+
+    Source: Shih et al., Radiology: Artificial Intelligence 2019, doi 10.1148/ryai.2019180041;
+    https://www.kaggle.com/c/rsna-pneumonia-detection-challenge. Licence: the rules of the challenge; see that page.
 
     Args:
         root: Folder with ``stage_2_train_labels.csv`` and ``stage_2_train_images``.
-        mapping: RSNA's file from its own image names to NIH's; ``None`` looks for it under the root.
-        kwargs: Arguments of ``MedicalDataModule``.
+        mapping: RSNA's JSON file that maps its image names to NIH's; ``null`` looks for it in ``root`` and beside it.
+        kwargs: Arguments of `MedicalDataModule`.
+
+    Raises:
+        DataError: The layout is not found under ``root``, or a table is incomplete (on ``catalogue`` and ``setup``).
     """
 
     def __init__(
@@ -51,21 +60,21 @@ class RSNAPneumoniaDataModule(MedicalDataModule):
         self.mapping = mapping
 
     def catalogue(self) -> Catalogue:
-        """Return the records; see ``read_catalogue``."""
+        """Read the tables and list the files as records; see ``read_catalogue`` in this module."""
         return read_catalogue(self.root, self.mapping)
 
 
 def read_catalogue(root: Path, mapping: Path | None = None) -> Catalogue:
-    """Turn the Kaggle layout into records: one an image of ``stage_2_train_images`` (the test images have no labels).
+    """Turn the Kaggle layout into records: one per image of ``stage_2_train_images`` (the test images have no labels).
 
-    Options are those of ``RSNAPneumoniaDataModule``.
+    The arguments are those of `RSNAPneumoniaDataModule`.
 
     Returns:
         ``pneumonia`` (the challenge's ``Target``), ``pathology`` (the three classes of the detailed class table,
         unknown without it) and ``lesions``; ``Target=0`` is a true negative of the boxes.
 
     Raises:
-        DataError: A file is missing or garbled, or a row contradicts itself.
+        DataError: A file is missing or incomplete, or a row contradicts itself.
     """
     folder = locate(root, [f"{LABELS}|{LABELS}.zip", IMAGES], "RSNA pneumonia")
     notes: list[str] = []
@@ -99,7 +108,8 @@ def read_catalogue(root: Path, mapping: Path | None = None) -> Catalogue:
 def read_boxes(file: Path) -> dict[str, list[tuple[float, float, float, float]]]:
     """Read the label table: per image its boxes ``(x0, y0, x1, y1)``, an empty list where ``Target`` is 0.
 
-    One row a box, ``x, y`` the top-left corner, ``Target=0`` rows without box; a ``.zip`` of the table is read too.
+    The table has one row per box (``x, y`` is its top-left corner) and rows with ``Target=0`` without box; it may be a
+    ``.zip``.
     """
     boxes: dict[str, list[tuple[float, float, float, float]]] = {}
     for row in rows_of(read_table(file, ["patientId", "x", "y", "width", "height", "Target"])):
@@ -137,7 +147,7 @@ def _patients(folder: Path, mapping: Path | None, notes: list[str]) -> dict[str,
     if file is None:
         notes.append(
             f"RSNA pneumonia: PATIENTS LEAK BETWEEN SPLITS. {MAPPING} (from rsna.org) is absent, so every image counts "
-            "as a patient of its own; in truth 26,684 images come from 11,439 NIH patients, and a random 80/20 split "
+            "as a patient of its own. The 26,684 images come from 11,439 NIH patients, and a random 80/20 split "
             "by image shares 71 % of its test images' patients with train. Put the file under root or set `mapping`."
         )
         return {}

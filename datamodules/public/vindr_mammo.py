@@ -1,8 +1,4 @@
-"""VinDr-Mammo: 5,000 full-field digital exams with BI-RADS, density and boxes; no masks, no pathology.
-
-Source: Nguyen et al., Scientific Data 2023, doi 10.1038/s41597-023-02100-7; https://physionet.org/content/vindr-mammo/1.0.0/.
-BI-RADS is the readers' opinion, not a diagnosis.
-"""
+"""VinDr-Mammo: its annotation tables and DICOM files as records."""
 
 from __future__ import annotations
 
@@ -47,15 +43,26 @@ SPLITS: dict[str, Split] = {"training": "train", "test": "test"}
 
 
 class VinDrMammoDataModule(MedicalDataModule):
-    """VinDr-Mammo: digital mammograms with BI-RADS, density and boxes.
+    """VinDr-Mammo: 5,000 digital mammography exams with BI-RADS, density and boxes; no masks, no pathology.
+
+    BI-RADS is the readers' assessment, not a diagnosis. Expected below ``root``::
+
+        breast-level_annotations.csv   finding_annotations.csv   metadata.csv (optional: scanners)
+        images/<study_id>/<image_id>.dicom
+
+    Source: Nguyen et al., Scientific Data 2023, doi 10.1038/s41597-023-02100-7;
+    https://physionet.org/content/vindr-mammo/1.0.0/. Licence: PhysioNet Restricted Health Data License 1.5.0.
 
     Args:
         root: Folder with the two tables and ``images``.
-        categories: Classes of ``lesions`` and ``findings``, as the table spells them; boxes of no other category are
-            kept.
+        categories: Classes of ``lesions`` and ``findings``, as the table spells them; boxes of other categories are
+            dropped.
         birads_positive: Lowest BI-RADS of a breast that makes the image suspicious.
-        preset: How images are framed and augmented: cropped to the breast and turned to one side by default.
-        kwargs: Arguments of ``MedicalDataModule``.
+        preset: Framing and augmentation; by default cropped to the breast and turned to one side.
+        kwargs: Arguments of `MedicalDataModule`.
+
+    Raises:
+        DataError: The layout is not found under ``root``, or a table is incomplete (on ``catalogue`` and ``setup``).
     """
 
     def __init__(
@@ -72,7 +79,7 @@ class VinDrMammoDataModule(MedicalDataModule):
         self.birads_positive = birads_positive
 
     def catalogue(self) -> Catalogue:
-        """Return the records; see ``read_catalogue``."""
+        """Read the tables and list the files as records; see ``read_catalogue`` in this module."""
         return read_catalogue(self.root, self.categories, self.birads_positive)
 
 
@@ -83,14 +90,14 @@ def read_catalogue(root: Path, categories: Sequence[str] = CATEGORIES, birads_po
     ``No Finding`` is a true negative; one with a finding but no box is *unknown* for ``lesions``. A box with several
     categories takes the first one listed that is among ``categories``; the task ``findings`` carries all of them.
 
-    Options are those of ``VinDrMammoDataModule``.
+    The arguments are those of `VinDrMammoDataModule`.
 
     Returns:
         ``birads``, ``suspicion``, ``density``, ``findings`` (several may hold) and ``lesions``. Patient is
         ``study_id``.
 
     Raises:
-        DataError: A table is missing or garbled.
+        DataError: A table is missing or incomplete, or a row has unknown values.
         ConfigError: An unknown category.
     """
     wrong = [name for name in categories if name not in CATEGORIES]
@@ -214,7 +221,7 @@ def _finding_truth(
 
 
 def _scanners(table: Path) -> dict[str, str]:
-    """Return the scanner model of each image where ``metadata.csv`` tells: a natural split into clients."""
+    """Return the scanner model of each image from ``metadata.csv``, if it is there: a natural split into sites."""
     if not table.is_file():
         return {}
     rows = rows_of(read_table(table, []))

@@ -87,8 +87,8 @@ def test_image_without_laterality_and_a_broken_one_get_no_label(tmp_path):
     catalogue = read_catalogue(root)
     assert not {"D1-0001_L_CC", "D1-0001_L_MLO"} & {r.id for r in catalogue.records}
     notes = " ".join(catalogue.notes)
-    assert "2 images carry no laterality" in notes
-    assert "1 of those are no readable DICOM (download again): 1-2.dcm" in notes
+    assert "2 images have no laterality" in notes
+    assert "1 of those are not readable as DICOM (download them again): 1-2.dcm" in notes
     assert "1 of 11 labelled breasts have no image" in notes
 
 

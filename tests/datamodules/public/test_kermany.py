@@ -74,7 +74,7 @@ def test_name_that_tells_nothing_leaves_the_germ_unknown_and_is_a_patient_of_its
     record = next(r for r in catalogue.records if r.id == "scan")
     assert record.truth.keys() == {"pneumonia"}
     assert record.patient == "train/PNEUMONIA/scan"
-    assert any("do not say virus or bacteria" in note for note in catalogue.notes)
+    assert any("contain neither virus nor bacteria" in note for note in catalogue.notes)
 
 
 def test_layout_without_test_folder_is_named(tmp_path):

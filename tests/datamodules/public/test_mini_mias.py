@@ -46,7 +46,7 @@ def test_abnormal_rows_without_a_place_are_unknown_not_negative(root, records):
     for name in ("mdb059", "mdb216"):
         assert not {"lesions", "lesion"} & records[name].truth.keys()
         assert records[name].truth["pathology"].values != (1, 0, 0)
-    assert any("2 abnormal images give no place" in note for note in read_catalogue(root).notes)
+    assert any("2 abnormal images have a finding without position" in note for note in read_catalogue(root).notes)
 
 
 def test_circle_wholly_outside_the_image_is_unknown_too(tmp_path):

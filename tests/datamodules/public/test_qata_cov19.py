@@ -59,7 +59,7 @@ def test_list_without_png_endings_works_and_a_foreign_list_raises(root, tmp_path
     (tmp_path / "list.csv").write_text("Image\nmask_nothing.png\n")
     with pytest.raises(DataError, match=r"list\.csv: none of its 1 names"):
         read_catalogue(root, val_ids=tmp_path / "list.csv")
-    with pytest.raises(DataError, match=r"absent\.xlsx is not there"):
+    with pytest.raises(DataError, match=r"absent\.xlsx does not exist"):
         read_catalogue(root, val_ids=tmp_path / "absent.xlsx")
 
 
