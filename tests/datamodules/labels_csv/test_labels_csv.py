@@ -376,7 +376,7 @@ def test_a_whole_run_leaves_out_what_is_broken(root: Path, caplog: pytest.LogCap
         "image: image file missing": 1,
     }
     assert data.quarantine.remarks == {"boxes clipped to their image": 1}
-    assert sum("Left out 1 images and 3 truths" in record.getMessage() for record in caplog.records) == 1
+    assert sum("Left out 1 images and 3 labels" in record.getMessage() for record in caplog.records) == 1
     assert sum(len(d) for d in data.datasets.values()) == 9
 
 
