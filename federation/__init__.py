@@ -23,7 +23,8 @@ from federation.aggregators import (
     TrimmedMean,
     merge,
 )
-from federation.alignment.align import Alignment, align, permutation_groups
+from federation.alignment.align import Alignment, align
+from federation.alignment.groups import permutation_groups
 from federation.bayes.curvature import Curvature, NoCurvature, SquaredGradients
 from federation.bayes.fisher import Fisher
 from federation.bayes.online_newton import NewtonCurvature, OnlineNewton

@@ -25,7 +25,7 @@ from callbacks.federation.site_matrix import show_sites, write_sites
 from callbacks.federation.site_validation import mean_and_worst, metrics_by_site, validate_own
 from federation.aggregators.base import Aggregator
 from federation.aggregators.bayesian import BayesianAggregator
-from federation.alignment.align import permutation_groups
+from federation.alignment.groups import permutation_groups
 from federation.client.lightning_internals import (
     SiteBar,
     build_site_trainer,

@@ -6,7 +6,8 @@ import zlib
 
 import lightning as L
 
-from federation.alignment.align import permutation_groups, shuffle
+from federation.alignment.align import shuffle
+from federation.alignment.groups import permutation_groups
 from mtmedformer.errors import ConfigError
 
 

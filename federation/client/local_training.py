@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from federation.aggregators.base import ClientObjective
-from federation.alignment.align import PermutationGroups, align, permute_optimizer
+from federation.alignment.align import align, permute_optimizer
+from federation.alignment.groups import PermutationGroups
 from federation.bayes.curvature import Curvature
 from federation.exchange.schema import Schema, State
 from mtmedformer.batch import Batch

@@ -8,7 +8,8 @@ import pytest
 import timm
 import torch
 
-from federation.alignment.align import align, permutation_groups, permute
+from federation.alignment.align import align, permute
+from federation.alignment.groups import permutation_groups
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from callbacks.federation.shuffle_units import ShuffleUnits
-from federation.alignment.align import align, permutation_groups
+from federation.alignment.align import align
+from federation.alignment.groups import permutation_groups
 from federation.client.train import state_of
 from mtmedformer import MultiTaskModule, SegmentationHead, SharedEncoder
 from mtmedformer.errors import ConfigError

@@ -8,9 +8,10 @@ import timm
 import torch
 from torch import nn
 
-import federation.alignment.align as alignment
 from federation import BayesianAggregator, FedAvg, SquaredGradients, merge
-from federation.alignment.align import Group, Part, align, permutation_groups, permute, permute_optimizer, shuffle
+from federation.alignment import matching
+from federation.alignment.align import align, permute, permute_optimizer, shuffle
+from federation.alignment.groups import Part, PermutationGroup, permutation_groups
 from federation.exchange.schema import Block, Schema
 from federation.exchange.update import BlockUpdate, Update
 from mtmedformer.encoders import tiny  # noqa: F401  (registers mtmedformer_tiny)
@@ -76,9 +77,9 @@ def pvt():
 def matchings(monkeypatch):
     """Count the assignment problems that are solved."""
     calls = []
-    solve = alignment.linear_sum_assignment
+    solve = matching.linear_sum_assignment
     monkeypatch.setattr(
-        alignment, "linear_sum_assignment", lambda *args, **kw: calls.append(args[0].shape) or solve(*args, **kw)
+        matching, "linear_sum_assignment", lambda *args, **kw: calls.append(args[0].shape) or solve(*args, **kw)
     )
     return calls
 
@@ -319,9 +320,9 @@ def test_the_score_is_its_definition(kind):
         "t": (7, 3),
     }
     state, reference = ({k: torch.randn(s, generator=generator) for k, s in shapes.items()} for _ in range(2))
-    mlp = Group("mlp", 6, (Part("fc1"), Part("b1"), Part("dw"), Part("fc2", 1)))
+    mlp = PermutationGroup("mlp", 6, (Part("fc1"), Part("b1"), Part("dw"), Part("fc2", 1)))
     q, k, v = ((Part("qkv", 0, o, 2), Part("qb", 0, o, 2)) for o in (0, 6, 12))
-    heads = Group("attn", 3, (Part("t", 1),), ((q, k), (v, (Part("out", 1, 0, 2),))))
+    heads = PermutationGroup("attn", 3, (Part("t", 1),), ((q, k), (v, (Part("out", 1, 0, 2),))))
     element = {key: torch.rand(shape, generator=generator) * 3e-5 for key, shape in shapes.items()}
     known = {
         "none": {},
@@ -330,27 +331,31 @@ def test_the_score_is_its_definition(kind):
         "scalar": {key: v.mean() for key, v in element.items()},
     }[kind]
     for group in (mlp, heads):
-        found = alignment._score(group, state, reference, alignment._relative(group, state, known)).double().numpy()
+        found = (
+            matching.pair_scores(group, state, reference, matching.relative_precision(group, state, known))
+            .double()
+            .numpy()
+        )
         np.testing.assert_allclose(found, brute(group, state, reference, known), rtol=1e-4, atol=1e-5)
 
 
 def test_the_short_look_claims_only_what_the_long_one_confirms():
     """From near to far: the short look claims the identity only where it is the best matching."""
     generator = torch.Generator().manual_seed(0)
-    group, claims = Group("mlp", 12, (Part("w"), Part("b"))), 0
+    group, claims = PermutationGroup("mlp", 12, (Part("w"), Part("b"))), 0
     reference = {"w": torch.randn(12, 160, generator=generator), "b": torch.randn(12, generator=generator)}
     for size in torch.linspace(0.02, 1.0, 60).tolist():
         site = trained(reference, int(size * 1000), size)
         precision = {key: torch.rand(value.shape, generator=generator) for key, value in site.items()}
-        known = alignment._relative(group, site, precision)
-        if alignment._settled(alignment._rows(group, site, reference, known)):
+        known = matching.relative_precision(group, site, precision)
+        if matching.settled(matching.compared_rows(group, site, reference, known)):
             claims += 1
-            assert alignment._matching(alignment._score(group, site, reference, known)) is None
+            assert matching.best_matching(matching.pair_scores(group, site, reference, known)) is None
     assert 5 < claims < 50
 
 
 def test_precise_weights_decide_where_weights_disagree():
-    group = Group("mlp", 2, (Part("a"), Part("b")))
+    group = PermutationGroup("mlp", 2, (Part("a"), Part("b")))
     reference = {"a": torch.tensor([[0.0], [1.0]]), "b": torch.tensor([[0.0], [1.0]])}
     site = {"a": torch.tensor([[1.0], [0.0]]), "b": torch.tensor([[-0.2], [1.2]])}
     sharp = {"a": torch.full((2, 1), 9.0), "b": torch.full((2, 1), 1.0)}
@@ -361,16 +366,16 @@ def test_precise_weights_decide_where_weights_disagree():
 
 def test_a_matching_that_gains_little_is_refused(monkeypatch, matchings):
     generator = torch.Generator().manual_seed(0)
-    group = Group("mlp", 8, (Part("w"),))
+    group = PermutationGroup("mlp", 8, (Part("w"),))
     reference, site = ({"w": torch.randn(8, 20000, generator=generator)} for _ in range(2))
     assert align(site, reference, (group,)).permutations == {}
     assert len(matchings) == 1, "noise is matched a little better than by chance, and not by 5 %"
-    monkeypatch.setattr(alignment, "GAIN", 0.0)
+    monkeypatch.setattr(matching, "GAIN", 0.0)
     assert align(site, reference, (group,)).permutations
 
 
 def test_weights_that_are_not_finite_and_identical_units_stay():
-    group = Group("mlp", 4, (Part("w"),))
+    group = PermutationGroup("mlp", 4, (Part("w"),))
     reference = {"w": torch.ones(4, 3)}
     assert align({"w": torch.full((4, 3), math.nan)}, reference, (group,)).permutations == {}
     assert align({"w": torch.ones(4, 3)}, reference, (group,), {"w": torch.zeros(4, 3)}).permutations == {}

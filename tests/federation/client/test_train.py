@@ -8,7 +8,8 @@ from torch import Tensor
 
 from federation.aggregators import ClientObjective, FedAvg, FedBN, FedProx, Local
 from federation.aggregators.bayesian import BayesianAggregator
-from federation.alignment.align import permutation_groups, shuffle
+from federation.alignment.align import shuffle
+from federation.alignment.groups import permutation_groups
 from federation.bayes.curvature import SquaredGradients
 from federation.client.lightning_internals import build_site_trainer
 from federation.client.train import SiteState, TrainingInterrupt, local_keys, train_site, validate_site
