@@ -8,12 +8,14 @@ import textwrap
 from itertools import takewhile
 from pathlib import Path
 
+import lightning as L
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 
 from datamodules.labels_csv.columns import BoxColumns, ClassColumns, MaskColumns
 from datamodules.labels_csv.datamodule import LabelsCSVDataModule
-from mtmedformer.commands.main import COMMANDS
+from mtmedformer.commands.main import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -121,6 +123,38 @@ def test_every_class_path_that_a_page_names_exists():
             for path in re.findall(r"class_path: ([\w.]+)", body):
                 if not path.startswith("my_parts."):
                     assert import_object(path), f"{page.name} names {path}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any("\nmodel:" in f"\n{b}" for b in blocks(page, "yaml"))])
+def test_every_whole_configuration_parses(page, tmp_path, capsys):
+    for body in blocks(page, "yaml"):
+        if body.startswith("model:"):
+            (tmp_path / "config.yaml").write_text(body)
+            with pytest.raises(SystemExit) as end:
+                main(["fit", "--config", str(tmp_path / "config.yaml"), "--print_config"])
+            assert end.value.code == 0, page.name
+
+
+@named
+def test_every_data_module_of_a_page_is_built(page):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(L.LightningDataModule, "data")
+    for body in blocks(page, "yaml"):
+        if body.startswith("data:"):
+            built = parser.instantiate(parser.parse_object({"data": yaml.safe_load(body)["data"]}))
+            assert isinstance(built.data, L.LightningDataModule)
+
+
+def test_the_federation_in_python_trains(tmp_path, monkeypatch):
+    code = next(code for code in blocks(ROOT / "docs/python_api.md", "python") if "Federation(" in code)
+    small = 'root="phantom", sites={"a": PhantomSite(patients=6), "b": PhantomSite(patients=6)}, size=64, num_workers=0'
+    code = code.replace("import PhantomDataModule", "import PhantomDataModule, PhantomSite")
+    code = code.replace("image_size=128", f"image_size=64, {small}")
+    code = code.replace("max_epochs=4,", "max_epochs=2, accelerator='cpu', logger=False,")
+    monkeypatch.chdir(tmp_path)
+    space: dict = {}
+    exec(compile(code, "docs/python_api.md", "exec"), space)
+    assert [len(round_["sites"]) for round_ in space["federation"].history] == [2, 2]
 
 
 def test_every_option_of_a_table_of_your_own_is_documented():

@@ -19,7 +19,8 @@ from tests.fixtures.dicom_files import film, write_dicom
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
-FLAGS = [shlex.split(cell) for cell in re.findall(r"^\| [^|`]+ \| `(--[^`]+)`", TEXT, re.MULTILINE)]
+TABLES = TEXT + (ROOT / "docs/cli.md").read_text()
+FLAGS = sorted({tuple(shlex.split(cell)) for cell in re.findall(r"^\| [^|`]+ \| `(--[^`]+)`", TABLES, re.MULTILINE)})
 
 
 def blocks(kind):
