@@ -12,12 +12,18 @@ from callbacks.reports.metrics_table import MetricsReport, MetricsTable
 from callbacks.reports.model_report import ModelReport
 from callbacks.reports.overlays import Overlays
 from callbacks.reports.reliability_report import ReliabilityReport
-from callbacks.run.atomic_checkpoints import AtomicCheckpoints
-from callbacks.run.checkpoints import LastCheckpoint, ResumePoint
-from callbacks.run.model_summary import PartsSummary
-from callbacks.run.quarantine_report import QuarantineReport
-from callbacks.run.run_folder import RunLogger, SaveRunConfig, claim_run_folder, latest_run_folder, run_folder_of
-from callbacks.run.wandb_run import WandbRecord, record_in_wandb
+from callbacks.run.checkpoints import AtomicCheckpoints, LastCheckpoint, ResumePoint
+from callbacks.run.model_summary import PartsSummary, StartWeights
+from callbacks.run.run_folder import (
+    QuarantineReport,
+    RunFolder,
+    RunStart,
+    is_run_folder_of,
+    latest_run_folder,
+    run_folder_of,
+)
+from callbacks.run.run_logger import RunLogger
+from callbacks.run.wandb_run import WandbRecord, run_identity
 
 __all__ = [
     "AtomicCheckpoints",
@@ -37,12 +43,14 @@ __all__ = [
     "QuarantineReport",
     "ReliabilityReport",
     "ResumePoint",
+    "RunFolder",
     "RunLogger",
-    "SaveRunConfig",
+    "RunStart",
+    "StartWeights",
     "TunePosterior",
     "WandbRecord",
-    "claim_run_folder",
+    "is_run_folder_of",
     "latest_run_folder",
-    "record_in_wandb",
     "run_folder_of",
+    "run_identity",
 ]

@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 
@@ -20,24 +19,6 @@ class SiteLoggers:
     def __init__(self) -> None:
         self._group: str | None = None
         self._open: dict[str, WandbLogger] = {}
-
-    def resume_server(self, loggers: object, checkpoint: str) -> None:
-        """Let the server's logger go on with the run of the federation that is resumed, unless it was given another.
-
-        Args:
-            loggers: The Trainer's loggers, before they have opened anything.
-            checkpoint: The checkpoint that is resumed from.
-        """
-        server = (
-            next((lg for lg in loggers if isinstance(lg, WandbLogger)), None) if isinstance(loggers, list) else None
-        )
-        if server is None or server._wandb_init.get("id") or "WANDB_SWEEP_ID" in os.environ:
-            return
-        stored = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
-        run = stored.get("callbacks", {}).get("Federation", {}).get("loggers", {}).get("group")
-        if run:
-            server._wandb_init |= {"id": run, "resume": "allow"}
-            server._id = run
 
     def open(self, trainer: L.Trainer) -> None:
         """Note the server's run, on every process."""

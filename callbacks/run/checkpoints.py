@@ -1,21 +1,29 @@
-"""A checkpoint to resume from at every moment: before the first step, after Ctrl-C, after a crash."""
+"""Checkpoints: one to resume from at every moment (before the first step, after Ctrl-C or a crash), each whole."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
+
+from callbacks.run.lightning_internals import load_loader_states
+from mtmedformer.storage.atomic_write import whole
 
 
 class ResumePoint(Callback):
-    """Keeps ``checkpoints/last.ckpt`` valid from the first step on, and stops cleanly on the first Ctrl-C.
+    """Keeps a valid ``checkpoints/last.ckpt`` from the first step on, and stops at the first Ctrl-C.
 
-    The first Ctrl-C (or SIGTERM handled as one) lets the running step finish, saves, and stops; a second one stops at
-    once. A resumed run goes on with the very next batch, so that it ends in the same weights as an uninterrupted one.
+    After the first Ctrl-C (or a SIGTERM handled like it) the running step is finished, the state is saved, and training
+    stops; the second one stops at once. A resumed run continues with the next batch and ends with the same weights as
+    an uninterrupted one.
 
     Args:
         folder: Folder of the checkpoints.
@@ -28,38 +36,41 @@ class ResumePoint(Callback):
 
     @property
     def stopping(self) -> bool:
-        """Whether Ctrl-C was pressed and the run is about to stop; what runs within a step may stop at once."""
+        """Whether Ctrl-C was pressed; long work within a step may then stop at once."""
         return self._stop
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the starting point and listen for Ctrl-C."""
+        """Save the starting state and handle Ctrl-C."""
         self._stop = False
-        # Lightning gives the loader its state back only if nothing (such as the schedule) has asked for it before
-        trainer.fit_loop._load_combined_loader_states()
-        if not getattr(trainer, "fast_dev_run", False) and trainer.global_step == 0:
-            trainer.save_checkpoint(self.file, weights_only=False)
+        load_loader_states(trainer)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if trainer.global_step == 0:
+                trainer.save_checkpoint(self.file, weights_only=False)
+            elif trainer.ckpt_path and trainer.is_global_zero and not self.file.exists():  # resumed in a new run folder
+                with whole(self.file) as part:
+                    shutil.copyfile(trainer.ckpt_path, part)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop where Ctrl-C was pressed in the last step of the epoch before, which is saved by now."""
+        """Stop after a Ctrl-C in the last step of the epoch before; its checkpoint has been written."""
         if self._stop:
             self._restore_handler()
             raise KeyboardInterrupt
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Save and stop where Ctrl-C was pressed during this step; after an epoch's last step, validate first."""
+        """Save and stop after a Ctrl-C in this step; the last step of an epoch is followed by validation first."""
         if self._stop and not trainer.is_last_batch:
             trainer.save_checkpoint(self.file, weights_only=False)
             self._restore_handler()
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give Ctrl-C back its usual meaning."""
+        """Restore the usual handling of Ctrl-C."""
         self._restore_handler()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give Ctrl-C back its usual meaning and say where to resume."""
+        """Restore the usual handling of Ctrl-C and print how to resume."""
         self._restore_handler()
         if self.file.exists() and trainer.training:
             rank_zero_info(f"Stopped at epoch {trainer.current_epoch}. Resume with: --ckpt_path {self.file}")
@@ -80,8 +91,8 @@ class ResumePoint(Callback):
 class LastCheckpoint(ModelCheckpoint):
     """Writes ``last.ckpt`` after every epoch.
 
-    A ``ModelCheckpoint`` that monitors a metric writes its ``save_last`` only in epochs that set a new best, so that a
-    run stopped later would resume from long ago.
+    The ``save_last`` of a ``ModelCheckpoint`` that monitors a metric is not enough: it is written only in epochs with a
+    new best value.
 
     Args:
         folder: Folder of the checkpoints.
@@ -89,3 +100,38 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder, filename="last", enable_version_counter=False)
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes each checkpoint to a temporary file beside its final path, and moves it there once it is on the disk.
+
+    Lightning uses the system's folder for temporary files. If that is on another disk, the move is a copy, which can
+    be interrupted.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint.
+
+        Args:
+            checkpoint: The checkpoint.
+            path: A local path.
+            storage_options: Passed to Lightning; a local file has none.
+
+        Raises:
+            OSError: It cannot be written; the earlier file is unchanged.
+        """
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{file.name}.partial")
+        try:
+            with partial.open("wb") as stream:
+                torch.save(checkpoint, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, file)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise

@@ -1,4 +1,4 @@
-"""Which images and labels a run was trained with, in a hash and counts: no name, no id, no path, no patient."""
+"""The identity of the data of a run: a digest and counts, without names, ids, paths or patients."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections import Counter
 from typing import Any
 
 from federation.datamodule import FederatedDataModule
+from mtmedformer.protocols import ClassLabels, RecordDataset, SplitData
 
 LENGTH = 16
 """Hexadecimal digits the hash is cut to."""
 
 
 def data_identity(data: Any) -> dict[str, Any]:
-    """Return what tells one data set, split and preparation from another.
+    """Return what distinguishes one data set, split and preprocessing from another.
 
-    The hash covers, for every split that is set up, the content of the images, masks and boxes as the network gets them
-    (the names of their cache entries) and the class labels. A corrected label, another split or another input size
+    The digest covers, for every split that is set up, the content of the images, masks and boxes as the network gets
+    them (the keys of their cache entries) and the class labels. A corrected label, another split or another input size
     changes it; a moved folder does not.
 
     Args:
@@ -24,33 +25,34 @@ def data_identity(data: Any) -> dict[str, Any]:
 
     Returns:
         ``dataset``, its class; ``digest``; ``images``, ``patients`` and ``labelled`` (images by task) of each split;
-        for a federation ``sites``, the same for each site. Nothing but the class for data modules of another making.
+        for a federation ``sites``, the same for each site. Only ``dataset`` for a data module without records.
     """
+    name = type(data).__name__
     if isinstance(data, FederatedDataModule):
-        sites = {name: data_identity(site.source) for name, site in data.sites.items()}
-        told = [f"{name} {site.get('digest')}" for name, site in sorted(sites.items())]
-        return {"dataset": type(data).__name__, "digest": _digest(told), "sites": sites}
-    found: dict[str, Any] = {"dataset": type(data).__name__, "images": {}, "patients": {}, "labelled": {}}
-    lines: list[str] = []
-    for split, images in sorted(getattr(data, "datasets", {}).items()):
-        if not (hasattr(images, "records") and hasattr(images, "keys") and hasattr(images, "tasks")):
+        sites = {site: data_identity(one.source) for site, one in data.sites.items()}
+        lines = [f"{site} {identity.get('digest')}" for site, identity in sorted(sites.items())]
+        return {"dataset": name, "digest": _digest(lines), "sites": sites}
+    splits = sorted(data.datasets.items()) if isinstance(data, SplitData) else []
+    counts: dict[str, dict[str, Any]] = {"images": {}, "patients": {}, "labelled": {}}
+    lines = []
+    for split, images in splits:
+        if not isinstance(images, RecordDataset):
             continue
         records = images.records
-        found["images"][split] = len(records)
-        found["patients"][split] = len({record.patient for record in records})
+        counts["images"][split] = len(records)
+        counts["patients"][split] = len({record.patient for record in records})
         labelled = Counter(task for record in records for task in record.truth if task in images.tasks)
-        found["labelled"][split] = dict(sorted(labelled.items()))
+        counts["labelled"][split] = dict(sorted(labelled.items()))
         lines += [
             f"{split} {key} {_classes(record, images.tasks)}" for record, key in zip(records, images.keys, strict=True)
         ]
-    return found | {"digest": _digest(sorted(lines))} if lines else {"dataset": found["dataset"]}
+    return {"dataset": name, **counts, "digest": _digest(sorted(lines))} if lines else {"dataset": name}
 
 
 def _classes(record: Any, tasks: Any) -> str:
-    """Return a record's class labels as text; boxes and masks are in its key."""
-    return " ".join(
-        f"{name}={getattr(truth, 'values', '')}" for name, truth in sorted(record.truth.items()) if name in tasks
-    )
+    """Return a record's class labels as text; boxes and masks are part of its key."""
+    truths = sorted((name, truth) for name, truth in record.truth.items() if name in tasks)
+    return " ".join(f"{name}={truth.values if isinstance(truth, ClassLabels) else ''}" for name, truth in truths)
 
 
 def _digest(lines: list[str]) -> str:

@@ -1,45 +1,98 @@
-"""The run folder: one place for config, metrics, checkpoints and pictures of a run, never written over."""
+"""The run folder: its choice, its creation once a run starts, and the files that are written first."""
 
 from __future__ import annotations
 
-import csv
+import fcntl
+import hashlib
 import os
-import warnings
+import re
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+from mtmedformer.errors import ConfigError
+from mtmedformer.protocols import QuarantiningData
+from mtmedformer.storage.atomic_write import whole
 
 RUN_DIR = "MTMEDFORMER_RUN_DIR"
-"""Environment variable by which the first process of a run tells the processes it launches which folder it took."""
+"""Environment variable with the run folder, for the processes that the first process of a run launches."""
+
+LOCK = "run.lock"
+"""Empty file that marks a folder as taken by a run."""
 
 
-def claim_run_folder(root: Path) -> Path:
-    """Create and return ``root``, or ``root-2``, ``root-3`` … where an earlier run lies in it.
+class RunFolder:
+    """The folder of one run: chosen at once, created only when the run starts.
 
-    Only the first process of a run claims a folder; the ones it launches are told.
+    ``path`` is ``root``, or ``root-2``, ``root-3``, … where an earlier run lies in it. Until the folder is created, a
+    lock in the system's folder for temporary files keeps the other runs of this computer from choosing the same one.
+    Processes that the first process of a run launches get its choice from the environment.
+
+    Args:
+        root: The configured folder.
+
+    Attributes:
+        path: The folder of this run.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        return Path(os.environ.get(RUN_DIR, root))
-    folder, number = root, 1
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            (folder / "run.lock").touch(exist_ok=False)  # two runs started at once take two folders
-            break
-        except FileExistsError:
+
+    def __init__(self, root: Path) -> None:
+        self._lock: TextIO | None = None
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            self.path = Path(os.environ.get(RUN_DIR, root))
+            return
+        self.path, number = root, 1
+        while not self._reserve():
             number += 1
-            folder = root.with_name(f"{root.name}-{number}")
-    os.environ[RUN_DIR] = str(folder)
-    return folder
+            self.path = root.with_name(f"{root.name}-{number}")
+        os.environ[RUN_DIR] = str(self.path)
+
+    def create(self) -> None:
+        """Create the folder and mark it as taken; does nothing in a launched process, or the second time.
+
+        Raises:
+            ConfigError: Another computer has created it in the meantime.
+        """
+        if self._lock is None:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            (self.path / LOCK).touch(exist_ok=False)
+        except FileExistsError:
+            raise ConfigError(f"{self.path}: another run has just taken this run folder; start again") from None
+        self.release()
+
+    def release(self) -> None:
+        """Give up the reservation of a folder that was not created."""
+        if self._lock is not None:
+            Path(self._lock.name).unlink(missing_ok=True)
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            self._lock.close()
+            self._lock = None
+
+    def _reserve(self) -> bool:
+        name = hashlib.sha256(str(self.path.absolute()).encode()).hexdigest()[:16]
+        file = Path(tempfile.gettempdir(), f"mtmedformer-{os.getuid()}-{name}.lock")
+        lock = file.open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return False
+        self._lock = lock
+        if (self.path / LOCK).exists():
+            self.release()
+            return False
+        return True
 
 
 def latest_run_folder(root: Path) -> Path:
     """Return the newest of ``root``, ``root-2``, ``root-3`` … that a run has taken; ``root`` where none has."""
     folder, number = root, 2
-    while (newer := root.with_name(f"{root.name}-{number}")).joinpath("run.lock").exists():
+    while (newer := root.with_name(f"{root.name}-{number}")).joinpath(LOCK).exists():
         folder, number = newer, number + 1
     return folder
 
@@ -49,60 +102,83 @@ def run_folder_of(checkpoint: Path) -> Path | None:
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
 
 
-class RunLogger(CSVLogger):
-    """Writes ``metrics.csv`` into the run folder, going on with the rows of the run it resumes.
+def is_run_folder_of(root: Path, folder: Path) -> bool:
+    """Return whether ``folder`` is ``root`` or one of ``root-2``, ``root-3`` …, existing or not."""
+    root, folder = root.absolute(), folder.absolute()
+    return root.parent == folder.parent and re.fullmatch(rf"{re.escape(root.name)}(-\d+)?", folder.name) is not None
+
+
+class AtStart(Callback):
+    """Base of callbacks that write once, when everything is set up and the first batch is next.
+
+    A run that fails before has written nothing.
+    """
+
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write, on the first process."""
+        raise NotImplementedError
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write at the start of ``fit``."""
+        self._start(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write at the start of ``validate``; the validation within ``fit`` writes nothing."""
+        if trainer.state.fn == "validate":
+            self._start(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write at the start of ``test``."""
+        self._start(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write at the start of ``predict``."""
+        self._start(trainer, pl_module)
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.start(trainer, pl_module)
+
+
+class RunStart(AtStart):
+    """Creates the run folder, and saves the resolved configuration in it and in the loggers that keep one.
+
+    Args:
+        folder: The run folder.
+        config: The whole configuration, as plain values.
+        filename: Name of the configuration's file in the run folder.
+    """
+
+    def __init__(self, folder: RunFolder | Path, config: dict[str, Any], filename: str = "config.yaml") -> None:
+        self.folder, self.config, self.filename = folder, config, filename
+
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Create the folder and write the configuration."""
+        if isinstance(self.folder, RunFolder):
+            self.folder.create()
+        folder = self.folder.path if isinstance(self.folder, RunFolder) else self.folder
+        with whole(folder / self.filename) as part:
+            part.write_text(yaml.safe_dump(self.config, sort_keys=False), encoding="utf-8")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update(self.config, allow_val_change=True)
+            else:
+                logger.log_hyperparams(self.config)
+
+
+class QuarantineReport(AtStart):
+    """Writes ``quarantine.csv``, the list of the items that a data set could not use.
 
     Args:
         folder: The run folder.
     """
 
     def __init__(self, folder: str) -> None:
-        earlier = _rows(Path(folder, "metrics.csv"))
-        super().__init__(folder, name="", version="", flush_logs_every_n_steps=10)
-        self._earlier = earlier
+        self.folder = Path(folder)
 
-    @property
-    def experiment(self) -> Any:
-        """The writer of ``metrics.csv``; on its first use the rows of the resumed run are put back."""
-        fresh = self._experiment is None
-        with warnings.catch_warnings():  # the folder is not empty: it holds this very run's config and lock
-            warnings.filterwarnings("ignore", "Experiment logs directory")
-            writer = super().experiment
-        if fresh and self._earlier and self._experiment is not None:  # the first process alone has a writer
-            writer.metrics = [*self._earlier, *writer.metrics]
-            self._earlier = []
-        return writer
-
-    def log_hyperparams(self, params: Any = None) -> None:
-        """Do nothing: ``config.yaml`` already holds every hyperparameter."""
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
-    whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")  # a killed run may have left half of its last line
-    return [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(whole.splitlines())]
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Saves the resolved configuration into the run folder and into every logger that keeps one (W&B, TensorBoard)."""
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Send the configuration to the loggers."""
-        config = self.config.as_dict()
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.config.update(_plain(config), allow_val_change=True)
-            elif isinstance(logger, Logger) and not isinstance(logger, CSVLogger):
-                logger.log_hyperparams(_plain(config))
-
-
-def _plain(value: Any) -> Any:
-    """Turn namespaces and paths into dicts and strings."""
-    if hasattr(value, "as_dict"):
-        value = value.as_dict()
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the list, where the data set keeps one."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, QuarantiningData):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            data.quarantine.write(self.folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,41 +17,44 @@ from lightning.pytorch.loggers import WandbLogger
 
 import mtmedformer
 from callbacks.run.data_identity import data_identity
+from federation.datamodule import FederatedDataModule
 from mtmedformer.inference.results import NOTE
+from mtmedformer.module import MultiTaskModule
+from mtmedformer.protocols import RunsRounds
 
 TAG = 64
 """Longest tag W&B takes."""
 
 
-def record_in_wandb(
-    loggers: object, folder: Path, command: str, checkpoint: str | None, rounds: bool
-) -> list[Callback]:
-    """Prepare the W&B logger, if there is one, and return the callback that records the run in it.
+def run_identity(
+    configured: Mapping[str, Any], folder: Path, command: str, checkpoint: str | None, rounds: bool
+) -> dict[str, str]:
+    """Return the identity of a run in W&B, as arguments of ``WandbLogger``.
 
-    Only what the configuration, the environment and a sweep leave open is filled in. A ``fit`` that is resumed goes on
-    with its own run.
+    Only what the configuration, the environment and a sweep leave open is returned.
 
     Args:
-        loggers: The Trainer's loggers, before they have opened anything.
-        folder: The run folder, whose name becomes the run's.
+        configured: The arguments of ``WandbLogger`` in the configuration.
+        folder: The run folder, whose name becomes the name of the run.
         command: ``fit``, ``validate``, ``test`` or ``predict``.
-        checkpoint: The checkpoint that ``fit`` is resumed from.
-        rounds: Whether a federation is trained, whose sites have runs in one group with the server's.
+        checkpoint: The checkpoint of the run that is continued: its W&B run is continued too; ``None`` starts a run.
+        rounds: Whether a federation is trained, whose sites have runs in one group with the server's run.
+
+    Returns:
+        Some of ``id``, ``name``, ``group`` and ``job_type``.
     """
-    logger = next((lg for lg in loggers if isinstance(lg, WandbLogger)), None) if isinstance(loggers, list) else None
-    if logger is None:
-        return []
-    init = logger._wandb_init  # what wandb.init will get; there is no public way to fill what is open
+    values: dict[str, str] = {}
     if "WANDB_SWEEP_ID" not in os.environ and "WANDB_RUN_ID" not in os.environ:
-        if init.get("id") is None and command == "fit":
-            init["id"] = logger._id = _run_of(checkpoint) or uuid4().hex[:8]
-        if init.get("name") is None and "WANDB_NAME" not in os.environ:
-            init["name"] = logger._name = folder.name
-        if init.get("group") is None and "WANDB_RUN_GROUP" not in os.environ:
-            init["group"] = init["id"] if rounds else re.sub(r"-\d+$", "", folder.name)
-    if init.get("job_type") is None and "WANDB_JOB_TYPE" not in os.environ:
-        init["job_type"] = "server" if rounds else command
-    return [WandbRecord(folder)]
+        own = configured.get("id") or configured.get("version")
+        if own is None and command == "fit":
+            own = values["id"] = _run_of(checkpoint) or uuid4().hex[:8]
+        if "WANDB_NAME" not in os.environ:
+            values["name"] = folder.name
+        if "WANDB_RUN_GROUP" not in os.environ:
+            values["group"] = str(own) if rounds else re.sub(r"-\d+$", "", folder.name)
+    if "WANDB_JOB_TYPE" not in os.environ:
+        values["job_type"] = "server" if rounds else command
+    return {key: value for key, value in values.items() if configured.get(key) is None}
 
 
 class WandbRecord(Callback):
@@ -58,28 +62,29 @@ class WandbRecord(Callback):
 
     Args:
         folder: The run folder.
+        artifact: Whether to log the artifact; not where the logger does it itself (``log_model``).
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, artifact: bool = True) -> None:
+        self.folder, self.artifact = folder, artifact
         self.run: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say what is trained, with which code, on which data."""
+        """Log the model, the code version and the identity of the data."""
         logger = _logger(trainer)
         if logger is None or not trainer.is_global_zero:
             return
-        data, run = getattr(trainer, "datamodule", None), logger.experiment
+        data, run = trainer.datamodule, logger.experiment  # type: ignore[attr-defined]
         self.run = str(run.id)
         run.tags = tuple(dict.fromkeys([*(run.tags or ()), *_tags(trainer, pl_module, data)]))
         facts = {"note": NOTE, "run_folder": self.folder.name, "code": code_version(), "data": data_identity(data)}
         run.config.update({"record": facts}, allow_val_change=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the best checkpoint, unless the logger was asked to log checkpoints itself (``log_model``)."""
+        """Log the best checkpoint."""
         logger = _logger(trainer)
         best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor), None)
-        if logger is None or not trainer.is_global_zero or logger._log_model or best is None:
+        if logger is None or not trainer.is_global_zero or not self.artifact or best is None:
             return
         file, score = Path(best.best_model_path), best.best_model_score
         if not file.is_file():  # nothing was validated
@@ -99,11 +104,11 @@ class WandbRecord(Callback):
 def code_version() -> dict[str, Any]:
     """Return the version, and the git commit and whether files differ from it where the code lies in a repository."""
     home = Path(mtmedformer.__file__).resolve().parent.parent
-    found: dict[str, Any] = {"version": mtmedformer.__version__}
+    code: dict[str, Any] = {"version": mtmedformer.__version__}
     if _git(home, "ls-files", "--error-unmatch", "mtmedformer/__init__.py") is None:
-        return found  # not a checkout: an enclosing repository of somebody else says nothing about this code
+        return code  # not a checkout; a repository around an installation is not of this code
     changed = _git(home, "status", "--porcelain", "--untracked-files=no")
-    return found | {"commit": _git(home, "rev-parse", "HEAD"), "changed": bool(changed)}
+    return code | {"commit": _git(home, "rev-parse", "HEAD"), "changed": bool(changed)}
 
 
 def _git(home: Path, *arguments: str) -> str | None:
@@ -115,11 +120,12 @@ def _git(home: Path, *arguments: str) -> str | None:
 
 
 def _tags(trainer: Trainer, pl_module: LightningModule, data: Any) -> list[str]:
-    rounds = any(getattr(callback, "runs_rounds", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    encoder = getattr(getattr(pl_module, "encoder", None), "name", None)
-    source = type(getattr(data, "data", None) or data).__name__.removesuffix("DataModule")
-    words = [encoder, source if data is not None else None, "federated" if rounds else None]
-    return [str(word)[:TAG] for word in (*words, *getattr(pl_module, "tasks", {})) if word]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    rounds = any(callback.runs_rounds for callback in callbacks if isinstance(callback, RunsRounds))
+    model = [pl_module.encoder.name, *pl_module.tasks] if isinstance(pl_module, MultiTaskModule) else []
+    source = data.data or data if isinstance(data, FederatedDataModule) else data
+    words = [*model, "" if data is None else type(source).__name__.removesuffix("DataModule")]
+    return [word[:TAG] for word in (*words, "federated" if rounds else "") if word]
 
 
 def _run_of(checkpoint: str | None) -> str | None:

@@ -1,8 +1,15 @@
-"""The configuration a checkpoint was trained with, as the base that the command line overrides."""
+"""The configuration of a checkpoint: base of the command line, and what decides whether a run is continued.
+
+A resumed ``fit`` continues in the run folder of its checkpoint only if it trains the same thing. Compared are the
+sections ``seed_everything``, ``model``, ``data``, ``optimizer``, ``lr_scheduler`` and ``federation`` without
+``FREE_KEYS``, and the ``TRAINER_KEYS`` of ``trainer``. Everything else may change: ``trainer.max_epochs`` and other
+limits, devices, loggers, callbacks.
+"""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,9 +21,20 @@ from mtmedformer.errors import ConfigError
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
+COMPARED = ("seed_everything", "model", "data", "optimizer", "lr_scheduler", "federation")
+"""Sections that are the same in a run and its continuation."""
+
+TRAINER_KEYS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+"""Keys of ``trainer`` that are the same, too: they decide what a step does."""
+
+FREE_KEYS = frozenset(
+    {"num_workers", "cache_dir", "cache_max_gb", "predict_split", "placement", "sites_at_once", "policy"}
+)
+"""Keys within the compared sections that may differ: where and how fast, but not what is trained."""
+
 
 def with_checkpoint_base(argv: list[str], stack: ExitStack) -> list[str]:
-    """Put the checkpoint's own model (and its run's data) before the user's arguments, which then win key by key."""
+    """Put the model of the checkpoint, and the data of its run, before the user's arguments, which override them."""
     checkpoint = _value(argv, "--ckpt_path")
     if not argv or argv[0] not in LIGHTNING_COMMANDS or not checkpoint or not Path(checkpoint).is_file():
         return argv
@@ -33,8 +51,8 @@ def with_checkpoint_base(argv: list[str], stack: ExitStack) -> list[str]:
         hparams.pop("_instantiator", None)
         base["model"] = {"class_path": class_path, "init_args": hparams}
     folder = Path(checkpoint).parent.parent
-    if argv[0] != "fit" and (folder / "config.yaml").is_file() and not _configures(argv, "data"):
-        base["data"] = yaml.safe_load((folder / "config.yaml").read_text())["data"]
+    if argv[0] != "fit" and not _configures(argv, "data") and (run := run_config(folder)):
+        base["data"] = run.get("data")
     if not base:
         return argv
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -64,6 +82,55 @@ def _value(argv: list[str], option: str) -> str | None:
         elif a.startswith(f"{option}="):
             found = a.split("=", 1)[1]
     return found
+
+
+def difference(run: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Return the first key in which two configurations of ``fit`` train different things, with both values.
+
+    Args:
+        run: Configuration of the run that the checkpoint is of.
+        now: Configuration of this command.
+    """
+    trainers = [{f"trainer.{key}": config.get("trainer", {}).get(key) for key in TRAINER_KEYS} for config in (run, now)]
+    before, after = (
+        _flat({key: config.get(key) for key in COMPARED}) | trainer
+        for config, trainer in zip((run, now), trainers, strict=True)
+    )
+    for key in [*after, *before]:
+        old, new = before.get(key), after.get(key)
+        if old != new and not FREE_KEYS & set(key.split(".")):
+            return f"{key.replace('.init_args', '')}={_short(new)}, but the run was trained with {_short(old)}"
+    return None
+
+
+def run_config(folder: Path) -> dict[str, Any] | None:
+    """Return the configuration in a run folder; ``None`` where there is none.
+
+    Raises:
+        ConfigError: The file is not a configuration.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return None
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: not the configuration of a run ({type(error).__name__})") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file}: not the configuration of a run")
+    return config
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dictionaries by their dotted keys."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {key: leaf for name, one in value.items() for key, leaf in _flat(one, f"{prefix}.{name}".strip(".")).items()}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def existing_checkpoint(checkpoint: Path) -> Path:

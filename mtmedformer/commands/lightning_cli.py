@@ -10,20 +10,24 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn
 
+import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, instantiate_class
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
 
 import callbacks
 import datamodules
 import federation
 import mtmedformer
-from mtmedformer.commands.checkpoint_config import existing_checkpoint, with_checkpoint_base
-from mtmedformer.commands.messages import paragraph
+from mtmedformer.commands.checkpoint_config import difference, existing_checkpoint, run_config, with_checkpoint_base
+from mtmedformer.commands.messages import parser_message
 from mtmedformer.commands.predict_images import with_images
 from mtmedformer.errors import ConfigError
 
@@ -53,40 +57,48 @@ def check_packages() -> None:
 
 
 class Parser(LightningArgumentParser):
-    """Reports a mistake in the configuration as one paragraph instead of a usage page and a traceback."""
+    """Reports an error in the configuration as one sentence instead of a usage page and a traceback."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise the mistake as a ``ConfigError``."""
-        raise ConfigError(paragraph(message)) from ex
+        """Raise the error as a ``ConfigError``."""
+        keys = [key.split(".") for key in self.get_defaults().keys()]  # noqa: SIM118 (a Namespace, not a dict)
+        known = {".".join(key[:length]) for key in keys for length in range(1, len(key) + 1)}
+        raise ConfigError(parser_message(message, ex, known)) from ex
 
 
 class CommandLine(LightningCLI):
-    """LightningCLI for MTMedFormer: run folders, defaults of the house, and its known traps closed.
+    """LightningCLI with run folders and the callbacks that every run needs; the constructor runs the command.
 
     Args:
         argv: Arguments as on the command line, the subcommand first.
+
+    Attributes:
+        run_folder: The run folder.
+        new_folder: Its reservation, where it is a new one.
+        continues: Whether ``fit`` continues the run in the folder.
     """
 
     def __init__(self, argv: list[str]) -> None:
         self.argv = argv
-        self.run_folder: Path | None = None
-        super().__init__(
-            model_class=LightningModule,
-            datamodule_class=LightningDataModule,  # a single data set, or a federation of several
-            save_config_callback=callbacks.SaveRunConfig,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            trainer_defaults={"log_every_n_steps": 10},
-            parser_class=Parser,
-            parser_kwargs={
-                "description": "Train one transformer on several tasks in the same medical image.",
-                "epilog": "Also: 'mtmedformer fingerprint --config …' describes a data set before you train on it; "
-                "'mtmedformer predict --ckpt_path … --images DIR --output DIR' predicts plain files.",
-                "version": mtmedformer.__version__,
-            },
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-        )
+        self.run_folder = Path()
+        self.new_folder: callbacks.RunFolder | None = None
+        self.continues = False
+        with ExitStack() as self.resources:
+            super().__init__(
+                model_class=LightningModule,
+                datamodule_class=LightningDataModule,  # a single data set, or a federation of several
+                save_config_callback=None,  # RunStart saves it, once the run starts
+                seed_everything_default=0,
+                trainer_defaults={"log_every_n_steps": 10},
+                parser_class=Parser,
+                parser_kwargs={
+                    "prog": "mtmedformer",
+                    "description": "Train one transformer on several tasks in the same medical image.",
+                    "version": mtmedformer.__version__,
+                },
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+            )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the ``federation`` key, which turns ``fit`` into rounds; the other subcommands take and ignore it."""
@@ -109,38 +121,101 @@ class CommandLine(LightningCLI):
             self.model.scheduler_factory = lambda opt: instantiate_class(opt, scheduler)
 
     def before_instantiate_classes(self) -> None:
-        """Choose the run folder and resolve ``--ckpt_path last`` and ``best``."""
+        """Resolve ``--ckpt_path``, choose the run folder and set the defaults that depend on the subcommand."""
         config = self.config[self.subcommand]
         root = Path(config.trainer.default_root_dir or "runs/run")
-        checkpoint = config.get("ckpt_path")
-        if checkpoint in {"last", "best"}:
-            latest = callbacks.latest_run_folder(root)
-            config.ckpt_path = str(existing_checkpoint(latest / "checkpoints" / f"{checkpoint}.ckpt"))
-        elif checkpoint:
-            existing_checkpoint(Path(checkpoint))
-        explicit = any(a.startswith("--trainer.default_root_dir") for a in self.argv)
-        folder = callbacks.run_folder_of(Path(config.ckpt_path)) if config.get("ckpt_path") else None
-        if folder is None or (explicit and self.subcommand != "fit"):
-            folder = (
-                callbacks.claim_run_folder(root)
-                if self.subcommand == "fit" and not config.trainer.fast_dev_run
-                else root
-            )
-        config.trainer.default_root_dir = str(folder)
+        keyword = config.get("ckpt_path") if config.get("ckpt_path") in {"last", "best"} else None
+        if keyword:
+            config.ckpt_path = str(callbacks.latest_run_folder(root) / "checkpoints" / f"{keyword}.ckpt")
+        if config.get("ckpt_path"):
+            existing_checkpoint(Path(config.ckpt_path))
+        if self.subcommand == "fit":
+            folder = self._folder_of_fit(root, keyword)
+        else:
+            explicit = any(a.startswith("--trainer.default_root_dir") for a in self.argv)
+            of_checkpoint = callbacks.run_folder_of(Path(config.ckpt_path)) if config.get("ckpt_path") else None
+            folder = root if explicit or of_checkpoint is None else of_checkpoint
         self.run_folder = folder
-        if self.subcommand != "fit":  # the config.yaml in the folder is that of its training
-            self.save_config_kwargs["config_filename"] = f"config_{self.subcommand}.yaml"
+        config.trainer.default_root_dir = str(folder)
         if self.subcommand == "predict" and not any(a.startswith("--return_predictions") for a in self.argv):
-            config.return_predictions = False  # they are written as they come; memory must not grow with them
+            config.return_predictions = False  # they are written to disk; memory must not grow with them
         if "verbose" in config and not any(a.startswith("--verbose") for a in self.argv):
-            config.verbose = False  # the report's own table says it better than Lightning's list
+            config.verbose = False  # MetricsTable and MetricsReport print the metrics
+
+    def _folder_of_fit(self, root: Path, keyword: str | None) -> Path:
+        """Return the folder of the run that is continued, or that of a new run, which is not created yet.
+
+        Args:
+            root: The configured folder.
+            keyword: ``last`` or ``best`` where ``--ckpt_path`` is one of them.
+
+        Raises:
+            ConfigError: ``last`` or ``best`` with another configuration than that of the run.
+        """
+        config = self.config["fit"]
+        if config.trainer.fast_dev_run:  # writes nothing
+            return root
+        folder = callbacks.run_folder_of(Path(config.ckpt_path)) if config.ckpt_path else None
+        if folder is not None:
+            run = run_config(folder)
+            differs = difference(run, self.resolved_config()) if run else None
+            if keyword and differs:
+                raise ConfigError(
+                    f"--ckpt_path={keyword} continues the run in {folder}, but {differs}. Keep its configuration, or "
+                    f"start a new run from that checkpoint with --ckpt_path={config.ckpt_path}, or from its weights "
+                    "alone with model.init_weights"
+                )
+            if keyword or (run and not differs and callbacks.is_run_folder_of(root, folder)):
+                self.continues = True
+                return folder
+        chosen = callbacks.RunFolder(root)
+        self.resources.callback(chosen.release)
+        self.new_folder = chosen
+        if folder is not None:
+            why = differs or (f"trainer.default_root_dir is {root}" if run else f"{folder} has no config.yaml")
+            rank_zero_info(f"Training from {config.ckpt_path} in a new run folder, {chosen.path}: {why}.")
+        return chosen.path
+
+    def resolved_config(self) -> dict[str, Any]:
+        """Return the whole configuration of the subcommand as plain values, all defaults filled in."""
+        config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+        return dict(config[str(self.subcommand)])
+
+    def instantiate_classes(self) -> None:
+        """Instantiate with the identity of the run in W&B filled in, which is not saved with the configuration."""
+        saved, self.record = self.config, self.resolved_config()
+        self.config = saved.clone()
+        config = self.config[self.subcommand]
+        for logger in _listed(config.trainer.logger):
+            if isinstance(logger, Namespace) and issubclass(resolve_name(logger.class_path), WandbLogger):
+                arguments = logger.init_args
+                rounds = self.subcommand == "fit" and config.get("federation") is not None
+                checkpoint = config.ckpt_path if self.continues else None
+                folder, subcommand = Path(self.run_folder), str(self.subcommand)
+                identity = callbacks.run_identity(arguments.as_dict(), folder, subcommand, checkpoint, rounds)
+                for key, value in identity.items():
+                    arguments[key] = value
+        super().instantiate_classes()
+        self.config = saved
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the Trainer with the run folder's logger and the callbacks every run needs."""
-        folder = str(self.run_folder)
+        """Build the Trainer with the loggers, checkpoints and callbacks that every run needs."""
+        config = self.config_init[self.subcommand]
+        trainer = config.trainer
+        plugins = _listed(trainer.plugins)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, callbacks.AtomicCheckpoints()]
+        if trainer.logger is not False:
+            loggers = [one for one in _listed(trainer.logger) if isinstance(one, Logger)]
+            kwargs["logger"] = [callbacks.RunLogger(str(self.run_folder)), *loggers]
+        kwargs["callbacks"] = self._callbacks(config, _listed(trainer.callbacks))
+        return super().instantiate_trainer(**kwargs)
+
+    def _callbacks(self, config: Namespace, chosen: list[Callback]) -> list[Callback]:
+        """Return the configured callbacks and those that every run needs, unless one of their kind is configured."""
+        folder, fits = str(self.run_folder), self.subcommand == "fit"
         checkpoints = f"{folder}/checkpoints"
-        trainer_config = self._get(self.config_init, "trainer")
-        chosen = list(trainer_config.get("callbacks") or [])
+        trainer = config.trainer
         defaults: list[tuple[type[Callback], Callable[[], Callback]]] = [
             (callbacks.QuarantineReport, lambda: callbacks.QuarantineReport(folder)),
             (callbacks.MetricsReport, lambda: callbacks.MetricsReport(folder)),
@@ -148,46 +223,39 @@ class CommandLine(LightningCLI):
             (callbacks.ModelReport, lambda: callbacks.ModelReport(folder)),
             (callbacks.PredictionWriter, lambda: callbacks.PredictionWriter(f"{folder}/predictions")),
         ]
-        if trainer_config.get("enable_model_summary") is not False:
+        if trainer.enable_model_summary is not False:
             defaults.append((ModelSummary, callbacks.PartsSummary))
-        if trainer_config.get("enable_progress_bar") is not False:
+        if trainer.enable_progress_bar is not False:
             defaults.append((ProgressBar, lambda: TQDMProgressBar(leave=True)))
         if self.subcommand in {"fit", "validate"}:
-            defaults += [
-                (callbacks.Overlays, lambda: callbacks.Overlays(folder)),
-                (callbacks.MetricsTable, callbacks.MetricsTable),
-            ]
-        if self.subcommand == "fit" and trainer_config.get("enable_checkpointing") is not False:
+            defaults.append((callbacks.Overlays, lambda: callbacks.Overlays(folder)))
+            defaults.append((callbacks.MetricsTable, callbacks.MetricsTable))
+        if fits and trainer.enable_checkpointing is not False:
             defaults += [
                 (callbacks.ResumePoint, lambda: callbacks.ResumePoint(checkpoints)),
                 (ModelCheckpoint, lambda: _best(checkpoints)),
                 (callbacks.LastCheckpoint, lambda: callbacks.LastCheckpoint(checkpoints)),
             ]
-        federation = self._get(self.config_init, "federation") if self.subcommand == "fit" else None
-        if federation is not None:
-            chosen.append(federation)
+        if fits and config.federation is not None:
+            chosen.append(config.federation)
             defaults.append((callbacks.FederationReport, lambda: callbacks.FederationReport(folder)))
-        chosen.sort(key=lambda callback: isinstance(callback, callbacks.PredictionWriter))  # writes what others add
+        chosen.sort(key=lambda callback: isinstance(callback, callbacks.PredictionWriter))  # after those that add files
         missing = [make() for kind, make in defaults if not any(isinstance(c, kind) for c in chosen)]
-        loggers = self._loggers(trainer_config.get("logger"))
-        if federation is not None and (checkpoint := self._get(self.config, "ckpt_path")):
-            federation.loggers.resume_server(loggers, checkpoint)
-        resumed = self._get(self.config, "ckpt_path") if self.subcommand == "fit" else None
-        missing += callbacks.record_in_wandb(
-            loggers, Path(folder), str(self.subcommand), resumed, federation is not None
-        )
-        plugins = trainer_config.get("plugins") or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            kwargs["plugins"] = [*plugins, callbacks.AtomicCheckpoints()]
-        return super().instantiate_trainer(callbacks=[*chosen, *missing], logger=loggers, **kwargs)
+        wandb = next((lg for lg in _listed(trainer.logger) if isinstance(lg, WandbLogger)), None)
+        if wandb is not None:
+            missing.append(callbacks.WandbRecord(Path(folder), artifact=not self._logs_checkpoints()))
+        name = "config.yaml" if fits else f"config_{self.subcommand}.yaml"
+        return [callbacks.RunStart(self.new_folder or self.run_folder, self.record, name), *chosen, *missing]
 
-    def _loggers(self, configured: Any) -> list[Logger] | bool:
-        if configured is False:
-            return False
-        chosen = [] if configured in (None, True) else configured if isinstance(configured, list) else [configured]
-        rows = callbacks.RunLogger(str(self.run_folder))  # the CSV is always written, whatever else is
-        return [*([] if any(isinstance(lg, CSVLogger) for lg in chosen) else [rows]), *chosen]
+    def _logs_checkpoints(self) -> bool:
+        """Return whether a configured W&B logger logs the checkpoints itself."""
+        loggers = _listed(self.config[self.subcommand].trainer.logger)
+        return any(isinstance(one, Namespace) and one.init_args.get("log_model") for one in loggers)
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return one value, several or none as a list."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _best(folder: str) -> ModelCheckpoint:

@@ -94,17 +94,19 @@ def _run(argv: list[str]) -> int:
 
 
 def _quieten() -> None:
-    """Drop the few messages that are no news to a user: an advertisement, and deprecations inside Lightning."""
+    """Drop a few messages of Lightning that do not help a user: an advertisement, deprecations, expected warnings."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", r"The number of training batches .* is smaller than the logging interval")
     warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
-    warnings.filterwarnings("ignore", r"Total length of `ImageBatches` across ranks is zero")  # all is done already
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_reading)
+    # predict: every image was finished before
+    warnings.filterwarnings("ignore", r"Total length of `ImageBatches` across ranks is zero")
+    warnings.filterwarnings("ignore", r"The dirpath has changed from .*")  # resumed in a new run folder
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_useful)
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", module="lightning")
 
 
-def _worth_reading(record: logging.LogRecord) -> bool:
+def _is_useful(record: logging.LogRecord) -> bool:
     message = record.getMessage()
     return not any(word in message for word in ("litlogger", "litmodels", "Skipping setting a", "TPU available"))
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import errno
-import inspect
 import re
 import sys
 import textwrap
+from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any
 
-import mtmedformer
 from mtmedformer.errors import ConfigError, UserError
 
 
@@ -47,29 +45,32 @@ def user_error(error: BaseException | None) -> UserError | None:
     return error
 
 
-def paragraph(message: str) -> str:
-    """Shorten a jsonargparse message to what a person needs: the key, what is wrong with it, and close choices."""
+def parser_message(message: str, error: BaseException | None, known: Iterable[str]) -> str:
+    """Return an error of jsonargparse as one sentence: the key, what is wrong with it, close choices.
+
+    The parser of a nested class raises first. Its message becomes a ``ConfigError`` by this function, which is then
+    among the causes of the error of the parser around it.
+
+    Args:
+        message: Text of jsonargparse.
+        error: The exception that the parser met.
+        known: Options of the parser that raises, which are the arguments of the class at hand.
+    """
+    key = re.search(r'[Kk]ey "([^"]+)"', message)
+    nested = _nested(error)
+    if nested is not None and key:
+        return f"{key[1]}: {nested}"
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     reasons = [line.removeprefix("- ") for line in lines if line.startswith("- ") and "NoneType" not in line]
-    key = re.search(r'[Kk]ey "([^"]+)"', message)
     text = f"{key[1]}: {'; '.join(dict.fromkeys(reasons))}" if key and reasons else " ".join(lines)
     text = re.split(r" Given value|\.? For help|usage:", text)[0][:900]
-    unknown = re.search(r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments: (?:--)?([\w.]+)", text)
-    if unknown and "did you mean" not in text:
-        name = (unknown[1] or unknown[2]).split(".")[-1]
-        close = get_close_matches(name, _parameters(), n=3)
-        text += f"; did you mean {' or '.join(close)}?" if close else ""
-    return text
+    unknown = re.match(r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments: (?:--)?([\w.]+)", text)
+    close = get_close_matches(unknown[1] or unknown[2], sorted(set(known)), n=3) if unknown else []
+    return text + (f"; did you mean {' or '.join(close)}?" if close else "")
 
 
-def _parameters() -> list[str]:
-    """Return every constructor argument that YAML can name in this project and in Lightning's Trainer."""
-    from lightning.pytorch import Trainer
-
-    from datamodules import MedicalDataModule
-    from mtmedformer.heads import TaskHead
-
-    kinds: list[Any] = [Trainer, mtmedformer.MultiTaskModule, mtmedformer.SharedEncoder, mtmedformer.HybridLoss]
-    for base in (MedicalDataModule, TaskHead):
-        kinds += [base, *base.__subclasses__()]
-    return sorted({name for kind in kinds for name in inspect.signature(kind.__init__).parameters} - {"self", "kwargs"})
+def _nested(error: BaseException | None) -> ConfigError | None:
+    """Return the ``ConfigError`` among the causes of an exception, if there is one."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error

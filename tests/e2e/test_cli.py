@@ -63,6 +63,8 @@ def test_fit_leaves_a_whole_run_folder(trained, capsys):
         "loss_weight/organ",
     } <= logged
     assert yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["init_args"]["lr"] == 0.002
+    stored = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    assert "WandbRecord" not in stored["callbacks"], "there is no W&B logger"
 
 
 def test_nothing_of_a_patient_is_in_the_run_folder(trained):

@@ -129,7 +129,7 @@ def prepare(cell: Cell, study: Study, salt_file: Path) -> None:
             "class_path": "callbacks.PerImageResults",
             "init_args": {"salt_file": str(salt_file)},
         },
-        {"class_path": "callbacks.run.start_weights.StartWeights", "init_args": {"folder": str(cell.folder)}},
+        {"class_path": "callbacks.StartWeights", "init_args": {"folder": str(cell.folder)}},
     ]
     chosen = trainer.get("callbacks") or []
     trainer["callbacks"] = [*(chosen if isinstance(chosen, list) else [chosen]), *own]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from callbacks.evaluation.per_image_results import PerImageResults
-from callbacks.run.start_weights import StartWeights
+from callbacks.run.model_summary import StartWeights
 from mtmedformer.batch import Batch, ClassificationTarget, DetectionTarget, Meta, SegmentationTarget, Task
 from mtmedformer.errors import DataError
 from mtmedformer.metrics.classification import ClassificationMetrics
@@ -161,16 +161,21 @@ def test_the_start_is_noted_once_and_by_part(tmp_path):
     module = nn.ModuleDict(
         {"encoder": nn.Linear(2, 3), "heads": nn.ModuleDict({"a": nn.Linear(3, 1)}), "loss": nn.Linear(1, 1)}
     )
-    StartWeights().setup(trainer, module, "fit")
+
+    def start(callback):
+        callback.setup(trainer, module, "fit")
+        callback.on_train_start(trainer, module)
+
+    start(StartWeights())
     noted = json.loads((tmp_path / "start_weights.json").read_text())
     assert {part: told["weights"] for part, told in noted.items()} == {"encoder": 9, "heads.a": 4}
     with torch.no_grad():
         module["encoder"].weight += 1
-    StartWeights().setup(trainer, module, "fit")
+    start(StartWeights())
     assert json.loads((tmp_path / "start_weights.json").read_text()) == noted, (
         "a resumed run keeps the note of its start"
     )
-    StartWeights(str(tmp_path / "other")).setup(trainer, module, "fit")
+    start(StartWeights(str(tmp_path / "other")))
     moved = json.loads((tmp_path / "other/start_weights.json").read_text())
     assert moved["encoder"]["hash"] != noted["encoder"]["hash"]
     assert moved["heads.a"] == noted["heads.a"]

@@ -3,9 +3,19 @@
 import csv
 from pathlib import Path
 
+import pytest
 from lightning.pytorch.utilities import rank_zero_only
 
-from callbacks import RunLogger, claim_run_folder, latest_run_folder, run_folder_of
+from callbacks import RunFolder, RunLogger, latest_run_folder, run_folder_of
+from callbacks.run.run_folder import is_run_folder_of
+from mtmedformer.errors import ConfigError
+
+
+def claim_run_folder(root):
+    """Choose and create a run folder; return its path."""
+    folder = RunFolder(root)
+    folder.create()
+    return folder.path
 
 
 def test_each_run_claims_a_folder_of_its_own(tmp_path):
@@ -26,6 +36,32 @@ def test_processes_launched_by_a_run_take_its_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("MTMEDFORMER_RUN_DIR", str(first))
     assert claim_run_folder(tmp_path / "chest") == first
+
+
+def test_a_folder_is_created_only_on_request_and_reserved_until_then(tmp_path):
+    first, second = RunFolder(tmp_path / "chest"), RunFolder(tmp_path / "chest")
+    assert (first.path.name, second.path.name) == ("chest", "chest-2")
+    assert list(tmp_path.iterdir()) == []
+    first.release()
+    third = RunFolder(tmp_path / "chest")
+    assert third.path.name == "chest"
+    third.create()
+    second.create()
+    assert RunFolder(tmp_path / "chest").path.name == "chest-3"
+
+
+def test_a_folder_created_by_another_computer_meanwhile_is_an_error(tmp_path):
+    folder = RunFolder(tmp_path / "chest")
+    (tmp_path / "chest").mkdir()
+    (tmp_path / "chest/run.lock").touch()
+    with pytest.raises(ConfigError, match="just taken"):
+        folder.create()
+    folder.release()
+
+
+def test_the_folders_of_one_root(tmp_path):
+    for name, belongs in {"chest": True, "chest-2": True, "chest-x": False, "chest2": False, "a/chest": False}.items():
+        assert is_run_folder_of(tmp_path / "chest", tmp_path / name) == belongs
 
 
 def test_the_run_folder_of_a_checkpoint():
@@ -61,6 +97,5 @@ def test_other_processes_write_no_rows_and_do_not_mind_those_there_are(tmp_path,
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     logger = RunLogger(str(tmp_path))
     logger.log_metrics({"loss": 1.0}, 1)
-    logger.experiment.log_metrics({"loss": 1.0})
     logger.save()
     assert (tmp_path / "metrics.csv").read_text() == "epoch,loss\n0,1.5\n"

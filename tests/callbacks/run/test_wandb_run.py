@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from callbacks.run.data_identity import data_identity
-from callbacks.run.wandb_run import code_version, record_in_wandb
+from callbacks.run.wandb_run import code_version, run_identity
 from datamodules import LabelsCSVDataModule
 from mtmedformer.commands.main import main
 from tests.fixtures.small_set import small_config, write_config, write_small_set
@@ -120,17 +120,12 @@ def test_what_the_user_says_stays(images, tmp_path, artifacts):
     ],
 )
 def test_what_the_environment_and_a_sweep_say_stays(variable, open_still, monkeypatch):
-    from lightning.pytorch.loggers import WandbLogger
-
     if variable:
         monkeypatch.setenv(variable, "x")
-    logger = WandbLogger(project="t")
-    record_in_wandb([logger], Path("runs/quickstart-12"), "fit", None, rounds=False)
-    init = logger._wandb_init
-    assert {key for key in ("id", "name", "group", "job_type") if init.get(key) is None} == open_still
+    values = run_identity({"id": None}, Path("runs/quickstart-12"), "fit", None, rounds=False)
+    assert {"id", "name", "group", "job_type"} - values.keys() == open_still
     if not variable:
-        assert (init["name"], init["group"], init["job_type"]) == ("quickstart-12", "quickstart", "fit")
-        assert logger.version == init["id"]
+        assert (values["name"], values["group"], values["job_type"]) == ("quickstart-12", "quickstart", "fit")
 
 
 def test_a_federation_has_one_group(images, tmp_path, artifacts, monkeypatch):
@@ -161,13 +156,6 @@ def test_a_federation_has_one_group(images, tmp_path, artifacts, monkeypatch):
     assert set(sites) == {"north", "south"}
     assert sites["north"]["digest"] != sites["south"]["digest"]
     assert len(artifacts) == 1, "the sites' trainings have no artifact of their own"
-
-
-def test_without_a_wandb_logger_there_is_nothing(tmp_path):
-    from lightning.pytorch.loggers import CSVLogger
-
-    assert record_in_wandb([CSVLogger(tmp_path)], tmp_path, "fit", None, False) == []
-    assert record_in_wandb(False, tmp_path, "fit", None, False) == []
 
 
 @pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
