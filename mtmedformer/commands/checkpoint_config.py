@@ -28,7 +28,12 @@ TRAINER_KEYS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gr
 """Keys of ``trainer`` that are the same, too: they decide what a step does."""
 
 FREE_KEYS = frozenset(
-    {"num_workers", "cache_dir", "cache_max_gb", "predict_split", "placement", "sites_at_once", "policy"}
+    {
+        *("num_workers", "cache_dir", "cache_max_gb", "predict_split"),  # of a data set
+        *("placement", "sites_at_once", "policy", "validate_sites"),  # of a federation
+        *("accelerator", "devices", "strategy", "callbacks", "logger", "profiler"),  # of the Trainer of a site
+        *("enable_progress_bar", "enable_model_summary", "log_every_n_steps"),
+    }
 )
 """Keys within the compared sections that may differ: where and how fast, but not what is trained."""
 

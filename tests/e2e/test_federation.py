@@ -281,7 +281,9 @@ def test_sigterm_within_a_site_ends_every_process_soon_and_the_run_can_be_resume
     config["lr_scheduler"] = None
     config["federation"]["init_args"]["optimizer_state"] = "reset"
     assert main(["fit", "--config", write_config(config, tmp_path / "more.yaml"), f"--ckpt_path={last}"]) == 0
-    assert torch.load(last, weights_only=True)["global_step"] == done + 1
+    assert torch.load(last, weights_only=True)["epoch"] + 1 == done, "another configuration gets a new run folder"
+    more = tmp_path / "a/run-2/checkpoints/last.ckpt"
+    assert torch.load(more, weights_only=True)["global_step"] == done + 1
 
 
 @pytest.mark.slow
