@@ -6,7 +6,7 @@ from callbacks.federation.callback import Federation
 from callbacks.federation.posterior_prediction import PosteriorPrediction
 from callbacks.federation.tune_posterior import TunePosterior
 from callbacks.prediction.explanations import Explanations
-from callbacks.prediction.writer import PredictionWriter
+from callbacks.prediction.prediction_writer import PredictionWriter
 from callbacks.reports.federation_report import FederationReport
 from callbacks.reports.metrics_table import MetricsReport, MetricsTable
 from callbacks.reports.model_report import ModelReport

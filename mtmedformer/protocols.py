@@ -98,6 +98,17 @@ class MonitoringSchedule(Protocol):
     monitor: str
 
 
+@runtime_checkable
+class CalibratedModel(Protocol):
+    """A model with a calibration; predictions of other models are compared with default thresholds.
+
+    Attributes:
+        calibration: ``TaskCalibration`` by task; empty where nothing is calibrated.
+    """
+
+    calibration: dict[str, Any]
+
+
 # --- records ---------------------------------------------------------------------------------------------------------
 
 

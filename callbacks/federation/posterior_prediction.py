@@ -14,7 +14,7 @@ from torch import Tensor
 
 from callbacks.federation.round_words import say
 from callbacks.federation.tune_posterior import FILE
-from callbacks.prediction.prediction_files import PredictionFolder, predictions_root
+from callbacks.prediction.prediction_folder import PredictionFolder, predictions_root
 from federation.bayes.posterior import Posterior
 from federation.bayes.sampling import BOX_SCORE, Sampled, SampledModel
 from federation.client.train import state_of

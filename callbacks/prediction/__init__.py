@@ -1,1 +1,1 @@
-"""What ``predict`` writes: tables, masks, pictures, maps and DICOM objects, in the frame of the original image."""
+"""Output of ``predict``: tables, masks, pictures, heat maps and DICOM objects, in pixels of the original image."""

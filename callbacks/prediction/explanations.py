@@ -1,4 +1,4 @@
-"""Draws where the model looked, beside the predictions of ``mtmedformer predict``."""
+"""Heat maps of attention and Grad-CAM, written beside the predictions of ``mtmedformer predict``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.prediction.prediction_files import PredictionFolder, predictions_root
+from callbacks.prediction.prediction_folder import PredictionFolder, predictions_root
 from mtmedformer.batch import Batch
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
@@ -19,43 +19,43 @@ from mtmedformer.storage.atomic_write import whole
 
 
 class Explanations(Callback):
-    """Writes ``explanations/<image>.png`` an image: attention of every head that has it, Grad-CAM where asked for.
+    """Writes ``explanations/<image>.png``: attention maps of heads that pool by attention, and Grad-CAM on request.
 
-    The image goes through the model once more, whole, whatever windows the predictions are made with.
+    The whole image passes through the model once more, also where predictions are made in tiles.
 
     Args:
-        attention: Draw the maps of heads that pool by attention.
-        grad_cam: Heads of which each class gets a Grad-CAM map; costs a backward pass of the head a class.
-        folder: Folder of the predictions; ``null`` is where the run's predictions go.
+        attention: Draw attention maps.
+        grad_cam: Heads with a Grad-CAM map per class; each map costs one backward pass of the head.
+        folder: Folder of the predictions; ``null`` is the folder of the ``PredictionWriter``.
 
     Raises:
-        ConfigError: When nothing is left to draw.
+        ConfigError: There is nothing to draw.
     """
 
     def __init__(self, attention: bool = True, grad_cam: list[str] | None = None, folder: str | None = None) -> None:
         self.attention, self.grad_cam, self.root = attention, list(grad_cam or []), folder
         if not attention and not grad_cam:
-            raise ConfigError("Explanations: attention is off and grad_cam names no head; nothing is left to draw")
+            raise ConfigError("Explanations: nothing to draw; set attention to true or name a head in grad_cam")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse heads that are not there.
+        """Check the names of the heads.
 
         Raises:
-            ConfigError: When one is asked for.
+            ConfigError: The model has no head of a given name.
         """
         if stage != "predict":
             return
         if not isinstance(pl_module, MultiTaskModule):
-            raise ConfigError(f"Explanations: a {type(pl_module).__name__} has no heads to explain")
+            raise ConfigError(f"Explanations: a {type(pl_module).__name__} has no heads; use a MultiTaskModule")
         unknown = sorted(set(self.grad_cam) - set(pl_module.heads))
         if unknown:
-            raise ConfigError(f"Explanations.grad_cam: no head is called {', '.join(unknown)}; heads are "
+            raise ConfigError(f"Explanations.grad_cam: there is no head {', '.join(unknown)}; heads are "
                               f"{', '.join(pl_module.heads)}")  # fmt: skip
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *args: Any
     ) -> None:
-        """Draw a batch's maps."""
+        """Draw the maps of a batch."""
         assert isinstance(pl_module, MultiTaskModule)
         maps = self.maps(pl_module, batch.image)
         folder = PredictionFolder(predictions_root(trainer, self.root))
@@ -63,19 +63,19 @@ class Explanations(Callback):
             drawn = {title: HeatMap(values[i].float().cpu().numpy()) for title, values in maps.items()}
             if drawn:
                 grey = batch.image[i].float().mean(dim=0).cpu().numpy()
-                footer = "brightest is the strongest place of this image, in each map for itself"
+                footer = "each map is scaled to its own maximum in this image"
                 with whole(folder.path("explanations", meta.id, ".png")) as file:
                     maps_figure(grey, drawn, meta, footer).savefig(file, dpi=110, format="png")
 
     def maps(self, module: MultiTaskModule, image: Tensor) -> dict[str, Tensor]:
-        """Return every map of a batch, float32 (B, H, W) in [0, 1], by what it shows.
+        """Compute the maps of a batch, float32 (B, H, W) in [0, 1], by title.
 
         Args:
             module: The model.
             image: float (B, C, H, W) in [0, 1].
         """
         size = (int(image.shape[-2]), int(image.shape[-1]))
-        found: dict[str, Tensor] = {}
+        maps: dict[str, Tensor] = {}
         if self.attention:
             with torch.no_grad():
                 outputs = module(image)
@@ -83,8 +83,8 @@ class Explanations(Callback):
                 assert isinstance(head, TaskHead)
                 values = attention_map(head, outputs[name], size)
                 if values is not None:
-                    found[f"{name}: attention"] = values
+                    maps[f"{name}: attention"] = values
         for name in self.grad_cam:
             for label, c in enumerate(module.tasks[name].classes):
-                found[f"{name}: {c} (Grad-CAM)"] = grad_cam(module, image, name, label)
-        return found
+                maps[f"{name}: {c} (Grad-CAM)"] = grad_cam(module, image, name, label)
+        return maps

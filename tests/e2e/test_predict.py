@@ -24,7 +24,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from callbacks.prediction.image_outputs import ImageOutputs
+from callbacks.prediction.image_writer import ImageWriter
 from mtmedformer.commands.main import main
 from mtmedformer.storage.hashing import weights_digest
 from tests.fixtures.dicom_files import film, write_dicom
@@ -127,13 +127,13 @@ def test_a_second_call_has_nothing_to_do_and_another_model_is_refused(
     checkpoint, folder, tmp_path, monkeypatch, capsys
 ):
     written: list[str] = []
-    write = ImageOutputs.write
+    write = ImageWriter.write
 
     def counted(self, found, *arguments):
         written.append(found.meta.id)
         write(self, found, *arguments)
 
-    monkeypatch.setattr(ImageOutputs, "write", counted)
+    monkeypatch.setattr(ImageWriter, "write", counted)
     assert predict(checkpoint, tmp_path / "out", folder / "a.png") == 0
     assert predict(checkpoint, tmp_path / "out", folder) == 0
     assert written.count("a.png") == 1

@@ -1,4 +1,4 @@
-"""Coded concepts for what models find: SNOMED CT and DICOM codes where there are some, private ones else."""
+"""Coded concepts of classes: SNOMED CT and DICOM codes where they exist, private codes otherwise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PRIVATE = "99MTMF"
 ANATOMY: Code = codes.SCT.AnatomicalStructure
 ABNORMALITY: Code = codes.SCT.MorphologicallyAbnormalStructure
 ANYTHING: Code = codes.SCT.BodyStructure
-"""Categories of a segment (DICOM PS3.16, CID 7150); the last embraces both and serves classes of unknown nature."""
+"""Categories of a segment (DICOM PS3.16, CID 7150); the last includes both and is used for unknown classes."""
 
 _ORGANS: dict[str, Code] = {
     "lung": codes.SCT.Lung,
@@ -69,8 +69,8 @@ def concept(name: str, own: Mapping[str, tuple[str, str, str]]) -> Code:
     """Return the code of a class.
 
     Args:
-        name: The class as the model calls it; case, ``_`` and ``-`` do not matter, nor a final ``s``.
-        own: The user's ``(value, scheme, meaning)`` by class, which come first.
+        name: Name of the class; case, ``_``, ``-`` and a final ``s`` are ignored.
+        own: User-defined ``(value, scheme, meaning)`` by class; they take precedence.
     """
     if name in own:
         return Code(*own[name])
@@ -84,7 +84,7 @@ def concept(name: str, own: Mapping[str, tuple[str, str, str]]) -> Code:
 
 
 def category(name: str) -> Code:
-    """Return the category of a segment of a class: anatomy, abnormality, or what embraces both."""
+    """Return the category of a segment of a class: anatomy, abnormality, or both."""
     plain = _plain(name)
     for known, kind in ((_ORGANS, ANATOMY), (_ABNORMALITIES, ABNORMALITY)):
         if plain in known or plain.removesuffix("s") in known:

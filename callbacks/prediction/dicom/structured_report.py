@@ -1,4 +1,4 @@
-"""A DICOM report of a prediction (template TID 1500): probabilities, boxes and areas under coded names."""
+"""DICOM structured report of a prediction (template TID 1500): probabilities, boxes and areas with coded names."""
 
 from __future__ import annotations
 
@@ -12,83 +12,83 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
 import mtmedformer
-from callbacks.prediction.dicom.identity import NAME, Identity
+from callbacks.prediction.dicom.model_identity import NAME, ModelIdentity
 from mtmedformer.inference.results import Findings, FoundBox
 
 PIXELS = Code("{pixels}", "UCUM", "pixels")
 
 
-def report(
+def structured_report(
     header: Dataset,
-    found: Findings,
+    result: Findings,
     masks: Dataset | None,
-    identity: Identity,
-    least: Mapping[tuple[str, str], float],
+    model: ModelIdentity,
+    box_thresholds: Mapping[tuple[str, str], float],
 ) -> Dataset:
-    """Return everything that was found as a Comprehensive 3D SR.
+    """Build a Comprehensive 3D SR of all predictions of an image.
 
-    A class is a measurement group with its probability; a box one with its rectangle and its score; a mask one that
-    refers to its segment and has its area (in pixels where the spacing is unknown).
+    It has one measurement group per class with its probability, per box with its rectangle and score, and per mask with
+    a reference to its segment and its area (in pixels where the spacing is unknown).
 
     Args:
-        header: The source image's.
-        found: What was found in it.
-        masks: The segmentation of its masks, if any.
-        identity: The model.
-        least: Least score of a box that is reported, by task and class.
+        header: Header of the source image.
+        result: Predictions in original pixels.
+        masks: Segmentation of the masks, if any.
+        model: Identity of the model.
+        box_thresholds: Minimum score of a reported box, by task and class.
     """
-    groups = _Groups(header, found, identity)
+    groups = _MeasurementGroups(header, result, model)
     content = [
-        *(groups.probability(task, c, p) for task, classes in found.classes.items() for c, p in classes.items()),
+        *(groups.probability(task, c, p) for task, classes in result.classes.items() for c, p in classes.items()),
         *(
             groups.box(task, number, box)
-            for task, boxes in found.boxes.items()
-            for number, box in enumerate((b for b in boxes if b.score >= least[task, b.name]), start=1)
+            for task, boxes in result.boxes.items()
+            for number, box in enumerate((b for b in boxes if b.score >= box_thresholds[task, b.name]), start=1)
         ),
     ]
     if masks is not None:
-        named = [(task, c, int(m.sum())) for task, by_class in found.masks.items() for c, m in by_class.items()]
+        named = [(task, c, int(m.sum())) for task, by_class in result.masks.items() for c, m in by_class.items()]
         content += [groups.area(task, c, n, masks, k) for k, (task, c, n) in enumerate(named, start=1)]
-    said = repr((found.classes, found.boxes, masks is not None and masks.SOPInstanceUID)).encode()
+    content_digest = repr((result.classes, result.boxes, masks is not None and masks.SOPInstanceUID)).encode()
     return hd.sr.Comprehensive3DSR(
         evidence=[header] if masks is None else [header, masks],
         content=hd.sr.MeasurementReport(
-            observation_context=_observer(identity),
+            observation_context=_observer(model),
             procedure_reported=codes.SCT.ImagingProcedure,
             imaging_measurements=content,
             title=codes.DCM.ImagingMeasurementReport,
         ),
         is_complete=True,
         is_verified=False,
-        **identity.describe(header, "SR", said),
+        **model.object_attributes(header, "SR", content_digest),
     )
 
 
-class _Groups:
-    """Makes the measurement groups of one image."""
+class _MeasurementGroups:
+    """Builds the measurement groups of one image."""
 
-    def __init__(self, header: Dataset, found: Findings, identity: Identity) -> None:
-        self.header, self.found, self.identity = header, found, identity
+    def __init__(self, header: Dataset, result: Findings, model: ModelIdentity) -> None:
+        self.header, self.result, self.model = header, result, model
         self.algorithm = hd.sr.AlgorithmIdentification(
             name=NAME,
             version=mtmedformer.__version__,
-            parameters=[f"{key}: {value}" for key, value in identity.parameters.items()],
+            parameters=[f"{key}: {value}" for key, value in model.parameters.items()],
         )
 
     def probability(self, task: str, name: str, value: float) -> Any:
-        """Return the group of a class."""
+        """Return the measurement group of a class."""
         measured = hd.sr.Measurement(
             name=codes.DCM.Probability, value=_rounded(value), unit=codes.UCUM.NoUnits, algorithm_id=self.algorithm
         )
         return hd.sr.MeasurementsAndQualitativeEvaluations(
-            tracking_identifier=self._tracked(f"{task}: {name}"),
-            finding_type=self.identity.concept(name),
+            tracking_identifier=self._tracking(f"{task}: {name}"),
+            finding_type=self.model.concept(name),
             measurements=[measured],
             source_images=[hd.sr.SourceImageForMeasurementGroup.from_source_image(self.header)],
         )
 
     def box(self, task: str, number: int, box: FoundBox) -> Any:
-        """Return the group of a box: a closed rectangle in pixels of the source image, and the score in percent."""
+        """Return the measurement group of a box: a closed rectangle in original pixels, and the score in percent."""
         x0, y0, x1, y1 = box.xyxy
         corners = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]])
         region = hd.sr.ImageRegion(
@@ -103,47 +103,47 @@ class _Groups:
             algorithm_id=self.algorithm,
         )
         return hd.sr.PlanarROIMeasurementsAndQualitativeEvaluations(
-            tracking_identifier=self._tracked(f"{task}: {box.name} {number}"),
+            tracking_identifier=self._tracking(f"{task}: {box.name} {number}"),
             referenced_region=region,
-            finding_type=self.identity.concept(box.name),
+            finding_type=self.model.concept(box.name),
             measurements=[certainty],
         )
 
     def area(self, task: str, name: str, pixels: int, masks: Dataset, segment: int) -> Any:
-        """Return the group of a mask."""
-        spacing = self.found.meta.spacing
+        """Return the measurement group of a mask."""
+        spacing = self.result.meta.spacing
         value, unit = (pixels * spacing[0] * spacing[1], codes.UCUM.SquareMillimeter) if spacing else (pixels, PIXELS)
-        there = hd.sr.ReferencedSegmentationFrame(
+        reference = hd.sr.ReferencedSegmentationFrame(
             sop_class_uid=masks.SOPClassUID,
             sop_instance_uid=masks.SOPInstanceUID,
-            frame_number=segment,  # one frame a segment, in their order
+            frame_number=segment,  # one frame per segment, in the same order
             segment_number=segment,
             source_image=hd.sr.SourceImageForSegmentation.from_source_image(self.header),
         )
-        del there[0].ReferencedSOPSequence[0].ReferencedFrameNumber  # only one of the two may be there (PS3.3 C.18.4)
+        del reference[0].ReferencedSOPSequence[0].ReferencedFrameNumber  # only one of the two is allowed (PS3.3 C.18.4)
         return hd.sr.PlanarROIMeasurementsAndQualitativeEvaluations(
             tracking_identifier=hd.sr.TrackingIdentifier(
                 uid=masks.SegmentSequence[segment - 1].TrackingUID, identifier=f"{task}: {name}"
             ),
-            referenced_segment=there,
-            finding_type=self.identity.concept(name),
+            referenced_segment=reference,
+            finding_type=self.model.concept(name),
             measurements=[
                 hd.sr.Measurement(name=codes.SCT.Area, value=_rounded(value), unit=unit, algorithm_id=self.algorithm)
             ],
         )
 
-    def _tracked(self, what: str) -> Any:
-        uid = self.identity.uid(str(self.header.SOPInstanceUID), what)
+    def _tracking(self, what: str) -> Any:
+        uid = self.model.uid(str(self.header.SOPInstanceUID), what)
         return hd.sr.TrackingIdentifier(uid=uid, identifier=what)
 
 
-def _observer(identity: Identity) -> Any:
+def _observer(model: ModelIdentity) -> Any:
     device = hd.sr.DeviceObserverIdentifyingAttributes(
-        uid=identity.uid("device"),
+        uid=model.uid("device"),
         name=NAME,
         manufacturer_name=NAME,
         model_name=NAME,
-        serial_number=identity.model,
+        serial_number=model.weights,
     )
     return hd.sr.ObservationContext(
         observer_device_context=hd.sr.ObserverContext(
@@ -153,5 +153,5 @@ def _observer(identity: Identity) -> Any:
 
 
 def _rounded(value: float) -> float:
-    """Return a value that fits a decimal string of 16 characters."""
+    """Round a value so that it fits a decimal string of 16 characters."""
     return float(f"{value:.6g}")

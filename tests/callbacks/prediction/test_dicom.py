@@ -1,4 +1,4 @@
-"""DICOM segmentations and reports: valid, readable, tied to their source, coded, and alike when made twice."""
+"""DICOM segmentations and reports: valid, readable, linked to their source, coded and reproducible."""
 
 import shutil
 import subprocess
@@ -14,15 +14,15 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import DigitalMammographyXRayImageStorageForPresentation, DigitalXRayImageStorageForPresentation
 
 from callbacks.prediction.dicom.codes import PRIVATE, category, concept
-from callbacks.prediction.dicom.identity import Identity
-from callbacks.prediction.dicom.outputs import DicomOutputs
+from callbacks.prediction.dicom.model_identity import ModelIdentity
+from callbacks.prediction.dicom.objects import DicomObjects
 from mtmedformer.batch import Meta
 from mtmedformer.errors import DataError
 from mtmedformer.inference.results import Findings, FoundBox
 from tests.fixtures.dicom_files import film, write_dicom
 from tests.fixtures.real_data import real
 
-OUTPUTS = DicomOutputs(Identity("0123456789abcdef"), {("lesions", "nodule"): 0.4, ("lesions", "odd thing"): 0.4})
+OBJECTS = DicomObjects(ModelIdentity("0123456789abcdef"), {("lesions", "nodule"): 0.4, ("lesions", "odd thing"): 0.4})
 REFERENCES = {"StudyInstanceUID": "1.2.3.4", "SeriesInstanceUID": "1.2.3.4.5", "InstanceNumber": "7"}
 KINDS = {
     "CR": {},
@@ -40,8 +40,8 @@ def source(folder: Path, **attributes) -> Path:
     return write_dicom(folder / "film.dcm", film(60, 48), bits=12, **REFERENCES, **attributes)
 
 
-def found_in(file: Path, spacing=(0.2, 0.1)) -> Findings:
-    """Return findings with a mask, an empty mask, a sure box and one that is not."""
+def result_of(file: Path, spacing=(0.2, 0.1)) -> Findings:
+    """Return a result with a mask, an empty mask, and boxes of a high and a low score."""
     header = dcmread(file, stop_before_pixels=True)
     mask = np.zeros((header.Rows, header.Columns), np.uint8)
     mask[10:30, 5:25] = 1
@@ -78,16 +78,16 @@ def _quiet():
 @pytest.mark.parametrize("kind", KINDS)
 def test_objects_are_valid(kind, spacing, tmp_path):
     file = source(tmp_path, **KINDS[kind])
-    for made in saved(OUTPUTS.make(file, found_in(file, spacing)), tmp_path).values():
+    for made in saved(OBJECTS.build(file, result_of(file, spacing)), tmp_path).values():
         assert errors_of(made) == set()
 
 
-def test_masks_and_references_come_back(tmp_path):
+def test_masks_and_references_are_read_back(tmp_path):
     file = source(tmp_path)
-    found, header = found_in(file), dcmread(file)
-    made = hd.seg.segread(saved(OUTPUTS.make(file, found), tmp_path)["seg"])
+    result, header = result_of(file), dcmread(file)
+    made = hd.seg.segread(saved(OBJECTS.build(file, result), tmp_path)["seg"])
     pixels = made.get_pixels_by_source_instance([header.SOPInstanceUID])
-    np.testing.assert_array_equal(pixels[0], np.stack(list(found.masks["lungs"].values()), axis=-1))
+    np.testing.assert_array_equal(pixels[0], np.stack(list(result.masks["lungs"].values()), axis=-1))
     for attribute in ("StudyInstanceUID", "PatientID", "PatientName"):
         assert made[attribute].value == header[attribute].value
     assert made.SeriesInstanceUID != header.SeriesInstanceUID
@@ -97,10 +97,10 @@ def test_masks_and_references_come_back(tmp_path):
     assert "esearch use only" in made.ContentDescription
 
 
-def test_the_report_says_everything_under_coded_names(tmp_path):
+def test_report_has_every_prediction_with_a_coded_name(tmp_path):
     file = source(tmp_path)
-    found, header = found_in(file), dcmread(file)
-    made = saved(OUTPUTS.make(file, found), tmp_path)
+    result, header = result_of(file), dcmread(file)
+    made = saved(OBJECTS.build(file, result), tmp_path)
     report, masks = hd.sr.srread(made["sr"]), dcmread(made["seg"])
     assert report.ContentTemplateSequence[0].TemplateIdentifier == "1500"
     classes = report.content.get_image_measurement_groups()
@@ -128,25 +128,25 @@ def test_the_report_says_everything_under_coded_names(tmp_path):
 
 def test_areas_are_in_pixels_where_the_spacing_is_unknown(tmp_path):
     file = source(tmp_path)
-    report = hd.sr.srread(saved(OUTPUTS.make(file, found_in(file, None)), tmp_path)["sr"])
+    report = hd.sr.srread(saved(OBJECTS.build(file, result_of(file, None)), tmp_path)["sr"])
     lung = report.content.get_planar_roi_measurement_groups()[1].get_measurements()[0]
     assert (lung.value, lung.unit.value) == (400, "{pixels}")
 
 
-def test_a_model_without_masks_makes_a_report_alone(tmp_path):
+def test_model_without_masks_gives_only_a_report(tmp_path):
     file = source(tmp_path)
-    found = found_in(file)
-    made = OUTPUTS.make(file, Findings(found.meta, found.classes, found.boxes))
+    result = result_of(file)
+    made = OBJECTS.build(file, Findings(result.meta, result.classes, result.boxes))
     assert list(made) == ["sr"]
     assert errors_of(saved(made, tmp_path)["sr"]) == set()
 
 
-def test_equal_predictions_have_equal_identifiers_and_others_others(tmp_path):
+def test_identifiers_are_equal_exactly_for_equal_predictions(tmp_path):
     file = source(tmp_path)
-    once, twice = (OUTPUTS.make(file, found_in(file)) for _ in range(2))
-    changed = found_in(file)
+    once, twice = (OBJECTS.build(file, result_of(file)) for _ in range(2))
+    changed = result_of(file)
     changed.masks["lungs"]["lung"][0, 0] = 1
-    other = OUTPUTS.make(file, changed)
+    other = OBJECTS.build(file, changed)
     for kind in ("seg", "sr"):
         assert once[kind].SOPInstanceUID == twice[kind].SOPInstanceUID
         assert once[kind].SOPInstanceUID != other[kind].SOPInstanceUID
@@ -157,26 +157,26 @@ NAMES = [("ISO_IR 100", "Müller^Jörg"), (["", "ISO 2022 IR 87"], "Yamada^Tarou
 
 
 @pytest.mark.parametrize(("charset", "name"), NAMES)
-def test_names_in_any_script_stay_as_they_are(charset, name, tmp_path):
+def test_names_in_any_script_are_kept(charset, name, tmp_path):
     file = source(tmp_path, SpecificCharacterSet=charset, PatientName=name)
-    for made in saved(OUTPUTS.make(file, found_in(file)), tmp_path).values():
+    for made in saved(OBJECTS.build(file, result_of(file)), tmp_path).values():
         assert str(dcmread(made).PatientName) == name
 
 
-def test_a_source_without_identifiers_is_refused_in_words(tmp_path):
+def test_source_without_identifiers_is_refused_with_a_clear_message(tmp_path):
     file = write_dicom(tmp_path / "film.dcm", film(60, 48), StudyInstanceUID="1.2")
     with pytest.raises(DataError, match=r"film\.dcm: lacks SeriesInstanceUID"):
-        OUTPUTS.make(file, found_in(file))
+        OBJECTS.build(file, result_of(file))
 
 
-def test_nothing_of_the_patient_is_said(tmp_path, recwarn):
+def test_errors_and_warnings_contain_no_patient_data(tmp_path, recwarn):
     file = source(tmp_path, PatientName="Secret")  # highdicom would warn of a name of one part, and quote it
     warnings.simplefilter("always")
-    OUTPUTS.make(file, found_in(file))
+    OBJECTS.build(file, result_of(file))
     assert not any("Secret" in str(w.message) for w in recwarn)
 
 
-def test_codes_are_found_by_any_spelling_and_users_codes_come_first():
+def test_codes_match_any_spelling_and_user_codes_take_precedence():
     assert concept("Lungs", {}) == concept("lung", {}) == codes.SCT.Lung
     assert concept("ground-glass_opacity", {}) == codes.DCM.GroundGlassOpacity
     own = concept("nodule", {"nodule": ("1", "99ABC", "a nodule of ours")})
@@ -204,11 +204,11 @@ def test_real_headers_of_archives(name, tmp_path):
 
 def check_real(file: Path, folder: Path) -> None:
     """Check that objects have no errors of their own, only those of values they take over, and read back."""
-    found, inherited = found_in(file, None), errors_of(file)
-    made = saved(OUTPUTS.make(file, found), folder)
+    result, inherited = result_of(file, None), errors_of(file)
+    made = saved(OBJECTS.build(file, result), folder)
     for one in made.values():
         assert errors_of(one) <= inherited
     uid = dcmread(file, stop_before_pixels=True).SOPInstanceUID
     pixels = hd.seg.segread(made["seg"]).get_pixels_by_source_instance([uid])
-    np.testing.assert_array_equal(pixels[0, ..., 0], found.masks["lungs"]["lung"])
+    np.testing.assert_array_equal(pixels[0, ..., 0], result.masks["lungs"]["lung"])
     assert len(hd.sr.srread(made["sr"]).content.get_planar_roi_measurement_groups()) == 3

@@ -1,6 +1,6 @@
-"""A folder of predictions: every file whole or not there, one JSON an image that says it is done, tables made of those.
+"""Folder of predictions: files are written atomically, one JSON per finished image, and tables made from these.
 
-A run that was interrupted, killed or out of disk goes on with the images that lack their JSON.
+A run that was interrupted continues with the images without a JSON.
 """
 
 from __future__ import annotations
@@ -15,35 +15,36 @@ from typing import Any
 
 from mtmedformer.errors import ConfigError
 from mtmedformer.inference.results import ABOUT, NOTE
+from mtmedformer.protocols import WritesPredictions
 from mtmedformer.storage.atomic_write import whole
 from mtmedformer.storage.hashing import file_digest
 
 Json = dict[str, Any]
 
 IMAGES = "images"
-"""Folder of the JSON files, one an image."""
+"""Folder of the JSON files, one per image."""
 
 
 def predictions_root(trainer: Any, given: str | None = None) -> Path:
-    """Return where predictions of a run go: the folder given, that of the run's writer, or ``predictions`` in the run.
+    """Return the output folder: the given one, that of the ``PredictionWriter``, or ``predictions`` in the run folder.
 
     Args:
         trainer: A Lightning Trainer.
-        given: The folder a callback was configured with, if any.
+        given: Configured folder of the callback, if any.
     """
-    of_writer = (getattr(callback, "predictions_root", None) for callback in trainer.callbacks)
+    of_writer = (c.predictions_root for c in trainer.callbacks if isinstance(c, WritesPredictions))
     return Path(given or next(filter(None, of_writer), None) or Path(trainer.default_root_dir, "predictions"))
 
 
 def safe_name(name: str) -> str:
-    """Return an image's id as a relative path that is fit for any disk, different for different ids."""
+    """Return the id of an image as a relative path that is valid on any file system, unique per id."""
     parts = [re.sub(r"[^\w.-]+", "_", part).lstrip(".")[:100] for part in name.split("/")]
     safe = "/".join(part or "_" for part in parts)
     return safe if safe == name else f"{safe}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
 
 
 class PredictionFolder:
-    """A folder of predictions of one model.
+    """Predictions of one model.
 
     Args:
         root: The folder.
@@ -53,18 +54,18 @@ class PredictionFolder:
         self.root = root
 
     def path(self, kind: str, image: str, ending: str) -> Path:
-        """Return where a file of an image lies: ``<root>/<kind>/<image><ending>``."""
+        """Return the path of a file of an image: ``<root>/<kind>/<image><ending>``."""
         return self.root / kind / f"{safe_name(image)}{ending}"
 
     def prepare(self, about: Json, resume: bool) -> None:
-        """Make the folder ready; what an interrupted run left half-written goes, and so do its failures.
+        """Write the description of the run; remove partial files and entries of failed images of earlier runs.
 
         Args:
-            about: The model and how it predicts, as JSON.
-            resume: Keep what is finished; otherwise everything predicted before is removed.
+            about: Model and settings, as JSON.
+            resume: Keep finished images; otherwise all earlier predictions are removed.
 
         Raises:
-            ConfigError: The finished predictions are of another model, or were made in another way.
+            ConfigError: The finished predictions are of another model, or were made with other settings.
         """
         file = self.root / ABOUT
         if file.is_file():
@@ -80,29 +81,29 @@ class PredictionFolder:
             part.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     def finished(self, files: Mapping[str, Path]) -> set[str]:
-        """Return the images that are done: predicted from this very file, and all that was written is still there."""
+        """Return the finished images: predicted from a file of the same content, with all output files present."""
         return {image for image, file in files.items() if self._is_finished(image, file)}
 
     def finish(self, image: str, entry: Json) -> None:
-        """Write the JSON of an image, after all its other files."""
+        """Write the JSON of an image; call it after all its other files are written."""
         with whole(self.path(IMAGES, image, ".json")) as part:
             part.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
 
     def entries(self) -> Iterator[Json]:
-        """Yield the JSON of every image that was predicted or failed, one at a time, in order of their paths."""
+        """Yield the JSON of every predicted or failed image, in the order of their paths."""
         for marker in self._markers():
             entry = _read(marker)
             if entry is not None:
                 yield entry
 
     def write_tables(self, tasks: Json) -> int:
-        """Write ``predictions.csv``, ``boxes.json`` and ``failed.csv`` from the images' JSON.
+        """Write ``predictions.csv``, ``boxes.json`` and ``failed.csv`` from the JSON files.
 
         Args:
             tasks: Kind and classes of each task, in the order of the columns.
 
         Returns:
-            How many images failed.
+            Number of failed images.
         """
         columns: dict[str, None] = {}
         for entry in self.entries():
@@ -121,7 +122,7 @@ class PredictionFolder:
         return len(failed)
 
     def _write_coco(self, part: Path, tasks: Json) -> None:
-        """Write all boxes in COCO's format, an image at a time; a box has its ``score`` and its ``task``."""
+        """Write all boxes in COCO format, one image at a time; a box also has a ``score`` and a ``task``."""
         classes = [(name, c) for name, task in tasks.items() if task["kind"] == "detection" for c in task["classes"]]
         category = {key: number for number, key in enumerate(classes, start=1)}
         with part.open("w", encoding="utf-8") as file:
@@ -140,8 +141,8 @@ class PredictionFolder:
                 for task, boxes in entry["boxes"].items():
                     for box in boxes:
                         count += 1
-                        found = {"id": count, "image_id": number, "category_id": category[task, box["class"]]}
-                        file.write(("\n" if count == 1 else ",\n") + json.dumps(found | _coco(box) | {"task": task}))
+                        ids = {"id": count, "image_id": number, "category_id": category[task, box["class"]]}
+                        file.write(("\n" if count == 1 else ",\n") + json.dumps(ids | _coco(box) | {"task": task}))
             file.write("]}\n")
 
     def _predicted(self) -> Iterator[Json]:
@@ -180,7 +181,7 @@ def _coco(box: Json) -> Json:
 
 
 def _read(marker: Path) -> Json | None:
-    """Return the JSON of an image; ``None`` where it is not there or was damaged, so that the image is done again."""
+    """Return the JSON of an image; ``None`` where it is missing or damaged, so that the image is predicted again."""
     try:
         entry = json.loads(marker.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -189,17 +190,17 @@ def _read(marker: Path) -> Json | None:
 
 
 def _refuse_to_mix(root: Path, there: Json, about: Json) -> None:
-    """Refuse to put predictions of two models, or made in two ways, into one table."""
+    """Refuse to mix predictions of two models or with different settings in one folder."""
     if there.get("model") != about["model"]:
         raise ConfigError(
-            f"--output={root} holds predictions of model {there.get('model')}, and this is model {about['model']}; "
-            "choose another folder"
+            f"--output={root} holds predictions of model {there.get('model')}; this is model {about['model']}. "
+            "Choose another folder"
         )
-    now = json.loads(json.dumps(about))  # as it reads once written
+    now = json.loads(json.dumps(about))  # as read back from a file
     differing = [key for key in now["settings"] if now["settings"][key] != there.get("settings", {}).get(key)]
     if differing or now["tasks"] != there.get("tasks"):
         what = ", ".join(differing) or "tasks"
         raise ConfigError(
-            f"--output={root} holds predictions that were made otherwise ({what} differ); choose another folder, or "
-            f"the settings of {root / ABOUT}"
+            f"--output={root} holds predictions with other settings ({what} differ); choose another folder, or use the "
+            f"settings in {root / ABOUT}"
         )

@@ -1,4 +1,4 @@
-"""Who made a DICOM object, of which image, and what it is known by."""
+"""Identity of the model in DICOM objects, and the header of the source image."""
 
 from __future__ import annotations
 
@@ -20,50 +20,50 @@ from mtmedformer.inference.results import NOTE
 NAME = "MTMedFormer"
 
 SERIES_NUMBERS = {"SEG": 9001, "SR": 9002}
-"""High, so that the series stand behind the images of a study."""
+"""High numbers, so that these series are listed after the images of a study."""
 
 _NEEDED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
-"""What a reference to the source is made of; nothing can stand in for them."""
+"""Attributes that a reference to the source needs; they have no substitute."""
 
 _MAY_BE_EMPTY = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
     *("StudyID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName"),
 )
-"""Attributes of type 2: empty where a source lacks them, which says that nothing is known."""
+"""Attributes of type 2: they are written empty where the source lacks them."""
 
 
 @dataclass(frozen=True)
-class Identity:
-    """The model as DICOM objects name it.
+class ModelIdentity:
+    """The model as named in DICOM objects.
 
     Attributes:
-        model: Digest of its weights.
-        codes: Codes of classes that the user gave, ``(value, scheme, meaning)``.
+        weights: Digest of its weights.
+        codes: User-defined codes of classes, ``(value, scheme, meaning)``.
     """
 
-    model: str
+    weights: str
     codes: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
 
     @property
     def parameters(self) -> dict[str, str]:
-        """What goes with the algorithm's name and version."""
-        return {"model": self.model, "note": NOTE}
+        """Parameters of the algorithm, besides its name and version."""
+        return {"model": self.weights, "note": NOTE}
 
     def concept(self, name: str) -> Code:
         """Return the code of a class."""
         return concept(name, self.codes)
 
     def uid(self, *parts: str) -> str:
-        """Return a unique identifier that is the same for the same model and parts."""
-        return str(generate_uid(entropy_srcs=[self.model, *parts]))
+        """Return a unique identifier that is a function of model and parts."""
+        return str(generate_uid(entropy_srcs=[self.weights, *parts]))
 
-    def describe(self, header: Dataset, kind: str, content: bytes) -> dict[str, Any]:
-        """Return what every object needs to say of itself; equal content of an equal source has equal identifiers.
+    def object_attributes(self, header: Dataset, kind: str, content: bytes) -> dict[str, Any]:
+        """Return the attributes every object needs; equal content of an equal source has equal identifiers.
 
         Args:
-            header: The source image's.
+            header: Header of the source image.
             kind: ``SEG`` or ``SR``.
-            content: What the object says.
+            content: Content of the object, in any form that is equal for equal content.
         """
         number = header.get("InstanceNumber")
         return {
@@ -74,17 +74,17 @@ class Identity:
             "manufacturer": NAME,
             "manufacturer_model_name": NAME,
             "software_versions": mtmedformer.__version__,
-            "device_serial_number": self.model,
-            "series_description": f"{NOTE.capitalize()}: {NAME} {self.model}",
-            "specific_character_set": "ISO_IR 192",  # names of patients in any script
+            "device_serial_number": self.weights,
+            "series_description": f"{NOTE.capitalize()}: {NAME} {self.weights}",
+            "specific_character_set": "ISO_IR 192",  # patient names in any script
         }
 
 
 def source_header(source: Path) -> Dataset:
-    """Read a source image's header, with empty values where it lacks what may be empty.
+    """Read the header of a source image, with empty values for missing attributes of type 2.
 
     Raises:
-        DataError: It lacks an identifier without which nothing can refer to it.
+        DataError: It lacks an identifier that a reference to it needs.
     """
     header = dcmread(source, stop_before_pixels=True, force=True)
     missing = [name for name in _NEEDED if not header.get(name)]
@@ -93,5 +93,5 @@ def source_header(source: Path) -> Dataset:
     for name in _MAY_BE_EMPTY:
         if name not in header:
             setattr(header, name, None)
-    header.decode()  # from the file's character set, to be written in another
+    header.decode()  # from the character set of the file; it is written in another one
     return header

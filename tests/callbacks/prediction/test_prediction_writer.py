@@ -1,4 +1,4 @@
-"""What predict writes: in the original frame to the pixel, whole or not at all, resumable, and nothing of a patient."""
+"""Output of predict: exact in original pixels, atomic, resumable, and without patient data."""
 
 import csv
 import json
@@ -21,8 +21,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from callbacks.prediction.prediction_files import PredictionFolder, safe_name
-from callbacks.prediction.writer import PredictionWriter
+from callbacks.prediction.prediction_folder import PredictionFolder, safe_name
+from callbacks.prediction.prediction_writer import PredictionWriter
 from datamodules.image_folder import ImageFolderDataModule
 from datamodules.images.presets import BreastPreset, PlainPreset
 from mtmedformer.batch import Task
@@ -40,12 +40,12 @@ SYNTAXES = [
     RLELossless,
 ]
 PLACE = (slice(64, 128), slice(32, 96))
-"""Rows and columns of what is planted, on the grid of the network's input."""
+"""Rows and columns of the bright rectangle, aligned to the grid of the network input."""
 BOX = [32, 64, 96, 128]
 
 
 class Echo(L.LightningModule):
-    """Finds exactly what is bright in the network's input."""
+    """Predicts exactly the bright pixels of the network input."""
 
     def __init__(self, bias: float = 0.0) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def expected() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """A tree of images in every format, and what is predicted of it."""
+    """A folder of images in every format, and the predictions for it."""
     root = tmp_path_factory.mktemp("images")
     (root / "a/deep").mkdir(parents=True)
     for name in ("one.png", "two.tif", "three.jpg", "a/one.png"):
@@ -137,7 +137,7 @@ def everything(tmp_path_factory):
     return root, output, writer
 
 
-def test_every_format_comes_back_to_the_pixel(everything):
+def test_every_format_is_mapped_back_to_the_exact_pixel(everything):
     root, output, writer = everything
     names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
     assert writer.exit_code == 0
@@ -150,7 +150,7 @@ def test_every_format_comes_back_to_the_pixel(everything):
         assert entry["input"]["sha256"] == file_digest(root / name)
 
 
-def test_rows_say_what_was_found(everything):
+def test_rows_agree_with_the_predictions(everything):
     _, output, _ = everything
     rows = {row["image"]: row for row in rows_of(output / "predictions.csv")}
     plain, film = rows["one.png"], rows["a/deep/film0"]
@@ -160,11 +160,13 @@ def test_rows_say_what_was_found(everything):
     assert film["organ:organ:mm2"] == f"{4096 * 0.5 * 0.25:.1f}"
     assert float(plain["organ:entropy"]) == 0
     assert float(plain["health:entropy"]) == pytest.approx(0.2338, abs=1e-3)
-    assert plain["health:mutual_information"] == plain["health:sick"], "what a model adds of uncertainty is written too"
+    assert plain["health:mutual_information"] == plain["health:sick"], (
+        "uncertainties added by the model are written too"
+    )
     assert len({row["model"] for row in rows.values()}) == 1
 
 
-def test_boxes_are_a_coco_set(everything, capsys):
+def test_boxes_are_valid_coco(everything, capsys):
     _, output, _ = everything
     coco = COCO(str(output / "boxes.json"))
     assert {one["file_name"] for one in coco.imgs.values()} == {
@@ -177,7 +179,7 @@ def test_boxes_are_a_coco_set(everything, capsys):
 
 
 @pytest.mark.parametrize("number", range(len(SYNTAXES)))
-def test_dicom_objects_lie_beside_their_film(everything, number):
+def test_dicom_objects_refer_to_their_image(everything, number):
     root, output, _ = everything
     uid = dcmread(root / f"a/deep/film{number}").SOPInstanceUID
     masks = hd.seg.segread(output / f"dicom/a/deep/film{number}.seg.dcm")
@@ -188,17 +190,17 @@ def test_dicom_objects_lie_beside_their_film(everything, number):
     np.testing.assert_allclose([*box.min(axis=0), *box.max(axis=0)], BOX)
 
 
-def test_only_dicom_objects_hold_anything_of_the_patient_and_all_say_what_they_are_for(everything):
+def test_only_dicom_objects_hold_patient_data_and_every_file_has_the_research_note(everything):
     _, output, _ = everything
     for file in filter(Path.is_file, output.rglob("*")):
         content = file.read_bytes()
         assert (b"Secret" in content) == (file.suffix == ".dcm"), file
-        if file.name != "failed.csv":  # nothing failed, nothing is said
+        if file.name != "failed.csv":  # it is empty when nothing failed
             assert b"esearch use only" in content, file
 
 
 @pytest.mark.parametrize("side", ["L", "R"])
-def test_a_film_turned_for_the_network_comes_back_as_it_lies(side, tmp_path):
+def test_masks_of_a_flipped_image_return_to_the_original_orientation(side, tmp_path):
     pixels = np.zeros((256, 192), np.uint16)
     pixels[20:236, :120] = 1500  # chest wall at the left edge
     pixels[PLACE] = 4095
@@ -213,7 +215,7 @@ def test_a_film_turned_for_the_network_comes_back_as_it_lies(side, tmp_path):
     assert Image.open(tmp_path / "out/overlays/film.dcm.png").width > 500
 
 
-def test_a_bad_file_is_listed_and_the_rest_is_done(tmp_path):
+def test_unreadable_files_are_listed_and_the_others_are_predicted(tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     for number in range(3):
@@ -227,7 +229,7 @@ def test_a_bad_file_is_listed_and_the_rest_is_done(tmp_path):
     failed = rows_of(tmp_path / "out/failed.csv")
     assert [row["image"] for row in failed] == ["broken.png", "cut.dcm", "empty.jpg"]
     assert all(row["reason"] == "image unreadable" and row["detail"] for row in failed)
-    assert not any(str(tmp_path) in row["detail"] for row in failed), "folders may be called like patients"
+    assert not any(str(tmp_path) in row["detail"] for row in failed), "folders may be named after patients"
     assert len(rows_of(tmp_path / "out/predictions.csv")) == 3
     for row in failed:
         (images / row["image"]).unlink()
@@ -237,20 +239,20 @@ def test_a_bad_file_is_listed_and_the_rest_is_done(tmp_path):
     assert rows_of(tmp_path / "out/failed.csv") == []
 
 
-def test_nothing_readable_is_a_failure_and_not_a_crash(tmp_path):
+def test_run_without_a_readable_image_fails_without_a_crash(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG and no more")
     assert predict([tmp_path / "broken.png"], tmp_path / "out").exit_code == 3
     assert (tmp_path / "out/predictions.csv").is_file()
 
 
-def test_a_film_nothing_can_refer_to_is_predicted_without_dicom_objects_and_listed(tmp_path):
+def test_image_without_identifiers_is_predicted_without_dicom_objects_and_listed(tmp_path):
     dicom(tmp_path / "film.dcm", SeriesInstanceUID="")
     assert predict([tmp_path / "film.dcm"], tmp_path / "out").exit_code == 3
     assert rows_of(tmp_path / "out/failed.csv")[0]["reason"] == "no DICOM objects"
     assert rows_of(tmp_path / "out/predictions.csv")[0]["organ:organ:pixels"] == "4096"
 
 
-def test_thresholds_of_the_calibration_decide_what_counts(four, tmp_path):
+def test_calibrated_thresholds_decide_what_counts(four, tmp_path):
     model = Echo()
     model.calibration = {
         "health": TaskCalibration(images=9, thresholds={"sick": {"youden": 0.05, "f1": 0.9}}),
@@ -259,7 +261,7 @@ def test_thresholds_of_the_calibration_decide_what_counts(four, tmp_path):
     predict([four], tmp_path / "out", model=model)
     row = rows_of(tmp_path / "out/predictions.csv")[0]
     assert row["health:sick:found"] == "1"
-    assert "health:well:found" not in row, "there is no threshold for it"
+    assert "health:well:found" not in row, "it has no threshold"
     assert row["lesions:boxes"] == "2"
     predict([four], tmp_path / "other", model=model, threshold=0.95, operating_point="f1")
     row = rows_of(tmp_path / "other/predictions.csv")[0]
@@ -278,7 +280,7 @@ def four(tmp_path):
 
 
 def interrupt(monkeypatch, at: int) -> None:
-    """Interrupt the run after all files of an image but its JSON are written."""
+    """Interrupt the run after all files of an image except its JSON are written."""
     finish = PredictionFolder.finish
 
     def stop(self, image, entry):
@@ -289,7 +291,7 @@ def interrupt(monkeypatch, at: int) -> None:
     monkeypatch.setattr(PredictionFolder, "finish", stop)
 
 
-def test_an_interrupted_run_goes_on_with_what_is_missing(four, tmp_path, monkeypatch):
+def test_interrupted_run_continues_with_the_missing_images(four, tmp_path, monkeypatch):
     predict([four], tmp_path / "whole")
     with monkeypatch.context() as patch:
         interrupt(patch, at=2)
@@ -304,19 +306,19 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(four, tmp_path, monkeyp
     assert not list((tmp_path / "out").rglob(".*.part"))
 
 
-def test_what_changed_or_went_missing_is_done_again(four, tmp_path):
+def test_changed_images_and_missing_outputs_are_predicted_again(four, tmp_path):
     predict([four], tmp_path / "out")
     Image.fromarray(planted(dark=200)).save(four / "0.png")
     (tmp_path / "out/masks/organ/1.png_organ.png").unlink()
     (tmp_path / "out/images/2.png.json").write_text('{"image": ')
-    (four / "3.png").touch()  # another time, the same content
+    (four / "3.png").touch()  # new modification time, same content
     model = Echo()
     predict([four], tmp_path / "out", model=model)
     assert model.seen == 3
     assert len(rows_of(tmp_path / "out/predictions.csv")) == 4
 
 
-def test_half_written_files_of_a_killed_run_are_swept_away(four, tmp_path):
+def test_partial_files_of_a_killed_run_are_removed(four, tmp_path):
     predict([four], tmp_path / "out")
     left = tmp_path / "out/masks/organ/.9.png_organ.png.123.part"
     left.write_bytes(b"half")
@@ -324,18 +326,18 @@ def test_half_written_files_of_a_killed_run_are_swept_away(four, tmp_path):
     assert not left.exists()
 
 
-def test_predictions_of_two_models_or_settings_do_not_mix(four, tmp_path):
+def test_predictions_of_two_models_or_settings_are_not_mixed(four, tmp_path):
     predict([four], tmp_path / "out")
     with pytest.raises(ConfigError, match="holds predictions of model"):
         predict([four], tmp_path / "out", model=Echo(bias=1.0))
-    with pytest.raises(ConfigError, match=r"made otherwise \(score differ\)"):
+    with pytest.raises(ConfigError, match=r"other settings \(score differ\)"):
         predict([four], tmp_path / "out", score=0.5)
-    with pytest.raises(ConfigError, match=r"made otherwise \(preset differ\)"):
+    with pytest.raises(ConfigError, match=r"other settings \(preset differ\)"):
         predict([four], tmp_path / "out", preset=BreastPreset())
     predict([four], tmp_path / "out", preset=PlainPreset())
 
 
-def test_predictions_in_the_image_folder_are_no_images(four):
+def test_predictions_in_the_image_folder_are_not_taken_for_images(four):
     predict([four], four / "out")
     model = Echo()
     predict([four], four / "out", model=model)
@@ -343,7 +345,7 @@ def test_predictions_in_the_image_folder_are_no_images(four):
     assert len(rows_of(four / "out/predictions.csv")) == 4
 
 
-def test_names_are_safe_and_different():
+def test_safe_names_are_valid_paths_and_unique():
     ids = [
         "a/b.png",
         "a_b.png",

@@ -1,0 +1,221 @@
+"""Callback that writes the predictions of ``mtmedformer predict``, in pixels of the original images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+
+import mtmedformer
+from callbacks.prediction.dicom.model_identity import ModelIdentity
+from callbacks.prediction.dicom.objects import DicomObjects
+from callbacks.prediction.image_writer import ImageSource, ImageWriter
+from callbacks.prediction.prediction_folder import PredictionFolder, predictions_root
+from mtmedformer.batch import Batch, Task
+from mtmedformer.calibration import plain
+from mtmedformer.inference.results import NOTE, findings
+from mtmedformer.protocols import CalibratedModel, OriginalImages, ResumablePrediction
+from mtmedformer.storage.hashing import weights_digest
+
+log = logging.getLogger(__name__)
+
+SCORE_THRESHOLD = 0.4
+"""Minimum score of a box that counts, for classes without a calibrated threshold."""
+
+ByClass = dict[tuple[str, str], float]
+"""Values by task and class."""
+
+
+class PredictionWriter(Callback):
+    """Writes the predictions of each image as they are computed, and continues an interrupted run.
+
+    Files: ``masks/<task>/`` (one PNG per image and class), ``overlays/`` (one picture per image), ``dicom/`` (one DICOM
+    segmentation and one structured report per image) and ``images/`` (one JSON per image, written last). The tables
+    ``predictions.csv`` (class probabilities, numbers of boxes, areas, uncertainty), ``boxes.json`` (COCO) and
+    ``failed.csv`` are made from the JSON files at the end, also after an interruption.
+
+    Finished images are skipped where the data module supports it (``--images`` does); otherwise earlier predictions in
+    the folder are replaced.
+
+    Args:
+        folder: Output folder; ``null`` is ``predictions`` in the run folder.
+        score: Boxes below this score are dropped.
+        threshold: Minimum score of a box that counts in the CSV and the structured report and is drawn. ``null`` uses
+            the calibrated F1 threshold of each class, and 0.4 for classes without one.
+        operating_point: Operating point of the calibration that decides whether a class counts as found in the CSV.
+        overlays: Draw one picture per image.
+        dicom: Write a segmentation and a structured report for images that are DICOM files.
+        codes: Codes of classes in DICOM objects, ``{class: [value, scheme, meaning]}``, besides the built-in ones.
+
+    Attributes:
+        exit_code: Exit code of the command: 3 if an image failed.
+    """
+
+    def __init__(
+        self,
+        folder: str | None = None,
+        score: float = 0.05,
+        threshold: float | None = None,
+        operating_point: str = "youden",
+        overlays: bool = False,
+        dicom: bool = False,
+        codes: dict[str, tuple[str, str, str]] | None = None,
+    ) -> None:
+        self.predictions_root, self.score, self.threshold = folder, score, threshold
+        self.operating_point = operating_point
+        self.overlays, self.dicom, self.codes = overlays, dicom, codes or {}
+        self.exit_code = 0
+        self._tasks: dict[str, Task] = {}
+        self._files: dict[str, Path] = {}
+        self._listed_failures = 0
+        self._writer: ImageWriter | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let the data module skip finished images; it calls back later, when the weights are loaded."""
+        self._writer = None
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "predict" and isinstance(data, ResumablePrediction):
+            data.skip_finished(lambda files: self._finished(trainer, pl_module, files))
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove earlier predictions, where the data module cannot skip finished images."""
+        if self._writer is None:
+            self._prepare(trainer, pl_module, resume=False)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *args: Any
+    ) -> None:
+        """Write the predictions of a batch, and list the images that could not be read so far."""
+        assert self._writer is not None
+        for i, meta in enumerate(batch.meta):
+            result = findings(outputs, i, meta, self._tasks, self.score)
+            image = batch.image[i].float().mean(dim=0).cpu().numpy()
+            self._writer.write(result, image, self._source(trainer, meta.id))
+        self._list_failures(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the tables, once every process has finished."""
+        if stage == "predict" and self._writer is not None:
+            self._list_failures(trainer)
+            trainer.strategy.barrier("predictions written")
+            self._write_tables(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write the tables of the images predicted so far."""
+        if self._writer is not None:
+            self._write_tables(trainer)
+
+    def _finished(self, trainer: Trainer, pl_module: LightningModule, files: Mapping[str, Path]) -> set[str]:
+        """Prepare the folder and return the ids of the finished images."""
+        writer = self._prepare(trainer, pl_module, resume=True)
+        finished = writer.folder.finished(files)
+        if finished and trainer.is_global_zero:
+            log.warning("%d of %d images are already finished", len(finished), len(files))
+        return finished
+
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule, resume: bool) -> ImageWriter:
+        """Prepare the folder.
+
+        Raises:
+            ConfigError: It holds predictions of another model or with other settings, and the run would continue them.
+        """
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        calibration = plain(pl_module.calibration) if isinstance(pl_module, CalibratedModel) else {}
+        self._tasks = dict(cast("Mapping[str, Task]", pl_module.tasks))
+        self._writer = self._image_writer(trainer, weights_digest(pl_module.state_dict()), calibration)
+        self._files = dict(data.files) if isinstance(data, OriginalImages) else {}
+        self.exit_code = self._listed_failures = 0
+        if trainer.is_global_zero:
+            self._writer.folder.prepare(self._about(self._writer, pl_module, data, calibration), resume)
+        trainer.strategy.barrier("predictions prepared")
+        return self._writer
+
+    def _image_writer(self, trainer: Trainer, model: str, calibration: Mapping[str, Any]) -> ImageWriter:
+        classes = {kind: _classes(self._tasks, kind) for kind in ("classification", "detection")}
+        if self.threshold is None:
+            boxes = dict.fromkeys(classes["detection"], SCORE_THRESHOLD)
+            boxes |= _calibrated_thresholds(calibration, "f1", classes["detection"])
+        else:
+            boxes = dict.fromkeys(classes["detection"], self.threshold)
+        return ImageWriter(
+            folder=PredictionFolder(predictions_root(trainer, self.predictions_root)),
+            model=model,
+            tasks=self._tasks,
+            box_thresholds=boxes,
+            class_thresholds=_calibrated_thresholds(calibration, self.operating_point, classes["classification"]),
+            overlays=self.overlays,
+            dicom=DicomObjects(ModelIdentity(model, self.codes), boxes) if self.dicom else None,
+        )
+
+    def _about(
+        self, writer: ImageWriter, pl_module: LightningModule, data: Any, calibration: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return model and settings; predictions are continued only with the same ones."""
+        ways = {key: getattr(pl_module, key, None) for key in ("tile", "overlap", "flip_tta", "sampling")}
+        own = {
+            "score": self.score,
+            "threshold": {f"{task}: {c}": value for (task, c), value in writer.box_thresholds.items()},
+            "operating_point": self.operating_point,
+            "overlays": self.overlays,
+            "dicom": self.dicom,
+            "codes": self.codes,
+        }
+        of_data = data.settings if isinstance(data, ResumablePrediction) else {}
+        return {
+            "note": NOTE,
+            "software": f"MTMedFormer {mtmedformer.__version__}",
+            "model": writer.model,
+            "tasks": {name: asdict(task) for name, task in self._tasks.items()},
+            "settings": own | ways | of_data | {"calibration": calibration},
+        }
+
+    def _source(self, trainer: Trainer, image: str) -> ImageSource | None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        file = self._files.get(image)
+        if file is None or not file.is_file():
+            return None
+        return ImageSource(file, data.is_dicom(file), data.original)
+
+    def _list_failures(self, trainer: Trainer) -> None:
+        """Write an entry for every image that could not be read since the last call, for ``failed.csv``."""
+        assert self._writer is not None
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        failures = data.failures if isinstance(data, ResumablePrediction) else []
+        for issue in failures[self._listed_failures :]:
+            file = self._files.get(issue.id)  # messages contain whole paths, and folders may be named after patients
+            detail = issue.detail.replace(f"{file.parent}/", "") if file else issue.detail
+            entry = {"image": issue.id, "files": [], "failed": issue.reason, "detail": detail, "note": NOTE}
+            self._writer.folder.finish(issue.id, entry)
+        self._listed_failures = len(failures)
+
+    def _write_tables(self, trainer: Trainer) -> None:
+        assert self._writer is not None
+        if not trainer.is_global_zero:
+            return
+        folder = self._writer.folder
+        failed = folder.write_tables({name: asdict(task) for name, task in self._tasks.items()})
+        Console().print(f"Written: {folder.root}", highlight=False, soft_wrap=True)
+        if failed:
+            self.exit_code = 3
+            log.warning("%d images failed; the reasons are in %s", failed, folder.root / "failed.csv")
+
+
+def _classes(tasks: Mapping[str, Task], kind: str) -> list[tuple[str, str]]:
+    """Return task and class of every class of the tasks of a kind."""
+    return [(name, c) for name, task in tasks.items() if task.kind == kind for c in task.classes]
+
+
+def _calibrated_thresholds(calibration: Mapping[str, Any], point: str, classes: list[tuple[str, str]]) -> ByClass:
+    """Return the calibrated thresholds at an operating point, for those of the classes that have one."""
+    thresholds = {
+        (task, c): points[point]
+        for task, one in calibration.items()
+        for c, points in one["thresholds"].items()
+        if point in points
+    }
+    return {key: value for key, value in thresholds.items() if key in classes}
