@@ -246,14 +246,16 @@ class MultiTaskModule(L.LightningModule):
         torch.manual_seed(zlib.crc32(key.encode()))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Let a weighting that learns from the step's effect (FAMO) see the batch once more."""
-        if self.loss.needs_update:
+        """Compute the losses again for a weighting that uses the effect of the step (FAMO); not at a server."""
+        if self.loss.needs_update and self.automatic_optimization:  # a federation's server has no images
             with torch.no_grad():
                 losses, _, present = self.task_losses(*self.labelled(batch))
             self.loss.update(losses, present)
 
     def on_train_epoch_end(self) -> None:
-        """Log the weights in force and let an epoch-wise weighting (DWA) turn its page."""
+        """Log the current weights, and end the epoch of an epoch-wise weighting (DWA); not at a federation's server."""
+        if not self.automatic_optimization:
+            return
         self.log_dict({f"loss_weight/{name}": value for name, value in self.loss.factors().items()})
         self.loss.on_epoch_end()
 

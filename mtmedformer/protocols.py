@@ -109,6 +109,17 @@ class CalibratedModel(Protocol):
     calibration: dict[str, Any]
 
 
+@runtime_checkable
+class ValidatedModule(Protocol):
+    """A module with validation metrics by task; without it a federation logs no metrics by site.
+
+    Attributes:
+        val_metrics: ``TaskMetrics`` by task, filled by the validation batches.
+    """
+
+    val_metrics: Any
+
+
 # --- records ---------------------------------------------------------------------------------------------------------
 
 

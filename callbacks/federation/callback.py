@@ -6,82 +6,75 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import Tensor
 
 from callbacks.federation.checks import check_server, federated_data
-from callbacks.federation.round_words import faults_in_words, round_line, say
+from callbacks.federation.console import print_line, round_line, show_sites
 from callbacks.federation.server import Server
-from callbacks.federation.site_files import write_model, write_quarantine
+from callbacks.federation.site_files import write_model, write_sites
 from callbacks.federation.site_loggers import SiteLoggers
-from callbacks.federation.site_matrix import show_sites, write_sites
+from callbacks.federation.site_trainers import Placement, SiteTrainers, processes_of, resolve_placement
 from callbacks.federation.site_validation import mean_and_worst, metrics_by_site, validate_own
 from federation.aggregators.base import Aggregator
 from federation.aggregators.bayesian import BayesianAggregator
 from federation.alignment.groups import permutation_groups
-from federation.client.lightning_internals import (
-    SiteBar,
-    build_site_trainer,
-    copy_module,
-    keep_metrics_local,
-    note_sigterm_per_process,
-)
-from federation.client.subprocess import SiteTimeoutError, train_isolated
-from federation.client.train import RoundPlan, SiteResult, SiteState, TrainingInterrupt, state_of, train_site
+from federation.client.lightning_internals import copy_module, keep_metrics_local, note_sigterm_per_process
+from federation.client.site_trainer import SiteTrainer
+from federation.client.train import RoundPlan, SiteState, TrainingInterrupt, state_of
 from federation.exchange.schema import State, schema_of, state_hash
 from federation.partition import Holding
 from federation.privacy.policy import PrivacyPolicy
 from federation.privacy.site_policies import by_site
-from federation.server.admission import Policy, plain
-from federation.server.drift import Drift
+from federation.server.admission import Policy
+from federation.server.history import RoundRecord, SiteRecord, faults_text
 from federation.server.participation import Participation, check_participation, taking_part
-from federation.server.round import Gathering, Group
-from federation.server.run_state import RunState, write_state
-from federation.site_loaders import Site
+from federation.server.round import Round, RoundResult
+from federation.server.run_state import RunState, Status, write_state
 from mtmedformer.errors import ConfigError, UserError
 
 
 class Federation(L.Callback):
-    """Trains the sites of a ``FederatedDataModule`` in rounds and merges what they learnt, an epoch a round.
+    """Trains the sites of a ``FederatedDataModule`` in rounds and merges their updates; one epoch is one round.
 
-    Each site gets a copy of the module with the global weights, a Trainer of its own and a random stream of its own;
-    its update is added in the order of the site names, so the result is the same to the last bit however many processes
-    share the work. The server step is the Trainer's own optimiser step: validation, checkpoints, early stopping,
-    progress bars, loggers and ``--ckpt_path`` count rounds. A checkpoint holds the plain module.
+    Each site gets a copy of the module with the global weights, its own Trainer and its own random stream. Updates are
+    added in the order of the site names, so that the result is equal to the last bit for any number of processes.
+    The server's step takes the place of the Trainer's optimizer step: validation, checkpoints, early stopping, progress
+    bars, loggers and ``--ckpt_path`` count rounds. A checkpoint holds the plain module. The module's own hooks
+    ``on_train_batch_end`` and ``on_train_epoch_end`` run at the server too, once per round, with empty ``outputs`` and
+    with ``self.automatic_optimization`` false.
 
-    A site that raises, is late or sends what cannot be used is left out of the round and told of, as ``policy`` says;
-    ``run_state.json`` in the run folder always says whether the run is running, degraded, failed or finished, and why.
+    A site that fails, exceeds the deadline or sends an unusable update is left out of the round and reported, as set in
+    ``policy``; ``run_state.json`` in the run folder holds the state of the run (running, degraded, failed or finished)
+    and its reason.
 
     Args:
         aggregator: How updates become the next global weights; ``null`` is the Bayesian aggregator.
         site_trainer: The Trainer of a site. Its ``max_epochs`` (or ``max_steps``) is the budget of one round, by
             default one epoch; gradient clipping, accumulation and limits of training belong here too.
-        placement: ``sequential``: one process trains all sites; ``isolated``: each site's round has a process of its
-            own, of one thread, whose death is the site's alone (not on GPUs); ``per_rank``: every process trains some;
-            ``ddp``: all processes train each site together, and a site that fails on one of them ends the run.
+        placement: ``sequential``: one process trains all sites; ``isolated``: each site trains in a process of its own,
+            with one thread, so that a crash affects this site only (not on GPUs); ``per_rank``: every process trains
+            some sites; ``ddp``: all processes train each site together, and a site that fails on one ends the run.
             ``auto`` is ``per_rank`` where there are several processes.
         sites_at_once: Isolated sites that train at the same time.
-        optimizer_state: Whether a site's optimiser starts every round anew or keeps its moments. The learning-rate
-            schedule runs over the whole federation either way.
+        optimizer_state: ``reset``: a site's optimizer starts anew every round; ``keep``: it keeps its moments. The
+            learning-rate schedule runs over the whole federation in both cases.
         participation: Share of the sites that take part in a round, drawn with the seed (1 for all); or a list of
-            rounds, each a list of site names, that is gone through again and again.
-        align: Permute a site's hidden units and attention heads to the order of the global model before its update is
-            sent. In an ordinary round none have moved, and the check costs little.
-        validate_sites: Also validate each site's own model on its own data, as ``site/<site>/val/…``. Done in any
-            case where sites keep something for themselves (norms, personal models).
-        policy: What is done about sites that fail: quorum, deadline, retries, outliers.
-        privacy: What sites do to their updates before they leave: one policy for all, or one by site name; a site
-            without one sends all there is. See ``docs/privacy.md``.
+            rounds, each a list of site names, which is repeated.
+        align: Align the order of a site's hidden units and attention heads to that of the global model before its
+            update leaves. In ordinary rounds the order does not change, and the check costs little.
+        validate_sites: Also validate each site's own model on its own data, as ``site/<site>/val/…``. Always done where
+            sites keep weights to themselves (norms, personal models).
+        policy: Handling of sites that fail: quorum, deadline, retries, outliers.
+        privacy: What sites do to their updates before they leave: one policy for all, or one per site name; a site
+            without one sends its whole update. See ``docs/privacy.md``.
 
     Raises:
-        ConfigError: When a value cannot be.
+        ConfigError: When a value is out of range.
     """
 
     runs_rounds = True
@@ -90,7 +83,7 @@ class Federation(L.Callback):
         self,
         aggregator: Aggregator | None = None,
         site_trainer: Callable[[], L.Trainer] = L.Trainer,
-        placement: Literal["auto", "sequential", "isolated", "per_rank", "ddp"] = "auto",
+        placement: Placement = "auto",
         sites_at_once: int = 1,
         optimizer_state: Literal["reset", "keep"] = "reset",
         participation: Participation = 1.0,
@@ -112,72 +105,101 @@ class Federation(L.Callback):
         self.privacy = privacy
         self._privacy: dict[str, PrivacyPolicy] = {}
         self.sites: dict[str, SiteState] = {}
-        self.history: list[dict[str, Any]] = []
+        self.history: list[RoundRecord] = []
         self.holdings: list[Holding] = []
         self.loggers = SiteLoggers()
         self.state: RunState | None = None
-        self._target: State = {}
+        self._merged: State = {}
         self._server: Server | None = None
         self._began = 0.0
 
     @property
     def exit_code(self) -> int:
-        """What the command line returns at the end: 0 finished, 1 failed, 3 degraded."""
+        """Exit code of the command: 0 finished, 1 failed, 3 degraded."""
         return self.state.exit_code if self.state else 0
 
     # --- set up -------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep a pristine copy of the module for the sites, and make the Trainer's own module the server.
+        """Keep an untrained copy of the module for the sites, and make the Trainer the server.
 
         Raises:
-            ConfigError: When the data has no sites, or a setting of the Trainer means nothing to a server.
+            ConfigError: When the data has no sites, or a setting of the Trainer has no effect on a server.
         """
         if stage != "fit":
             return
-        check_server(trainer, self.placement, self.policy, self._factory(trainer))
+        check_server(trainer, self.placement, self.policy, self.site_trainer)
         note_sigterm_per_process(trainer)
         warnings.filterwarnings("ignore", r"It is recommended to use `self.log\(.*sync_dist=True")  # equal on all
+        data = federated_data(trainer)
+        self._trainers = SiteTrainers(
+            self.site_trainer, trainer, self.loggers, resolve_placement(self.placement, trainer)
+        )
         self._template = copy_module(pl_module)
         self._schema = schema_of(pl_module)
-        self._privacy = by_site(self.privacy, list(federated_data(trainer).sites), self.aggregator)
+        self._privacy = by_site(self.privacy, list(data.sites), self.aggregator)
         for privacy in self._privacy.values():
-            privacy.check(pl_module, self._schema, self.aggregator, self._placed(trainer) == "ddp")
+            privacy.check(pl_module, self._schema, self.aggregator, self._trainers.placement == "ddp")
         self._symmetries = permutation_groups(pl_module) if self.align and self.aggregator.exchange.merged else ()
-        keep_metrics_local(pl_module)  # every process validates everything, so that all decide alike
-        self._server = Server(trainer, pl_module, self.target)
-        self.holdings = federated_data(trainer).holdings()
+        keep_metrics_local(pl_module)  # every process validates all images, so that all decide alike
+        self._server = Server(trainer, pl_module)
+        self.holdings = data.holdings()
         if trainer.is_global_zero:
             show_sites(self.holdings)
-            if not getattr(trainer, "fast_dev_run", False):
-                write_sites(self.holdings, Path(trainer.default_root_dir))
-                for name, site in federated_data(trainer).sites.items():
-                    write_quarantine(Path(trainer.default_root_dir), name, site)
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                write_sites(self.holdings, data.sites, Path(trainer.default_root_dir))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Open the sites' own runs in W&B, once it is known which run the server is."""
+        """Start the server's optimizer, and open the sites' own runs in W&B, once the server's run is known."""
+        assert self._server is not None
+        self._server.start()
         self.loggers.open(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the seed of the run, from which every site draws its own."""
+        """Keep the seed of the run, from which every site derives its own."""
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**31))
         names = list(federated_data(trainer).sites)
         check_participation(self.participation, names)
-        self._say_state(trainer, f"{len(names)} sites")
+        self._write_state(trainer, f"{len(names)} sites")
 
     # --- a round ------------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Train the sites and merge their updates; the step that follows puts the result in place.
+        """Run a round; the optimizer step that follows puts the merged weights in place.
 
         Raises:
             RoundError: When the policy does not let the round count.
         """
+        assert self._server is not None
         self._began = time.perf_counter()
+        data, pooled = federated_data(trainer), self.aggregator.data == "pooled"
+        sites = {"pooled": data.pooled()} if pooled else data.sites
+        plan = self._plan(trainer, pl_module)
+        names = list(sites) if pooled else taking_part(self.participation, plan.round, list(sites), self._seed)
+        folder = None if trainer.fast_dev_run else Path(trainer.default_root_dir)  # type: ignore[attr-defined]
+        site_trainer = self.strategy(sites)
+        try:
+            with Round(
+                plan, self.sites, self.aggregator, self.policy, site_trainer, processes_of(trainer), folder
+            ) as current:
+                result = current.run(names, self._trainers.placement == "per_rank", self.sites_at_once)
+        except TrainingInterrupt:
+            raise (SIGTERMException if trainer.received_sigterm else KeyboardInterrupt) from None
+        self.sites.update(result.states)
+        self.history.append(result.record)
+        self._merged = self._server.step.merged = result.merged
+        self._log(trainer, pl_module, result)
+        self._validate_own(trainer, pl_module)
+
+    def strategy(self, sites: dict[str, Any]) -> SiteTrainer:
+        """Return what trains a site of this round; a subclass may put another in its place."""
+        return self._trainers.strategy(sites, self._template, self.aggregator, self.policy.deadline, self._privacy)
+
+    def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> RoundPlan:
         state = self.aggregator.starting_state(state_of(pl_module))
-        plan = RoundPlan(
+        return RoundPlan(
             round=trainer.current_epoch,
             rounds=int(trainer.max_epochs or 1),
             state=state,
@@ -185,109 +207,39 @@ class Federation(L.Callback):
             schema=self._schema,
             seed=self._seed,
             keep_optimizer=self.optimizer_state == "keep",
-            distributed=self._placed(trainer) == "ddp",
+            distributed=self._trainers.placement == "ddp",
             symmetries=self._symmetries,
         )
-        folder = None if getattr(trainer, "fast_dev_run", False) else Path(trainer.default_root_dir)
-        gathering = Gathering(plan, self.policy, self._group(trainer), folder)
-        try:
-            self._gather(trainer, plan, gathering)
-            self._merge(trainer, pl_module, plan, gathering)
-        finally:
-            gathering.close()
-        self._validate_own(trainer, pl_module)
 
-    def _gather(self, trainer: L.Trainer, plan: RoundPlan, gathering: Gathering) -> None:
-        """Train the sites of the round, each on the processes it is placed on."""
-        data = federated_data(trainer)
-        pooled = self.aggregator.data == "pooled"
-        sites = {"pooled": data.pooled()} if pooled else data.sites
-        names = list(sites) if pooled else taking_part(self.participation, plan.round, list(sites), self._seed)
-        apart = self._placed(trainer) == "per_rank"
-        owners = {name: i % trainer.world_size if apart else 0 for i, name in enumerate(names)}
-        mine = [name for name in names if not apart or owners[name] == trainer.global_rank]
-        gathering.run(owners, lambda name: self._train(trainer, plan, sites[name]), mine, self.sites_at_once)
-
-    def _merge(self, trainer: L.Trainer, pl_module: L.LightningModule, plan: RoundPlan, gathering: Gathering) -> None:
-        """Add what was admitted, and keep what the sites keep and what there is to tell."""
-        self.aggregator.start(plan.state, self._schema)
-        drift = Drift(self.aggregator, self._schema)
-        for update in gathering.updates():
-            drift.add(update)
-            self.aggregator.add(update)
-        self._target = self.aggregator.finish()
-        pulls = drift.finish(plan.state, self._target)
-        told: dict[str, Any] = {}
-        for site, arrival in gathering.arrivals.items():
-            if arrival.fault is None and arrival.state is not None:
-                self.sites[site] = arrival.state
-                if self._placed(trainer) == "isolated" and (logger := self.loggers.get(trainer, site)) is not None:
-                    logger.log_metrics(arrival.logged, arrival.state.steps)
-                told[site] = arrival.told | pulls.get(site, {})
-                logged = {f"site/{site}/{key}": value for key, value in arrival.logged.items()}
-                pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
-            elif arrival.state is not None:  # refused, but it has left the site, whose policy must not forget that
-                self.sites[site] = replace(self.sites.get(site, SiteState()), privacy=arrival.state.privacy)
-        entry = {"round": plan.round, "sites": told, "faults": plain(gathering.faults)}
-        self.history.append({**entry, "seconds": time.perf_counter() - self._began})
-
-    def _train(self, trainer: L.Trainer, plan: RoundPlan, site: Site) -> SiteResult:
-        stopping = [c for c in trainer.callbacks if hasattr(c, "stopping")]  # type: ignore[attr-defined]
-        deadline = time.monotonic() + (self.policy.deadline or float("inf"))
-
-        def asked_to_stop() -> bool:
-            return trainer.received_sigterm or any(callback.stopping for callback in stopping)
-
-        try:
-            if self._placed(trainer) == "isolated":
-                work = partial(self._train_here, trainer, plan, site, quiet=True)
-                return train_isolated(work, None, self.policy.deadline, asked_to_stop)
-            return self._train_here(trainer, plan, site, lambda: asked_to_stop() or time.monotonic() > deadline)
-        except TrainingInterrupt:
-            stops = asked_to_stop()
-            if plan.distributed:
-                stops = trainer.strategy.reduce_boolean_decision(stops, all=False)
-            if not stops:
-                raise SiteTimeoutError from None
-            raise (SIGTERMException if trainer.received_sigterm else KeyboardInterrupt) from None
-
-    def _train_here(
-        self, trainer: L.Trainer, plan: RoundPlan, site: Site, stop: Callable[[], bool], quiet: bool = False
-    ) -> SiteResult:
-        """Train a site in this process, in a Trainer of its own; a quiet one has no bar and no logger."""
-        bar = None
-        if trainer.progress_bar_callback is not None and trainer.is_global_zero and not quiet:
-            bar = SiteBar(f"  {site.site}")
-        make = partial(build_site_trainer, self._factory(trainer), trainer, distributed=plan.distributed)
-        return train_site(
-            site.site,
-            self._template,
-            site,
-            plan,
-            self.sites.get(site.site, SiteState()),
-            self.aggregator,
-            lambda: make(None if quiet else self.loggers.get(trainer, site.site), bar),
-            stop,
-            self._privacy.get(site.site),
-        )
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, result: RoundResult) -> None:
+        """Log the training metrics of every admitted site; an isolated process could not log them."""
+        for site, metrics in result.logged.items():
+            if self._trainers.placement == "isolated" and (logger := self.loggers.get(trainer, site)) is not None:
+                logger.log_metrics(metrics, result.states[site].steps)
+            logged = {f"site/{site}/{key}": value for key, value in metrics.items()}
+            pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
 
     def _validate_own(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate each site's own model on its own data, where it has one or where that was asked for."""
-        own = self._sites_have_their_own()
+        """Validate each site's own model on its own data, where it has one or the configuration asks for it."""
+        own = self._sites_have_own_models
         if not (own or self.validate_sites) or self.aggregator.data == "pooled":
             return
-        make = partial(build_site_trainer, self._factory(trainer), trainer, validates=True)
         sites = federated_data(trainer).sites
-        found = validate_own(sites, self._template, self._group(trainer), self.model_of, make)
-        logged = {f"site/{site}/val/{key}": v for site, values in found.items() for key, v in values.items()}
-        logged |= mean_and_worst(found) if own else {}
+        metrics = validate_own(sites, self._template, processes_of(trainer), self.model_of, self._trainers.validation)
+        logged = {f"site/{site}/val/{key}": v for site, values in metrics.items() for key, v in values.items()}
+        logged |= mean_and_worst(metrics) if own else {}
         pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
-        for site, values in found.items():
-            self.history[-1]["sites"].setdefault(site, {})["metrics"] = values
+        for site, values in metrics.items():
+            self.history[-1].sites.setdefault(site, SiteRecord()).metrics = values
 
     def model_of(self, site: str) -> State:
-        """Return the weights that a site would use now: the global ones, with what it keeps for itself."""
-        return self.sites.get(site, SiteState()).weights(self._target)
+        """Return the weights that a site uses now: the merged ones, with those that the site keeps to itself."""
+        return self.sites.get(site, SiteState()).weights(self._merged)
+
+    @property
+    def _sites_have_own_models(self) -> bool:
+        own = self.aggregator.personal is not None or not self.aggregator.exchange.global_model
+        return own or any(privacy.blocks is not None for privacy in self._privacy.values())
 
     # --- after a round ------------------------------------------------------------------------------------------------
 
@@ -295,43 +247,63 @@ class Federation(L.Callback):
         """Log every metric by site too, and the mean and the worst site, which a checkpoint may monitor."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        logged = metrics_by_site(pl_module)
-        pl_module.log_dict({key: value for key, value in logged.items() if value == value})
+        metrics = metrics_by_site(pl_module)
+        pl_module.log_dict({key: value for key, value in metrics.items() if value == value})
         if self.history:
-            self.history[-1]["validation"] = logged
+            self.history[-1].validation = metrics
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say in one line how the round went."""
-        self._target = {}
+        """Print one line about the round."""
+        assert self._server is not None
+        self._merged = self._server.step.merged = {}
         if self.history and trainer.is_global_zero:
-            say(trainer, round_line(self.history[-1], int(trainer.max_epochs or 1), time.perf_counter() - self._began))
-        self._say_state(trainer, faults_in_words(self.history))
+            rounds, seconds = int(trainer.max_epochs or 1), time.perf_counter() - self._began
+            print_line(trainer, round_line(self.history[-1], rounds, seconds))
+        self._write_state(trainer, faults_text(self.history))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export the sites' own models, where they have any; each loads with ``model.init_weights``."""
-        self._say_state(trainer, faults_in_words(self.history), ended=True)
-        if not self._sites_have_their_own() or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+        self._write_state(trainer, faults_text(self.history), ended=True)
+        if not self._sites_have_own_models or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self._target = state_of(pl_module)
+        self._merged = state_of(pl_module)
         for name in federated_data(trainer).sites:
             write_model(Path(trainer.default_root_dir), name, self.model_of(name))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Say that the run failed, and why, in words that hold nothing of a patient."""
+        """Write that the run failed and why, in words that contain nothing about a patient; stop being the server."""
         if self._server is None:
             return
-        told = str(exception) if isinstance(exception, UserError) else f"{type(exception).__name__}"
+        reason = str(exception) if isinstance(exception, UserError) else type(exception).__name__
         if isinstance(exception, KeyboardInterrupt | SIGTERMException):
-            told = "interrupted"
+            reason = "interrupted"
         done = len(self.history) if trainer.state.fn == "fit" else 0
-        self._say_state(trainer, f"{told}, after {done} rounds", ended=True, failed=True)
+        self._write_state(trainer, f"{reason}, after {done} rounds", ended=True, failed=True)
+        self._release()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the module its own methods back."""
+        """Stop being the server, and close the sites' loggers."""
+        self._release()
+        self.loggers.close()
+
+    def _release(self) -> None:
         if self._server is not None:
             self._server.release()
             self._server = None
-        self.loggers.close()
+
+    def _write_state(self, trainer: L.Trainer, reason: str, ended: bool = False, failed: bool = False) -> None:
+        """Write ``run_state.json``; every process keeps the state, for its exit code."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        degraded = bool(self.history and self.history[-1].faults)
+        status: Status = "failed" if failed else "degraded" if degraded else "finished" if ended else "running"
+        done, rounds = len(self.history), int(trainer.max_epochs or 1)
+        if trainer.is_global_zero:
+            self.state = write_state(Path(trainer.default_root_dir), status, reason, done, rounds, ended)
+        else:
+            self.state = RunState(status, reason, done, rounds, ended)
+
+    # --- resume -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the sites and the aggregator keep between rounds: tensors and plain containers."""
@@ -339,47 +311,12 @@ class Federation(L.Callback):
             "sites": {name: state.plain() for name, state in self.sites.items()},
             "aggregator": self.aggregator.state_dict(),
             "loggers": self.loggers.state_dict(),
-            "history": self.history,
+            "history": [record.to_dict() for record in self.history],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the last whole round ended."""
+        """Continue after the last complete round."""
         self.sites = {name: SiteState(**kept) for name, kept in state_dict["sites"].items()}
         self.aggregator.load_state_dict(state_dict["aggregator"])
         self.loggers.load_state_dict(state_dict["loggers"])
-        self.history = list(state_dict["history"])
-
-    # --- small parts --------------------------------------------------------------------------------------------------
-
-    def target(self, key: str) -> Tensor | None:
-        """Return the next global value of a weight, or ``None`` where no round has been run."""
-        return self._target.get(key)
-
-    def _sites_have_their_own(self) -> bool:
-        own = self.aggregator.personal is not None or not self.aggregator.exchange.global_model
-        return own or any(privacy.blocks is not None for privacy in self._privacy.values())
-
-    def _say_state(self, trainer: L.Trainer, reason: str, ended: bool = False, failed: bool = False) -> None:
-        """Write ``run_state.json``; every process knows the state, for its exit code."""
-        if getattr(trainer, "fast_dev_run", False):
-            return
-        missing = bool(self.history and self.history[-1].get("faults"))
-        word: Any = "failed" if failed else "degraded" if missing else "finished" if ended else "running"
-        done, rounds = len(self.history), int(trainer.max_epochs or 1)
-        if trainer.is_global_zero:
-            self.state = write_state(Path(trainer.default_root_dir), word, reason, done, rounds, ended)
-        else:
-            self.state = RunState(word, reason, done, rounds, ended)
-
-    def _group(self, trainer: L.Trainer) -> Group:
-        return Group(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)
-
-    def _placed(self, trainer: L.Trainer) -> str:
-        if trainer.world_size > 1:
-            return "per_rank" if self.placement == "auto" else self.placement
-        return "isolated" if self.placement == "isolated" else "sequential"
-
-    def _factory(self, trainer: L.Trainer) -> Callable[..., L.Trainer]:
-        fast = int(getattr(trainer, "fast_dev_run", False))
-        factory: Callable[..., L.Trainer] = self.site_trainer
-        return partial(factory, limit_train_batches=fast, limit_val_batches=fast) if fast else factory
+        self.history = [RoundRecord.from_dict(record) for record in state_dict["history"]]

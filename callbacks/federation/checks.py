@@ -1,4 +1,4 @@
-"""What a Trainer must be for its epochs to be rounds; every refusal names the key and the way out."""
+"""Check that a Trainer can run rounds; every error names the key and the fix."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import timedelta
 import lightning as L
 from lightning.pytorch.strategies import DDPStrategy
 
-from federation.client.lightning_internals import budget, build_site_trainer
+from federation.client.lightning_internals import budget, build_site_trainer, process_timeout
 from federation.datamodule import FederatedDataModule
 from federation.server.admission import Policy
 from mtmedformer.errors import ConfigError
@@ -30,7 +30,7 @@ def federated_data(trainer: L.Trainer) -> FederatedDataModule:
 
 
 def check_server(trainer: L.Trainer, placement: str, policy: Policy, site_trainer: Callable[..., L.Trainer]) -> None:
-    """Refuse settings of the Trainer that mean nothing to a server.
+    """Refuse settings of the Trainer that have no effect on a server.
 
     Raises:
         ConfigError: When there is one.
@@ -42,9 +42,9 @@ def check_server(trainer: L.Trainer, placement: str, policy: Policy, site_traine
         ("max_steps", trainer.max_steps, (-1,)),
         ("limit_train_batches", trainer.limit_train_batches, (1, 1.0)),
     ):
-        if value not in neutral and not getattr(trainer, "fast_dev_run", False):
+        if value not in neutral and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise ConfigError(
-                f"trainer.{name}={value} means nothing to rounds; set federation.site_trainer.{name} instead"
+                f"trainer.{name}={value} has no effect on rounds; set federation.site_trainer.{name} instead"
             )
     if trainer.max_epochs in (None, -1):
         raise ConfigError("trainer.max_epochs counts the rounds; set it to 1 or more")
@@ -66,7 +66,7 @@ def _check_group(trainer: L.Trainer, placement: str, policy: Policy) -> None:
         )
     if not isinstance(trainer.strategy, DDPStrategy):
         raise ConfigError(f"trainer.strategy: {type(trainer.strategy).__name__} cannot hold a federation; choose ddp")
-    limit: timedelta = trainer.strategy._timeout or timedelta(minutes=30)
+    limit = process_timeout(trainer.strategy)
     if policy.deadline is not None and timedelta(seconds=policy.deadline) >= limit:
         raise ConfigError(
             f"federation.policy.deadline is {policy.deadline:g} s, but processes wait {limit.total_seconds():g} s for "

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.federation.round_words import say
+from callbacks.federation.console import print_line
 from callbacks.federation.tune_posterior import FILE
 from callbacks.prediction.prediction_folder import PredictionFolder, predictions_root
 from federation.bayes.posterior import Posterior
@@ -125,7 +125,7 @@ class PosteriorPrediction(Callback):
         tuning = posterior.tuning
         if trainer.is_global_zero:
             for name, one in tuning["tasks"].items():
-                say(trainer, f"{name}: {one['message']}")
+                print_line(trainer, f"{name}: {one['message']}")
         scales = {name: float(one["scale"]) for name, one in tuning["tasks"].items()}
         model = SampledModel(pl_module, posterior, scales, self.samples, tuning["seed"], tuning["blocks"])
         plain = pl_module.predict_whole

@@ -1,4 +1,4 @@
-"""A control: a site whose hidden units and attention heads lie in another order than everyone else's."""
+"""A control experiment: sites whose hidden units and attention heads have another order than at the other sites."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import lightning as L
 from federation.alignment.align import shuffle
 from federation.alignment.groups import permutation_groups
 from mtmedformer.errors import ConfigError
+from mtmedformer.protocols import SiteData
 
 
 class ShuffleUnits(L.Callback):
-    """Permutes the units of some sites before their training of every round; what they compute stays the same.
+    """Permutes the units of some sites before their training in every round; the function they compute stays the same.
 
-    A federation that averages without alignment is destroyed by it, one that aligns does not notice. Belongs to
+    Averaging without alignment fails on such sites; with alignment nothing changes. Belongs to
     ``federation.site_trainer.callbacks``.
 
     Args:
@@ -29,7 +30,7 @@ class ShuffleUnits(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Shuffle the module in place, before its first step."""
-        site = getattr(trainer.datamodule, "site", None)  # type: ignore[attr-defined]
-        if site in self.sites:
-            key = f"{self.seed} {trainer.global_step} {trainer.current_epoch} {site}"
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, SiteData) and data.site in self.sites:
+            key = f"{self.seed} {trainer.global_step} {trainer.current_epoch} {data.site}"
             shuffle(pl_module, permutation_groups(pl_module), zlib.crc32(key.encode()))

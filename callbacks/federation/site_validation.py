@@ -1,24 +1,25 @@
-"""Metrics by site: of the global model on each site's images, and of each site's own model on its own."""
+"""Metrics by site: of the global model on each site's images, and of each site's own model on its own data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import lightning as L
 import numpy as np
 
 from federation.client.train import validate_site
+from federation.exchange.collectives import Processes
 from federation.exchange.schema import State
-from federation.server.round import Group
 from federation.site_loaders import Site
 from mtmedformer.metrics.base import TaskMetrics
+from mtmedformer.protocols import ValidatedModule
 
 
 def metrics_by_site(module: L.LightningModule) -> dict[str, float]:
-    """Return every validation metric by site, the score of each site, and those of the mean and the worst site."""
+    """Return every validation metric by site, the score of each site, and the scores of the mean and the worst site."""
     primary: dict[str, list[float]] = {}
-    found: dict[str, float] = {}
-    for task, metric in getattr(module, "val_metrics", {}).items():
+    metrics: dict[str, float] = {}
+    for task, metric in _val_metrics(module).items():
         if not isinstance(metric, TaskMetrics):
             continue
         images = metric.seen()
@@ -26,38 +27,42 @@ def metrics_by_site(module: L.LightningModule) -> dict[str, float]:
             rows = images.rows[[other == site for other in images.sites]]
             values = metric.overall(rows)
             primary.setdefault(site, []).append(values.get(metric.primary, float("nan")))
-            found |= {f"val/{task}/{k}/site={site}": v for k, v in values.items() if "/" not in k}
+            metrics |= {f"val/{task}/{k}/site={site}": v for k, v in values.items() if "/" not in k}
     scores = {site: mean_known(values) for site, values in primary.items()}
-    found |= {f"site/{site}/val/score": score for site, score in scores.items()}
+    metrics |= {f"site/{site}/val/score": score for site, score in scores.items()}
     known = [score for score in scores.values() if score == score]
     if known:
-        found |= {"val/site_mean": sum(known) / len(known), "val/site_worst": min(known)}
-    return found
+        metrics |= {"val/site_mean": sum(known) / len(known), "val/site_worst": min(known)}
+    return metrics
+
+
+def _val_metrics(module: object) -> Mapping[str, object]:
+    return module.val_metrics if isinstance(module, ValidatedModule) else {}
 
 
 def validate_own(
-    sites: dict[str, Site],
+    sites: Mapping[str, Site],
     template: L.LightningModule,
-    group: Group,
+    processes: Processes,
     model_of: Callable[[str], State],
     make_trainer: Callable[[], L.Trainer],
 ) -> dict[str, dict[str, float]]:
-    """Return by site the metrics of its own model on its own data; processes share the work and learn all of it."""
-    known: dict[str, dict[str, float]] = {}
+    """Return by site the metrics of its own model on its own data, on every process; the processes share the work."""
+    metrics: dict[str, dict[str, float]] = {}
     for i, (name, site) in enumerate(sites.items()):
-        found: dict[str, float] | None = None
-        if i % group.world == group.rank:
-            has_any = bool(site.val_dataloader())
-            found = validate_site(template, site, model_of(name), make_trainer) if has_any else {}
-        found = group.share(found, i % group.world)
-        if found:
-            known[name] = found
-    return known
+        own: dict[str, float] | None = None
+        if i % processes.world == processes.rank:
+            has_images = bool(site.val_dataloader())
+            own = validate_site(template, site, model_of(name), make_trainer) if has_images else {}
+        own = processes.share(own, i % processes.world)
+        if own:
+            metrics[name] = own
+    return metrics
 
 
-def mean_and_worst(found: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Return mean and worst of the sites' scores, or nothing where no site has one."""
-    scores = [values.get("score", float("nan")) for values in found.values()]
+def mean_and_worst(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return mean and minimum of the sites' scores; empty where no site has one."""
+    scores = [values.get("score", float("nan")) for values in metrics.values()]
     if not any(score == score for score in scores):
         return {}
     return {"site/mean_score": float(np.nanmean(scores)), "site/worst_score": float(np.nanmin(scores))}

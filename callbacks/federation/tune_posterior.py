@@ -12,15 +12,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.federation.callback import Federation
 from callbacks.federation.checks import federated_data
-from callbacks.federation.round_words import say
+from callbacks.federation.console import print_line
+from callbacks.federation.site_trainers import processes_of
 from federation.aggregators.bayesian import BayesianAggregator
 from federation.bayes.posterior import Posterior
 from federation.bayes.sampling import TruthLikelihood
 from federation.bayes.uncertainty import Tuning, likelihood_sums, tune_scale
 from federation.client.lightning_internals import copy_module
 from federation.client.train import state_of
+from federation.exchange.collectives import Processes
 from federation.exchange.schema import schema_of
-from federation.server.round import Group
 from mtmedformer.batch import Batch
 from mtmedformer.calibration import restored
 from mtmedformer.errors import ConfigError
@@ -98,13 +99,13 @@ class TunePosterior(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tune, tell and write."""
-        if getattr(trainer, "fast_dev_run", False):
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         module = copy_module(pl_module)
         assert isinstance(module, MultiTaskModule)
         posterior = self._posterior(trainer, module)
-        group = Group(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)
-        self.tunings = self._tuned(trainer, module, posterior, group)
+        processes = processes_of(trainer)
+        self.tunings = self._tuned(trainer, module, posterior, processes)
         posterior.tuning = {
             "blocks": self.blocks,
             "seed": self.seed,
@@ -115,7 +116,7 @@ class TunePosterior(Callback):
         }
         if trainer.is_global_zero:
             for name, tuning in self.tunings.items():
-                say(trainer, f"{name}: {tuning.message}")
+                print_line(trainer, f"{name}: {tuning.message}")
             posterior.save(Path(trainer.default_root_dir, FILE))
 
     def _posterior(self, trainer: Trainer, module: MultiTaskModule) -> Posterior:
@@ -133,7 +134,7 @@ class TunePosterior(Callback):
         return aggregator.posterior(state_of(module), schema_of(module))
 
     def _tuned(
-        self, trainer: Trainer, module: MultiTaskModule, posterior: Posterior, group: Group
+        self, trainer: Trainer, module: MultiTaskModule, posterior: Posterior, processes: Processes
     ) -> dict[str, Tuning]:
         """Return the tuning of every task that any site has validation labels for."""
         device = trainer.strategy.root_device
@@ -141,11 +142,11 @@ class TunePosterior(Callback):
         told: dict[str, dict[str, tuple[list[float], int]]] = {}
         for i, (name, site) in enumerate(federated_data(trainer).sites.items()):
             sums: dict[str, tuple[list[float], int]] | None = None
-            if i % group.world == group.rank:
+            if i % processes.world == processes.rank:
                 batches = [batch.to(device) for batch in _first(site.val_dataloader(), self.images)]
                 likelihood = TruthLikelihood(module, batches, posterior.mean)
                 sums = likelihood_sums(posterior, likelihood, self.grid, self.samples, self.seed, self.blocks)
-            told[name] = group.share(sums, i % group.world)
+            told[name] = processes.share(sums, i % processes.world)
         tasks = [task for task in module.tasks if any(task in sums for sums in told.values())]
         return {
             task: tune_scale(

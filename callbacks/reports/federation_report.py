@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from callbacks.federation.callback import Federation
 from callbacks.reports.environment import versions
 from callbacks.reports.federation_page import federation_page
+from federation.server.history import RoundRecord
 from mtmedformer.errors import UserError
 from mtmedformer.metrics.base import TaskMetrics
 from mtmedformer.plots.html import write_page
@@ -80,7 +81,7 @@ class FederationReport(L.Callback):
             state: ``finished``, ``interrupted`` or ``failed``.
             reason: Why, in a few words.
         """
-        done = {int(entry["round"]) for entry in federation.history}
+        done = {record.round for record in federation.history}
         told = {
             "state": {"state": state, "reason": reason} | self._run_state(trainer),
             "rounds": {"done": len(done), "asked": int(trainer.max_epochs or len(done))},
@@ -88,7 +89,7 @@ class FederationReport(L.Callback):
             "options": _described(federation)["options"],
             "primary": self.primary,
             "sites": [asdict(holding) for holding in federation.holdings],
-            "history": [_slim(entry) for entry in federation.history],
+            "history": [_slim(record) for record in federation.history],
             "arrays": _names(federation.history),
             "pooled": [{"round": r, "metrics": m} for r, m in sorted(self.pooled.items()) if r in done],
             "seed": os.environ.get("PL_GLOBAL_SEED"),
@@ -125,24 +126,25 @@ def _described(part: object) -> Facts:
     return {"class": type(part).__name__, "options": plain | parts}
 
 
-def _slim(entry: Facts) -> Facts:
-    """Return a round without the curvature and the name of every single tensor, which a page has no room for."""
+def _slim(record: RoundRecord) -> Facts:
+    """Return a round as JSON values, without the entries of every tensor, which are too many for a page."""
     sites = {}
-    for name, told in entry["sites"].items():
-        kept = {k: v for k, v in told.items() if k not in ("blocks", "base", "schema")}
-        kept["num_examples"] = {block: held["num_examples"] for block, held in told.get("blocks", {}).items()}
-        if told.get("privacy"):
-            kept["privacy"] = {k: len(v) if k == "names" else v for k, v in told["privacy"].items()}
+    for name, site in record.sites.items():
+        kept = {f.name: getattr(site, f.name) for f in fields(site) if f.name != "blocks"}
+        kept = {key: value for key, value in kept.items() if key != "share" or value}
+        kept["num_examples"] = {block: held["num_examples"] for block, held in site.blocks.items()}
+        if site.privacy:
+            kept["privacy"] = {k: len(v) if k == "names" else v for k, v in site.privacy.items()}
         sites[name] = kept
-    return {**entry, "sites": sites}
+    return {**record.to_dict(), "sites": sites}
 
 
-def _names(history: list[Facts]) -> dict[str, list[str]]:
+def _names(history: list[RoundRecord]) -> dict[str, list[str]]:
     """Return the names of the arrays that last left each site that has a privacy policy."""
-    found: dict[str, list[str]] = {}
-    for entry in history:
-        found |= {s: told["privacy"]["names"] for s, told in entry["sites"].items() if told.get("privacy")}
-    return found
+    names: dict[str, list[str]] = {}
+    for record in history:
+        names |= {name: site.privacy["names"] for name, site in record.sites.items() if site.privacy}
+    return names
 
 
 def _finite(value: Any) -> Any:

@@ -1,7 +1,7 @@
-"""How a site's Trainer runs inside the server's without either noticing: every private name of Lightning, in one place.
+"""Run a site's Trainer inside the server's Trainer: all private names of Lightning that the federation uses.
 
-Lightning says that Trainers were not made to be nested; they can be as long as no object is shared. What is private
-here is pinned by a test each (``tests/federation/client/test_lightning_internals.py``) and by ``lightning>=2.6,<2.7``.
+Lightning was not designed for nested Trainers; they work as long as they share no object. Each private name is pinned
+by a test (``tests/federation/client/test_lightning_internals.py``) and by ``lightning>=2.6,<2.7``.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ import copy
 import logging
 import os
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loops.optimization.manual import _ManualOptimization
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -31,14 +34,15 @@ TrainerFactory = Callable[..., L.Trainer]
 
 
 def copy_module(module: L.LightningModule) -> L.LightningModule:
-    """Return a deep copy that belongs to no Trainer; the parts that ``torch.compile`` had taken are compiled again."""
-    trainer, module._trainer = module._trainer, None
+    """Return a deep copy that is attached to no Trainer; compiled parts are compiled again."""
+    trainer = module._trainer  # the public getter raises where there is none
+    module.trainer = None
     try:
         twin = copy.deepcopy(module)
     finally:
-        module._trainer = trainer
+        module.trainer = trainer
     for own, other in zip(module.modules(), twin.modules(), strict=True):
-        if getattr(own, "_compiled_call_impl", None) is not None:
+        if own._compiled_call_impl is not None:  # a deep copy drops it, and torch has no public flag
             other.compile()
     return twin
 
@@ -47,8 +51,8 @@ def copy_module(module: L.LightningModule) -> L.LightningModule:
 def as_single_process(module: L.LightningModule) -> Iterator[None]:
     """Let a one-device Trainer within a process group behave as rank 0 of a world of one.
 
-    Metrics of the module no longer reach for the group, where they would mix sites and wait for ranks that never come;
-    loggers, which are silent on every other rank, write.
+    The module's metrics are not gathered over the group, which would mix sites and wait for ranks that never join;
+    loggers, which write on rank 0 only, write.
     """
     everyone: Any = rank_zero_only
     rank, everyone.rank = everyone.rank, 0
@@ -60,14 +64,14 @@ def as_single_process(module: L.LightningModule) -> Iterator[None]:
 
 
 def keep_metrics_local(module: torch.nn.Module) -> None:
-    """Stop a module's metrics from gathering over the process group."""
+    """Let a module's metrics use the values of this process only."""
     for part in module.modules():
         if isinstance(part, Metric):
             part.distributed_available_fn = never
 
 
 def never() -> bool:
-    """Return ``False``; a function with a name, so that metrics which hold it can be copied and pickled."""
+    """Return ``False``; a named function, so that metrics which hold it can be copied and pickled."""
     return False
 
 
@@ -88,7 +92,7 @@ def seeded(*key: object) -> Iterator[int]:
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Keep what every Trainer says of itself (devices, ranks, why it stopped) from being said every round."""
+    """Suppress what every Trainer logs (devices, ranks, why it stopped), which would repeat every round."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)
@@ -136,7 +140,7 @@ def build_site_trainer(
             trainer = factory(**fixed, strategy=_strategy(server, distributed), precision=server.precision)
     if bar is not None:
         trainer.callbacks.append(bar)  # type: ignore[attr-defined]
-    # the server's handlers stay in charge: two chained ones wait for each other in a broadcast and never end
+    # no public switch: the server's handlers stay; two chained ones would wait for each other in a broadcast for ever
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
 
@@ -149,10 +153,11 @@ def _strategy(server: L.Trainer, distributed: bool) -> Strategy:
 
 
 def note_sigterm_per_process(trainer: L.Trainer) -> None:
-    """Let each process note SIGTERM for itself and pass it on to those it launched, before handlers are registered.
+    """Let each process record SIGTERM and pass it on to the processes it launched; call before handlers are registered.
 
-    Lightning's own handler broadcasts from within the signal handler. Where it interrupts processes between different
-    collectives, as it does in the middle of training, each then waits for another's broadcast for ever.
+    Lightning's own handler broadcasts from within the signal handler, and there is no option against it. Where it
+    interrupts processes in different collectives, as in the middle of training, each waits for another's broadcast
+    for ever.
     """
     connector = trainer._signal_connector
 
@@ -183,36 +188,60 @@ def budget(trainer: L.Trainer) -> tuple[int, int]:
 
 
 def continue_from(trainer: L.Trainer, epochs: int, steps: int) -> None:
-    """Let a fresh Trainer count on from what its site has done in earlier rounds, for as much as its budget again.
+    """Set the counters of a fresh Trainer to those of its site's earlier rounds, and add its budget to them.
 
-    Samplers then draw new orders, loggers go on along their axis, and a resumed run does as an uninterrupted one.
+    Samplers then draw new orders, loggers continue along their axis, and a resumed run equals an uninterrupted one.
     """
     more_epochs, more_steps = budget(trainer)
     loop = trainer.fit_loop
     loop.max_epochs = -1 if more_epochs == -1 else epochs + more_epochs
     loop.epoch_loop.max_steps = -1 if more_steps == -1 else steps + more_steps
     done: list[Any] = [loop.epoch_progress.total, loop.epoch_progress.current]
-    for progress in done:
-        progress.ready = progress.started = progress.processed = progress.completed = epochs
-    loop.epoch_loop._batches_that_stepped = steps
-    loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.ready = steps
-    loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = steps
+    for counts in done:
+        counts.ready = counts.started = counts.processed = counts.completed = epochs
+    loop.epoch_loop.on_load_checkpoint({"_batches_that_stepped": steps})  # the axis of the loggers
+    step = loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+    step.ready = step.completed = steps
     loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = steps
 
 
-def server_step(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> None:
-    """Take the server's optimiser step and count it, past gradient scalers: it is no step along a gradient.
+class ServerLoop(_ManualOptimization):
+    """Takes the server's optimizer step in place of the module's ``training_step``, and counts it.
 
-    Without the count ``global_step`` would stand still, and no checkpoint would ever be written. It is kept for manual
-    and automatic optimisation alike, since the module is given back its own once the rounds are over.
+    Private: ``_ManualOptimization``, the only place where a Trainer calls ``training_step``; a Trainer has no option
+    for another step. Without the count ``global_step`` would stand still, and no checkpoint would be written. Both
+    kinds of optimization are counted, since the module has its own kind again after the rounds.
+
+    Args:
+        trainer: The Trainer that counts rounds.
+        optimizer: The server's optimizer. It steps without gradient scaler: it follows no gradient.
     """
-    loop = trainer.fit_loop.epoch_loop
-    counts = [loop.manual_optimization.optim_step_progress, loop.automatic_optimization.optim_progress.optimizer.step]
-    for progress in counts:
-        progress.increment_ready()
-    optimizer.step()
-    for progress in counts:
-        progress.increment_completed()
+
+    def __init__(self, trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(trainer)
+        self.optimizer = optimizer
+        self.replaced = trainer.fit_loop.epoch_loop.manual_optimization
+        self.optim_step_progress = self.replaced.optim_step_progress
+        trainer.fit_loop.epoch_loop.manual_optimization = self
+
+    def advance(self, kwargs: OrderedDict[str, Any]) -> None:
+        """Take one step of the server."""
+        loop = self.trainer.fit_loop.epoch_loop
+        counts = [self.optim_step_progress, loop.automatic_optimization.optim_progress.optimizer.step]
+        for progress in counts:
+            progress.increment_ready()
+        self.optimizer.step()
+        for progress in counts:
+            progress.increment_completed()
+
+    def release(self) -> None:
+        """Give the Trainer its own loop back."""
+        self.trainer.fit_loop.epoch_loop.manual_optimization = self.replaced
+
+
+def process_timeout(strategy: DDPStrategy) -> timedelta:
+    """Return how long processes wait for each other in a collective; the strategy has no public getter."""
+    return strategy._timeout or timedelta(minutes=30)
 
 
 class SiteBar(TQDMProgressBar):

@@ -1,4 +1,4 @@
-"""A site's training in a process of its own: what kills it ends the site's round and not the run."""
+"""Train a site in a process of its own: a process that is killed ends the site's round and not the run."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ class SiteTimeoutError(Exception):
 
 
 class SiteCrashError(Exception):
-    """The process of a site ended without a word; the message says how."""
+    """The process of a site was killed; the message names the signal or exit code."""
 
 
 class SiteTrainingError(Exception):
-    """A site's training raised in its own process; the message is the traceback, which stays at the site.
+    """A site's training raised an error in its own process; the text is the traceback, which stays at the site.
 
     Attributes:
         kind: Name of the error's class.
-        words: Its message.
+        message: Its message.
     """
 
-    def __init__(self, text: str, kind: str, words: str) -> None:
+    def __init__(self, text: str, kind: str, message: str) -> None:
         super().__init__(text)
-        self.kind, self.words = kind, words
+        self.kind, self.message = kind, message
 
 
 def train_isolated(
@@ -48,23 +48,23 @@ def train_isolated(
     deadline: float | None,
     stop: Callable[[], bool],
 ) -> SiteResult:
-    """Train a site in a process forked for it, wait no longer than its deadline, and return what it made.
+    """Train a site in a process forked for it, wait at most until its deadline, and return the result.
 
-    The process inherits all it needs and computes on one thread. Files come back: safetensors, and a pickle of tensors
-    and plain values that cannot run code. It ends by itself where the server's process is gone.
+    The process inherits all it needs and computes on one thread. It returns files: safetensors, and a pickle of tensors
+    and plain values that cannot run code. It ends when the server's process is gone.
 
     Args:
-        work: Trains the site, given what says after every batch whether to give up.
-        folder: Where the files are put; ``None`` takes the system's own folder.
+        work: Trains the site; its argument returns, after every batch, whether to stop.
+        folder: Folder of the files; ``None`` is the temporary folder of the system.
         deadline: Seconds to wait; ``None`` waits as long as it takes.
-        stop: Asked again and again whether to give the round up.
+        stop: Whether the run is to stop; called every tenth of a second.
 
     Raises:
-        TrainingInterrupt: When ``stop`` said so.
+        TrainingInterrupt: When ``stop`` returned true.
         SiteTimeoutError: When the deadline passed; the process is ended.
         SiteCrashError: When the process was killed.
-        SiteTrainingError: When the training raised.
-        ConfigError: When it raised one: a mistake that no site can mend.
+        SiteTrainingError: When the training raised an error.
+        ConfigError: When the training raised one.
     """
     box = Path(tempfile.mkdtemp(prefix="site-", dir=folder))
     process = multiprocessing.get_context("fork").Process(target=_run, args=(work, box, os.getpid()))
@@ -78,7 +78,7 @@ def train_isolated(
             if time.monotonic() > until and process.is_alive():
                 raise SiteTimeoutError
         if process.exitcode:
-            raise _told(box, process.exitcode)
+            raise _error_of(box, process.exitcode)
         kept = torch.load(box / "kept.pt", weights_only=True)
         state = SiteState(**kept["state"])
         return SiteResult(load_update(box / "update.safetensors"), state, **kept["rest"])
@@ -88,7 +88,7 @@ def train_isolated(
 
 
 def _run(work: Callable[[Callable[[], bool]], SiteResult], box: Path, server: int) -> None:
-    """Train, in the forked process, and write what came of it."""
+    """Train, in the forked process, and write the result or the error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides what it means
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)  # the threads of the server's pool were not forked, and waiting for them would not end
@@ -98,22 +98,22 @@ def _run(work: Callable[[Callable[[], bool]], SiteResult], box: Path, server: in
         rest = {"logged": result.logged, "moved": result.moved, "privacy": result.privacy}
         torch.save({"state": result.state.plain(), "rest": rest}, box / "kept.pt")
     except BaseException as error:
-        told = {"kind": type(error).__name__, "words": str(error), "text": traceback.format_exc()}
-        (box / "error.json").write_text(json.dumps(told | {"mistake": isinstance(error, ConfigError)}))
+        facts = {"kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+        (box / "error.json").write_text(json.dumps(facts | {"is_config_error": isinstance(error, ConfigError)}))
         os._exit(1)
-    os._exit(0)  # past the exit handlers of what was inherited: they are the server's
+    os._exit(0)  # without the inherited exit handlers, which are the server's
 
 
-def _told(box: Path, exit_code: int) -> Exception:
-    """Return what a failed process said of its failure."""
-    if not (box / "error.json").is_file():
+def _error_of(folder: Path, exit_code: int) -> Exception:
+    """Return the error of a failed process."""
+    if not (folder / "error.json").is_file():
         if exit_code < 0:
             return SiteCrashError(f"by signal {-exit_code}" + (", as where memory runs out" if exit_code == -9 else ""))
         return SiteCrashError(f"with code {exit_code}")
-    told = json.loads((box / "error.json").read_text())
-    return (
-        ConfigError(told["words"]) if told["mistake"] else SiteTrainingError(told["text"], told["kind"], told["words"])
-    )
+    error = json.loads((folder / "error.json").read_text())
+    if error["is_config_error"]:
+        return ConfigError(error["message"])
+    return SiteTrainingError(error["traceback"], error["kind"], error["message"])
 
 
 def _end(process: ForkProcess) -> None:

@@ -1,4 +1,4 @@
-"""Hand what one process knows to all processes of a group: tensors as tensors, everything else as small objects."""
+"""Send values between the processes of a run: tensors as tensors, everything else as small objects."""
 
 from __future__ import annotations
 
@@ -10,6 +10,36 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that share the work of a run.
+
+    Attributes:
+        rank: Number of this process.
+        world: Number of processes.
+        device: Device of this process's tensors in a collective: the CPU with gloo, its own GPU with NCCL.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (a value)
+
+    def share(self, value: T | None, owner: int) -> T:
+        """Return the owner's value on every process."""
+        if self.world > 1:
+            return share(value, owner, self.device)
+        assert value is not None
+        return value
+
+    def any(self, value: bool) -> bool:
+        """Return on every process whether the value is true on one of them."""
+        if self.world == 1:
+            return value
+        flag = torch.tensor(int(value), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
 
 
 @dataclass(frozen=True)

@@ -159,8 +159,3 @@ def norms_of(update: Update) -> dict[str, float]:
         name: math.sqrt(sum(float(delta.double().square().sum()) for delta in block.delta.values()))
         for name, block in update.blocks.items()
     }
-
-
-def summary(update: Update) -> dict[str, Any]:
-    """Return names, norms and bytes of an update for a site's own log and the report; no weights."""
-    return {**update.header(), "norms": norms_of(update), "bytes": update.nbytes()}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -86,14 +86,14 @@ class Policy:
         Raises:
             RoundError: When too few sites were admitted, or one was not and none may be missing.
         """
-        told = "; ".join(f"{fault.site}: {fault.fault}" for fault in faults)
+        reasons = "; ".join(f"{fault.site}: {fault.fault}" for fault in faults)
         if faults and self.missing == "fail":
-            raise RoundError(f"round {round + 1}: {told}; federation.policy.missing=fail ends the run")
+            raise RoundError(f"round {round + 1}: {reasons}; federation.policy.missing=fail ends the run")
         needed = self.needed(asked)
         if admitted < needed:
             raise RoundError(
                 f"round {round + 1}: {admitted} of {asked} sites were admitted and federation.policy.quorum asks for "
-                f"{needed}; {told}. Each site's folder under sites/ says more; go on with --ckpt_path=last"
+                f"{needed}; {reasons}. Each site's folder under sites/ says more; go on with --ckpt_path=last"
             )
 
 
@@ -164,9 +164,9 @@ def outliers(norms: Mapping[str, Mapping[str, float]], limit: float | None) -> d
         norms: By site and block, the L2 norm of the change.
         limit: Distance above which a site is an outlier; ``None`` lets all in.
     """
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     if limit is None:
-        return found
+        return reasons
     for block in sorted({name for held in norms.values() for name in held}):
         logs = {site: math.log(held[block]) for site, held in norms.items() if held.get(block, 0.0) > 0}
         if len(logs) < 3:
@@ -175,10 +175,5 @@ def outliers(norms: Mapping[str, Mapping[str, float]], limit: float | None) -> d
         spread = max(1.4826 * median(abs(value - middle) for value in logs.values()), SPREAD)
         for site, value in logs.items():
             if (value - middle) / spread > limit:
-                found.setdefault(site, f"change of {block} {math.exp(value - middle):.0f} times the median")
-    return found
-
-
-def plain(faults: list[Fault]) -> list[dict[str, Any]]:
-    """Return faults as plain values, as a history or a report holds them."""
-    return [{"site": fault.site, "fault": fault.fault, "action": fault.action} for fault in faults]
+                reasons.setdefault(site, f"change of {block} {math.exp(value - middle):.0f} times the median")
+    return reasons

@@ -1,9 +1,9 @@
-"""How far the sites pull apart in a round, and how much each has to say: numbers for the report alone."""
+"""Measure how far the sites' updates diverge in a round, and each site's weight in the merge; for the report only."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,16 +17,30 @@ from federation.exchange.schema import Schema, State
 from federation.exchange.update import BlockUpdate, Update
 
 
-class Drift:
-    """Watches the updates of one round go by and compares them with what the merge made of them.
+@dataclass(frozen=True)
+class SiteDrift:
+    """How one site's update compares with the merged one.
 
-    Keeps at most ``most`` elements of every tensor of a site, the same ones for all sites, so that memory stays a
-    fraction of a model whatever the number of sites; of smaller tensors it keeps all, and the numbers are exact.
+    Attributes:
+        cosine: Cosine of its change to the merged change over all that it sent; ``None`` where nothing was merged.
+        share: By block, the site's mean weight in the merge: the sites that sent the block sum to 1. Empty where the
+            merge has no weights.
+    """
+
+    cosine: float | None = None
+    share: dict[str, float] = field(default_factory=dict)
+
+
+class Drift:
+    """Compares the updates of one round with the merged update.
+
+    It keeps at most ``most`` elements of every tensor of a site, the same ones for all sites, so that its memory is a
+    fraction of a model for any number of sites. Smaller tensors are kept whole, and their numbers are exact.
 
     Args:
-        aggregator: What merges; says how much each update weighs.
+        aggregator: The aggregator that merges, which defines the weight of each update.
         schema: The model's schema.
-        most: Elements looked at in a tensor.
+        most: Largest number of elements kept of a tensor.
     """
 
     def __init__(self, aggregator: Aggregator, schema: Schema, most: int = 4096) -> None:
@@ -36,7 +50,7 @@ class Drift:
         self._weights: dict[str, dict[str, Tensor]] = defaultdict(dict)
 
     def add(self, update: Update) -> None:
-        """Look at one site's update; it is not changed."""
+        """Add one site's update; it is not changed."""
         for name, block in update.blocks.items():
             if block.num_examples <= 0 or self.schema.block(name).personal:
                 continue
@@ -50,17 +64,13 @@ class Drift:
                     spread = weight.expand(delta.shape).flatten()[places] if weight.ndim else weight.expand(len(places))
                     self._weights[key][update.site] = spread.double()
 
-    def finish(self, before: State, after: State) -> dict[str, dict[str, Any]]:
-        """Return the numbers of every site that sent something.
+    def finish(self, before: State, after: State) -> dict[str, SiteDrift]:
+        """Return the measures of every site that sent a change.
 
         Args:
             before: The global state the round began with.
-            after: What the aggregator made of it.
+            after: The merged state.
 
-        Returns:
-            By site: ``cosine``, the cosine of its change to the merged one over all it sent, and ``share``, by block,
-            its mean part in the weights of the merge (0 to 1 over the sites that sent the block). An entry is left out
-            where nothing was merged or the merge has no weights.
         """
         products: dict[str, list[float]] = {}
         shares: dict[str, dict[str, list[float]]] = {}
@@ -76,16 +86,14 @@ class Drift:
                 for site, share in self.shares(key).items():
                     total = shares.setdefault(site, {}).setdefault(block.name, [0.0, 0.0])
                     shares[site][block.name] = [total[0] + float(share.mean()) * count, total[1] + count]
-        told: dict[str, dict[str, Any]] = {site: {} for site in products}
+        drifts = {}
         for site, (product, own, whole) in products.items():
-            if own > 0 and whole > 0:
-                told[site]["cosine"] = product / (own * whole) ** 0.5
-            if site in shares:
-                told[site]["share"] = {name: part / count for name, (part, count) in shares[site].items()}
-        return told
+            cosine = product / (own * whole) ** 0.5 if own > 0 and whole > 0 else None
+            drifts[site] = SiteDrift(cosine, {name: a / b for name, (a, b) in shares.get(site, {}).items()})
+        return drifts
 
     def shares(self, key: str) -> dict[str, Tensor]:
-        """Return each site's part in the merge of a tensor, at the elements looked at; they sum to 1 over the sites."""
+        """Return each site's part in the merge of a tensor, at the kept elements; they sum to 1 over the sites."""
         weights = {site: self._final(key, weight) for site, weight in self._weights[key].items()}
         total = sum(weights.values(), torch.zeros(()))
         return {site: weight / total for site, weight in weights.items()}

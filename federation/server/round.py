@@ -1,188 +1,236 @@
-"""One round at the server: train the sites, look at what came, and hand on what is admitted, one update at a time."""
+"""One round at the server: train the sites, admit their updates, merge them into the next global state."""
 
 from __future__ import annotations
 
 import gc
 import shutil
 import tempfile
+import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 
+from federation.aggregators.base import Aggregator
+from federation.client.site_trainer import SiteTrainer
 from federation.client.subprocess import SiteCrashError, SiteTimeoutError, SiteTrainingError
-from federation.client.train import RoundPlan, SiteResult, SiteState, TrainingInterrupt
-from federation.exchange.collectives import share
-from federation.exchange.update import Update, load_update, save_update, summary
+from federation.client.train import RoundPlan, SiteResult, SiteState
+from federation.exchange.collectives import Processes
+from federation.exchange.schema import State
+from federation.exchange.update import Update, load_update, save_update
 from federation.server.admission import Fault, Policy, outliers, refusal
+from federation.server.drift import Drift
+from federation.server.history import RoundRecord, SiteRecord
 from mtmedformer.errors import ConfigError
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Group:
-    """The processes that share the work.
-
-    Attributes:
-        rank: Number of this process.
-        world: Number of processes.
-        device: Where this process's tensors travel.
-    """
-
-    rank: int = 0
-    world: int = 1
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 (a value)
-
-    def share(self, value: T | None, owner: int) -> T:
-        """Return what the owner has, on every process."""
-        if self.world > 1:
-            return share(value, owner, self.device)
-        assert value is not None
-        return value
 
 
 @dataclass
-class Arrival:
-    """What every process learns of a site's round, but for the arrays of its update.
+class SiteOutcome:
+    """The result of a site's round on every process, without the arrays of its update.
 
     Attributes:
         site: Name of the site.
-        fault: Why it delivered nothing that can be used, or ``None``.
-        mistake: A mistake in the configuration, which no site can mend.
+        fault: Why it delivered nothing usable, or ``None``.
+        config_error: Message of a configuration error, which ends the run.
         state: What the site keeps.
         logged: Its training metrics.
-        told: What the history says of it.
+        record: Its entry in the history.
     """
 
     site: str
     fault: Fault | None = None
-    mistake: str = ""
+    config_error: str = ""
     state: SiteState | None = None
     logged: dict[str, float] = field(default_factory=dict)
-    told: dict[str, Any] = field(default_factory=dict)
+    record: SiteRecord | None = None
 
 
-class Gathering:
-    """Gathers the updates of one round; updates wait on disk, so that memory holds one at a time.
-
-    Args:
-        plan: What the server said of the round.
-        policy: What it does about sites that fail.
-        group: The processes that share the work.
-        folder: The run folder: updates wait in ``updates/``, what befell a site goes to ``sites/<site>/faults.log``.
-            ``None`` leaves nothing behind.
+@dataclass(frozen=True)
+class RoundResult:
+    """The result of a round, equal on all processes.
 
     Attributes:
-        arrivals: What came of each site, in the order of the names.
-        faults: What sites did not do.
+        merged: The next global state.
+        states: What each site that trained keeps, by name.
+        logged: Training metrics of every admitted site, by name.
+        record: The round's entry in the history.
     """
 
-    def __init__(self, plan: RoundPlan, policy: Policy, group: Group, folder: Path | None) -> None:
-        self.plan, self.policy, self.group, self.folder = plan, policy, group, folder
-        self.arrivals: dict[str, Arrival] = {}
-        self.faults: list[Fault] = []
-        if folder is not None:
-            (folder / "updates").mkdir(parents=True, exist_ok=True)
+    merged: State
+    states: dict[str, SiteState]
+    logged: dict[str, dict[str, float]]
+    record: RoundRecord
+
+
+class Round:
+    """One round: it owns the plan, the sites' states and the aggregator, and leads from them to the merged state.
+
+    Updates wait on disk, so that memory holds one at a time. The result does not depend on the number of processes or
+    on the order in which sites finish: updates are merged in the order of the site names. Use it as a context manager,
+    which removes the waiting updates.
+
+    Args:
+        plan: The round's number, global weights and settings, equal for all sites.
+        states: What each site kept from its earlier rounds, by name; not changed.
+        aggregator: Merges the updates.
+        policy: What is done about sites that fail.
+        trainer: Trains one site.
+        processes: The processes that share the work.
+        folder: The run folder: updates wait in ``updates/``, faults are logged in ``sites/<site>/faults.log``; ``None``
+            writes neither.
+    """
+
+    def __init__(
+        self,
+        plan: RoundPlan,
+        states: Mapping[str, SiteState],
+        aggregator: Aggregator,
+        policy: Policy,
+        trainer: SiteTrainer,
+        processes: Processes = Processes(),  # noqa: B008 (frozen)
+        folder: Path | None = None,
+    ) -> None:
+        self.plan, self.states, self.aggregator, self.policy = plan, states, aggregator, policy
+        self.trainer, self.processes, self.folder = trainer, processes, folder
         waiting = None if folder is None else folder / "updates"
+        if waiting is not None:
+            waiting.mkdir(parents=True, exist_ok=True)
         self._waiting = Path(tempfile.mkdtemp(prefix=f"round-{plan.round + 1}-", dir=waiting))
 
-    def run(
-        self, owners: dict[str, int], train: Callable[[str], SiteResult], mine: Sequence[str], at_once: int = 1
-    ) -> None:
-        """Train this process's sites, exchange what came, and decide who is admitted; all processes decide alike.
+    def __enter__(self) -> Round:
+        return self
 
-        Args:
-            owners: By site, in the order of the names, the process that has its update.
-            train: Trains one site.
-            mine: The sites this process trains.
-            at_once: Sites that are trained at the same time, where ``train`` does so in processes of their own.
-
-        Raises:
-            ConfigError: When a site cannot train because of a mistake in the configuration.
-            RoundError: When the policy does not let the round count.
-        """
-        if at_once > 1:
-            with ThreadPoolExecutor(at_once) as pool:
-                own = dict(zip(mine, pool.map(lambda site: self._attempt(site, train), mine), strict=True))
-        else:
-            own = {site: self._attempt(site, train) for site in mine}
-        self.arrivals = {site: self.group.share(own.get(site), owner) for site, owner in owners.items()}
-        mistakes = [f"site {a.site}: {a.mistake}" for a in self.arrivals.values() if a.mistake]
-        if mistakes:
-            raise ConfigError(mistakes[0])
-        strangers = outliers(
-            {s: a.told["norms"] for s, a in self.arrivals.items() if a.fault is None}, self.policy.outlier
-        )
-        for site, reason in strangers.items():
-            self.arrivals[site].fault = Fault(site, f"refused: {reason}")
-        self.faults = [a.fault for a in self.arrivals.values() if a.fault is not None]
-        admitted = sum(a.fault is None for a in self.arrivals.values())
-        self.policy.check(self.plan.round, len(owners), admitted, self.faults)
-        self._owners = owners
-
-    def updates(self) -> Iterator[Update]:
-        """Yield the admitted updates in the order of the names, each on every process."""
-        for site, arrival in self.arrivals.items():
-            if arrival.fault is None:
-                file = self._file(site)
-                yield self.group.share(load_update(file) if file.exists() else None, self._owners[site])
-                file.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Take away what is left on disk."""
+    def __exit__(self, *error: object) -> None:
         shutil.rmtree(self._waiting, ignore_errors=True)
         if self.folder is not None:
-            with suppress(OSError):  # another process's are still there
+            with suppress(OSError):  # not empty: another process has updates there
                 self._waiting.parent.rmdir()
 
-    def _file(self, site: str) -> Path:
-        return self._waiting / f"{site}.safetensors"
+    def run(self, sites: Sequence[str], divide: bool = False, at_once: int = 1) -> RoundResult:
+        """Train the sites and merge their updates.
 
-    def _attempt(self, site: str, train: Callable[[str], SiteResult]) -> Arrival:
-        """Train a site, as often as the policy allows, and put its update by."""
-        arrival = Arrival(site)
+        Args:
+            sites: The sites of the round, in the order of their names.
+            divide: Whether every process trains some of the sites; otherwise each process takes part in all of them.
+            at_once: Number of sites that train at the same time, where each has a process of its own.
+
+        Raises:
+            ConfigError: When a site cannot train because of the configuration.
+            RoundError: When the policy does not let the round count.
+            TrainingInterrupt: When the run is to stop.
+        """
+        began = time.perf_counter()
+        owners = {site: i % self.processes.world if divide else 0 for i, site in enumerate(sites)}
+        mine = [site for site in sites if not divide or owners[site] == self.processes.rank]
+        outcomes = self._share(owners, self._train(mine, at_once))
+        faults = self._admit(outcomes)
+        merged = self._merge(outcomes, owners)
+        admitted = {site: outcome for site, outcome in outcomes.items() if outcome.fault is None}
+        records = {site: outcome.record for site, outcome in admitted.items() if outcome.record is not None}
+        return RoundResult(
+            merged=merged,
+            states=self._kept(outcomes),
+            logged={site: outcome.logged for site, outcome in admitted.items()},
+            record=RoundRecord(self.plan.round, records, faults, time.perf_counter() - began),
+        )
+
+    def _train(self, mine: Sequence[str], at_once: int) -> dict[str, SiteOutcome]:
+        """Train the sites of this process."""
+        if at_once > 1:
+            with ThreadPoolExecutor(at_once) as pool:
+                return dict(zip(mine, pool.map(self._attempt, mine), strict=True))
+        return {site: self._attempt(site) for site in mine}
+
+    def _share(self, owners: Mapping[str, int], own: Mapping[str, SiteOutcome]) -> dict[str, SiteOutcome]:
+        """Return the outcomes of all sites on every process."""
+        outcomes = {site: self.processes.share(own.get(site), owner) for site, owner in owners.items()}
+        for site, outcome in outcomes.items():
+            if outcome.config_error:
+                raise ConfigError(f"site {site}: {outcome.config_error}")
+        return outcomes
+
+    def _admit(self, outcomes: dict[str, SiteOutcome]) -> list[Fault]:
+        """Refuse outliers, apply the policy, and return the faults of the round."""
+        norms = {s: o.record.norms for s, o in outcomes.items() if o.fault is None and o.record is not None}
+        for site, reason in outliers(norms, self.policy.outlier).items():
+            outcomes[site].fault = Fault(site, f"refused: {reason}")
+        faults = [outcome.fault for outcome in outcomes.values() if outcome.fault is not None]
+        self.policy.check(self.plan.round, len(outcomes), len(outcomes) - len(faults), faults)
+        return faults
+
+    def _merge(self, outcomes: Mapping[str, SiteOutcome], owners: Mapping[str, int]) -> State:
+        """Add the admitted updates one at a time, complete their records, and return the next global state."""
+        self.aggregator.start(self.plan.state, self.plan.schema)
+        drift = Drift(self.aggregator, self.plan.schema)
+        for update in self._updates(outcomes, owners):
+            drift.add(update)
+            self.aggregator.add(update)
+        merged = self.aggregator.finish()
+        for site, measured in drift.finish(self.plan.state, merged).items():
+            record = outcomes[site].record
+            assert record is not None
+            record.cosine, record.share = measured.cosine, measured.share
+        return merged
+
+    def _updates(self, outcomes: Mapping[str, SiteOutcome], owners: Mapping[str, int]) -> Iterator[Update]:
+        """Yield the admitted updates in the order of the site names, each on every process."""
+        for site, outcome in outcomes.items():
+            if outcome.fault is None:
+                file = self._file(site)
+                yield self.processes.share(load_update(file) if file.exists() else None, owners[site])
+                file.unlink(missing_ok=True)
+
+    def _kept(self, outcomes: Mapping[str, SiteOutcome]) -> dict[str, SiteState]:
+        """Return what the sites keep; a refused update has left its site, so that the privacy account counts it."""
+        kept = {}
+        for site, outcome in outcomes.items():
+            if outcome.state is not None:
+                before = self.states.get(site, SiteState())
+                kept[site] = outcome.state if outcome.fault is None else replace(before, privacy=outcome.state.privacy)
+        return kept
+
+    def _attempt(self, site: str) -> SiteOutcome:
+        """Train a site, repeat it as often as the policy allows, and write its update to disk."""
+        outcome = SiteOutcome(site)
         for attempt in range(self.policy.retries + 1):
             try:
-                result = train(site)
-            except (TrainingInterrupt, KeyboardInterrupt):
-                raise
+                result = self.trainer.train(site, self.plan, self.states.get(site, SiteState()))
             except ConfigError as error:
-                return Arrival(site, mistake=str(error))
+                return SiteOutcome(site, config_error=str(error))
             except Exception as error:
                 if self.plan.distributed and not isinstance(error, SiteTimeoutError):
-                    raise  # the other processes are still within the site's training, and wait there for this one
-                arrival = Arrival(site, Fault(site, _kind(error)))
-                self._note(site, "".join(traceback.format_exception(error)))
+                    raise  # the other processes still train the site, and would wait for this one for ever
+                outcome = SiteOutcome(site, Fault(site, _fault_of(error)))
+                self._log_fault(site, "".join(traceback.format_exception(error)))
             else:
-                arrival = self._receive(site, result)
-            if arrival.fault is None:
-                return arrival
-            self._note(site, f"attempt {attempt + 1}: {arrival.fault.fault}")
+                outcome = self._receive(site, result)
+            if outcome.fault is None:
+                return outcome
+            self._log_fault(site, f"attempt {attempt + 1}: {outcome.fault.fault}")
             gc.collect()
             torch.cuda.empty_cache()
-        return arrival
+        return outcome
 
-    def _receive(self, site: str, result: SiteResult) -> Arrival:
+    def _receive(self, site: str, result: SiteResult) -> SiteOutcome:
         update = result.update
         reason = refusal(update, self.plan.round, self.plan.base, self.plan.schema)
         if update.site != site:
             reason = "update of another site"
         if reason:
-            return Arrival(site, Fault(site, f"refused: {reason}"), state=result.state)
+            return SiteOutcome(site, Fault(site, f"refused: {reason}"), state=result.state)
         save_update(update, self._file(site))
-        told = {**summary(update), "moved": result.moved}
-        if result.privacy:
-            told["privacy"] = result.privacy
-        return Arrival(site, None, "", result.state, result.logged, told)
+        record = SiteRecord.of(update, result.moved, result.privacy)
+        return SiteOutcome(site, state=result.state, logged=result.logged, record=record)
 
-    def _note(self, site: str, text: str) -> None:
-        """Write what befell a site to the site's own log: it may name files, and stays there."""
+    def _file(self, site: str) -> Path:
+        return self._waiting / f"{site}.safetensors"
+
+    def _log_fault(self, site: str, text: str) -> None:
+        """Append to the site's own log, which may name files and stays at the site."""
         if self.folder is None:
             return
         folder = self.folder / "sites" / site
@@ -191,16 +239,16 @@ class Gathering:
             log.write(f"round {self.plan.round + 1}: {text.rstrip()}\n")
 
 
-def _kind(error: Exception) -> str:
-    """Say what kind of error it is, in words that hold nothing of a patient."""
+def _fault_of(error: Exception) -> str:
+    """Return the kind of an error in words that contain nothing about a patient."""
     if isinstance(error, SiteTimeoutError):
         return "not done by the deadline"
     if isinstance(error, SiteCrashError):
         return f"its process ended ({error})"
-    kind, words = (
-        (error.kind, error.words) if isinstance(error, SiteTrainingError) else (type(error).__name__, str(error))
-    )
+    kind, message = type(error).__name__, str(error)
+    if isinstance(error, SiteTrainingError):
+        kind, message = error.kind, error.message
     short = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
-    if kind in ("MemoryError", "OutOfMemoryError") or (kind == "RuntimeError" and any(w in words for w in short)):
+    if kind in ("MemoryError", "OutOfMemoryError") or (kind == "RuntimeError" and any(s in message for s in short)):
         return "out of memory"
     return f"raised {kind}"

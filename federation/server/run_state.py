@@ -1,4 +1,4 @@
-"""In what state a federation is, in a file that tells the truth even of a process that was killed."""
+"""The state of a federation in a file, which is also right about a process that was killed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Literal
 from mtmedformer.errors import DataError
 from mtmedformer.storage.atomic_write import whole
 
-State = Literal["running", "degraded", "failed", "finished"]
-EXIT_CODES: dict[State, int] = {"running": 0, "finished": 0, "failed": 1, "degraded": 3}
+Status = Literal["running", "degraded", "failed", "finished"]
+EXIT_CODES: dict[Status, int] = {"running": 0, "finished": 0, "failed": 1, "degraded": 3}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class RunState:
         host: Name of its machine.
     """
 
-    state: State
+    state: Status
     reason: str
     round: int
     rounds: int
@@ -49,20 +49,20 @@ class RunState:
         return EXIT_CODES[self.state]
 
 
-def write_state(folder: Path, state: State, reason: str, round: int, rounds: int, ended: bool = False) -> RunState:
+def write_state(folder: Path, state: Status, reason: str, round: int, rounds: int, ended: bool = False) -> RunState:
     """Write ``run_state.json``, whole or not at all, and return what it says."""
     own = os.getpid()
-    said = RunState(state, reason, round, rounds, ended, own, _started(own), socket.gethostname())
+    run = RunState(state, reason, round, rounds, ended, own, _started(own), socket.gethostname())
     try:
         with whole(folder / "run_state.json") as part:
-            part.write_text(json.dumps(asdict(said), indent=1) + "\n")
+            part.write_text(json.dumps(asdict(run), indent=1) + "\n")
     except OSError as error:  # a full disk must not hide why the run ends
         print(f"run_state.json: cannot be written ({error.strerror}); the run is {state}: {reason}", file=sys.stderr)
-    return said
+    return run
 
 
 def read_state(folder: Path) -> RunState | None:
-    """Return a run's state; that of a process which ended without a word is ``failed``. ``None`` where there is none.
+    """Return a run's state; ``failed`` if its process was killed; ``None`` without a state file.
 
     Raises:
         DataError: When the file cannot be read.
@@ -71,14 +71,14 @@ def read_state(folder: Path) -> RunState | None:
     if not file.is_file():
         return None
     try:
-        said = RunState(**json.loads(file.read_text()))
-        gone = said.host == socket.gethostname() and _started(said.process) != said.started
+        run = RunState(**json.loads(file.read_text()))
+        gone = run.host == socket.gethostname() and _started(run.process) != run.started
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{file}: not the state of a run ({type(error).__name__})") from error
-    if gone and not said.ended:
-        reason = f"the process ended without a word after round {said.round} (killed, or the machine stopped)"
-        return replace(said, state="failed", reason=reason, ended=True)
-    return said
+    if gone and not run.ended:
+        reason = f"the process ended unexpectedly after round {run.round} (killed, or the machine stopped)"
+        return replace(run, state="failed", reason=reason, ended=True)
+    return run
 
 
 def _started(process: int) -> int:

@@ -89,8 +89,8 @@ def test_overhead_of_a_round(benchmark, tmp_path):
             )
             trainer.fit(module(), train_dataloaders=site.train_dataloader())
         bare.append(time.perf_counter() - began)
-    rounds = [entry["seconds"] for entry in federation.history]
-    local = [sum(told["seconds"] for told in entry["sites"].values()) for entry in federation.history]
+    rounds = [record.seconds for record in federation.history]
+    local = [sum(site.seconds for site in record.sites.values()) for record in federation.history]
     benchmark.extra_info["ratio_to_bare_training"] = median(rounds) / median(bare)
     benchmark.extra_info["ratio_to_the_sites_own_seconds"] = median(rounds) / median(local)
     print(f"\nround {median(rounds):.2f} s, bare {median(bare):.2f} s: {median(rounds) / median(bare):.3f}")

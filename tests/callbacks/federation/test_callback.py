@@ -101,7 +101,7 @@ def test_interrupted_and_resumed_is_as_if_nothing_happened(tmp_path, name, keep)
     _, resumed, told = run(tmp_path / "more", federation(), rounds=3, module=module, ckpt=checkpoint)
     assert equal(weights(whole), weights(resumed))
     assert all(equal(straight.model_of(site), told.model_of(site)) for site in straight.sites)
-    assert [entry["round"] for entry in told.history] == [0, 1, 2]
+    assert [record.round for record in told.history] == [0, 1, 2]
 
 
 def test_any_order_of_the_sites_gives_the_same_bits(tmp_path):
@@ -187,7 +187,7 @@ def test_sites_log_under_their_names_and_the_server_counts_rounds(tmp_path):
 )
 def test_participation(tmp_path, participation, expected):
     _, _, federation = run(tmp_path, Federation(FedAvg(), participation=participation))
-    assert [list(entry["sites"]) for entry in federation.history] == expected
+    assert [list(record.sites) for record in federation.history] == expected
 
 
 def test_a_fraction_of_the_sites_is_drawn_anew_every_round_by_the_seed():
@@ -207,8 +207,8 @@ def test_the_budget_may_be_steps(tmp_path):
 
 def test_pooled_trains_on_the_union(tmp_path):
     _, _, federation = run(tmp_path, Federation(Pooled()), rounds=1)
-    assert list(federation.history[0]["sites"]) == ["pooled"]
-    assert federation.history[0]["sites"]["pooled"]["blocks"]["encoder"]["num_examples"] == 26
+    assert list(federation.history[0].sites) == ["pooled"]
+    assert federation.history[0].sites["pooled"].blocks["encoder"]["num_examples"] == 26
 
 
 def test_sites_with_models_of_their_own_are_judged_by_them_and_exported(tmp_path):
@@ -269,11 +269,32 @@ def test_sites_begin_where_the_momentum_leads_and_the_model_is_what_came_out(tmp
     assert equal(weights(module), last)
 
 
-def test_the_module_gets_its_own_methods_back(tmp_path):
-    trainer, module, _ = run(tmp_path)
+def test_no_method_of_the_module_is_replaced(tmp_path):
+    class Methods(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            self.replaced = {name for name in vars(pl_module) if callable(getattr(type(pl_module), name, None))}
+            self.automatic = pl_module.automatic_optimization
+
+    methods = Methods()
+    trainer, module, _ = run(tmp_path, callbacks=[methods])
+    assert not methods.replaced
+    assert not methods.automatic
     assert module.automatic_optimization
-    assert "training_step" not in vars(module)
     assert trainer.validate(module, datamodule=sites(), verbose=False)[0]["val/score"] < 0
+
+
+def test_a_failed_run_leaves_the_module_as_it_was(tmp_path):
+    class Fail(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            raise RuntimeError("stop")
+
+    module = toy_module()
+    with pytest.raises(RuntimeError, match="stop"):
+        run(tmp_path, module=module, callbacks=[Fail()])
+    assert module.automatic_optimization
+    plain = L.Trainer(accelerator="cpu", max_epochs=1, logger=False, default_root_dir=tmp_path / "plain")
+    plain.fit(module, datamodule=ToySite())
+    assert plain.global_step == 3
 
 
 def test_the_checkpoint_is_safe_plain_and_names_no_patient(tmp_path):

@@ -72,7 +72,7 @@ def test_interrupted_and_resumed_is_as_if_nothing_happened(tmp_path, name):
     for entry, other in zip(told.history, retold.history, strict=True):
         for site in "abc":
             for fact in ("names", "bytes", "norms", "epsilon", "releases", "site", "example"):
-                assert entry["sites"][site]["privacy"].get(fact) == other["sites"][site]["privacy"].get(fact)
+                assert entry.sites[site].privacy.get(fact) == other.sites[site].privacy.get(fact)
 
 
 def test_epsilon_goes_on_counting_over_a_resume(tmp_path):
@@ -85,7 +85,7 @@ def test_epsilon_goes_on_counting_over_a_resume(tmp_path):
     for _ in range(4):
         accountant.step(noise_multiplier=0.5, sample_rate=1.0)
         found.append(accountant.get_epsilon(1e-5))
-    assert [entry["sites"]["b"]["privacy"]["epsilon"] for entry in told.history] == pytest.approx(found)
+    assert [entry.sites["b"].privacy["epsilon"] for entry in told.history] == pytest.approx(found)
     assert len(told.sites["b"].privacy["key"]) == 64, "drawn in the first round, and gone on with"
 
 
@@ -104,9 +104,9 @@ def test_one_site_may_have_a_policy_and_the_others_none(tmp_path):
     policy = PrivacyPolicy(clip=1e6, rounding="fp16")
     found, federation = run(tmp_path / "one", Federation(FedAvg(), privacy={"b": policy}))
     for entry in federation.history:
-        assert [site for site, facts in entry["sites"].items() if "privacy" in facts] == ["b"]
-        assert entry["sites"]["b"]["privacy"]["bytes"] == entry["sites"]["b"]["bytes"]
-        assert entry["sites"]["b"]["bytes"] < entry["sites"]["a"]["bytes"]
+        assert [site for site, facts in entry.sites.items() if facts.privacy] == ["b"]
+        assert entry.sites["b"].privacy["bytes"] == entry.sites["b"].bytes
+        assert entry.sites["b"].bytes < entry.sites["a"].bytes
     for key, value in plain.items():
         torch.testing.assert_close(found[key], value, atol=2e-3, rtol=1e-2)
     assert not equal(plain, found)
@@ -116,14 +116,14 @@ def test_a_policy_that_does_nothing_changes_no_bit(tmp_path):
     plain, _ = run(tmp_path / "plain", Federation(BayesianAggregator()))
     found, federation = run(tmp_path / "told", Federation(BayesianAggregator(), privacy=PrivacyPolicy()))
     assert equal(plain, found)
-    assert federation.history[-1]["sites"]["a"]["privacy"]["epsilon"] is None
+    assert federation.history[-1].sites["a"].privacy["epsilon"] is None
 
 
 def test_a_block_that_may_not_leave_goes_on_from_the_sites_own_weights(tmp_path):
     start = toy_module().state_dict()
     held = {"a": PrivacyPolicy(blocks=["encoder"])}
     found, federation = run(tmp_path, Federation(FedAvg(), privacy=held))
-    sent = [set(entry["sites"]["a"]["blocks"]) for entry in federation.history]
+    sent = [set(entry.sites["a"].blocks) for entry in federation.history]
     assert sent == [{"encoder"}] * 3
     own = federation.sites["a"].local["heads.left.weight"]
     assert not torch.equal(own, start["heads.left.weight"])
@@ -141,7 +141,7 @@ def test_what_was_refused_has_left_all_the_same(tmp_path):
     privacy = {"a": loud, "b": quiet, "c": quiet}
     federation = Federation(FedAvg(), privacy=privacy, policy=Policy(quorum=1))
     run(tmp_path, federation)
-    assert all([fault["site"] for fault in entry["faults"]] == ["a"] for entry in federation.history)
+    assert all([fault.site for fault in entry.faults] == ["a"] for entry in federation.history)
     assert federation.sites["a"].privacy["updates"] == [[1e4, 3]]
     assert federation.sites["a"].steps == 0
 
@@ -149,14 +149,14 @@ def test_what_was_refused_has_left_all_the_same(tmp_path):
 def test_history_and_checkpoint_name_no_patient_and_the_history_holds_no_secret(tmp_path):
     policy = PrivacyPolicy(clip=0.5, noise_multiplier=0.5, examples=ExamplePrivacy(), rounding="int8")
     _, federation = run(tmp_path, Federation(FedAvg(), privacy=policy))
-    text = json.dumps(federation.history, allow_nan=False)
+    text = json.dumps([record.to_dict() for record in federation.history], allow_nan=False)
     assert "planted" not in text
     assert b"planted" not in (tmp_path / "last.ckpt").read_bytes()
     for site, state in federation.sites.items():
         assert state.privacy["key"] not in text
         assert all(f"{norm:.6}" not in text for norm in state.privacy["norms"]), site
-        facts = federation.history[-1]["sites"][site]
-        assert (facts["samples"], facts["steps"], facts["seconds"], facts["moved"]) == ({}, 0, 0.0, {})
+        facts = federation.history[-1].sites[site]
+        assert (facts.samples, facts.steps, facts.seconds, facts.moved) == ({}, 0, 0.0, {})
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_site_in_a_process_of_its_own_leaves_the_same(tmp_path, placement):
     )
     assert equal(here, apart)
     for fact in ("epsilon", "norms", "bytes"):
-        assert told.history[-1]["sites"]["c"]["privacy"][fact] == retold.history[-1]["sites"]["c"]["privacy"][fact]
+        assert told.history[-1].sites["c"].privacy[fact] == retold.history[-1].sites["c"].privacy[fact]
 
 
 @pytest.mark.parametrize(

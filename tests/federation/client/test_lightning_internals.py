@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import SumMetric
 
 from federation.client.lightning_internals import (
+    ServerLoop,
     SiteBar,
     as_single_process,
     budget,
@@ -27,7 +28,6 @@ from federation.client.lightning_internals import (
     note_sigterm_per_process,
     quiet_lightning,
     seeded,
-    server_step,
 )
 from federation.site_loaders import Site
 from mtmedformer.errors import ConfigError
@@ -239,14 +239,14 @@ def test_the_server_step_is_counted_and_checkpoints_are_written(tmp_path):
                 for p in group["params"]:
                     p.fill_(0.125)
 
-    class Server(L.LightningModule):
+    class Module(L.LightningModule):
         def __init__(self):
             super().__init__()
             self.layer = torch.nn.Linear(2, 2)
             self.automatic_optimization = False
 
         def training_step(self, batch, batch_idx):
-            server_step(self.trainer, self.trainer.optimizers[0])
+            raise AssertionError("the server calls no training_step")
 
         def configure_optimizers(self):
             return Put(self.parameters())
@@ -260,8 +260,18 @@ def test_the_server_step_is_counted_and_checkpoints_are_written(tmp_path):
         enable_progress_bar=False,
         default_root_dir=tmp_path,
     )
-    module = Server()
+
+    class Start(L.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            self.loop = ServerLoop(trainer, trainer.optimizers[0])
+
+    start = Start()
+    trainer.callbacks.append(start)
+    module = Module()
+    own = trainer.fit_loop.epoch_loop.manual_optimization
     trainer.fit(module, DataLoader([0]))
+    start.loop.release()
+    assert trainer.fit_loop.epoch_loop.manual_optimization is own
     assert trainer.global_step == 3
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
     assert bool((module.layer.weight == 0.125).all())

@@ -140,7 +140,7 @@ def test_a_process_that_was_killed_is_found_out(tmp_path):
     assert json.loads((tmp_path / "run_state.json").read_text())["state"] == "running"
     said = read_state(tmp_path)
     assert said.state == "failed"
-    assert "without a word after round 2" in said.reason
+    assert "unexpectedly after round 2" in said.reason
 
 
 def test_a_broken_state_is_an_error_that_names_the_file(tmp_path):

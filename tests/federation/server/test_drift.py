@@ -48,7 +48,7 @@ def test_shares_times_changes_are_the_merged_change(name):
         make_update("b", state, schema, seed=2, num_examples=90, tasks=("lungs",), precision=precision),
         make_update("c", state, schema, seed=3, num_examples=10, precision=precision),
     ]
-    drift, after, told = round_of(WEIGHTED[name](), updates, state, schema)
+    drift, after, drifts = round_of(WEIGHTED[name](), updates, state, schema)
     for block in schema.blocks:
         if block.personal:
             continue
@@ -61,23 +61,21 @@ def test_shares_times_changes_are_the_merged_change(name):
             assert set(shares) == set(senders)
             expected = sum(shares[site] * senders[site].flatten() for site in senders)
             torch.testing.assert_close(expected.float(), (after[key] - state[key]).flatten(), atol=1e-6, rtol=1e-5)
-    assert set(told) == {"a", "b", "c"}
-    assert "heads.finding" not in told["b"]["share"]
+    assert set(drifts) == {"a", "b", "c"}
+    assert "heads.finding" not in drifts["b"].share
     for block in ("encoder", "heads.finding", "heads.lungs"):
-        assert sum(found["share"].get(block, 0.0) for found in told.values()) == pytest.approx(1)
+        assert sum(site.share.get(block, 0.0) for site in drifts.values()) == pytest.approx(1)
 
 
 def test_cosine_is_that_of_the_whole_change():
     state, schema = toy()
     updates = [make_update(site, state, schema, seed=i) for i, site in enumerate("ab")]
-    _, after, told = round_of(FedAvg(), updates, state, schema)
+    _, after, drifts = round_of(FedAvg(), updates, state, schema)
     keys = [key for block in schema.blocks if not block.personal for key in block.keys]
     merged = torch.cat([(after[key] - state[key]).flatten() for key in keys])
     for update in updates:
         own = torch.cat([block.delta[key].flatten() for block in update.blocks.values() for key in block.delta])
-        assert told[update.site]["cosine"] == pytest.approx(
-            float(torch.cosine_similarity(own, merged, dim=0)), abs=1e-5
-        )
+        assert drifts[update.site].cosine == pytest.approx(float(torch.cosine_similarity(own, merged, dim=0)), abs=1e-5)
 
 
 def test_few_elements_say_nearly_the_same():
@@ -86,9 +84,9 @@ def test_few_elements_say_nearly_the_same():
     _, _, whole = round_of(BayesianAggregator(), updates, state, schema)
     _, _, few = round_of(BayesianAggregator(), updates, state, schema, most=12)
     for site in "abc":
-        assert few[site]["cosine"] == pytest.approx(whole[site]["cosine"], abs=0.25)
-        assert few[site]["cosine"] != whole[site]["cosine"]
-        assert few[site]["share"]["encoder"] == pytest.approx(whole[site]["share"]["encoder"], abs=0.15)
+        assert few[site].cosine == pytest.approx(whole[site].cosine, abs=0.25)
+        assert few[site].cosine != whole[site].cosine
+        assert few[site].share["encoder"] == pytest.approx(whole[site].share["encoder"], abs=0.15)
 
 
 @pytest.mark.parametrize("make, shared, moved", [
@@ -97,16 +95,16 @@ def test_few_elements_say_nearly_the_same():
 def test_what_has_no_weights_or_merges_nothing_claims_neither(make, shared, moved):
     state, schema = toy()
     updates = [make_update(site, state, schema, seed=i) for i, site in enumerate("abc")]
-    _, _, told = round_of(make(), updates, state, schema)
-    assert all(("share" in found) == shared and ("cosine" in found) == moved for found in told.values())
+    _, _, drifts = round_of(make(), updates, state, schema)
+    assert all(bool(site.share) == shared and (site.cosine is not None) == moved for site in drifts.values())
 
 
 def test_a_single_site_has_everything_to_say_and_the_merge_is_unchanged_by_the_watching():
     state, schema = toy()
     update = make_update("pooled", state, schema)
-    _, after, told = round_of(Pooled(), [update], state, schema)
-    assert told["pooled"]["cosine"] == pytest.approx(1)
-    assert set(told["pooled"]["share"].values()) == {1.0}
+    _, after, drifts = round_of(Pooled(), [update], state, schema)
+    assert drifts["pooled"].cosine == pytest.approx(1)
+    assert set(drifts["pooled"].share.values()) == {1.0}
     plain = Pooled()
     plain.start(state, schema)
     plain.add(make_update("pooled", state, schema))

@@ -72,11 +72,11 @@ def without(tmp_path_factory):
 def test_a_round_goes_on_without_a_site_that_fails(tmp_path, without, kind, words):
     policy = {"deadline": 4.0} if kind == "late" else {}
     module, federation = train(tmp_path, {"b": {"1": kind}}, policy=policy)
-    (fault,) = federation.history[1]["faults"]
-    assert fault["site"] == "b"
-    assert words in fault["fault"]
-    assert [entry["faults"] for i, entry in enumerate(federation.history) if i != 1] == [[], [], []]
-    assert set(federation.history[1]["sites"]) == {"a", "c", "d"}
+    (fault,) = federation.history[1].faults
+    assert fault.site == "b"
+    assert words in fault.fault
+    assert [record.faults for i, record in enumerate(federation.history) if i != 1] == [[], [], []]
+    assert set(federation.history[1].sites) == {"a", "c", "d"}
     assert equal(weights(module), without("b", [1]))
     assert (federation.exit_code, read_state(tmp_path).state) == (0, "finished")
     assert "missing: b in 1" in read_state(tmp_path).reason
@@ -107,14 +107,14 @@ def test_a_site_may_come_back_after_three_rounds(tmp_path, without, bayes):
     faults = {"b": {str(r): "raise" for r in (1, 2, 3)}}
     module, federation = train(tmp_path, faults, rounds=5, bayes=bayes)
     assert equal(weights(module), without("b", [1, 2, 3], rounds=5, bayes=bayes))
-    assert "b" in federation.history[4]["sites"]
+    assert "b" in federation.history[4].sites
     assert federation.exit_code == 0
 
 
 def test_a_failure_that_passes_is_tried_again(tmp_path, without):
     module, federation = train(tmp_path, {"b": {"1": "once"}}, policy={"retries": 1})
     assert equal(weights(module), without("b", []))
-    assert federation.history[1]["faults"] == []
+    assert federation.history[1].faults == []
     assert "attempt 1: raised DataError" in (tmp_path / "sites/b/faults.log").read_text()
 
 
@@ -142,7 +142,7 @@ def test_a_mistake_in_the_configuration_is_no_fault_of_a_site(tmp_path, monkeypa
     def wrong(self, *args, **kwargs):
         raise ConfigError("optimizer.lr=…")
 
-    monkeypatch.setattr(faulty_federation.Faulty, "_train_here", wrong)
+    monkeypatch.setattr(faulty_federation.FaultyTrainer, "train_until", wrong)
     with pytest.raises(ConfigError, match="site a: optimizer"):
         train(tmp_path)
 
@@ -184,7 +184,7 @@ def test_a_server_that_is_killed_goes_on_to_the_same_bits(tmp_path, without, whe
     assert code == -9, out
     said = read_state(tmp_path)
     assert said.state == "failed"
-    assert "without a word" in said.reason
+    assert "unexpectedly" in said.reason
     stored = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert stored["epoch"] == 1, "the last whole round"
     code, out = finished(start(tmp_path, resume=True))

@@ -1,0 +1,96 @@
+"""The record of a round: counts, norms and metrics of every site, for checkpoints and reports; no weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from federation.exchange.update import Update, norms_of
+from federation.server.admission import Fault
+
+
+@dataclass
+class SiteRecord:
+    """One site in one round.
+
+    Attributes:
+        metrics: Validation metrics of the site's own model on its own data, ``<task>/<metric>``, where it has one.
+        samples: Labelled training samples by task.
+        steps: Optimizer steps.
+        seconds: Wall time of the local training.
+        rounding: Number format of the update's changes.
+        blocks: By block that was sent, ``num_examples``, and ``scale`` and ``step`` by key (see ``BlockUpdate``).
+        norms: L2 norm of the change by block.
+        bytes: Size of the update's arrays.
+        moved: By group of units, the share that alignment moved, where it moved any.
+        privacy: Account of the site's privacy policy; empty without one.
+        cosine: Cosine of the site's change to the merged one; ``None`` where nothing was merged.
+        share: By block, the site's mean weight in the merge, in [0, 1]; empty where the merge has no weights.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
+    steps: int = 0
+    seconds: float = 0.0
+    rounding: str = "none"
+    blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
+    bytes: int = 0
+    moved: dict[str, float] = field(default_factory=dict)
+    privacy: dict[str, Any] = field(default_factory=dict)
+    cosine: float | None = None
+    share: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, update: Update, moved: dict[str, float], privacy: dict[str, Any]) -> SiteRecord:
+        """Return the record of an update."""
+        return cls(
+            metrics=dict(update.metrics),
+            samples=dict(update.samples),
+            steps=update.steps,
+            seconds=update.seconds,
+            rounding=update.rounding,
+            blocks=update.header()["blocks"],
+            norms=norms_of(update),
+            bytes=update.nbytes(),
+            moved=moved,
+            privacy=privacy,
+        )
+
+
+@dataclass
+class RoundRecord:
+    """One round of the federation.
+
+    Attributes:
+        round: Number of the round, from 0.
+        sites: Record of every admitted site, by name.
+        faults: Sites that delivered nothing usable.
+        seconds: Wall time of training and merging.
+        validation: Metrics of the global model after the round, by their logged names.
+    """
+
+    round: int
+    sites: dict[str, SiteRecord] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+    seconds: float = 0.0
+    validation: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain containers, as a checkpoint or a JSON file holds it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RoundRecord:
+        """Return the record of ``to_dict``."""
+        sites = {name: SiteRecord(**site) for name, site in values["sites"].items()}
+        return cls(**{**values, "sites": sites, "faults": [Fault(**fault) for fault in values["faults"]]})
+
+
+def faults_text(history: Sequence[RoundRecord]) -> str:
+    """Return the number of rounds, and how often each site was missing, in one sentence."""
+    counts = Counter(fault.site for record in history for fault in record.faults)
+    missing = ", ".join(f"{site} in {count}" for site, count in sorted(counts.items()))
+    return f"{len(history)} rounds; missing: {missing}" if missing else f"{len(history)} rounds, no fault"
