@@ -1,7 +1,7 @@
-"""Which columns of a table hold a task's truth, and how a row becomes truth.
+"""Columns of a task's labels in a table, and how a row becomes a label.
 
-A reader returns ``None`` for what a row does not say and raises ``CellError`` for what it says badly: both leave the
-task unknown, never negative.
+A reader returns ``None`` for a blank label and raises ``CellError`` for an invalid one: both leave the task unknown,
+never negative.
 """
 
 from __future__ import annotations
@@ -19,19 +19,17 @@ from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError, DataError
 
 MOST_CLASSES = 50
-"""A column of more different values is free text or a number, and no class."""
+"""A column with more different values contains text or numbers, not classes."""
 
 
 @dataclass(frozen=True)
 class ClassColumns:
-    """Where the classes of a classification task are.
-
-    Give ``column`` (one class an image) or ``columns`` (several may hold at once).
+    """Columns of a classification task: ``column`` (one class per image) or ``columns`` (several may hold).
 
     Attributes:
-        column: Column with the name of the one class that holds; blank: unknown.
-        columns: Columns with 1 (holds), 0 (does not), blank or -1 (unknown), one a class; the class is called as its
-            column, or by the key if this is a mapping ``{class: column}``.
+        column: Column with the name of the class; blank: unknown.
+        columns: One column per class with 1 (holds), 0 (does not hold), blank or -1 (unknown). The name of a class is
+            its column's, or its key in a mapping ``{class: column}``.
         classes: Class names in channel order; ``null`` takes the values of ``column``, sorted.
         flag: Column with 1 where the image is labelled for the task and 0 where it is not.
     """
@@ -44,11 +42,12 @@ class ClassColumns:
 
 @dataclass(frozen=True)
 class BoxColumns:
-    """Where the boxes of a detection task are.
+    """Columns of a detection task.
 
     Attributes:
-        boxes: Column with a list ``[[x0, y0, x1, y1], ...]`` in pixels, x1 and y1 exclusive; ``[]``: nothing there.
-        labels: Column with a list of the boxes' classes; ``null``: all boxes are of one class.
+        boxes: Column with a list ``[[x0, y0, x1, y1], ...]`` in pixels, x1 and y1 exclusive; ``[]``: annotated without
+            a box; blank: unknown.
+        labels: Column with a list of the boxes' classes; ``null``: all boxes have one class.
         classes: Class names in channel order; ``null`` takes those of ``labels``, sorted (without ``labels``: the
             task's name).
         flag: Column with 1 where the image is labelled for the task and 0 where it is not.
@@ -64,16 +63,13 @@ class BoxColumns:
 
 @dataclass(frozen=True)
 class MaskColumns:
-    """Where the masks of a segmentation task are.
-
-    Give ``columns`` (a file a class, which may overlap) or ``column`` with ``values`` (one file of class numbers).
+    """Columns of a segmentation task: ``columns`` (one file per class, may overlap) or ``column`` with ``values``.
 
     Attributes:
-        columns: Columns with the mask file of each class, ``{class: column}``; pixels above 0 belong to the class.
+        columns: Column with the mask file of each class, ``{class: column}``; pixels above 0 belong to the class.
         column: Column with one mask file for all classes.
         values: Pixel values of each class in that file, ``{class: [values]}``.
-        flag: Column with 1 where the image is labelled for the task, even if nothing is there and the cell is blank,
-            and 0 where it is not.
+        flag: Column with 1 where the image is labelled for the task (a blank mask is then empty) and 0 where it is not.
         weak: The masks are approximate.
     """
 
@@ -88,20 +84,20 @@ Columns = ClassColumns | BoxColumns | MaskColumns
 
 
 class Reader(Protocol):
-    """Reads one task's truth from a row."""
+    """Reads one task's label from a row."""
 
     task: Task
 
     def read(self, row: TableRow) -> Truth | None:
-        """Return the truth, or ``None`` where the row does not say.
+        """Return the label, or ``None`` where it is unknown.
 
         Raises:
-            CellError: The row says something that cannot be.
+            CellError: The row has an invalid value.
         """
 
 
 class OneClass:
-    """One column names the class: a single-label task."""
+    """One column with the name of the class: a task of which exactly one class holds."""
 
     def __init__(self, name: str, spec: ClassColumns, flag: str | None, table: Table) -> None:
         assert spec.column is not None
@@ -110,7 +106,7 @@ class OneClass:
         self.task = Task(name, "classification", _classes(spec.classes, found, table, spec.column))
 
     def read(self, row: TableRow) -> ClassTruth | None:
-        """Return one-hot truth."""
+        """Return the class as 1 and all others as 0."""
         cell, known = row.cells[self.column], _switch(row, self.flag)
         label = cell if cell in self.task.classes else row.text(self.column)  # a class may be called "none"
         if known is False or not label:
@@ -126,7 +122,7 @@ class OneClass:
 
 
 class ManyClasses:
-    """One 0/1 column a class: a multi-label task."""
+    """One column of 0 and 1 per class: a task of which several classes may hold."""
 
     def __init__(self, name: str, spec: ClassColumns, flag: str | None) -> None:
         columns = spec.columns if isinstance(spec.columns, dict) else {c: c for c in spec.columns or []}
@@ -139,7 +135,7 @@ class ManyClasses:
         self.task = Task(name, "classification", tuple(order), multi_label=True)
 
     def read(self, row: TableRow) -> ClassTruth | None:
-        """Return 1, 0 or NaN a class."""
+        """Return 1, 0 or NaN (unknown) per class."""
         if _switch(row, self.flag) is False:
             return None
         values = []
@@ -161,7 +157,7 @@ class BoxReader:
         self.task = Task(name, "detection", tuple(classes), weak=spec.weak)
 
     def read(self, row: TableRow) -> BoxTruth | None:
-        """Return the boxes; a blank cell is unknown unless the flag says that someone looked."""
+        """Return the boxes; a blank cell is unknown, unless the flag is 1."""
         known = _switch(row, self.flag)
         if known is False or (known is None and not row.text(self.boxes)):
             return None
@@ -171,7 +167,7 @@ class BoxReader:
         names = row.items(self.labels)
         if len(names) != len(boxes):
             fix = f"{len(names)} labels for {len(boxes)} boxes; give each box one"
-            raise row.error(self.labels, "not one label a box", fix)
+            raise row.error(self.labels, "not one label per box", fix)
         return BoxTruth(boxes, tuple(_index(self.task, str(n).strip(), row, self.labels) for n in names))
 
     def _box(self, row: TableRow, item: Any) -> tuple[float, float, float, float]:
@@ -188,12 +184,12 @@ class BoxReader:
                 continue
             try:
                 yield from (str(name).strip() for name in row.items(column))
-            except CellError:  # told when the row is read
+            except CellError:  # reported when the row is read
                 continue
 
 
 class MaskReader:
-    """Mask files, one a class or one for all classes."""
+    """Mask files: one per class, or one for all classes."""
 
     def __init__(self, name: str, spec: MaskColumns, flag: str | None, root: Path) -> None:
         self.flag, self.root = flag, root
@@ -205,7 +201,7 @@ class MaskReader:
         self.task = Task(name, "segmentation", classes, multi_label=overlap, weak=spec.weak)
 
     def read(self, row: TableRow) -> MaskTruth | None:
-        """Return a source a class; a blank cell is not annotated unless the flag says that someone looked."""
+        """Return one source per class; a class with a blank cell is not annotated, unless the flag is 1."""
         known = _switch(row, self.flag)
         if known is False:
             return None
@@ -219,13 +215,13 @@ class MaskReader:
 
 
 def reader(name: str, spec: Columns, flag: str | None, table: Table, root: Path) -> Reader:
-    """Return what reads a task.
+    """Return the reader of a task.
 
     Args:
         name: Name of the task.
         spec: Its columns.
         flag: Its flag column, if the table has it.
-        table: The table; classes that are not given come from it.
+        table: The table; classes that are not given are its values.
         root: Folder of the mask files.
     """
     if isinstance(spec, BoxColumns):
@@ -236,7 +232,7 @@ def reader(name: str, spec: Columns, flag: str | None, table: Table, root: Path)
 
 
 def columns_of(spec: Columns) -> list[str]:
-    """Return the columns that a task cannot do without (its flag is not one)."""
+    """Return the columns that a task requires (its flag is optional)."""
     if isinstance(spec, BoxColumns):
         return [c for c in (spec.boxes, spec.labels) if c]
     if isinstance(spec, MaskColumns):
@@ -265,11 +261,13 @@ def check_columns(
             if name in specs:
                 raise ConfigError(f"{key}: another task is called {name!r}; give each its own name")
             if isinstance(spec, ClassColumns) and bool(spec.column) == bool(spec.columns):
-                raise ConfigError(f"{key}: give column (one class an image) or columns (several), not both")
+                raise ConfigError(f"{key}: give column (one class per image) or columns (several), not both")
             if isinstance(spec, MaskColumns) and (
                 bool(spec.column) == bool(spec.columns) or bool(spec.column) != bool(spec.values)
             ):
-                raise ConfigError(f"{key}: give columns (a file a class), or column and values (one file), not both")
+                raise ConfigError(
+                    f"{key}: give columns (one file per class), or column and values (one file), not both"
+                )
             given = None if isinstance(spec, MaskColumns) else spec.classes
             if given is not None and len(set(given)) < max(1, len(given)):
                 raise ConfigError(f"{key}.classes={given}: name each class once, or leave it out")
@@ -283,29 +281,29 @@ def check_columns(
 
 
 def path_in(root: Path, row: TableRow, column: str) -> Path:
-    """Return the file a cell names.
+    """Return the path of the file that a cell names.
 
     Raises:
-        DataError: It lies outside the folder.
+        DataError: The path is outside the folder.
     """
     path = Path(os.path.abspath(root / row.text(column).replace("\\", "/")))
     if not path.is_relative_to(os.path.abspath(root)):
         raise DataError(
-            f"{row.file}: line {row.line}, column {column!r}: {row.text(column)!r} leaves the folder "
+            f"{row.file}: line {row.line}, column {column!r}: {row.text(column)!r} is outside the folder "
             f"{root}; paths in a table are relative to data.init_args.root and stay below it"
         )
     return path
 
 
 def _switch(row: TableRow, flag: str | None) -> bool | None:
-    """Return what the flag says; a blank one says no, having none says nothing."""
+    """Return the flag; a blank cell is ``False``, a task without flag has ``None``."""
     return bool(row.switch(flag)) if flag else None
 
 
 def _labelled(row: TableRow, flag: str | None) -> bool | None:
     try:
         return _switch(row, flag)
-    except CellError:  # told when the row is read
+    except CellError:  # reported when the row is read
         return False
 
 
@@ -321,12 +319,12 @@ def _classes(given: list[str] | None, found: Iterable[str], table: Table, column
     classes = sorted(set(found) - {""})
     if not classes:
         raise DataError(
-            f"{table.file}: column {column!r} holds no class in any labelled row; give classes, or drop the task"
+            f"{table.file}: column {column!r} has no class in any labelled row; give classes, or drop the task"
         )
     if len(classes) > MOST_CLASSES:
         shown = ", ".join(classes[:5])
         raise DataError(
-            f"{table.file}: column {column!r} holds {len(classes)} different values ({shown}, …), too many for "
+            f"{table.file}: column {column!r} has {len(classes)} different values ({shown}, …), too many for "
             "classes; choose another column, or give classes"
         )
     return tuple(classes)

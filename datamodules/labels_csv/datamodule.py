@@ -1,7 +1,7 @@
-"""The data set everyone has: a folder of images and one table that says what is known of each.
+"""Your own data: a folder of images and one table with a row per image.
 
-One row an image. What a row does not say is unknown: a blank class, a flag of 0, a blank mask. ``[]`` as boxes, and a
-blank mask whose flag is 1, say that someone looked and found nothing.
+Blank labels are unknown: a blank class, a flag of 0, a blank mask. ``[]`` as boxes, and a blank mask with flag 1, mean
+annotated and empty.
 """
 
 from __future__ import annotations
@@ -46,28 +46,33 @@ SIDES = {"l": "L", "left": "L", "r": "R", "right": "R"}
 
 
 class LabelsCSVDataModule(MedicalDataModule):
-    """A folder of images and one table of what is known of each.
+    """A folder of images and one table with their labels.
+
+    Expected below ``root``: a text table with a header and one row per image, and the image and mask files it names
+    (DICOM, PNG, JPEG, TIFF …). Blank labels are unknown; see `ClassColumns`, `BoxColumns` and `MaskColumns`.
 
     Args:
-        root: The folder; paths in the table are relative to it and may not leave it.
-        table: The table, relative to ``root``: CSV with a header; comma, semicolon or tab.
+        root: The folder; paths in the table are relative to it and must stay below it.
+        table: The table, relative to ``root``: CSV with a header, separated by comma, semicolon, tab or bar.
         classification: Classification tasks by name.
         detection: Detection tasks by name.
         segmentation: Segmentation tasks by name.
         image_column: Column with the image file.
-        patient_column: Column with the patient; splits never separate a patient's images. ``null`` takes every image
-            for another patient, which leaks if that is not so.
+        patient_column: Column with the patient; a patient's images are in one split. ``null`` counts every image as a
+            patient of its own; images of one patient may then be in two splits.
         site_column: Column with the site (hospital, source).
-        split_column: Column with ``train``, ``val`` or ``test``; blank: to be split.
+        split_column: Column with ``train``, ``val`` or ``test``; blank: assigned by patient.
         view_column: Column with the view (``PA``, ``CC`` …).
         laterality_column: Column with the side, ``L`` or ``R``.
-        size_columns: Columns with the height and width in pixels that the boxes refer to, where the file may be of
-            another size than the one that was annotated.
-        group_columns: Further columns one may select or split a federation by; ``null`` takes ``client`` if there.
-        kwargs: See ``MedicalDataModule``.
+        size_columns: Columns with the height and width in pixels that the boxes refer to, where the file may have
+            another size than the annotated image.
+        group_columns: Further columns by which images can be selected or a federation split; ``null`` uses ``client``
+            if the table has it.
+        kwargs: Arguments of `MedicalDataModule`.
 
     Raises:
         ConfigError: No task is given, a task is described in two ways, or two tasks have one name.
+        DataError: The table is missing, incomplete or contradicts itself (on ``catalogue`` and ``setup``).
     """
 
     def __init__(
@@ -109,11 +114,11 @@ class LabelsCSVDataModule(MedicalDataModule):
         return self.root.name
 
     def catalogue(self) -> Catalogue:
-        """Read the table; rows and cells that say something impossible go to the quarantine.
+        """Read the table; rows and cells with invalid values are added to the quarantine.
 
         Raises:
-            DataError: The table is empty, lacks a column or is cut off, two rows of one image contradict each other, or
-                a path leaves the folder.
+            DataError: The table is empty, incomplete or lacks a column, two rows of one image contradict each other, or
+                a path is outside the folder.
         """
         table = read_labels(self.root / self.table, self.image_column)
         self._require(table)
@@ -133,10 +138,10 @@ class LabelsCSVDataModule(MedicalDataModule):
         repeats = len(table.rows) - sum(not row.text(self.image_column) for row in table.rows) - len(known)
         if repeats:
             notes.append(
-                f"{table.file.name}: {repeats} rows repeat an image listed before; merged, as they agree with it"
+                f"{table.file.name}: {repeats} rows repeat an image of an earlier row; merged, since they agree with it"
             )
         if self.patient_column is None:
-            notes.append(f"{table.file.name}: no patient column; images of one patient may end up in two splits")
+            notes.append(f"{table.file.name}: no patient column; images of one patient may be in two splits")
         odd = Counter(remark for entry in known.values() for remark in entry.remarks)
         notes += [f"{table.file.name}: {count} × {remark}, taken as blank" for remark, count in odd.items()]
         records = _named([entry.record for entry in known.values()], self.root)
@@ -170,7 +175,7 @@ class LabelsCSVDataModule(MedicalDataModule):
         split = row.text(self.split_column).lower()
         if split and split not in SPLITS:
             raise DataError(
-                f"{table.file}: line {row.line}, column {self.split_column!r}: {split!r} is no split; write train, "
+                f"{table.file}: line {row.line}, column {self.split_column!r}: {split!r} is not a split; write train, "
                 "val or test, or leave it blank"
             )
         groups = self.group_columns if self.group_columns is not None else ["client"]
@@ -190,11 +195,11 @@ class LabelsCSVDataModule(MedicalDataModule):
         return Entry(row.line, record, errors, remarks)
 
     def _require(self, table: Table) -> None:
-        """Refuse a table without the columns asked for; columns that were not asked for by name may be absent."""
+        """Raise if a configured column is missing; columns with their default names may be missing."""
         for name, spec in self.specs.items():
             table.require(columns_of(spec), f"task {name!r} is read from it")
         if self.patient_column:
-            why = "it keeps a patient's images in one split; null takes every image for another patient"
+            why = "it keeps a patient's images in one split; null counts every image as a patient of its own"
             table.require([self.patient_column], why)
         usual = {
             "site": self.site_column,
@@ -210,12 +215,12 @@ class LabelsCSVDataModule(MedicalDataModule):
             table.require(self.size_columns, "data.init_args.size_columns names it")
 
     def _flag(self, name: str, table: Table, notes: list[str]) -> str | None:
-        """Return a task's flag column if the table has it; a name that is almost there is a slip."""
+        """Return a task's flag column if the table has it; raise if a column has almost its name."""
         flag = self.specs[name].flag
         if flag is None or flag in table.columns:
             return flag
         if table.nearest(flag):
-            table.require([flag], f"it says which images are labelled for {name!r}")
+            table.require([flag], f"it marks the images that are labelled for {name!r}")
         notes.append(
             f"{table.file.name}: no column {flag!r}; an image counts as labelled for {name!r} where its cell is filled"
         )
@@ -224,13 +229,13 @@ class LabelsCSVDataModule(MedicalDataModule):
 
 @dataclass(frozen=True)
 class Entry:
-    """What the table says of one image.
+    """The rows of one image, merged.
 
     Attributes:
-        line: Line it says so in, the first of several.
-        record: What is known.
-        errors: Per task why its truth could not be read.
-        remarks: Cells that were taken as blank.
+        line: Its first line in the table.
+        record: The record so far.
+        errors: Error by task, where the label could not be read.
+        remarks: Cells that were read as blank.
     """
 
     line: int
@@ -239,10 +244,10 @@ class Entry:
     remarks: list[str] = field(default_factory=list)
 
     def merge(self, other: Entry, table: Path) -> Entry:
-        """Return what two rows of one image say together.
+        """Merge two rows of one image.
 
         Raises:
-            DataError: They contradict each other.
+            DataError: The rows contradict each other.
         """
         a, b = self.record, other.record
         joined = replace(
@@ -265,7 +270,7 @@ class Entry:
         return Entry(self.line, record, errors, [*self.remarks, *other.remarks])
 
     def _together(self, other: Entry, task: str, a: Truth, b: Truth, table: Path) -> Truth:
-        """Return one truth of a task out of two: what only one of them knows is taken from it."""
+        """Merge two labels of a task: a value that is unknown in one is taken from the other."""
         if isinstance(a, ClassTruth) and isinstance(b, ClassTruth):
             pairs = [
                 (None if math.isnan(x) else x, None if math.isnan(y) else y)
@@ -290,13 +295,13 @@ class Entry:
     def _contradiction(self, other: Entry, what: str, table: Path) -> DataError:
         return DataError(
             f"{table}: lines {self.line} and {other.line} name the same image, {self.record.file.name}, but contradict "
-            f"each other in {what!r}. Remove one, or put all that is known of the image into one row (all its boxes in "
-            "one list)."
+            f"each other in {what!r}. Remove one, or put all labels of the image into one row (all its boxes in one "
+            "list)."
         )
 
 
 def _named(records: list[Record], root: Path) -> list[Record]:
-    """Name records by their files; where several files share a name, by a digest of the path as well."""
+    """Name records by their files, with a digest of the path where several files have one name."""
     counts = Counter(record.id for record in records)
     return [r if counts[r.id] == 1 else replace(r, id=f"{r.id}_{_digest(r.file.relative_to(root))}") for r in records]
 

@@ -1,6 +1,6 @@
-"""Read a hand-made table: unknown encoding and separator, stray blanks, and cells that are numbers, flags or lists.
+"""Read a label table of unknown encoding and separator, with cells that are numbers, flags or lists.
 
-Every problem is told with file, line and column, because whoever made the table can mend it.
+Every error names file, line and column.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 from mtmedformer.errors import DataError
 
 BLANK = frozenset({"", "nan", "na", "n/a", "none", "null"})
-"""What a cell without a value may say, in any case."""
+"""Text of cells without a value, in lower case."""
 
 SEPARATORS = (",", ";", "\t", "|")
-LARGEST_CELL = 2**24  # characters; the csv module's own limit of 128 KiB is too small for polygons
+LARGEST_CELL = 2**24  # characters; the default limit of the csv module, 128 KiB, is too small for polygons
 
 
 class CellError(Exception):
-    """A cell that cannot be understood: ``reason`` is countable, ``detail`` says where it is and what to do."""
+    """A cell with an invalid value, with a ``reason`` that can be counted and a ``detail`` with place and fix."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
@@ -36,19 +36,23 @@ class CellError(Exception):
 
 @dataclass(frozen=True)
 class TableRow:
-    """One row: its table, the line it starts on (counted from 1 with the header) and its stripped cells by column."""
+    """One row: its table, its first line (the header is line 1) and its stripped cells by column."""
 
     file: Path
     line: int
     cells: dict[str, str]
 
     def text(self, column: str | None) -> str:
-        """Return a cell's text; nothing where it is blank or the column is absent."""
+        """Return a cell's text; an empty string where it is blank or the column is missing."""
         cell = self.cells.get(column, "") if column else ""
         return "" if cell.lower() in BLANK else cell
 
     def switch(self, column: str) -> bool | None:
-        """Return a yes-or-no cell, ``None`` where it is blank."""
+        """Return a cell of 0 or 1 (false or true, no or yes), ``None`` where it is blank.
+
+        Raises:
+            CellError: The cell has another value.
+        """
         cell = self.text(column).lower()
         if not cell:
             return None
@@ -59,7 +63,11 @@ class TableRow:
         raise self.error(column, "cell neither 0 nor 1", "write 0, 1 or leave it blank")
 
     def items(self, column: str) -> list[Any]:
-        """Return a cell that holds a JSON or Python list; a blank one is an empty list."""
+        """Return the items of a cell with a JSON or Python list; a blank cell has none.
+
+        Raises:
+            CellError: The cell is no list.
+        """
         cell = self.text(column)
         if not cell:
             return []
@@ -88,7 +96,7 @@ class TableRow:
             except ValueError:
                 number = math.nan
             if not (number > 0 and number == math.floor(number) < 2**31):
-                raise self.error(column, "image size no whole number", "write pixels, or leave it blank")
+                raise self.error(column, "image size not a whole number", "write pixels, or leave it blank")
             values.append(int(number))
         return (values[0], values[1])
 
@@ -104,10 +112,10 @@ class Table:
     """A table as text.
 
     Attributes:
-        file: Where it was read.
+        file: The file.
         columns: Column names in order.
-        rows: Its rows that are not blank throughout.
-        notes: What had to be guessed.
+        rows: The rows that are not blank.
+        notes: Sentences for the user on the encoding.
     """
 
     file: Path
@@ -116,10 +124,10 @@ class Table:
     notes: list[str]
 
     def require(self, columns: Iterable[str], why: str) -> None:
-        """Raise unless every column is there.
+        """Raise unless every column exists.
 
         Raises:
-            DataError: Naming the column, what it is wanted for, the nearest name and all names.
+            DataError: A column is missing; the error names its purpose, the nearest name and all columns.
         """
         for column in columns:
             if column not in self.columns:
@@ -130,7 +138,7 @@ class Table:
                 )
 
     def nearest(self, column: str) -> str | None:
-        """Return the column whose name is most like the one given, if any is like it."""
+        """Return the column with the most similar name, or ``None``."""
         lowered = {name.lower(): name for name in self.columns}
         found = difflib.get_close_matches(column.lower(), lowered, 1, 0.8)
         return lowered[found[0]] if found else None
@@ -142,17 +150,17 @@ def read_labels(file: Path, key: str) -> Table:
     Args:
         file: A text table with a header line; UTF-8, UTF-16 (with its mark) or Windows-1252; separated by comma,
             semicolon, tab or bar.
-        key: A column that must be there; by it the separator is recognised.
+        key: A required column; the separator is the one with which the header has it.
 
     Raises:
-        DataError: The file is missing, empty, no text, has no such column, or a row has more or fewer cells than the
+        DataError: The file is missing, empty or no text, lacks the column, or a row has more or fewer cells than the
             header.
     """
     notes: list[str] = []
     text = _text(file, notes)
     first = next((line for line in text.splitlines() if line.strip()), "")
     if not first:
-        raise DataError(f"{file}: the table is empty; it needs a header line and a row an image")
+        raise DataError(f"{file}: the table is empty; it needs a header line and one row per image")
     fitting = [s for s in SEPARATORS if key in (cell.strip() for cell in next(csv.reader([first], delimiter=s)))]
     separator = fitting[0] if fitting else max(SEPARATORS, key=first.count)
     rows: list[TableRow] = []
@@ -177,7 +185,7 @@ def read_labels(file: Path, key: str) -> Table:
                 rows.append(TableRow(file, start, dict(zip(header, stripped, strict=True))))
     except csv.Error as error:
         raise DataError(
-            f"{file}: line {reader.line_num} is no line of a table ({error}); save it as CSV again"
+            f"{file}: line {reader.line_num} is not a line of a table ({error}); save it as CSV again"
         ) from None
     table = Table(file, header, rows, notes)
     table.require([key], "it names the image file of each row")
@@ -189,7 +197,7 @@ def read_labels(file: Path, key: str) -> Table:
 def _header(file: Path, cells: list[str]) -> list[str]:
     twice = sorted({cell for cell in cells if cell and cells.count(cell) > 1})
     if twice:
-        raise DataError(f"{file}: column {', '.join(map(repr, twice))} comes more than once; rename or remove one")
+        raise DataError(f"{file}: column {', '.join(map(repr, twice))} appears more than once; rename or remove one")
     return cells
 
 
@@ -208,5 +216,5 @@ def _text(file: Path, notes: list[str]) -> str:
         text = content.decode("cp1252", errors="replace")
         notes.append(f"{file.name}: not UTF-8; read as Windows-1252. Save it as UTF-8 if names look wrong.")
     if "\x00" in text:
-        raise DataError(f"{file}: this is no text table; an Excel sheet must be saved as CSV (UTF-8)")
+        raise DataError(f"{file}: not a text table; save an Excel sheet as CSV (UTF-8)")
     return text

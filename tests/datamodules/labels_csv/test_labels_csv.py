@@ -204,17 +204,23 @@ STRUCTURE = {
     "header only": (HEADER, "a header but no row"),
     "no image column": ("file,patient,label\na.png,1,s\n", r"no column 'image'.*columns are file, patient, label"),
     "no class column": ("image,patient,labels\na.png,1,s\n", r"no column 'label' \(task 'finding'.*mean 'labels'"),
-    "no patient column": ("image,label\na.png,s\n", r"no column 'patient'.*null takes every image"),
-    "a column twice": ("image,patient,label,label\na.png,1,s,s\n", "column 'label' comes more than once"),
+    "no patient column": ("image,label\na.png,s\n", r"no column 'patient'.*null counts every image"),
+    "a column twice": ("image,patient,label,label\na.png,1,s,s\n", "column 'label' appears more than once"),
     "unquoted list": (
         "image,patient,label,boxes\na.png,1,s,[[1,2,3,4]]\n",
         r"line 2 has 7 cells, the header 4.*quotes",
     ),
     "cut off": ("image,patient,label\na.png,1,s\nb.png,2", "line 3 has 2 cells, the header 3. Is the file complete"),
-    "not a split": ("image,patient,label,split\na.png,1,s,holdout\n", "line 2, column 'split': 'holdout' is no split"),
-    "path upwards": ("image,patient,label\n../a.png,1,s\n", r"labels.csv: line 2, column 'image': '../a.png' leaves"),
-    "path elsewhere": ("image,patient,label\n/etc/passwd,1,s\n", "'/etc/passwd' leaves the folder"),
-    "no class": ("image,patient,label\na.png,1,\n", "column 'label' holds no class in any labelled row"),
+    "not a split": (
+        "image,patient,label,split\na.png,1,s,holdout\n",
+        "line 2, column 'split': 'holdout' is not a split",
+    ),
+    "path upwards": (
+        "image,patient,label\n../a.png,1,s\n",
+        r"labels.csv: line 2, column 'image': '../a.png' is outside",
+    ),
+    "path elsewhere": ("image,patient,label\n/etc/passwd,1,s\n", "'/etc/passwd' is outside the folder"),
+    "no class": ("image,patient,label\na.png,1,\n", "column 'label' has no class in any labelled row"),
     "free text": (
         "image,patient,label\n" + "".join(f"a{n}.png,1,text {n}\n" for n in range(51)),
         "51 different values.*too many for classes",
@@ -232,7 +238,7 @@ def test_a_table_that_cannot_be_used_is_refused(root: Path, case: str) -> None:
 
 
 def test_an_excel_sheet_and_a_missing_table_are_refused(root: Path) -> None:
-    with pytest.raises(DataError, match="no text table; an Excel sheet must be saved as CSV"):
+    with pytest.raises(DataError, match="not a text table; save an Excel sheet as CSV"):
         read(root, b"PK\x03\x04\x00\x00image", classification=FINDING)
     with pytest.raises(DataError, match=r"other.csv cannot be read .*check data.init_args.root"):
         module(root, table="", classification=FINDING).__class__(root, table="other.csv", classification=FINDING).plan()
@@ -245,13 +251,13 @@ ROWS = {
     "deep": ('"' + "[" * 5000 + '"', '"[""s""]"', "cell not a list"),
     "three numbers": ('"[[1, 2, 3]]"', '"[""s""]"', "box not four numbers"),
     "words": ('"[[""a"", 2, 3, 4]]"', '"[""s""]"', "box not four numbers"),
-    "no labels": ('"[[1, 2, 3, 4]]"', "[]", "not one label a box"),
+    "no labels": ('"[[1, 2, 3, 4]]"', "[]", "not one label per box"),
     "unknown label": ('"[[1, 2, 3, 4]]"', '"[""t""]"', "unknown class"),
 }
 
 
 @pytest.mark.parametrize("case", ROWS)
-def test_a_cell_that_cannot_be_understood_costs_that_truth_alone(root: Path, case: str) -> None:
+def test_an_invalid_cell_makes_only_its_label_unknown(root: Path, case: str) -> None:
     boxes, labels, reason = ROWS[case]
     table = HEADER + f"a.png,1,x,{boxes},{labels}\n" + 'b.png,2,x,"[[1, 2, 3, 4]]","[""s""]"\n'
     spec = {"lesions": BoxColumns(classes=["s"])}
@@ -302,7 +308,7 @@ def test_rows_of_one_image_are_merged_if_they_agree(root: Path) -> None:
         "lungs": MaskTruth((MaskSource(root / "x.png"), MaskSource(root / "y.png"))),
     }
     assert records["b"].truth["lesions"] == BoxTruth()
-    assert any("2 rows repeat an image listed before" in note for note in found.notes)
+    assert any("2 rows repeat an image of an earlier row" in note for note in found.notes)
     assert not data.quarantine.issues
     with pytest.raises(DataError, match=r"contradict each other in 'lesions'.*all its boxes in one list"):
         read(
@@ -318,7 +324,7 @@ def test_a_row_without_an_image_is_listed(root: Path) -> None:
     assert data.quarantine.issues[0].id == "line 2"
 
 
-def test_odd_sizes_and_sides_are_told_and_left_blank(root: Path) -> None:
+def test_invalid_sizes_and_sides_are_noted_and_read_as_blank(root: Path) -> None:
     table = "image,patient,label,laterality,height,width\na.png,1,s,both,many,32\nb.png,2,s,R,32,32\n"
     records, _, found = read(root, table, classification=FINDING)
     assert (records["a"].laterality, records["a"].size) == (None, None)

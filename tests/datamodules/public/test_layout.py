@@ -76,7 +76,7 @@ def test_numbers_are_finite_or_none(tmp_path):
     row = {"a": "1.5", "b": "", "c": "NaN", "d": "inf", "e": "1,5"}
     assert [number(row, key, tmp_path) for key in "abc"] == [1.5, None, None]
     for key in "de":
-        with pytest.raises(DataError, match="no number"):
+        with pytest.raises(DataError, match="not a number"):
             number(row, key, tmp_path)
 
 
