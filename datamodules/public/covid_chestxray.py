@@ -141,9 +141,9 @@ def _check(option: str, chosen: Sequence[str], there: set[str], table: Path) -> 
     if option == "findings" and wrong and not there:
         raise DataError(f"{table}: column 'finding' holds no finding")
     if option == "findings" and (not chosen or wrong):
-        raise ConfigError(f"{option}={list(chosen)}: {wrong} are not in {table}; it has {sorted(there)}")
+        raise ConfigError(f"{option}={list(chosen)}: choose from those in {table}: {sorted(there)}")
     if option == "views" and not set(chosen) & there:
-        raise ConfigError(f"{option}={list(chosen)}: none of them is in {table}; it has {sorted(there)}")
+        raise ConfigError(f"{option}={list(chosen)}: choose from those in {table}: {sorted(there)}")
 
 
 def _reason_to_drop(
