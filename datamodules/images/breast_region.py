@@ -1,4 +1,4 @@
-"""Find the breast in a mammogram and which way it points."""
+"""Find the breast in a mammogram and the side of its chest wall."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from mtmedformer.geometry import Floats, Frame, warp
 def breast_region(pixels: Floats, side: int = 256) -> tuple[NDArray[np.bool_], float]:
     """Find the breast in a mammogram: threshold, cut thin bridges, keep the largest part, fill its holes.
 
-    The threshold lies a quarter of the way from the background to Otsu's, so that the skin line stays in; opening cuts
-    off labels and tape; the outermost 1 % of the film is left out of the search because scanners leave bright rims.
+    The threshold is the background plus a quarter of its distance to Otsu's threshold, so that the skin line is
+    included. Opening separates labels and tape. The outermost 1 % of the film, where scanners leave bright rims, is not
+    searched.
 
     Args:
         pixels: float32 (H, W) in [0, 1], dark background.
         side: Longer side in pixels of the reduced image the search runs on.
 
     Returns:
-        bool (h, w) region in the reduced image (all true where nothing stands out), and how many original pixels one
-        of its pixels spans.
+        The region, bool (h, w) in the reduced image (all true if no breast is found), and the number of original pixels
+        per reduced pixel along a side.
     """
     height, width = pixels.shape
     scale = max(1.0, max(height, width) / side)
@@ -51,10 +52,10 @@ def breast_region(pixels: Floats, side: int = 256) -> tuple[NDArray[np.bool_], f
 
 
 def breast_side(region: NDArray[np.bool_]) -> Literal["L", "R"] | None:
-    """Tell from a breast region which way the breast points: ``L`` has the chest wall, its tall edge, at the left.
+    """Return the side of the chest wall, the taller edge of a breast region: ``L`` at the left, ``R`` at the right.
 
-    Pixels are asked before the label, because images are met that were stored mirrored. ``None`` where the two edges
-    are about equally tall; the label decides then.
+    ``None`` if the two edges are about equally tall; the label decides then. Otherwise the pixels take precedence over
+    the label, since some images are stored mirrored.
     """
     tall = region.sum(axis=0)
     columns = np.flatnonzero(tall)

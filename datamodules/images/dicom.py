@@ -1,4 +1,4 @@
-"""DICOM images as they are meant to be displayed, and the few facts of the header that matter."""
+"""DICOM images as displayed, with pixel spacing, view and side from the header."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ _VIEWS = {
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """An image as it is displayed, and how it came about.
+    """An image as displayed, and the steps that produced it.
 
     Attributes:
         pixels: float32 (H, W) in [0, 1]; 0 is black (air in a radiograph), 1 is white.
         bits: Bit depth of the stored values (8, 12, 16 …).
-        path: The steps taken, in order, for example ``("decode:JPEG2000Lossless", "window:0:LINEAR",
-            "invert:MONOCHROME1", "padding")``. A step that was tried and given up ends in ``:broken`` or ``:outside``.
+        path: The steps in order, for example ``("decode:JPEG2000Lossless", "window:0:LINEAR",
+            "invert:MONOCHROME1", "padding")``. A step that could not be applied ends in ``:broken`` or ``:outside``.
         spacing: ``(row, column)`` spacing of the pixels in mm, or ``None``.
         view: ``PA``, ``AP``, ``CC``, ``MLO`` …, or ``None``.
-        laterality: ``L``, ``R`` or ``None``.
+        laterality: Side, ``L`` or ``R``, or ``None``.
     """
 
     pixels: NDArray[np.float32]
@@ -57,19 +57,19 @@ class Pixels:
 
 
 def is_dicom(head: bytes) -> bool:
-    """Tell from a file's first 132 bytes: ``DICM`` after the preamble, or no preamble but a group 2 or 8 element."""
+    """Return whether a file's first 132 bytes are DICOM: ``DICM`` after the preamble, or an element of group 2 or 8."""
     return head[128:132] == b"DICM" or (head[:2] in (b"\2\0", b"\10\0") and head[3:4] == b"\0")
 
 
 def read_display(file: Path) -> Pixels:
-    """Read a DICOM image as it is meant to be displayed.
+    """Read a DICOM image as displayed (modality LUT, VOI LUT or window, inversion, padding).
 
     Args:
         file: A single-frame DICOM file. An image whose Presentation Intent Type is FOR PROCESSING (raw detector data)
             is read too; ``path`` then contains ``for-processing``.
 
     Raises:
-        DataError: The file is broken, not a single-frame grey image, or in an encoding that nothing here decodes.
+        DataError: The file is damaged, not a single-frame grey image, or in an encoding without decoder.
     """
     with reading(file, "DICOM"):
         header, stored, path = read_file(file)
@@ -96,7 +96,7 @@ def read_stored(file: Path) -> Values:
 
 
 def _gray(file: Path, channels: Values) -> Values:
-    """Return the one grey level of three equal channels; lossy colour transforms may leave them a little apart."""
+    """Return the grey level of three equal channels; a lossy colour transform may make them slightly unequal."""
     red, green, blue = (channels[..., i].astype(np.int64) for i in range(3))
     spread = max(int(np.abs(red - green).max()), int(np.abs(blue - green).max()))
     if spread > 4 * np.iinfo(channels.dtype).max // 255:
@@ -121,7 +121,7 @@ def _view(header: Dataset) -> str | None:
     for item in header.get("ViewCodeSequence") or ():
         if coded := _VIEWS.get(str(item.get("CodeValue", "")).strip()):
             return coded
-    orientation = str(header.get("PatientOrientation"))  # where CBIS-DDSM writes it
+    orientation = str(header.get("PatientOrientation"))  # CBIS-DDSM has the view here
     return orientation if orientation in _VIEWS.values() else None
 
 

@@ -1,6 +1,6 @@
-"""DICOM files to stored values: parsed, checked and decoded, with nothing of the patient and no crash.
+"""Parse, check and decode DICOM files to stored values.
 
-Attributes that could identify anyone are never parsed: only those of ``_TAGS`` are read from the file.
+Only the attributes in ``_TAGS`` are parsed, none of which identifies the patient.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from datamodules.images.grayscale import Values, white_of
 from mtmedformer.errors import DataError
 
 MAX_PIXELS = 1 << 26
-"""Images of more pixels than this are refused; the largest film scans have half as many."""
+"""Largest number of pixels of an image; the largest film scans have half as many."""
 
 MAX_BYTES = 8 * MAX_PIXELS
-"""Files of more bytes than this are refused, and so are deflated DICOM files that inflate to more."""
+"""Largest size of a file in bytes, also of a deflated DICOM file after inflation."""
 
 # fmt: off
 _TAGS = [Tag(k) for k in (
@@ -55,13 +55,13 @@ _TAGS = [Tag(k) for k in (
 # fmt: on
 
 _DECODERS = ("pylibjpeg", "pillow", "pyjpegls", "pydicom")
-"""Decoder plugins that survive damaged streams, in order of preference; GDCM, which may crash, comes after them, in a
-process of its own. For a lossless syntax all agree bit for bit."""
+"""Decoder plugins that raise on damaged streams, in order of preference. GDCM may crash, so it comes last and runs in a
+process of its own. For a lossless syntax all give the same bits."""
 
 
 @contextmanager
 def reading(file: Path, kind: str) -> Iterator[None]:
-    """Turn whatever a parser or decoder raises on a broken or hostile file into a DataError, and mute its warnings."""
+    """Turn any error of a parser or decoder on a damaged or hostile file into a DataError, and suppress warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -72,13 +72,13 @@ def reading(file: Path, kind: str) -> Iterator[None]:
             if not _of_a_decoder(error):
                 raise
             raise DataError(
-                f"{file.name}: cannot be read as {kind} ({_reason(error)}); the file is damaged, cut "
-                "short or of another kind, copy or export it again."
+                f"{file.name}: cannot be read as {kind} ({_reason(error)}); the file is damaged, "
+                "incomplete or of another kind; copy or export it again."
             ) from error
 
 
 def _of_a_decoder(error: BaseException) -> bool:
-    """Tell what a file can cause from an interrupt; a panic of pylibjpeg-rle, written in Rust, is no Exception."""
+    """Return whether a file caused the error, not an interrupt; a panic of pylibjpeg-rle (Rust) is no Exception."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
@@ -88,7 +88,7 @@ def _reason(error: BaseException) -> str:
 
 
 def read_file(file: Path) -> tuple[Dataset, Values, list[str]]:
-    """Parse, check and decode; ``header`` then has every attribute the later steps take for granted."""
+    """Parse, check and decode a file; the returned header has every attribute that the later steps require."""
     header = _parse(file)
     _check(file, header)
     stored, path = _decode(file, header)
@@ -105,13 +105,13 @@ def _parse(file: Path) -> Dataset:
 
 
 def _inflate(file: Path, group_length: Any) -> io.BytesIO:
-    """Return the deflated file as a plain one; pydicom's own inflating has no bound on what comes out."""
+    """Return a deflated file inflated; pydicom's own inflation has no limit of size."""
     content = file.read_bytes()
     start = 144 + int(group_length)  # preamble, prefix and the 12-byte group length element itself
     unzip = zlib.decompressobj(-zlib.MAX_WBITS)
     plain = unzip.decompress(content[start:], MAX_BYTES)
     if unzip.unconsumed_tail:
-        raise DataError(f"{file.name}: inflates to more than {MAX_BYTES} bytes; this is no single image.")
+        raise DataError(f"{file.name}: inflates to more than {MAX_BYTES} bytes; this is not a single image.")
     deflated, explicit = (uid.encode() for uid in (DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian))
     return io.BytesIO(content[:start].replace(deflated, explicit.ljust(len(deflated), b"\0"), 1) + plain)
 
@@ -119,7 +119,7 @@ def _inflate(file: Path, group_length: Any) -> io.BytesIO:
 def _check(file: Path, header: Dataset) -> None:
     if "PixelData" not in header:
         raise DataError(
-            f"{file.name}: holds no PixelData (a report, a header alone, or cut short); leave it out or copy it again."
+            f"{file.name}: has no PixelData (a report, a header only, or incomplete); leave it out or copy it again."
         )
     missing = [k for k in ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation") if not header.get(k)]
     if missing:
@@ -156,7 +156,7 @@ def _decode(file: Path, header: Dataset) -> tuple[Values, list[str]]:
             if plugin == "gdcm":
                 return gdcm_process.decode(syntax, header.PixelData, as_pixel_options(header)), path
             return decoder.as_array(header, index=0, decoding_plugin=plugin, **options)[0], path
-        except BaseException as error:  # each decoder has its own exceptions; the next one may be able to
+        except BaseException as error:  # each decoder has its own exceptions; the next one may succeed
             if not _of_a_decoder(error):
                 raise
             reasons.append(f"{plugin}: {_reason(error)}")
@@ -173,7 +173,7 @@ def _view_as_array(header: Dataset, buffer: Any) -> Values:
 
 
 def _check_stream(file: Path, header: Dataset) -> None:
-    """Compare the size a JPEG, JPEG-LS or JPEG 2000 stream claims, by which decoders allocate, with the header's."""
+    """Compare the size in a JPEG, JPEG-LS or JPEG 2000 stream, by which decoders allocate memory, with the header's."""
     frame = get_frame(header.PixelData, 0, number_of_frames=1)
     size, rows, columns = _coded_size(frame), int(header.Rows), int(header.Columns)
     if size and size != (rows, columns):
@@ -181,12 +181,12 @@ def _check_stream(file: Path, header: Dataset) -> None:
             f"{file.name}: Rows x Columns is {rows} x {columns} but the compressed image is {size[0]} x {size[1]}; "
             "export it again."
         )
-    if frame[:2] == b"\xff\xd8" and b"\xff\xd9" not in frame[-16:]:  # GDCM would fill in what is missing
+    if frame[:2] == b"\xff\xd8" and b"\xff\xd9" not in frame[-16:]:  # GDCM would fill in the missing rows
         raise DataError(f"{file.name}: PixelData ends before its JPEG stream does; copy or export the file again.")
 
 
 def _stored_bits(header: Dataset, stored: Values) -> Values:
-    """Clear what lies outside BitsStored: overlays of old in the high bits, or values kept in the upper bits."""
+    """Clear the bits outside BitsStored: overlays in the high bits (retired), or values stored in the upper bits."""
     bits, white = 8 * stored.itemsize, white_of(header)
     low = int(header.get("HighBit") or header.BitsStored - 1) + 1 - int(header.BitsStored)
     low = low if 0 < low <= bits - int(header.BitsStored) else 0
@@ -201,14 +201,14 @@ def _stored_bits(header: Dataset, stored: Values) -> Values:
 
 
 def _native(file: Path, header: Dataset) -> str:
-    """Guess the syntax of a file without meta information; compressed data always has it."""
+    """Return the syntax of a file without meta information, which only uncompressed data may lack."""
     if header["PixelData"].is_undefined_length:
         raise DataError(f"{file.name}: TransferSyntaxUID missing, its pixels are compressed; export the image again.")
     return ImplicitVRLittleEndian if header.original_encoding[0] else ExplicitVRLittleEndian
 
 
 def _coded_size(frame: bytes) -> tuple[int, int] | None:
-    """Return (rows, columns) written in a JPEG, JPEG-LS or JPEG 2000 stream: a decoder allocates by those."""
+    """Return (rows, columns) in the header of a JPEG, JPEG-LS or JPEG 2000 stream."""
     start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)
     if start >= 0:
         x1, y1, x0, y0 = (int.from_bytes(frame[i : i + 4], "big") for i in range(start + 8, start + 24, 4))

@@ -1,7 +1,7 @@
-"""GDCM in a process of its own, because a damaged JPEG stream makes it abort or crash, and the run with it.
+"""GDCM in a process of its own, since a damaged JPEG stream may make it abort or crash.
 
-The file is both ends: imported, it starts ``python gdcm_process.py`` on first use and keeps it; run, it decodes what
-comes on its standard input until that closes. Only pixel data and its encoding travel between them.
+The module is both sides: imported, it starts ``python gdcm_process.py`` at the first use and keeps the process; run as
+a script, it decodes requests from standard input until that closes. Requests contain pixel data and its encoding only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SECONDS = 120.0
-"""A stream that takes longer to decode than this is given up; a large mammogram takes about one."""
+"""Time limit for one stream; a large mammogram takes about one second."""
 
 _lock = threading.Lock()
 _running: tuple[int, subprocess.Popen[bytes]] | None = None  # with the id of the process that started it
@@ -33,7 +33,7 @@ def decode(syntax: str, pixel_data: bytes, options: dict[str, Any]) -> NDArray[A
         options: Description of the pixels as of ``pydicom.pixels.as_pixel_options``.
 
     Raises:
-        RuntimeError: GDCM refused the stream, crashed on it or took too long.
+        RuntimeError: GDCM raised an error, crashed or exceeded the time limit.
     """
     with _lock:
         process = _process()
@@ -56,7 +56,7 @@ def decode(syntax: str, pixel_data: bytes, options: dict[str, Any]) -> NDArray[A
 
 
 def _process() -> subprocess.Popen[bytes]:
-    """Return the living process of this process; a forked data loader worker needs its own."""
+    """Return this process's GDCM process; a forked data loader worker starts its own."""
     global _running
     if _running is None or _running[0] != os.getpid() or _running[1].poll() is not None:
         command = [sys.executable, "-P", __file__]  # -P: this folder's modules shadow nothing
@@ -96,7 +96,7 @@ def _serve() -> None:
     from pydicom.pixels.decoders.base import get_decoder
 
     source, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what GDCM prints must not mix with the answers
+    os.dup2(2, 1)  # output of GDCM must not mix with the answers
     while True:
         try:
             request, pixel_data = _receive(source)
@@ -105,7 +105,7 @@ def _serve() -> None:
         options = {**request["options"], "correct_unused_bits": False}
         try:
             array, _ = get_decoder(request["syntax"]).as_array(pixel_data, index=0, decoding_plugin="gdcm", **options)
-        except Exception as error:  # whatever it is, the other side turns it into a DataError
+        except Exception as error:  # the other side turns any error into a DataError
             _send(answers, {"error": str(error)[-500:]}, b"")
         else:
             _send(answers, {"dtype": array.dtype.str, "shape": array.shape}, np.ascontiguousarray(array).data.cast("B"))

@@ -1,7 +1,7 @@
-"""Stored DICOM values to grey levels: rescaled, windowed, inverted and padded in the standard's order.
+"""Stored DICOM values to grey levels: rescale, window, inversion and padding in the order of the standard.
 
-Every step between the stored integer and the grey level is a function of that integer alone, so the whole chain is
-evaluated once for each possible stored value, in float64, and the image is one look-up in that table.
+Each step is a function of the stored integer only. The chain is therefore evaluated once per possible stored value, in
+float64, and the image is a look-up in that table.
 
 Reference:
     DICOM PS3.3 C.7.6.3.1.2 (photometric interpretation), C.11.1 (modality LUT), C.11.2 (VOI LUT),
@@ -20,7 +20,7 @@ from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 
 _SLICES = ("CT", "MR", "PT", "NM")
-"""Modalities of physical values with outliers (metal, flow): without a window their percentiles are shown."""
+"""Modalities of physical values with outliers (metal, flow): without a window, percentiles limit the grey range."""
 
 Values = NDArray[Any]
 Step = Callable[[Values], Values]
@@ -31,8 +31,8 @@ def display_chain(header: Dataset, stored: Values, path: list[str]) -> Step:
 
     Args:
         header: Attributes of the image.
-        stored: Its stored values (H, W); they decide the range where the header gives none that works.
-        path: Steps taken so far; the steps of the chain are appended.
+        stored: Its stored values (H, W); they decide the range where the header has no usable window.
+        path: Steps so far; the steps of the chain are appended.
     """
     colour = header.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2")
     if colour:
@@ -63,7 +63,7 @@ def display_chain(header: Dataset, stored: Values, path: list[str]) -> Step:
 
 
 def apply_chain(shown: Step, stored: Values) -> NDArray[np.float32]:
-    """Map every stored value to float32, through a table of all possible values where that is the shorter way."""
+    """Map every stored value to float32, by a table of all possible values where that is faster."""
     if stored.dtype.kind not in "iu" or stored.itemsize > 2 or stored.size < 1 << 8 * stored.itemsize:
         return _by_blocks(shown, stored)
     unsigned = np.dtype(f"u{stored.itemsize}")
@@ -79,7 +79,7 @@ def apply_chain(shown: Step, stored: Values) -> NDArray[np.float32]:
 
 
 def _by_blocks(function: Step, values: Values) -> NDArray[np.float32]:
-    """Apply a function by blocks whose temporaries stay in the cache."""
+    """Apply a function in blocks whose intermediate arrays fit the processor's cache."""
     flat, block = values.reshape(-1), 1 << 16
     out = np.empty(flat.shape, np.float32)
     for i in range(0, flat.size, block):
@@ -108,7 +108,7 @@ def _modality(header: Dataset, path: list[str]) -> Step:
 
 
 def _voi(header: Dataset, modality: Step, stored: Values, path: list[str]) -> Step | None:
-    """Return the VOI LUT, else the first window, else ``None``; one that makes the whole image one grey is no use."""
+    """Return the VOI LUT, else the first window, else ``None``; one that gives a constant image is not used."""
     values = modality(stored.ravel()[:: max(1, stored.size >> 16)].astype(np.float64))  # a sample, all in rare cases
     for name, make in (("voi-lut:0", _voi_lut), ("window:0", _window)):
         try:
@@ -163,12 +163,12 @@ def _window(header: Dataset, values: Values) -> tuple[Step, str] | None:
 
 
 def _range(header: Dataset, modality: Step, padding: tuple[int, int] | None, stored: Values, path: list[str]) -> Step:
-    """Stretch an image that has no usable VOI.
+    """Return the grey range of an image without usable VOI.
 
     Shallow images, and deep ones that use their depth, are shown as they are (``range:stored``: P-values, PS3.3
     C.11.2.1.2). CT, MR, PT and NM go from their 0.5th to their 99.5th percentile (``range:percentiles``); other deep
     images that use less than half of their depth from their lowest to their highest value (``range:values``), so that
-    the few brightest pixels, which are the calcifications of a mammogram, are never clipped.
+    the brightest pixels, the calcifications of a mammogram, are not clipped.
     """
     white = white_of(header)
     unsigned = not header.PixelRepresentation and not header.get("ModalityLUTSequence")
@@ -230,7 +230,7 @@ def white_of(header: Dataset) -> int:
 
 
 def number_of(header: Dataset, key: str, index: int = 0) -> float | None:
-    """Return one finite number of an attribute that may be absent, empty, multi-valued or garbage."""
+    """Return one finite number of an attribute, or ``None`` where it is missing, empty or invalid."""
     try:
         value = header.get(key)
         if isinstance(value, bytes):

@@ -1,7 +1,7 @@
-"""Image and mask files to arrays: DICOM, PNG, JPEG, TIFF, PGM and a few more, recognised by content, not by name.
+"""Read image and mask files: DICOM, PNG, JPEG, TIFF, PGM and others, recognised by content.
 
-An image comes out as it is displayed (float32 in [0, 1], 0 = black); a mask comes out as its raw integers. A file that
-is broken, hostile or no image at all raises ``DataError`` with its name and the fix, and nothing else.
+An image is returned as displayed (float32 in [0, 1], 0 = black), a mask as its stored integers. A file that is damaged,
+hostile or no image raises ``DataError`` with its name and the fix, and no other error.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from mtmedformer.geometry import Floats
 
 __all__ = ["Originals", "Pixels", "read_image", "read_mask"]
 
-Image.init()  # registers every format below; Image.open does not when told which to try
+Image.init()  # registers every format below; Image.open does not if it is given formats
 _FORMATS = ("PNG", "JPEG", "TIFF", "PPM", "BMP", "GIF", "WEBP", "JPEG2000")
-"""What Pillow may try; none of them runs a program (EPS would)."""
+"""Formats that Pillow may try; none of them runs a program (EPS would)."""
 
 _PGM = re.compile(rb"P([25])" + rb"(?:\s|#[^\r\n]*[\r\n])+(\d{1,9})" * 3 + rb"\s")
 
@@ -33,18 +33,18 @@ _LUMINANCE = tuple(np.float32(w) for w in (0.299, 0.587, 0.114))  # ITU-R BT.601
 
 
 def read_image(file: Path) -> Pixels:
-    """Read an image as it is displayed.
+    """Read an image as displayed.
 
     DICOM goes through modality LUT, VOI LUT or window, inversion and padding. In other formats white is the largest
-    value the format has, except that a 16-bit file without a value above 4095 (255) holds 12-bit (8-bit) data and is
-    shown so (``range:4095``, ``range:255``); equal colour channels are one grey channel, others become luminance
+    value the format has, except that a 16-bit file without a value above 4095 (255) has 12-bit (8-bit) data and is
+    scaled so (``range:4095``, ``range:255``); equal colour channels are one grey channel, others become luminance
     (ITU-R BT.601); transparency is dropped and an EXIF orientation applied.
 
     Args:
         file: A DICOM, PNG, JPEG, TIFF, PGM, BMP, GIF, WebP or JPEG 2000 file of one image.
 
     Raises:
-        DataError: The file is missing, empty, broken, not a single image, or holds values without a known white.
+        DataError: The file is missing, empty, damaged, not a single image, or has values without a known white.
     """
     head = _head(file)
     if is_dicom(head):
@@ -64,7 +64,7 @@ def _display(file: Path, values: NDArray[Any], white: int, path: list[str]) -> P
     if white == 65535 and 0 < (most := values.max()) < 4096:
         white = 255 if most < 256 else 4095
         path.append(f"range:{white}")
-    if white == 0:  # no integer format: only [0, 1] has a meaning
+    if white == 0:  # no integer format: only [0, 1] has a known range
         if not (values.min() >= 0 and values.max() <= 1):
             raise DataError(
                 f"{file.name}: floating-point or signed values outside [0, 1] have no known white; save the image as "
@@ -77,10 +77,10 @@ def _display(file: Path, values: NDArray[Any], white: int, path: list[str]) -> P
 
 
 def read_mask(file: Path) -> NDArray[Any]:
-    """Read the raw integers of a mask.
+    """Read the stored integers of a mask.
 
-    A palette mask gives the grey levels of its palette where the colours in use are grey, else its indices (class
-    numbers, as in PASCAL VOC). A JPEG mask is cleaned to 0 and 255, which is all that its compression spares.
+    A palette mask gives the grey levels of its palette if the colours in use are grey, else its indices (class numbers,
+    as in PASCAL VOC). A JPEG mask is thresholded to 0 and 255, since compression changes its values.
 
     Args:
         file: Any format ``read_image`` reads.
@@ -129,7 +129,7 @@ def _head(file: Path) -> bytes:
     except (OSError, ValueError) as error:
         raise DataError(f"{file.name}: cannot be opened ({type(error).__name__}); check path and rights.") from error
     if not regular:
-        raise DataError(f"{file.name}: no such file (or not a regular one); check the path in the table.")
+        raise DataError(f"{file.name}: no such file (or not a regular file); check the path in the table.")
     if not head:
         raise DataError(f"{file.name}: the file is empty (0 bytes); copy or download it again.")
     if size > MAX_BYTES:
@@ -143,7 +143,7 @@ def _read(file: Path, head: bytes, mask: bool = False) -> tuple[NDArray[Any], in
 
 
 def _pgm(file: Path) -> tuple[NDArray[Any], int, list[str]]:
-    """Read a grey Netpbm file; Pillow would stretch every depth but 8 and 16 bits, and slowly."""
+    """Read a grey Netpbm file; Pillow would rescale depths other than 8 and 16 bits, and is slow."""
     content = file.read_bytes()
     header = _PGM.match(content)
     if header is None:
@@ -169,7 +169,7 @@ def _pillow(file: Path, mask: bool) -> tuple[NDArray[Any], int, list[str]]:
         if image.width * image.height > MAX_PIXELS:
             raise DataError(f"{file.name}: {image.width} x {image.height} pixels, over {MAX_PIXELS}; downscale it.")
         if image.format != "MPO" and getattr(image, "n_frames", 1) != 1:  # the further frames of an MPO are previews
-            raise DataError(f"{file.name}: holds several pages or frames; save each as a file of its own.")
+            raise DataError(f"{file.name}: has several pages or frames; save each as a file of its own.")
         arguments = image.tile[0].args if image.tile else ""
         raw = str(arguments[0] if isinstance(arguments, tuple) else arguments)
         inverted = image.format == "TIFF" and image.mode.startswith("I;16") and image.tag_v2.get(262) == 0  # type: ignore[attr-defined]
@@ -190,7 +190,7 @@ def _pillow(file: Path, mask: bool) -> tuple[NDArray[Any], int, list[str]]:
             return np.asarray(upright.convert("RGB")), 255, path
         values = np.asarray(upright)
         if upright.mode == "L":
-            scale = {"L;2": 85, "L;4": 17}.get(raw[:3], 1)  # Pillow stretches 2 and 4 bits to 8
+            scale = {"L;2": 85, "L;4": 17}.get(raw[:3], 1)  # Pillow rescales 2 and 4 bits to 8
             return values // np.uint8(scale), 255 // scale, path
         values = values.astype(values.dtype.newbyteorder("="), copy=False)
         if inverted:
@@ -203,7 +203,7 @@ def _pillow(file: Path, mask: bool) -> tuple[NDArray[Any], int, list[str]]:
 
 
 def _spread(channels: NDArray[Any]) -> int:
-    """Return by how much the channels of one pixel differ at most."""
+    """Return the largest difference between the channels of a pixel."""
     if channels.size == 0:
         return 0
     lowest, highest = channels[..., 0].copy(), channels[..., 0].copy()
@@ -214,7 +214,7 @@ def _spread(channels: NDArray[Any]) -> int:
 
 
 class Originals:
-    """Finds the file and the pixels of an image by its id."""
+    """The files and original pixels of a data module's records, for overlays and DICOM outputs."""
 
     records: list[Record]
 
@@ -224,14 +224,14 @@ class Originals:
         return {record.id: record.file for record in self.records}
 
     def original(self, file: Path) -> Floats:
-        """Return the whole image as it is displayed: float32 (H, W) in [0, 1].
+        """Read the whole image as displayed: float32 (H, W) in [0, 1].
 
         Raises:
-            DataError: The file cannot be read (any more).
+            DataError: The file cannot be read.
         """
         return read_image(file).pixels
 
     def is_dicom(self, file: Path) -> bool:
-        """Tell whether an image file is DICOM, by its first bytes."""
+        """Return whether an image file is DICOM, from its first bytes."""
         with file.open("rb") as stream:
             return is_dicom(stream.read(132))

@@ -1,6 +1,6 @@
-"""How images of one kind are framed for the network and varied in training: one preset per kind of image.
+"""Presets: framing and augmentation of one kind of image (chest films, mammograms).
 
-albumentations (unmaintained upstream) is used for intensities alone and imported in one function, so that it can be
+albumentations (unmaintained upstream) changes intensities only and is imported in one function, so that it can be
 replaced; geometry is `mtmedformer.geometry`.
 """
 
@@ -33,16 +33,16 @@ from mtmedformer.geometry import (
 
 @dataclass(frozen=True)
 class Augmented:
-    """One varied sample.
+    """One augmented sample.
 
     Attributes:
         image: float32 (H, W) in [0, 1].
         masks: uint8 (K, H, W) of 0/1/``IGNORE``.
         boxes: float32 (N, 4) xyxy inside the image.
         labels: int64 (N,) class index of each box.
-        to_input: Affine from coordinates of this image to those before the variation; the way back to the original is
+        to_input: Affine from coordinates of this image to those before augmentation; the affine to the original is
             ``compose(frame.to_original, to_input)``.
-        dropped: Boxes lost because too little of them was left in the image, or because they had no area.
+        dropped: Number of boxes dropped, because too little of them is in the image or they have no area.
     """
 
     image: Floats
@@ -54,11 +54,11 @@ class Augmented:
 
 
 class Preset(ABC):
-    """How images of one kind are framed for the network and varied in training. No state; random numbers come in."""
+    """Framing and augmentation of one kind of image. Presets have no state; random numbers are an argument."""
 
     @abstractmethod
     def frame(self, pixels: Floats, size: tuple[int, int], laterality: str | None) -> Frame:
-        """Say where the network's input lies; the same for the same image, always.
+        """Return the position of the network's input in the original image; deterministic.
 
         Args:
             pixels: The whole original image, float32 (H, W) in [0, 1].
@@ -68,7 +68,7 @@ class Preset(ABC):
 
     @abstractmethod
     def augment(self, image: Floats, masks: Bytes, boxes: Floats, labels: Ints, rng: np.random.Generator) -> Augmented:
-        """Vary one framed sample; image, masks and boxes move together and ``rng`` alone decides.
+        """Augment one framed sample; image, masks and boxes move together, and ``rng`` decides all of it.
 
         Args:
             image: float32 (H, W) in [0, 1].
@@ -100,9 +100,9 @@ class PlainPreset(Preset):
 
 
 class ChestPreset(Preset):
-    """Frontal chest films: the whole image, small movements, exposure changes.
+    """Frontal chest films: the whole image, small movements, changes of exposure.
 
-    Never upside down, and by default never mirrored, because the side of the heart and the stomach bubble is anatomy.
+    Never upside down, and by default not mirrored, since the side of the heart is anatomy.
 
     Args:
         rotation: Largest rotation in degrees, either way.
@@ -149,15 +149,15 @@ class ChestPreset(Preset):
 
 
 class BreastPreset(Preset):
-    """Mammograms: crop to the breast, turn all breasts to one side, then movements, exposure changes and flips.
+    """Mammograms: crop to the breast, turn all breasts to one side, then movements, changes of exposure and flips.
 
-    Upside-down images are allowed (a lesion has no up): half of the training images, by default. Mirroring left and
-    right is left out, since all breasts point one way, unless ``flip_to`` is ``None``.
+    By default half of the training images are turned upside down, since lesions have no orientation. Images are not
+    mirrored left to right, since all breasts point to one side, unless ``flip_to`` is ``null``.
 
     Args:
-        crop: Crop to the breast region; labels and film borders fall away and the breast fills the input.
+        crop: Crop to the breast region, without labels and film borders.
         flip_to: The side every breast is turned to: ``L`` puts the chest wall at the left edge, as in a view of the
-            left breast. ``None`` leaves images as they are.
+            left breast. ``null`` leaves images as they are.
         margin: Margin around the breast region, as a share of the image's longer side.
         rotation: Largest rotation in degrees, either way.
         zoom: Largest enlargement or reduction, as a share.
@@ -168,7 +168,7 @@ class BreastPreset(Preset):
         noise: Largest standard deviation of Gaussian noise, as a share of the full range; 0 is off.
         blur: Largest standard deviation of Gaussian blur in pixels; 0 is off.
         vertical_flip: Probability of turning upside down.
-        horizontal_flip: Probability of mirroring left and right; used where ``flip_to`` is ``None`` only.
+        horizontal_flip: Probability of mirroring left and right; used only if ``flip_to`` is ``null``.
         min_side: Smallest side in input pixels that a box may have.
         min_visible: Smallest share of a box that must stay inside the image.
     """
@@ -200,7 +200,7 @@ class BreastPreset(Preset):
         self.min_visible = min_visible
 
     def frame(self, pixels: Floats, size: tuple[int, int], laterality: str | None) -> Frame:
-        """Letterbox the breast, its chest wall at the edge of the side all breasts are turned to."""
+        """Letterbox the breast, with its chest wall at the edge of ``flip_to``."""
         height, width = pixels.shape
         source = (0.0, 0.0, float(width), float(height))
         region, scale = breast_region(pixels)
@@ -227,7 +227,7 @@ class BreastPreset(Preset):
 
 @dataclass(frozen=True)
 class Movement:
-    """A random affine: see the arguments of `ChestPreset`; flips are probabilities."""
+    """Draw random affines; the fields are arguments of `ChestPreset`, flips are probabilities."""
 
     rotation: float
     zoom: float
@@ -236,11 +236,11 @@ class Movement:
     vertical_flip: float
 
     def sample(self, size: tuple[int, ...], rng: np.random.Generator) -> Affine:
-        """Draw an affine from coordinates of the moved image to those of the image before, about its centre.
+        """Draw an affine about the centre, from coordinates of the moved image to those of the image before.
 
         Args:
             size: ``(height, width)`` of the image.
-            rng: Source of every random number; the same count of them is drawn whatever the settings.
+            rng: Source of every random number; the number of draws does not depend on the settings.
         """
         height, width = size
         draws = rng.uniform(-1, 1, 4) * (self.rotation, self.zoom, self.shift, self.shift)
@@ -260,8 +260,8 @@ def move(
 
     Args:
         image: float32 (H, W).
-        masks: uint8 (K, H, W). What comes in from outside is background 0, except that a mask that is ``IGNORE``
-            everywhere stays so.
+        masks: uint8 (K, H, W). Pixels from outside the image are background 0, except in a mask that is ``IGNORE``
+            everywhere.
         boxes: float32 (N, 4) xyxy.
         labels: int64 (N,).
         to_input: Affine from coordinates of the moved image to those before.
@@ -289,7 +289,7 @@ class Exposure:
         self.pipeline = exposure_pipeline(brightness, contrast, gamma, noise, blur) if self.active else None
 
     def apply(self, sample: Augmented, rng: np.random.Generator) -> Augmented:
-        """Change the image's exposure; pixels that are exactly 0 (padding, air around the breast) stay 0."""
+        """Change the exposure of an image; pixels that are exactly 0 (padding, air around the breast) stay 0."""
         seed = int(rng.integers(2**31))
         if self.pipeline is None:
             return sample
@@ -299,13 +299,13 @@ class Exposure:
 
 
 def exposure_pipeline(brightness: float, contrast: float, gamma: float, noise: float, blur: float) -> Any:
-    """Build the intensity changes with albumentations: the one place that knows that library.
+    """Build the intensity changes with albumentations, which only this function imports.
 
     Returns:
-        Something with ``set_random_seed(int)`` that is called with ``image=`` (float32 (H, W) in [0, 1]) and returns a
-        dict with ``image``.
+        A pipeline with ``set_random_seed(int)``; called with ``image=`` (float32 (H, W) in [0, 1]), it returns a dict
+        with ``image``.
     """
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it asks PyPI for its version on import
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import requests its version from PyPI
     import albumentations as A
 
     steps = []
