@@ -1,6 +1,6 @@
-"""Data sets: each turns its own layout into records; ``MedicalDataModule`` does the rest.
+"""Data sets: each turns its own layout into records; ``MedicalDataModule`` splits, decodes, caches and serves them.
 
-A data set outside this project needs no registration: name its class by its full path in the configuration.
+A data set outside this project needs no registration; the configuration names its class by its full path.
 """
 
 from datamodules.base import MedicalDataModule as MedicalDataModule

@@ -1,4 +1,4 @@
-"""Draws mammograms of invented patients: what the rays meet, before any scanner has touched it."""
+"""Draw mammograms of invented patients as absorption, before the scanner."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def sample_breast_lesions(rng: Generator, malignant: bool) -> list[Lesion]:
 def draw_breast(
     breast: Breast, lesions: list[Lesion], side: Side, view: BreastView, size: int, marker: bool = True
 ) -> Drawing:
-    """Draw a mammogram as it is hung: the chest wall of a left breast at the left edge, of a right one at the right.
+    """Draw a mammogram as displayed: the chest wall of a left breast at the left edge, of a right one at the right.
 
     Args:
         breast: Anatomy, shared by the four views of a patient.
@@ -165,7 +165,7 @@ def _mass(lesion: Lesion, dx: Float, dy: Float, size: int, oblique: bool) -> tup
 
 
 def _calcifications(lesion: Lesion, dx: Float, dy: Float, size: int, oblique: bool) -> tuple[Float, Bool]:
-    """Return a cluster of bright grains (many and fine if malignant) and the ellipse that holds it."""
+    """Return a cluster of bright grains (many and fine if malignant) and the ellipse around it."""
     rng = np.random.default_rng([lesion.seed, oblique])
     count = int(rng.integers(14, 24) if lesion.malignant else rng.integers(5, 9))
     stretch, turn = rng.uniform(0.65, 0.9), rng.uniform(0, np.pi)

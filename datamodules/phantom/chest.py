@@ -1,4 +1,4 @@
-"""Draws chest films of invented patients: what the rays meet, before any scanner has touched it."""
+"""Draw chest films of invented patients as absorption, before the scanner."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Chest:
         )
 
     def posed(self, rng: Generator, portable: bool) -> tuple[Self, tuple[float, float]]:
-        """Return the anatomy as one film shows it (breathing, large heart if portable) and the patient's shift."""
+        """Return the anatomy of one film (breathing state, larger heart if portable) and the patient's shift."""
         breath = rng.uniform(-0.015, 0.015) - 0.02 * portable
         pose = replace(self, dome=self.dome + breath, heart=self.heart * (1.1 if portable else 1.0))
         return pose, (float(rng.uniform(-0.025, 0.025)), float(rng.uniform(-0.02, 0.02)))

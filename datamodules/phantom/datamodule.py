@@ -1,7 +1,7 @@
 """Phantom: generated chest films and mammograms of several invented sites, written as real DICOM files.
 
-The default data set of every demo and test. Anatomy and truth come from one random stream, the scanner from another, so
-that turning a dial of the scanner never changes what is there to be found.
+The default data set of every demo and test. Anatomy and labels come from one random stream, the scanner from another:
+a changed scanner setting leaves the anatomy and the labels as they are.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from mtmedformer.batch import Task
 class PhantomDataModule(MedicalDataModule):
     """Generated chest films and mammograms of several sites, each with its own scanner, prevalence and labels.
 
-    Chest tasks: ``finding`` (clear / ground_glass / consolidation; the denser one counts where both are), ``lesions``
+    Chest tasks: ``finding`` (clear / ground_glass / consolidation; the denser one if both are present), ``lesions``
     (boxes), ``lungs`` and ``infection`` (masks). Breast tasks: ``pathology`` (normal / benign / malignant),
     ``lesions`` (mass / calcification), ``breast`` and ``lesion`` (masks). In a set of both organs the tasks of the
-    other organ are unknown; ``lesions`` is one task with the classes of both, since no chest holds a breast's mass.
+    other organ are unknown; ``lesions`` is one task with the classes of both, since a chest has no masses of a breast.
 
-    The images are generated once per settings, in about 7 s of one core for the default 234 films, and reused. The
-    default preset suits chests; breasts want ``BreastPreset``, a set of both ``PlainPreset``.
+    The images are generated once for each choice of settings, in about 7 s on one core for the default 234 films. The
+    default preset is for chests; use ``BreastPreset`` for breasts and ``PlainPreset`` for a set of both.
 
     Args:
-        root: Folder under which generated sets are kept, one sub-folder for each choice of settings.
+        root: Folder of the generated sets, with one sub-folder for each choice of settings.
         sites: Sites by name, or the name of a ready-made set: ``chest`` (three sites, about 240 films), ``breast``
             (three sites, 240 mammograms) or ``mixed`` (all six).
         size: Height of the generated images in pixels; mammograms are four fifths as wide, chest films square.
-        kwargs: See ``MedicalDataModule``.
+        kwargs: Arguments of `MedicalDataModule`.
 
     Raises:
-        ConfigError: A site's dial is out of range or names an unknown task.
+        ConfigError: A site's setting is out of its range or names an unknown task.
     """
 
     generated = True
@@ -58,25 +58,25 @@ class PhantomDataModule(MedicalDataModule):
 
     @property
     def folder(self) -> Path:
-        """The generated tree of exactly these settings; also a ``labels.csv`` data set."""
+        """The generated folder of exactly these settings; also a data set for `LabelsCSVDataModule`."""
         return self.root / settings_key(self.sites, self.size)
 
     def prepare_data(self) -> None:
-        """Generate the tree unless it is there already."""
+        """Generate the images unless they exist."""
         generate(self.folder, self.sites, self.size)
         super().prepare_data()
 
     def catalogue(self) -> Catalogue:
-        """Return the records of the generated tree, generating it if need be."""
+        """Return the records of the generated images; generate them if they do not exist."""
         generate(self.folder, self.sites, self.size)
         return read_catalogue(self.folder, tasks_of(self.sites))
 
 
 def read_catalogue(folder: Path, tasks: Mapping[str, Task]) -> Catalogue:
-    """Turn a generated tree into records.
+    """Turn a generated folder into records.
 
     Args:
-        folder: A tree that ``generate`` has written.
+        folder: A folder that ``generate`` has written.
         tasks: The tasks of its sites, see ``tasks_of``.
     """
     table = read_table(folder / "labels.csv", ["image", "site", "client", "patient", "split", "organ"])

@@ -1,4 +1,4 @@
-"""What phantoms are drawn with: lesions, drawings, and shapes that are soft at their edges.
+"""Lesions, drawings and shapes with soft edges, of which phantoms are made.
 
 Everything is drawn in units of the image height with ``y`` downwards; ``x`` runs from the midline of a chest (patient's
 left at positive ``x``, as films are hung) and from the chest wall of a breast. Absorption is additive along a ray, so
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import fft, ndimage
 
 Float = NDArray[np.floating[Any]]
-"""An image; float32 wherever it has two dimensions, for speed."""
+"""An image; float32 if it has two dimensions, for speed."""
 Bool = NDArray[np.bool_]
 Side = Literal["L", "R"]
 BreastView = Literal["CC", "MLO"]
@@ -29,13 +29,13 @@ VIEWS: tuple[BreastView, ...] = ("CC", "MLO")
 
 @dataclass(frozen=True)
 class Lesion:
-    """One lesion of a patient, seen in each of the patient's images.
+    """One lesion of a patient, drawn in each of the patient's images.
 
     Attributes:
         kind: Class of the lesion's box.
         malignant: Whether a mass is spiculated or a cluster of calcifications fine and irregular.
         at: Position: chest ``(side, height, depth)`` with side -1 (image left) or 1; breast ``(depth, CC, MLO)``, each
-            in [0, 1] of the room there is.
+            a share in [0, 1] of the available range.
         radius: Mean radius in image heights.
         strength: Absorption added, as a multiple of what is usual for the kind.
         seed: Seed of the lesion's shape.
@@ -51,7 +51,7 @@ class Lesion:
 
 @dataclass(frozen=True)
 class Drawing:
-    """An image without a scanner, and its truth.
+    """The absorption image before the scanner, and its labels.
 
     Attributes:
         absorption: float32 (H, W) in [0, 1].
@@ -119,7 +119,7 @@ def wobble(angle: Float, rng: Generator, amount: float, waves: int) -> Float:
 
 
 def clouds(shape: tuple[int, int], beta: float, rng: Generator) -> Float:
-    """Return a random field of unit variance whose power falls with frequency as ``f**-beta``, tissue's own texture."""
+    """Return a random field of unit variance whose power falls with frequency as ``f**-beta``, as in tissue."""
     h, w = (fft.next_fast_len(n, real=True) for n in shape)
     spectrum = fft.rfft2(rng.standard_normal((h, w), dtype=np.float32))
     out = fft.irfft2(spectrum * power((h, w), beta), s=(h, w))[: shape[0], : shape[1]]

@@ -31,7 +31,7 @@ from datamodules.phantom.sites import CLASSIFICATION, MASKS, PhantomSite
 log = logging.getLogger(__name__)
 
 VERSION = 2
-"""Raised whenever the same settings would draw other images, so that no stale tree is ever read."""
+"""Increased when the same settings draw other images, so that older folders are not read."""
 
 HEIGHT_MM = {"chest": 380.0, "breast": 260.0}
 NOTHING = np.zeros((0, 0), np.float32)
@@ -40,7 +40,7 @@ NOTHING = np.zeros((0, 0), np.float32)
 def expose(
     absorption: Float, gamma: float, contrast: float, noise: float, blur: float, inverted: bool, rng: Generator
 ) -> Float:
-    """Turn absorption into the grey values a scanner shows, float32 (H, W) in [0, 1]; geometry is never touched.
+    """Turn absorption into the grey values of a scanner, float32 (H, W) in [0, 1]; geometry does not change.
 
     Args:
         absorption: float32 (H, W) in [0, 1].
@@ -48,8 +48,8 @@ def expose(
         contrast: Slope about mid-grey.
         noise: Standard deviation of the quantum noise at mid-grey; it grows with absorption, as fewer photons arrive.
         blur: Standard deviation of the blur in thousandths of the image height.
-        inverted: Whether black and white are swapped without any word of it in the file.
-        rng: Source of the noise; drawn from whatever the noise, so that no other dial moves it.
+        inverted: Whether black and white are swapped without a mark in the file.
+        rng: Source of the noise; the number of draws does not depend on the settings.
     """
     image = absorption
     if blur > 0:
@@ -62,18 +62,18 @@ def expose(
 
 
 def settings_key(sites: Mapping[str, PhantomSite], size: int, seed: int = 0) -> str:
-    """Return the name of the folder that holds exactly these settings."""
+    """Return the name of the folder of exactly these settings: 16 hexadecimal digits."""
     settings = {"version": VERSION, "size": size, "seed": seed, "sites": {n: asdict(s) for n, s in sites.items()}}
     return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
 
 
 def generate(folder: Path, sites: Mapping[str, PhantomSite], size: int, seed: int = 0) -> None:
-    """Write the DICOM files, masks and ``labels.csv`` of all sites, all of it or nothing.
+    """Write the DICOM files, masks and ``labels.csv`` of all sites, completely or not at all.
 
     Args:
-        folder: Where the tree goes; one that exists is complete and left as it is.
+        folder: The folder to write; one that exists is complete and is kept.
         sites: Sites by name.
-        size: Image height of sites that have none of their own.
+        size: Image height in pixels of sites without a size of their own.
         seed: Seed of everything drawn.
     """
     if folder.exists():
@@ -85,12 +85,12 @@ def generate(folder: Path, sites: Mapping[str, PhantomSite], size: int, seed: in
         tables = [pd.DataFrame(_site_rows(partial, name, site, size, seed)) for name, site in sites.items()]
         table = pd.concat(tables, ignore_index=True)
         for column in table.columns[table.columns.str.startswith("has_")]:
-            table[column] = table[column].fillna(0).astype(int)  # the tasks of the other organ
+            table[column] = table[column].fillna(0).astype(int)  # tasks of the other organ
         table.to_csv(partial / "labels.csv", index=False, lineterminator="\n")
         try:
             partial.rename(folder)
         except OSError:
-            if not folder.exists():  # another process was quicker: its tree is the same
+            if not folder.exists():  # another process has written it meanwhile: the same files
                 raise
         else:
             log.info("Generated %d phantom images of %d sites in %s", len(table), len(sites), folder)
@@ -153,7 +153,7 @@ def _site_rows(root: Path, name: str, site: PhantomSite, size: int, seed: int) -
                 "height": h,
             }
         )
-        drawn.append(replace(film, drawing=replace(film.drawing, absorption=NOTHING)))  # the masks are all that is left
+        drawn.append(replace(film, drawing=replace(film.drawing, absorption=NOTHING)))  # keep the masks only
     _add_truth(root, name, site, seed, rows, drawn)
     return rows
 
@@ -161,7 +161,7 @@ def _site_rows(root: Path, name: str, site: PhantomSite, size: int, seed: int) -
 def _add_truth(
     root: Path, name: str, site: PhantomSite, seed: int, rows: list[dict[str, Any]], films: list[_Film]
 ) -> None:
-    """Add what this site's readers have labelled to its rows, and write the masks; the rest leaves no trace."""
+    """Add the labels that this site has to its rows, and write its masks."""
 
     def chosen(task: str) -> list[bool]:
         share = 1.0 if site.labelled is None else site.labelled.get(task, 0.0)
@@ -220,14 +220,14 @@ def _breasts(name: str, site: PhantomSite, size: int, seed: int) -> Iterator[_Fi
 
 
 def _splits(patients: int, rng: Generator) -> list[str]:
-    """Return a suggested split of each patient: 15 % test, 15 % val, the rest train."""
+    """Return the suggested split of each patient: 15 % test, 15 % val, 70 % train."""
     rank = rng.permutation(patients)
     test, val = round(0.15 * patients), round(0.3 * patients)
     return ["test" if r < test else "val" if r < val else "train" for r in rank]
 
 
 def _stream(seed: int, *purpose: str | int) -> Generator:
-    """Return a random stream of its own for each purpose, so that no dial disturbs what another one draws."""
+    """Return a random stream per purpose, so that a setting does not change the draws of another purpose."""
     digest = hashlib.blake2b(json.dumps([seed, *purpose]).encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(digest, "big"))
 

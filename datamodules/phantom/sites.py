@@ -25,29 +25,29 @@ MASKS = {
         "breast": {"breast": "breast", "lesion": "lesion"},
     }.items()
 }
-"""The mask of the organ, then that of its lesions; one class is one sigmoid channel."""
+"""Per organ, the task of its mask and the task of its lesions' mask; one class is one sigmoid channel."""
 
 
 @dataclass(frozen=True)
 class PhantomSite:
-    """One invented hospital: who comes, what its scanner does to the image, and what its readers have labelled.
+    """One invented hospital: its patients, its scanner and its labels.
 
     Attributes:
-        organ: ``chest`` (one or two frontal films a patient) or ``breast`` (CC and MLO of both sides).
+        organ: ``chest`` (one or two frontal films per patient) or ``breast`` (CC and MLO of both sides).
         patients: Number of patients.
         prevalence: Share of chests, or of single breasts, with a finding.
         gamma: Exponent of the scanner's response; below 1 brightens.
         contrast: Slope of the response about mid-grey.
         noise: Standard deviation of the noise at mid-grey, of a range of 1.
         blur: Standard deviation of the blur in thousandths of the image height.
-        inverted: Whether black and white are swapped *without any word of it* in the files: a real domain shift.
-        monochrome1: Whether the files store white as 0 *and say so*: readers undo it, nothing shifts.
-        bits: Bits stored a pixel.
+        inverted: Whether black and white are swapped *without a mark* in the files: a domain shift.
+        monochrome1: Whether the files store white as 0 and are marked ``MONOCHROME1``: readers invert them, no shift.
+        bits: Bits stored per pixel.
         transfer_syntax: ``explicit`` (uncompressed), ``rle`` or ``jpeg2000`` (lossless).
-        size: Image height in pixels; ``None`` takes the data set's.
+        size: Image height in pixels; ``null`` uses the data set's.
         marker: Whether a lead marker (side, view) is in the image.
         labelled: Share of images labelled for each task, for example ``{"finding": 1.0, "lungs": 0.25}``; a task that
-            is not listed is unlabelled. ``None`` labels everything.
+            is not listed is unlabelled. ``null`` labels everything.
     """
 
     organ: Organ = "chest"
@@ -102,7 +102,7 @@ SITE_SETS = {"chest": CHEST_SITES, "breast": BREAST_SITES, "mixed": CHEST_SITES 
 
 
 def tasks_of(sites: Mapping[str, PhantomSite]) -> dict[str, Task]:
-    """Return the tasks of a set of sites; ``lesions`` is shared by the organs and knows the classes of both."""
+    """Return the tasks of a set of sites; ``lesions`` is one task with the classes of both organs."""
     organs: list[Organ] = [o for o in ("chest", "breast") if any(s.organ == o for s in sites.values())]
     tasks = [CLASSIFICATION[o] for o in organs]
     tasks.append(Task("lesions", "detection", tuple(name for o in organs for name in LESIONS[o])))
@@ -111,7 +111,7 @@ def tasks_of(sites: Mapping[str, PhantomSite]) -> dict[str, Task]:
 
 
 def check_sites(sites: Mapping[str, PhantomSite], size: int) -> None:
-    """Raise a ``ConfigError`` naming the first dial that cannot work."""
+    """Raise a ``ConfigError`` that names the first setting out of its range."""
     if not sites:
         raise ConfigError("data.sites is empty; name at least one site or a preset: chest, breast, mixed")
     for name, site in sites.items():
@@ -129,16 +129,16 @@ def check_sites(sites: Mapping[str, PhantomSite], size: int) -> None:
             ("size", size if site.size is None else site.size, 32, 4096),
             *[(f"labelled.{task}", share, 0, 1) for task, share in (site.labelled or {}).items()],
         ]
-        for dial, value, low, high in ranges:
+        for setting, value, low, high in ranges:
             if not low <= value <= high:
-                raise ConfigError(f"{key}.{dial} is {value}; it must lie in [{low:g}, {high:g}]")
+                raise ConfigError(f"{key}.{setting} is {value}; it must lie in [{low:g}, {high:g}]")
         choices = (
             ("organ", site.organ, get_args(Organ)),
             ("transfer_syntax", site.transfer_syntax, get_args(TransferSyntax)),
         )
-        for dial, choice, valid in (*choices, ("bits", site.bits, (8, 12, 16))):
+        for setting, choice, valid in (*choices, ("bits", site.bits, (8, 12, 16))):
             if choice not in valid:
-                raise ConfigError(f"{key}.{dial} is {choice!r}; choose from {', '.join(map(str, valid))}")
+                raise ConfigError(f"{key}.{setting} is {choice!r}; choose from {', '.join(map(str, valid))}")
         for task in site.labelled or {}:
             if task not in known:
                 raise ConfigError(f"{key}.labelled names {task!r}; a {site.organ} site has {', '.join(known)}")

@@ -27,7 +27,7 @@ EPOCHS = 5  # timed; the median is taken
 
 
 class Radiographs(MedicalDataModule):
-    """One 12-bit film a patient, with a class, a box and a mask drawn from a polygon."""
+    """One 12-bit film per patient, with a class, a box and a mask drawn from a polygon."""
 
     def __init__(self, root: Path, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -91,8 +91,8 @@ def ready(root: Path, preset: Preset) -> tuple[Radiographs, float]:
     return data, (time.process_time() - start) / FILES
 
 
-def seconds_an_image(data: Radiographs) -> float:
-    """Return the median processor seconds an image takes in an epoch from the warm cache, the decoder out of reach."""
+def seconds_per_image(data: Radiographs) -> float:
+    """Return the median processor seconds per image in an epoch from the warm cache, with the decoder disabled."""
     loader = data.train_dataloader()
     seconds = []
     for _ in range(EPOCHS):
@@ -108,15 +108,15 @@ def test_a_warm_epoch_is_twenty_times_faster_than_decoding(
 ) -> None:
     data, cold = ready(films(tmp_path, syntax), PlainPreset())
     monkeypatch.setattr(rasterize, "read_image", lambda file: pytest.fail("the warm cache was not used"))
-    warm = seconds_an_image(data)
+    warm = seconds_per_image(data)
     record_property("decode_ms", round(1e3 * cold, 1))
     record_property("warm_ms", round(1e3 * warm, 2))
     print(f"decoding {1e3 * cold:.0f} ms, warm {1e3 * warm:.1f} ms an image: {cold / warm:.0f} times faster")
 
 
-def test_augmented_images_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any) -> None:
+def test_augmented_images_per_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any) -> None:
     data, cold = ready(films(tmp_path, RLELossless), ChestPreset())
     monkeypatch.setattr(rasterize, "read_image", lambda file: pytest.fail("the warm cache was not used"))
-    warm = seconds_an_image(data)
+    warm = seconds_per_image(data)
     record_property("images_per_second", round(1 / warm))
     print(f"{1 / warm:.0f} augmented images a second and core: {cold / warm:.0f} times faster than decoding")

@@ -35,7 +35,7 @@ def by_hand(file: Path) -> np.ndarray:
 
 
 def peak(read, file: Path) -> float:
-    """Return the most memory in use at once, in bytes a pixel of the image."""
+    """Return the most memory in use at once, in bytes per pixel of the image."""
     tracemalloc.start()
     shape = np.shape(getattr(read(file), "pixels", 0)) or by_hand(file).shape
     most = tracemalloc.get_traced_memory()[1]
