@@ -96,10 +96,10 @@ class ImageFolderDataModule(Originals, L.LightningDataModule):
         """
         if stage not in ("predict", None):
             raise ConfigError("ImageFolderDataModule has no labels; use it with predict only")
-        found, notes = find_images(self.images)
+        images_by_id, notes = find_images(self.images)
         for note in notes:
             log_warning(note)
-        self.records = [Record(id=name, file=file, patient=name) for name, file in found.items()]
+        self.records = [Record(id=name, file=file, patient=name) for name, file in images_by_id.items()]
 
     def skip_finished(self, finished: Callable[[Mapping[str, Path]], Collection[str]]) -> None:
         """Leave out the images whose results exist.
@@ -207,7 +207,7 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
     Raises:
         DataError: A path does not exist, or there is no image.
     """
-    found: dict[str, Path] = {}
+    images_by_id: dict[str, Path] = {}
     taken: set[Path] = set()
     skipped: Counter[str] = Counter()
     for path in dict.fromkeys(Path(os.path.abspath(Path(p).expanduser())) for p in paths):
@@ -217,17 +217,17 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
             if path.is_file() or not (why := _not_an_image(file)):
                 if file not in taken:
                     taken.add(file)
-                    found[_free(found, _name(file, path, len(paths) > 1))] = file
+                    images_by_id[_free(images_by_id, _name(file, path, len(paths) > 1))] = file
             else:
                 skipped[why] += 1
     listing = ", ".join(f"{count} × {why}" for why, count in skipped.most_common())
-    if not found:
+    if not images_by_id:
         where = ", ".join(str(p) for p in paths)
         raise DataError(
             f"--images {where}: no image found ({listing or 'the folder is empty'}); give DICOM, PNG, JPEG or TIFF "
             "files, or folders of them"
         )
-    return found, [f"Skipped files that are no images: {listing}"] if skipped else []
+    return images_by_id, [f"Skipped files that are no images: {listing}"] if skipped else []
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -272,8 +272,8 @@ def _name(file: Path, given: Path, several: bool) -> str:
     return f"{given.name}/{below}" if several else below
 
 
-def _free(found: dict[str, Path], name: str) -> str:
+def _free(taken: dict[str, Path], name: str) -> str:
     place, number = name, 2
-    while place in found:
+    while place in taken:
         place, number = f"{name}_{number}", number + 1
     return place

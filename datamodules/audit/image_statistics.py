@@ -120,7 +120,7 @@ def content_of(entry: CacheEntry, shape: tuple[int, ...]) -> tuple[int, int, int
 
 
 def _structures(dataset: CachedDataset, record: Record, entry: CacheEntry, scale: float) -> list[Structure]:
-    found = []
+    structures = []
     spacing = float(np.mean(entry.spacing)) if entry.spacing else None
     for name, task in dataset.tasks.items():
         if name not in record.truth:
@@ -133,5 +133,5 @@ def _structures(dataset: CachedDataset, record: Record, entry: CacheEntry, scale
             sizes = list(zip(labels.tolist(), np.sqrt(areas).tolist(), strict=True))
         elif name in entry.masks:
             sizes = [(k, math.sqrt(n)) for k, n in enumerate((entry.masks[name] == 1).sum(axis=(1, 2)).tolist()) if n]
-        found += [Structure(name, task.classes[k], framed * scale, framed, spacing) for k, framed in sizes]
-    return found
+        structures += [Structure(name, task.classes[k], framed * scale, framed, spacing) for k, framed in sizes]
+    return structures

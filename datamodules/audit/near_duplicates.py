@@ -62,7 +62,7 @@ class LeakReport:
 
     def summary(self) -> str:
         """Return the numbers of pairs in one sentence."""
-        found = [
+        counts = [
             f"{len(pairs)} {what}"
             for pairs, what in (
                 (self.across_splits, "across splits"),
@@ -71,9 +71,9 @@ class LeakReport:
             )
             if pairs
         ]
-        if not found:
+        if not counts:
             return f"no near-duplicate crosses a split, a site or a patient among {self.images} images"
-        return f"near-duplicate pairs among {self.images} images: {', '.join(found)}"
+        return f"near-duplicate pairs among {self.images} images: {', '.join(counts)}"
 
 
 def thumbnail(pixels: Floats) -> NDArray[np.uint8]:
@@ -143,17 +143,17 @@ def find_duplicates(
     """
     if len(thumbnails) != len(ids):
         raise DataError(f"leak check: {len(thumbnails)} thumbnails but {len(ids)} ids")
-    found: dict[tuple[int, int], Duplicate] = {}
+    pairs: dict[tuple[int, int], Duplicate] = {}
     for flip in (False, True) if mirrored else (False,):
         others = np.ascontiguousarray(thumbnails[:, :, ::-1]) if flip else thumbnails
         for i, j, plain, distance in _candidates(thumbnails, others, max_distance, max_aligned):
             correlation = plain
             if abs(plain) < min_correlation:
                 correlation = _aligned(thumbnails[i], others[j] if plain > 0 else 255 - others[j]) * np.sign(plain)
-            known = found.get((i, j))
+            known = pairs.get((i, j))
             if abs(correlation) >= max(min_correlation, abs(known.correlation) if known else 0):
-                found[i, j] = Duplicate(ids[i], ids[j], float(correlation), distance, flip)
-    return sorted(found.values(), key=lambda p: (-abs(p.correlation), p.first, p.second))
+                pairs[i, j] = Duplicate(ids[i], ids[j], float(correlation), distance, flip)
+    return sorted(pairs.values(), key=lambda p: (-abs(p.correlation), p.first, p.second))
 
 
 def leak_report(

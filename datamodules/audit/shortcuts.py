@@ -67,7 +67,7 @@ def find_shortcuts(images: Sequence[ImageStatistics], tasks: dict[str, Task], le
         "pixel spacing": ["None" if f.spacing is None else f"{f.spacing[0]:.4g}" for f in images],
     }
     fold = np.array([_fold(f.record.patient) for f in images])
-    found = []
+    shortcuts = []
     for task, finding, truth in _findings(images, tasks):
         known = ~np.isnan(truth)
         positives, labelled = int(truth[known].sum()), int(known.sum())
@@ -79,29 +79,29 @@ def find_shortcuts(images: Sequence[ImageStatistics], tasks: dict[str, Task], le
             if len(set(chosen)) < 2:
                 continue
             auc = max(0.5, _auc(_rates(chosen, truth[known], fold[known]), truth[known]))
-            found.append(
+            shortcuts.append(
                 Shortcut(task, finding, source, round(auc, 3), labelled, positives, auc - 0.5 > max(0.15, 2 * error))
             )
-    return sorted(found, key=lambda s: (-s.auc, s.task, s.finding, s.source))
+    return sorted(shortcuts, key=lambda s: (-s.auc, s.task, s.finding, s.source))
 
 
 def _findings(images: Sequence[ImageStatistics], tasks: dict[str, Task]) -> list[tuple[str, str, NDArray[np.float64]]]:
     """Return task, finding and 1, 0 or NaN (unknown) per image, for each finding."""
-    found = []
+    findings = []
     for name, task in tasks.items():
         truths = [f.record.truth.get(name) for f in images]
         if task.kind == "classification":
             for k, label in enumerate(task.classes):
                 values = [t.values[k] if isinstance(t, ClassTruth) else math.nan for t in truths]
-                found.append((name, label, np.array(values)))
+                findings.append((name, label, np.array(values)))
         elif task.kind == "detection":
-            words = [strata(f.record, {name: task}) for f in images]
+            strata_of = [strata(f.record, {name: task}) for f in images]
             some = [
                 float(w == (f"{name}=+",)) if isinstance(t, BoxTruth) else math.nan
-                for t, w in zip(truths, words, strict=True)
+                for t, w in zip(truths, strata_of, strict=True)
             ]
-            found.append((name, "any", np.array(some)))
-    return found
+            findings.append((name, "any", np.array(some)))
+    return findings
 
 
 def _fold(patient: str) -> int:
@@ -121,8 +121,8 @@ def _rates(values: Sequence[str], truth: NDArray[np.float64], fold: NDArray[np.i
         overall = float(truth[~mine].mean()) if (~mine).any() else 0.5
         count: Counter[str] = Counter()
         hits: Counter[str] = Counter()
-        for value, hit, here in zip(values, truth, mine, strict=True):
-            if not here:
+        for value, hit, in_fold in zip(values, truth, mine, strict=True):
+            if not in_fold:
                 count[value] += 1
                 hits[value] += int(hit)
         for i in np.flatnonzero(mine).tolist():

@@ -118,16 +118,16 @@ def digest(file: Path) -> str:
 
 @lru_cache(maxsize=65536)
 def _digest(file: Path, size: int, changed: int) -> str:
-    found = hashlib.blake2b(digest_size=16)
+    hasher = hashlib.blake2b(digest_size=16)
     with file.open("rb") as stream:
         if size <= WHOLE_BYTES:
-            found.update(stream.read())
+            hasher.update(stream.read())
         else:
-            found.update(f"{size} {changed}".encode())
+            hasher.update(f"{size} {changed}".encode())
             for block in range(SAMPLES):
                 stream.seek(block * (size - SAMPLED_BYTES) // (SAMPLES - 1))
-                found.update(stream.read(SAMPLED_BYTES))
-    return found.hexdigest()
+                hasher.update(stream.read(SAMPLED_BYTES))
+    return hasher.hexdigest()
 
 
 def _describe_preset(preset: Preset) -> dict[str, Any]:

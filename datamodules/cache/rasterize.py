@@ -153,9 +153,9 @@ def rasterize_boxes(truth: BoxTruth, canvas: Canvas) -> tuple[Floats, Ints]:
     """
     boxes, labels = [_original_boxes(truth, canvas)], list(truth.labels)
     for source, label in zip(truth.masks, truth.mask_labels, strict=True):
-        found = mask_boxes(draw(source, canvas), canvas.size, truth.components, truth.min_area)
-        boxes.append(found)
-        labels += [label] * len(found)
+        mask_box = mask_boxes(draw(source, canvas), canvas.size, truth.components, truth.min_area)
+        boxes.append(mask_box)
+        labels += [label] * len(mask_box)
     framed = boxes_to_frame(np.concatenate(boxes), canvas.frame)
     height, width = canvas.frame.size
     clipped = framed.clip(0, (width, height, width, height)).astype(np.float32)

@@ -38,17 +38,17 @@ def breast_region(pixels: Floats, side: int = 256) -> tuple[NDArray[np.bool_], f
     if inner.size == 0 or inner.max() - inner.min() < 1e-3:
         return everything, scale
     dark = float(np.percentile(inner, 2))
-    found = np.zeros(small.shape, bool)
-    found[rim:-rim, rim:-rim] = inner > dark + 0.25 * (_otsu(inner) - dark)
+    region = np.zeros(small.shape, bool)
+    region[rim:-rim, rim:-rim] = inner > dark + 0.25 * (_otsu(inner) - dark)
     open_by = max(3, round(0.03 * max(small.shape)))
-    found = ndimage.binary_opening(found, np.ones((open_by, open_by)))
-    parts, count = ndimage.label(found)
+    region = ndimage.binary_opening(region, np.ones((open_by, open_by)))
+    parts, count = ndimage.label(region)
     if count == 0:
         return everything, scale
-    found = parts == 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
-    if found.mean() < 0.02:
+    region = parts == 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
+    if region.mean() < 0.02:
         return everything, scale
-    return ndimage.binary_fill_holes(found), scale
+    return ndimage.binary_fill_holes(region), scale
 
 
 def breast_side(region: NDArray[np.bool_]) -> Literal["L", "R"] | None:

@@ -157,12 +157,12 @@ class LabelsCSVDataModule(MedicalDataModule):
         errors: dict[str, CellError] = {}
         for each in readers:
             try:
-                found = each.read(row)
+                label = each.read(row)
             except CellError as error:
                 errors[each.task.name] = error
             else:
-                if found is not None:
-                    truth[each.task.name] = found
+                if label is not None:
+                    truth[each.task.name] = label
         remarks = []
         size = None
         try:
@@ -265,7 +265,7 @@ class Entry:
         truth = {**a.truth, **b.truth}
         for task in a.truth.keys() & b.truth.keys():
             truth[task] = self._together(other, task, a.truth[task], b.truth[task], table)
-        known = {task: found for task, found in truth.items() if task not in errors}
+        known = {task: label for task, label in truth.items() if task not in errors}
         record = replace(joined, truth=known, groups={**a.groups, **b.groups})
         return Entry(self.line, record, errors, [*self.remarks, *other.remarks])
 

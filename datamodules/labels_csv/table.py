@@ -140,8 +140,8 @@ class Table:
     def nearest(self, column: str) -> str | None:
         """Return the column with the most similar name, or ``None``."""
         lowered = {name.lower(): name for name in self.columns}
-        found = difflib.get_close_matches(column.lower(), lowered, 1, 0.8)
-        return lowered[found[0]] if found else None
+        similar = difflib.get_close_matches(column.lower(), lowered, 1, 0.8)
+        return lowered[similar[0]] if similar else None
 
 
 def read_labels(file: Path, key: str) -> Table:

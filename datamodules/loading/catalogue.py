@@ -40,19 +40,19 @@ def check_catalogue(catalogue: Catalogue, name: str) -> None:
 def _misfit(task: Task, truth: Truth) -> str:
     count = len(task.classes)
     if isinstance(truth, ClassTruth):
-        fits, found = task.kind == "classification", f"{len(truth.values)} values"
+        fits, given = task.kind == "classification", f"{len(truth.values)} values"
         complete = len(truth.values) == count
     elif isinstance(truth, MaskTruth):
-        fits, found = task.kind == "segmentation", f"{len(truth.channels)} masks"
+        fits, given = task.kind == "segmentation", f"{len(truth.channels)} masks"
         complete = len(truth.channels) == count
     else:
-        fits, found = task.kind == "detection", f"class indices {sorted({*truth.labels, *truth.mask_labels})}"
+        fits, given = task.kind == "detection", f"class indices {sorted({*truth.labels, *truth.mask_labels})}"
         complete = all(0 <= label < count for label in (*truth.labels, *truth.mask_labels))
         if len(truth.boxes) != len(truth.labels) or len(truth.masks) != len(truth.mask_labels):
             return "the numbers of labels and of boxes and masks differ"
     if not fits:
         return f"the task's kind is {task.kind}, but its label is a {type(truth).__name__}"
-    return "" if complete else f"{found} for {count} classes ({', '.join(task.classes)})"
+    return "" if complete else f"{given} for {count} classes ({', '.join(task.classes)})"
 
 
 def some_patients(records: list[Record], limit: int | None, seed: int) -> list[Record]:
@@ -77,11 +77,11 @@ def select(records: list[Record], where: Mapping[str, str | list[str]]) -> list[
             known = ", ".join([*_FIELDS, *groups])
             raise ConfigError(f"data.init_args.where: images have no {key!r}; choose from {known}")
         values = {allowed} if isinstance(allowed, str) else set(allowed)
-        there = {_value(record, key) for record in records}
+        present = {_value(record, key) for record in records}
         kept = [record for record in kept if _value(record, key) in values]
         if not kept:
-            found = ", ".join(sorted(str(value) for value in there))
-            raise ConfigError(f"data.init_args.where: no image has {key} {allowed!r}; there are {found}")
+            known = ", ".join(sorted(str(value) for value in present))
+            raise ConfigError(f"data.init_args.where: no image has {key} {allowed!r}; there are {known}")
     return kept
 
 
@@ -99,16 +99,16 @@ def choose_tasks(tasks: dict[str, Task], names: list[str] | None) -> dict[str, T
 
 def advice(records: Sequence[Record], tasks: dict[str, Task]) -> str:
     """Return a sentence on the tasks and classes without (positive) images, which cannot be learned; or nothing."""
-    words = Counter(word for record in records for word in set(strata(record, tasks)))
+    counts = Counter(word for record in records for word in set(strata(record, tasks)))
     problems = []
     for name, task in tasks.items():
         labelled = sum(name in record.truth for record in records)
         if not labelled:
             problems.append(f"no image is labelled for {name}")
         elif task.kind == "classification":
-            absent = [c for c in task.classes if not words[f"{name}={c}"]]
+            absent = [c for c in task.classes if not counts[f"{name}={c}"]]
             problems += [f"{name} has no image of {', '.join(absent)}"] if absent else []
-        elif not words[f"{name}=+"]:
+        elif not counts[f"{name}=+"]:
             problems.append(f"{name} has {labelled} labelled images and no positive one")
     return f"Of the {len(records)} training images: {'; '.join(problems)}" if problems else ""
 

@@ -32,23 +32,23 @@ def strata(record: Record, tasks: dict[str, Task]) -> tuple[str, ...]:
     ``task=class`` for each class that holds, ``task=none`` if every known class is absent; ``task=+`` or ``task=-`` for
     boxes and masks. Unknown tasks and classes add nothing. A mask file counts as ``+``, since it has not been read.
     """
-    words = []
+    labels = []
     for name in sorted(tasks):
         truth = record.truth.get(name)
         if isinstance(truth, ClassTruth):
             known = [(c, v) for c, v in zip(tasks[name].classes, truth.values, strict=True) if not math.isnan(v)]
-            there = [f"{name}={c}" for c, v in known if v > 0.5]
-            words += there or ([f"{name}=none"] if known else [])
+            present = [f"{name}={c}" for c, v in known if v > 0.5]
+            labels += present or ([f"{name}=none"] if known else [])
         elif isinstance(truth, BoxTruth):
-            words.append(f"{name}={'+' if truth.boxes or _drawn(truth.masks) else '-'}")
+            labels.append(f"{name}={'+' if truth.boxes or _drawn(truth.masks) else '-'}")
         elif isinstance(truth, MaskTruth) and any(c is not None for c in truth.channels):
-            words.append(f"{name}={'+' if _drawn([c for c in truth.channels if c is not None]) else '-'}")
-    return tuple(words)
+            labels.append(f"{name}={'+' if _drawn([c for c in truth.channels if c is not None]) else '-'}")
+    return tuple(labels)
 
 
-def is_positive(word: str) -> bool:
+def is_positive(stratum: str) -> bool:
     """Return whether a stratum of `strata` is positive."""
-    value = word.split("=", 1)[1]
+    value = stratum.split("=", 1)[1]
     return value != "-" and value.lower() not in NEGATIVE_CLASSES
 
 
@@ -62,13 +62,13 @@ def positives(records: Sequence[Record], tasks: dict[str, Task]) -> NDArray[np.b
     Returns:
         bool (len(records),).
     """
-    words = [strata(r, tasks) for r in records]
-    found = np.zeros(len(records), bool)
+    strata_of = [strata(r, tasks) for r in records]
+    positive = np.zeros(len(records), bool)
     for name in tasks:
-        hit = np.array([any(is_positive(w) for w in ws if w.startswith(f"{name}=")) for ws in words], bool)
+        hit = np.array([any(is_positive(w) for w in ws if w.startswith(f"{name}=")) for ws in strata_of], bool)
         if hit.sum() <= len(records) / 2:
-            found |= hit
-    return found
+            positive |= hit
+    return positive
 
 
 class TaskSampler(DistributedSampler[int]):
@@ -112,10 +112,10 @@ class TaskSampler(DistributedSampler[int]):
         self.positive = positives(records, tasks) if strategy == "positive" else np.zeros(0, bool)
         if strategy == "positive" and not self.positive.any():
             log.warning("sampler: no record is positive in any task where positives are the minority; plain shuffling")
-        words = [strata(r, tasks) for r in records] if strategy == "sqrt" else []
-        counts = Counter(words)
-        weights = np.array([1 / math.sqrt(counts[w]) for w in words])
-        self.probability = weights / weights.sum() if len(words) else weights
+        strata_of = [strata(r, tasks) for r in records] if strategy == "sqrt" else []
+        counts = Counter(strata_of)
+        weights = np.array([1 / math.sqrt(counts[w]) for w in strata_of])
+        self.probability = weights / weights.sum() if len(strata_of) else weights
 
     def __len__(self) -> int:
         """Return the number of samples of this process in one epoch."""
@@ -155,8 +155,8 @@ def _spread(
 ) -> NDArray[np.int64]:
     """Rearrange a random order so that as many batches as possible have a positive record; the rest stays random."""
     hits = order[positive]
-    lucky = rng.permutation(len(batches))[: len(hits)]
-    spots = np.array([rng.integers(*batches[b]) for b in lucky], np.int64)
+    chosen = rng.permutation(len(batches))[: len(hits)]
+    spots = np.array([rng.integers(*batches[b]) for b in chosen], np.int64)
     arranged = np.empty_like(order)
     arranged[spots] = hits[: len(spots)]
     others = np.concatenate([hits[len(spots) :], order[~positive]])

@@ -123,11 +123,11 @@ def _official(patients: dict[str, list[Record]]) -> dict[str, Split]:
         "correct the split column, drop those images, or set official to false to split anew by patient (if only the "
         "numbering of two sites coincides, put the site before the patient key)",
     )
-    return {patient: next(iter(found)) for patient, found in seen.items()}
+    return {patient: next(iter(names)) for patient, names in seen.items()}
 
 
 def _raise_if_crossing(seen: dict[str, dict[Split, str]], fix: str) -> None:
-    crossing = [found for found in seen.values() if len(found) > 1]
+    crossing = [names for names in seen.values() if len(names) > 1]
     if crossing:
         named = sorted(" and ".join(f"{file} ({split})" for split, file in sorted(f.items())) for f in crossing)
         who = "1 patient has" if len(crossing) == 1 else f"{len(crossing)} patients have"
@@ -141,17 +141,17 @@ def _few(names: Sequence[str], between: str = ", ", limit: int = 5) -> str:
 
 def _label_counts(patients: dict[str, list[Record]], tasks: dict[str, Task]) -> dict[str, NDArray[np.float64]]:
     """Count per patient the images and the images with each label, over all and per site."""
-    words: dict[str, list[str]] = {}
+    names_of: dict[str, list[str]] = {}
     for patient, records in patients.items():
-        found = words[patient] = []
+        names = names_of[patient] = []
         for record in records:
             labels = strata(record, tasks)
-            found += ["image", *labels, f"@{record.site}", *(f"{label}@{record.site}" for label in labels)]
-    column = {word: i for i, word in enumerate(sorted({w for ws in words.values() for w in ws}))}
+            names += ["image", *labels, f"@{record.site}", *(f"{label}@{record.site}" for label in labels)]
+    column = {name: i for i, name in enumerate(sorted({w for ws in names_of.values() for w in ws}))}
     counts = {patient: np.zeros(len(column)) for patient in patients}
-    for patient, found in words.items():
-        for word in found:
-            counts[patient][column[word]] += 1
+    for patient, names in names_of.items():
+        for name in names:
+            counts[patient][column[name]] += 1
     return counts
 
 

@@ -169,9 +169,9 @@ def read_catalogue(
         truth = _labels(views[film.patient, film.side, film.view], benign_without_callback)
         masks = [find_mask(index.get(lesion.roi, []), image_size(image)) for lesion in film.lesions]
         resized += sum(mask is not None and image_size(mask) != image_size(image) for mask in masks)
-        found = _lesion_truth(film, masks, classes, lesion_classes, benign_without_callback)
-        unlocated += not found
-        truth |= found
+        located = _lesion_truth(film, masks, classes, lesion_classes, benign_without_callback)
+        unlocated += not located
+        truth |= located
         records.append(
             Record(
                 film.name,

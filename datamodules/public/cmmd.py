@@ -114,7 +114,7 @@ def read_catalogue(root: Path, keep_unlabelled: bool = False) -> Catalogue:
 
 def _labels(file: Path) -> dict[tuple[str, str], dict[str, Truth]]:
     """Return the truth by patient and side; of several rows per breast, the worst pathology and every abnormality."""
-    found: dict[tuple[str, str], tuple[set[str], set[str]]] = {}
+    by_breast: dict[tuple[str, str], tuple[set[str], set[str]]] = {}
     for row in rows_of(read_table(file, ["ID1", "LeftRight", "abnormality", "classification"])):
         pathology, kind, side = row["classification"].lower(), row["abnormality"].lower(), row["LeftRight"].upper()[:1]
         if pathology not in TASKS[0].classes or kind not in ABNORMALITY or side not in {"L", "R"}:
@@ -122,7 +122,7 @@ def _labels(file: Path) -> dict[tuple[str, str], dict[str, Truth]]:
                 f"{file}: a row holds LeftRight {row['LeftRight']!r}, abnormality {row['abnormality']!r} and "
                 f"classification {row['classification']!r}; expected L/R, {'/'.join(ABNORMALITY)} and Benign/Malignant"
             )
-        pathologies, kinds = found.setdefault((row["ID1"], side), (set(), set()))
+        pathologies, kinds = by_breast.setdefault((row["ID1"], side), (set(), set()))
         pathologies.add(pathology)
         kinds |= ABNORMALITY[kind]
     return {
@@ -130,7 +130,7 @@ def _labels(file: Path) -> dict[tuple[str, str], dict[str, Truth]]:
             "pathology": one_hot(TASKS[0].classes, "malignant" if "malignant" in pathologies else "benign"),
             "abnormality": ClassTruth(tuple(float(name in kinds) for name in TASKS[1].classes)),
         }
-        for key, (pathologies, kinds) in found.items()
+        for key, (pathologies, kinds) in by_breast.items()
     }
 
 

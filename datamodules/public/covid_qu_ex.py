@@ -100,9 +100,9 @@ def read_catalogue(
     records, missing = [], 0
     for split_name, split in SPLITS.items():
         for class_name, pathology in PATHOLOGY.items():
-            here = folder / split_name / class_name
-            lungs = {file.stem: file for file in files_below(here / "lung masks", (".png", ".jpg"))}
-            for file in files_below(here / "images", (".png", ".jpg", ".jpeg")):
+            place = folder / split_name / class_name
+            lungs = {file.stem: file for file in files_below(place / "lung masks", (".png", ".jpg"))}
+            for file in files_below(place / "images", (".png", ".jpg", ".jpeg")):
                 truth: dict[str, Truth] = {"pathology": one_hot(TASKS[0].classes, pathology)}
                 if file.stem in lungs:
                     truth["lungs"] = MaskTruth((MaskSource(lungs[file.stem]),))

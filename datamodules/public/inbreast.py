@@ -205,10 +205,10 @@ def read_regions(file: Path, strange: Counter[str]) -> list[Region]:
 
 def _points(roi: dict[str, Any], file: Path) -> tuple[Point, ...]:
     """Return the points ``(x, y)`` = (column, row) of a region, written as ``"(2204.5, 1254.2)"``."""
-    found = [re.findall(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", str(text)) for text in roi.get("Point_px", [])]
-    if len(found) != int(roi.get("NumberOfPoints", -1)) or any(len(pair) != 2 for pair in found):
+    pairs = [re.findall(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", str(text)) for text in roi.get("Point_px", [])]
+    if len(pairs) != int(roi.get("NumberOfPoints", -1)) or any(len(pair) != 2 for pair in pairs):
         raise DataError(f"{file}: a region's Point_px does not hold NumberOfPoints pairs such as '(12.5, 30.0)'")
-    return tuple((float(x), float(y)) for x, y in found)
+    return tuple((float(x), float(y)) for x, y in pairs)
 
 
 def _labels(row: dict[str, str], table: Path, birads_positive: int, birads_3: str) -> dict[str, Truth]:

@@ -42,20 +42,20 @@ def locate(root: Path, expected: Sequence[str], dataset: str) -> Path:
     level = [root]
     for _ in range(DEPTH + 1):
         for folder in level[: MOST_FOLDERS - visited]:
-            found = sum(_has(folder, entry) for entry in expected)
-            if found == len(expected):
+            matches = sum(_has(folder, entry) for entry in expected)
+            if matches == len(expected):
                 return folder
-            if found > most:
-                closest, most = folder, found
+            if matches > most:
+                closest, most = folder, matches
         visited += len(level)
         if visited >= MOST_FOLDERS:
             break
         level = [Path(e.path) for folder in level for e in _entries(folder) if e.is_dir()]
     missing = [entry for entry in expected if not _has(closest, entry)]
-    there = ", ".join(sorted(e.name for e in _entries(closest))[:8]) or "nothing"
+    content = ", ".join(sorted(e.name for e in _entries(closest))[:8]) or "nothing"
     raise DataError(
         f"{dataset}: not found: expected {_listing(expected)} under root {root}; closest is {closest}, which lacks "
-        f"{_listing(missing)} and holds {there}"
+        f"{_listing(missing)} and holds {content}"
     )
 
 
@@ -83,11 +83,11 @@ def is_litter(name: str) -> bool:
 def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
     """Return every file below a folder with one of the suffixes (any case), without system files, in path order."""
     wanted = tuple(suffix.lower() for suffix in suffixes)
-    found = []
+    matches = []
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not is_litter(name))
-        found += [Path(where, name) for name in names if name.lower().endswith(wanted) and not is_litter(name)]
-    return sorted(found)
+        matches += [Path(where, name) for name in names if name.lower().endswith(wanted) and not is_litter(name)]
+    return sorted(matches)
 
 
 def read_table(file: Path, columns: Sequence[str], sep: str = ",") -> pd.DataFrame:

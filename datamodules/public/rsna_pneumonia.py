@@ -84,12 +84,12 @@ def read_catalogue(root: Path, mapping: Path | None = None) -> Catalogue:
     files = {file.stem: file for file in files_below(folder / IMAGES, (".dcm", ".png", ".jpg"))}
 
     records = []
-    for name, found in boxes.items():
+    for name, own_boxes in boxes.items():
         if name not in files:
             continue
         truth: dict[str, Truth] = {
-            "pneumonia": one_hot(TASKS[0].classes, "present" if found else "absent"),
-            "lesions": BoxTruth(tuple(found), (0,) * len(found)),
+            "pneumonia": one_hot(TASKS[0].classes, "present" if own_boxes else "absent"),
+            "lesions": BoxTruth(tuple(own_boxes), (0,) * len(own_boxes)),
         }
         if name in classes:
             truth["pathology"] = one_hot(TASKS[1].classes, classes[name])
@@ -113,7 +113,7 @@ def read_boxes(file: Path) -> dict[str, list[tuple[float, float, float, float]]]
     """
     boxes: dict[str, list[tuple[float, float, float, float]]] = {}
     for row in rows_of(read_table(file, ["patientId", "x", "y", "width", "height", "Target"])):
-        found = boxes.setdefault(row["patientId"], [])
+        own_boxes = boxes.setdefault(row["patientId"], [])
         cells = [number(row, column, file) for column in ("x", "y", "width", "height")]
         if row["Target"] not in {"0", "1"} or (row["Target"] == "1") != (None not in cells):
             raise DataError(
@@ -124,7 +124,7 @@ def read_boxes(file: Path) -> dict[str, list[tuple[float, float, float, float]]]
             x, y, width, height = (float(cell or 0.0) for cell in cells)
             if width <= 0 or height <= 0:
                 raise DataError(f"{file}: image {row['patientId']} has a box of {width} × {height} pixels")
-            found.append((x, y, min(x + width, SIDE), min(y + height, SIDE)))
+            own_boxes.append((x, y, min(x + width, SIDE), min(y + height, SIDE)))
     return boxes
 
 

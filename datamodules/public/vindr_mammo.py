@@ -129,8 +129,8 @@ def read_catalogue(root: Path, categories: Sequence[str] = CATEGORIES, birads_po
         if density:
             truth["density"] = one_hot(DENSITY, density)
         if row["image_id"] in findings:
-            found, lost = _finding_truth(findings[row["image_id"]], categories, width, height)
-            truth |= found
+            labels_of_image, lost = _finding_truth(findings[row["image_id"]], categories, width, height)
+            truth |= labels_of_image
             empty += lost
         records.append(
             Record(
