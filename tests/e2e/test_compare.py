@@ -22,8 +22,8 @@ DEMO = str(ROOT / "configs/compare/demo.yaml")
 
 
 def forms(file: Path) -> list[str | None]:
-    told = yaml.safe_load(file.read_text())
-    return list(told.get("forms", {})) or [None]
+    result = yaml.safe_load(file.read_text())
+    return list(result.get("forms", {})) or [None]
 
 
 EVERY_FORM = [pytest.param(file, form, id=f"{file.stem}-{form}") for file in STUDIES for form in forms(file)]
@@ -37,7 +37,7 @@ def test_the_first_line_is_the_command(file):
 
 
 @pytest.mark.parametrize(("file", "form"), EVERY_FORM)
-def test_every_form_says_what_it_needs_and_judges_tasks_there_are(file, form, tmp_path, capsys):
+def test_every_form_is_complete_and_evaluates_existing_tasks(file, form, tmp_path, capsys):
     study = read_study(file, form)
     tasks = {task for base in study.base for task in yaml.safe_load(base.read_text())["model"]["init_args"]["heads"]}
     assert {words[0] for words in map(metric_words, study.metrics) if len(words) > 1} <= tasks
@@ -70,7 +70,7 @@ def test_every_variant_can_be_configured(file, tmp_path):
         (["--config", DEMO, "--job", "x"], "invalid int value"),
     ],
 )
-def test_mistakes_are_told_in_one_paragraph(arguments, words, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_paragraph(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["compare", *arguments]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
@@ -86,40 +86,42 @@ def compare(folder: Path, *arguments: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_demo_is_interrupted_goes_on_and_is_compared_without_training_anything_twice(tmp_path):
+def test_an_interrupted_demo_continues_without_training_anything_twice(tmp_path):
     arguments = ["--set=trainer.max_epochs=2", "--output=study"]
     process = compare(tmp_path, *arguments)
-    cells = tmp_path / "study/cells"
+    trainings = tmp_path / "study/trainings"
     deadline = time.monotonic() + 400
-    while len(list(cells.glob("*/*/*/run/metrics.csv"))) < 2 and time.monotonic() < deadline:
+    while len(list(trainings.glob("*/*/*/run/metrics.csv"))) < 2 and time.monotonic() < deadline:
         assert process.poll() is None, (tmp_path / "log.txt").read_text()
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)  # as Ctrl-C, and not ignored where a runner is in the background
     assert process.wait(timeout=90) == 1
-    assert "goes on from here" in (tmp_path / "log.txt").read_text()
+    assert "the same command continues" in (tmp_path / "log.txt").read_text()
     first = next(
-        file for file in cells.glob("counts/*/*/cell.json") if "test" in json.loads(file.read_text())["judged"]
+        file for file in trainings.glob("counts/*/*/status.json") if "test" in json.loads(file.read_text())["evaluated"]
     )
     finished = first.stat().st_mtime_ns
 
     assert compare(tmp_path, *arguments).wait(timeout=500) == 0
     assert "1 finished before" in (tmp_path / "log.txt").read_text()
     assert first.stat().st_mtime_ns == finished
-    told = json.loads((tmp_path / "study/comparison.json").read_text())
-    assert told["cells"] == {"finished": 4, "all": 4}
-    dice = told["metrics"]["test/lungs/dice"]["values"]
+    result = json.loads((tmp_path / "study/comparison.json").read_text())
+    assert result["trainings"] == {"finished": 4, "all": 4}
+    dice = result["metrics"]["test/lungs/dice"]["values"]
     assert all(0.05 < value["mean"]["value"] < 1 for value in dice.values())
     assert set(dice["equal"]["by_site"]) == {"near", "far"}
-    assert told["remarks"] == ["There are 2 runs; with fewer than five, what the seeds contribute is rough."], (
-        "every variant of a run started from the same weights and was judged on the same images"
-    )
-    assert told["costs"]["equal"]["bytes"] > 1e6
-    assert told["costs"]["equal"]["bytes_down"] == pytest.approx(told["costs"]["equal"]["bytes"], rel=0.05)  # FedAvg
-    for cell in cells.glob("*/*/*"):
-        files = sorted(file.name for file in (cell / "run/checkpoints").iterdir())
-        assert files == ["last.ckpt"], "a finished cell keeps the weights that were judged"
-        reported = json.loads((cell / "run/test_metrics.json").read_text())["test/lungs/dice"]
-        name, run = cell.parent.parent.name, cell.parent.name.split("-")[0]
+    assert result["remarks"] == [
+        "There are 2 runs; with fewer than five, the variance between seeds is a rough estimate."
+    ], "every variant of a run started from the same weights and was evaluated on the same images"
+    assert result["costs"]["equal"]["bytes"] > 1e6
+    assert result["costs"]["equal"]["bytes_down"] == pytest.approx(
+        result["costs"]["equal"]["bytes"], rel=0.05
+    )  # FedAvg
+    for training in trainings.glob("*/*/*"):
+        files = sorted(file.name for file in (training / "run/checkpoints").iterdir())
+        assert files == ["last.ckpt"], "a finished training keeps the evaluated weights"
+        reported = json.loads((training / "run/test_metrics.json").read_text())["test/lungs/dice"]
+        name, run = training.parent.parent.name, training.parent.name.split("-")[0]
         sites = {s: v for s, v in dice[name]["by_run_and_site"][run].items()}
         assert min(sites.values()) - 1e-9 <= reported <= max(sites.values()) + 1e-9
 
@@ -132,13 +134,13 @@ def test_the_demo_is_interrupted_goes_on_and_is_compared_without_training_anythi
     assert compare(tmp_path, *arguments, "--split=val").wait(timeout=280) == 0
     chosen = json.loads((tmp_path / "study/comparison_val.json").read_text())
     assert chosen["split"] == "val"
-    assert chosen["patients"] != told["patients"]
+    assert chosen["patients"] != result["patients"]
     assert first.parent.joinpath("run/val_rows.npz").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_sites_that_keep_their_models_are_judged_by_them(tmp_path):
+def test_sites_that_keep_their_models_are_evaluated_with_them(tmp_path):
     study = yaml.safe_load(Path(DEMO).read_text())
     study |= {
         "base": str(ROOT / "configs/federation/quickstart.yaml"),
@@ -157,12 +159,15 @@ def test_sites_that_keep_their_models_are_judged_by_them(tmp_path):
     command = [sys.executable, "-m", "mtmedformer", "compare", "--config=study.yaml", "--jobs=1", "--output=out"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads((tmp_path / "out/comparison.json").read_text())
-    assert {name: one["judged"] for name, one in told["variants"].items()} == {"local": "own", "personal": "global"}
-    together, own = (told["metrics"][m]["values"] for m in ("test/lungs/dice", "own/lungs/dice"))
+    result = json.loads((tmp_path / "out/comparison.json").read_text())
+    assert {name: one["evaluated"] for name, one in result["variants"].items()} == {
+        "local": "own",
+        "personal": "global",
+    }
+    together, own = (result["metrics"][m]["values"] for m in ("test/lungs/dice", "own/lungs/dice"))
     assert together["local"]["mean"] == own["local"]["mean"]
     assert together["personal"]["mean"]["value"] != own["personal"]["mean"]["value"]
-    assert told["metrics"]["test/lungs/nll"]["values"]["personal"]["mean"]["value"] > 0
+    assert result["metrics"]["test/lungs/nll"]["values"]["personal"]["mean"]["value"] > 0
 
 
 def test_the_federation_of_two_real_organs_runs(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
-"""``mtmedformer compare``: variants of a training, many seeds, one honest table.
+"""``mtmedformer compare``: train the variants of a study with several seeds, and compare them.
 
-``study.py`` reads what is to be compared, ``configuration.py`` asks the command line what that means, ``cells.py``
-gives every training its key and folder, ``runner.py`` runs those that are not finished by way of ``work.py``, and
-``results.py`` puts together what ``panels.py``, ``statistics.py`` and ``measures.py`` say, for ``report.py``.
+``study.py`` reads a study, ``configuration.py`` resolves the configuration of each variant, ``trainings.py`` defines
+the key and the folder of each training, ``runner.py`` runs those that are not finished, each as a process of
+``worker.py``. ``panels.py``, ``statistics.py`` and ``measures.py`` compute values, intervals and costs, ``results.py``
+joins them to a ``comparison.py``, and ``report.py`` and ``plots.py`` draw the page.
 """

@@ -1,95 +1,94 @@
-"""Pictures of a comparison: differences with their intervals, and every run at every site as a dot."""
+"""Plots of a comparison: differences with their intervals, and every run at every site as a dot."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
 
 import matplotlib as mpl
-import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-GOOD, BAD, EVEN = "#2f7d53", "#c2536b", "#8b929c"
+from mtmedformer.commands.compare.comparison import Difference, MetricComparison
+from mtmedformer.commands.compare.results import SUMMARIES
+from mtmedformer.plots.style import COLOURS, INK, STYLE
+
+BETTER, WORSE, EVEN = "#2f7d53", "#c2536b", "#8b929c"
 
 
-def forest(told: Mapping[str, Any], metric: str, reference: str, style: Mapping[Any, Any], ink: str) -> Figure:
-    """Draw the difference of every variant from the reference, with its interval: on average and at the worst site.
+def forest(metric: MetricComparison, name: str, reference: str) -> Figure:
+    """Draw the difference of every variant from the reference with its interval: of the mean and at the worst site.
 
     Args:
-        told: One metric of a comparison.
-        metric: Its name.
+        metric: One metric of a comparison.
+        name: Its name.
         reference: Name of the reference.
-        style: Settings of matplotlib.
-        ink: Colour of text.
     """
-    higher = told["higher_is_better"]
-    differences = told["differences"]
-    names = sorted(differences, key=lambda n: _finite(differences[n]["mean"]["value"]) * (1 if higher else -1))
-    with mpl.rc_context(dict(style)):
+    differences, sign = metric.differences, 1 if metric.higher_is_better else -1
+    names = sorted(differences, key=lambda n: _finite(differences[n]["mean"].value) * sign)
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.2, 1.3 + 0.34 * len(names)), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
-        for ax, of in zip(axes, ("mean", "worst"), strict=True):
-            for y, name in enumerate(names):
-                _interval(ax, y, differences[name][of])
-            ax.axvline(0, color=ink, linewidth=1)
-            ax.set_title("On average" if of == "mean" else "At the worst site")
-            ax.set_xlabel(f"{metric}, difference from {reference}")
+        for ax, of in zip(axes, SUMMARIES, strict=True):
+            for y, variant in enumerate(names):
+                _interval(ax, y, differences[variant][of])
+            ax.axvline(0, color=INK, linewidth=1)
+            ax.set_title("Mean" if of == "mean" else "Worst site")
+            ax.set_xlabel(f"{name}, difference from {reference}")
             ax.xaxis.set_major_locator(MaxNLocator(4))
             ax.grid(visible=False, axis="y")
             ax.margins(y=0.5 / max(1, len(names)))
         axes[0].set_yticks(range(len(names)), names)
         marks = [
             Line2D([], [], color=colour, marker="o", linestyle="-", label=label)
-            for label, colour in (("better", GOOD), ("worse", BAD), ("no difference shown", EVEN))
+            for label, colour in (("better", BETTER), ("worse", WORSE), ("no difference shown", EVEN))
         ]
         figure.legend(handles=marks, loc="outside lower center", ncols=3)
     return figure
 
 
-def dots(told: Mapping[str, Any], metric: str, colours: Sequence[str], style: Mapping[Any, Any], ink: str) -> Figure:
-    """Draw a dot for every run at every site, a row a variant, and the mean as a bar.
+def dots(metric: MetricComparison, name: str) -> Figure:
+    """Draw one dot per run and site, one row per variant, and the mean as a bar.
 
     Args:
-        told: One metric of a comparison.
-        metric: Its name.
-        colours: One a site, repeated where there are more sites.
-        style: Settings of matplotlib.
-        ink: Colour of text and of the mean.
+        metric: One metric of a comparison.
+        name: Its name.
     """
-    values, higher = told["values"], told["higher_is_better"]
-    names = sorted(values, key=lambda n: _finite(values[n]["mean"]["value"]) * (1 if higher else -1))
-    sites = sorted({site for value in values.values() for site in value["by_site"]})
-    with mpl.rc_context(dict(style)):
+    values, sign = metric.values, 1 if metric.higher_is_better else -1
+    names = sorted(values, key=lambda n: _finite(values[n].mean.value) * sign)
+    sites = sorted({site for value in values.values() for site in value.by_site})
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(sites))]
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.2, 1.4 + 0.42 * len(names)), layout="constrained")
         ax = figure.add_subplot()
-        for y, name in enumerate(names):
-            for s, site in enumerate(sites):
-                found = [run[site] for run in values[name]["by_run_and_site"].values() if site in run]
-                place = y + 0.5 * ((s + 0.5) / len(sites) - 0.5)
-                ax.plot(found, [place] * len(found), "o", markersize=3.6, alpha=0.8, color=colours[s % len(colours)])
-            mean = values[name]["mean"]["value"]
-            ax.plot([mean, mean], [y - 0.34, y + 0.34], color=ink, linewidth=1.6)
+        for y, variant in enumerate(names):
+            runs = values[variant].by_run_and_site.values()
+            for s, (site, colour) in enumerate(zip(sites, colours, strict=True)):
+                points = [run[site] for run in runs if site in run]
+                height = y + 0.5 * ((s + 0.5) / len(sites) - 0.5)
+                ax.plot(points, [height] * len(points), "o", markersize=3.6, alpha=0.8, color=colour)
+            mean = values[variant].mean.value
+            ax.plot([mean, mean], [y - 0.34, y + 0.34], color=INK, linewidth=1.6)
         ax.set_yticks(range(len(names)), names)
-        ax.set_xlabel(f"{metric}: a dot a run and site, the bar their mean")
+        ax.set_xlabel(f"{name}: one dot per run and site, the bar is the mean")
         ax.grid(visible=False, axis="y")
         marks = [
-            Line2D([], [], color=colours[s % len(colours)], marker="o", linestyle="", label=site)
-            for s, site in enumerate(sites)
+            Line2D([], [], color=colour, marker="o", linestyle="", label=site)
+            for site, colour in zip(sites, colours, strict=True)
         ]
         if len(sites) > 1:
             figure.legend(handles=marks, loc="outside lower center", ncols=min(6, len(sites)))
     return figure
 
 
-def _interval(ax: Any, y: int, told: Mapping[str, Any]) -> None:
-    colour = {"better": GOOD, "worse": BAD}.get(told["verdict"], EVEN)
-    if np.isfinite(told["low"]):
-        ax.plot([told["low"], told["high"]], [y, y], color=colour, linewidth=2, solid_capstyle="round")
-    if np.isfinite(told["value"]):
-        ax.plot([told["value"]], [y], "o", color=colour, markersize=5.5)
+def _interval(ax: Axes, y: int, difference: Difference) -> None:
+    colour = {"better": BETTER, "worse": WORSE}.get(difference.verdict, EVEN)
+    if math.isfinite(difference.low):
+        ax.plot([difference.low, difference.high], [y, y], color=colour, linewidth=2, solid_capstyle="round")
+    if math.isfinite(difference.value):
+        ax.plot([difference.value], [y], "o", color=colour, markersize=5.5)
 
 
 def _finite(value: float) -> float:
-    return value if np.isfinite(value) else -np.inf
+    return value if math.isfinite(value) else -math.inf

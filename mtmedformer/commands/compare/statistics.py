@@ -1,22 +1,21 @@
-r"""Is the difference between two variants more than chance? Intervals over patients and seeds, and verdicts.
+r"""Test whether two variants differ by more than chance: intervals over patients and seeds, and verdicts.
 
-The quantity is the mean over runs (seeds, folds) of a value that is a function of the test images: the mean over
-sites, or the worst site. Two sources of chance are looked at: other patients might have come to the same sites, and
-other seeds might have been drawn. Both are resampled, **paired**: a resample counts the same patients and the same runs
-for every variant.
+The quantity is the mean over runs (seeds, folds) of a function of the test images: the mean over sites, or the worst
+site. Two sources of variance are resampled: the patients at each site, and the seeds. The resamples are **paired**:
+each contains the same patients and the same runs for every variant.
 
 1. Patients are drawn with replacement within each site, all images of a patient together; runs are drawn with
    replacement. Of $n$ units $n - 1$ are drawn (Rao and Wu 1988), which makes the variance of a mean unbiased, where
    drawing $n$ would make it too small by $(n-1)/n$: a fifth with five seeds.
-2. The interval is $\hat d \pm t_{\nu}\, s$. $s^2$ is put together from three resampled variances: of patients alone,
-   $v_P$, of runs alone, $v_R$ (in closed form), and of both, $v_{PR}$. Patients and runs cross, and what depends on
-   both is once in each of the first two and three times in the third, so that $2 (v_P + v_R) - v_{PR}$ is unbiased, and
-   never taken below the larger of the two. $\nu$ is Satterthwaite's, so that five seeds are not taken for many.
-   Percentiles would be too narrow: with few runs the resamples can never lie outside the runs there are.
-3. Sites are fixed: the claim is about these sites.
+2. The interval is $\hat d \pm t_{\nu}\, s$. $s^2$ combines three resampled variances: of patients alone, $v_P$, of
+   runs alone, $v_R$ (in closed form), and of both, $v_{PR}$. Patients and runs are crossed, and their interaction is
+   contained once in each of the first two and three times in the third, so that $2 (v_P + v_R) - v_{PR}$ is unbiased;
+   it is never taken below the larger of the two. $\nu$ is Satterthwaite's, which accounts for the small number of
+   seeds. Percentiles would be too narrow, because resamples of few runs never lie outside these runs.
+3. Sites are fixed: a verdict holds for these sites.
 
 `scipy.stats.bootstrap` draws from one level only, and `n` of `n`; the test compares the two where they agree.
-`tests/mtmedformer/commands/compare/test_statistics.py` also simulates the rate of false alarms.
+`tests/mtmedformer/commands/compare/test_statistics.py` also simulates the rate of false positives.
 """
 
 from __future__ import annotations
@@ -31,20 +30,20 @@ from scipy import stats
 
 Floats = NDArray[np.float64]
 Summary = Literal["mean", "worst"]
-Verdict = Literal["better", "worse", "no difference shown", "cannot be said"]
+Verdict = Literal["better", "worse", "no difference shown", "not determined"]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One metric of one variant, on the data as they are and under resamples of patients; NaN where undefined.
+    """One metric of one variant, on the data and on resamples of patients; NaN where it is undefined.
 
     Attributes:
         runs: Names of the runs: a seed, a fold.
         sites: Names of the sites.
-        patients: Number of patients behind it.
+        patients: Number of patients.
         value: (runs, sites).
-        resampled: (R, runs, sites), the same resamples of patients in every panel of a study.
-        whole: (runs,) over all images at once, where means go over images; ``None`` where they go over sites.
+        resampled: (R, runs, sites), with the same resamples of patients in every panel of a study.
+        whole: (runs,) over all images together, for means over images; ``None`` for means over sites.
         whole_resampled: (R, runs) likewise.
     """
 
@@ -57,7 +56,7 @@ class Panel:
     whole_resampled: Floats | None = None
 
     def of(self, runs: Sequence[str]) -> Panel:
-        """Return the panel of some of its runs, in the given order."""
+        """Return the panel of some of the runs, in the given order."""
         rows = [self.runs.index(run) for run in runs]
         whole = None if self.whole is None else self.whole[rows]
         resampled = None if self.whole_resampled is None else self.whole_resampled[:, rows]
@@ -68,16 +67,16 @@ class Panel:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with what is known of its chance.
+    """A number with its interval.
 
     Attributes:
         value: The number.
-        low: Lower end of the interval; NaN where there is nothing to resample.
+        low: Lower end of the interval; NaN if there is nothing to resample.
         high: Upper end.
-        p: Two-sided p-value of its being 0.
+        p: Two-sided p-value of the hypothesis that it is 0.
         error: Standard error.
         freedom: Degrees of freedom.
-        from_runs: Share of the variance that comes from runs rather than patients; NaN with one run.
+        from_runs: Share of the variance that is due to runs and not to patients; NaN with one run.
     """
 
     value: float
@@ -90,17 +89,17 @@ class Estimate:
 
 
 def draw_patients(sites: Mapping[str, Sequence[str]], replicates: int, seed: int) -> dict[str, NDArray[np.int32]]:
-    """Draw all but one of each site's patients with replacement, in every resample.
+    """Draw $n - 1$ of the $n$ patients of each site with replacement, for every resample.
 
-    A site with one patient keeps it: nothing can be said of its chance.
+    A site with one patient keeps it, so that its variance is not estimated.
 
     Args:
         sites: Patients of each site.
         replicates: Number of resamples R.
-        seed: Seed of the draw; a site's draw depends on it and on the site's number of patients and place alone.
+        seed: Seed of the draw; the draw of a site depends only on the seed and the site's position and patient count.
 
     Returns:
-        By site (R, patients): how often each patient counts, in the order given.
+        By site (R, patients): the number of times each patient is drawn, in the given order.
     """
     found = {}
     for i, (site, patients) in enumerate(sorted(sites.items())):
@@ -112,7 +111,7 @@ def draw_patients(sites: Mapping[str, Sequence[str]], replicates: int, seed: int
 
 
 def draw_runs(runs: int, replicates: int, seed: int) -> Floats:
-    """Draw all but one of the runs with replacement: (R, runs) weights that sum to 1; equal ones for a single run."""
+    """Draw $n - 1$ of the $n$ runs with replacement, as weights (R, runs) that sum to 1; one run has weight 1."""
     if runs < 2:
         return np.ones((replicates, runs))
     rng = np.random.default_rng([seed, 1_000_003])
@@ -127,12 +126,12 @@ def estimate(
     seed: int = 0,
     level: float = 0.95,
 ) -> Estimate:
-    """Return a variant's value, or its difference from the reference over the runs that both have.
+    """Estimate the value of a variant, or its difference from the reference on the runs that both have.
 
     Args:
         panel: The variant.
-        reference: What is taken from it; ``None`` for the value itself.
-        of: The mean (over sites, or over images where the panels have ``whole``), or the worst site.
+        reference: The variant to subtract; ``None`` for the value itself.
+        of: The mean (over sites, or over images if the panels have ``whole``), or the worst site.
         higher_is_better: Which site is the worst.
         seed: Seed of the draw of runs.
         level: Probability mass of the interval.
@@ -160,12 +159,12 @@ def estimate(
 
 
 def _minus(parts: Sequence[Floats]) -> Floats:
-    """Return the first of one part, or the first less the second of two."""
+    """Return the only part, or the difference of two."""
     return parts[0] if len(parts) == 1 else parts[0] - parts[1]
 
 
 def _summary(panel: Panel, known: NDArray[np.bool_], of: str, higher: bool) -> Callable[[Floats, Panel | None], Floats]:
-    """Return the function of run weights (R, runs) that evaluates a panel: under its resamples, or as it is."""
+    """Return the function of run weights (R, runs) that evaluates a panel, resampled or not."""
 
     def evaluate(weights: Floats, resampled: Panel | None) -> Floats:
         if of == "mean" and panel.whole is not None:
@@ -179,7 +178,7 @@ def _summary(panel: Panel, known: NDArray[np.bool_], of: str, higher: bool) -> C
 
 
 def _weighted(weights: Floats, values: Floats) -> Floats:
-    """Average (R, runs, sites) over the runs where a value is known."""
+    """Average (R, runs, sites) over the runs with a known value."""
     there = ~np.isnan(values)
     total = (weights * there).sum(axis=1)
     top = (weights * np.where(there, values, 0)).sum(axis=1)
@@ -188,7 +187,7 @@ def _weighted(weights: Floats, values: Floats) -> Floats:
 
 
 def _over_sites(sites: Floats, of: str, higher: bool) -> Floats:
-    """Return the mean or the worst of (R, sites), over the sites known in each resample."""
+    """Return the mean or the worst of (R, sites) over the sites that are known in each resample."""
     there = ~np.isnan(sites)
     if of == "mean":
         return _weighted(np.ones((1, sites.shape[1], 1)), sites[:, :, None])[:, 0]
@@ -198,12 +197,12 @@ def _over_sites(sites: Floats, of: str, higher: bool) -> Floats:
 
 
 def per_run(panel: Panel, known: NDArray[np.bool_], of: str, higher: bool) -> Floats:
-    """Return the value of each run by itself: the mean or worst of the sites that are known, or of all images."""
+    """Return the value of each run: the mean or the worst of the known sites, or the mean over all images."""
     if of == "mean" and panel.whole is not None:
         return panel.whole
     if of == "mean":
         return _over_sites(panel.value[:, known], of, higher)
-    sites = panel.value[:, known].mean(axis=0)  # the site that is worst on average, in every run
+    sites = panel.value[:, known].mean(axis=0)  # in every run, the site that is worst on average
     return panel.value[:, known][:, int(sites.argmin() if higher else sites.argmax())]
 
 
@@ -216,9 +215,9 @@ def _interval(
     runs = float(known.var(ddof=1) / len(known)) if len(known) > 1 else 0.0
     if len(samples) < 2 or not (freedom_patients > 0 or len(known) > 1):
         return Estimate(value)
-    # runs and patients cross: what belongs to both is in each part once, and in the joint resamples three times
+    # runs and patients are crossed: their interaction is in each part once, in the joint resamples three times
     error = max(runs, patients, 2 * (runs + patients) - float(samples.var())) ** 0.5
-    if error < 1e-12:  # two names for one model
+    if error < 1e-12:  # the same model under two names
         alike = abs(value) < 1e-12
         return Estimate(value, value, value, 1.0 if alike else 0.0, error, float("nan"))
     parts = [(runs, len(known) - 1), (patients, freedom_patients)]
@@ -230,7 +229,7 @@ def _interval(
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Return p-values corrected for their number by Holm's step-down procedure; NaN stays NaN and does not count.
+    """Correct p-values for their number by Holm's step-down procedure; NaN stays NaN and is not counted.
 
     Reference:
         Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6, 1979.
@@ -245,9 +244,9 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def verdict(difference: float, corrected: float, higher_is_better: bool = True, alpha: float = 0.05) -> Verdict:
-    """Say what a difference and its corrected p-value allow to be said."""
+    """Return the verdict on a difference with its corrected p-value."""
     if corrected != corrected:
-        return "cannot be said"
+        return "not determined"
     if corrected >= alpha or difference == 0:
         return "no difference shown"
     return "better" if (difference > 0) == higher_is_better else "worse"

@@ -1,4 +1,4 @@
-"""What a study says: base configuration, variants, seeds, and the metrics that decide."""
+"""Read a study: base configuration, variants, seeds and metrics."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Variant:
     """One way of training.
 
     Attributes:
-        name: What it is called, in tables and in folders.
-        about: What it is, in a few words.
+        name: Its name, in tables and in folders.
+        about: A short description.
         config: Further configuration files, after those of the study.
         overrides: Values by dotted key, as on the command line.
     """
@@ -40,20 +40,21 @@ class Study:
     """A comparison of variants, each trained with every seed on every fold.
 
     Attributes:
-        name: What the study is called.
+        name: Name of the study.
         base: Configuration files that all variants share.
-        variants: The variants by name, in the order of the table.
+        variants: The variants by name, in the order of the tables.
         reference: The variant that the others are compared with.
-        metrics: What is compared, the deciding one first: ``<task>/<metric>``, or ``<metric>`` for the mean over the
-            tasks that have it; after ``own/`` it is that of each site's own model where it keeps one.
-        question: What the study asks, in a sentence.
+        metrics: Metrics to compare, the deciding one first: ``<task>/<metric>``, or ``<metric>`` for the mean over the
+            tasks that have it; with ``own/`` before it, the metric of each site's own model, if it keeps one.
+        question: The question of the study, in one sentence.
         overrides: Values by dotted key for all variants.
-        seeds: Seeds of the weights and of everything drawn in training.
+        seeds: Seeds of the initial weights and of all random numbers in training.
         folds: Folds of the cross-validation of a data set (``data.fold``); ``null`` is its fixed validation split.
-        splits: Seeds of the splits and of the order of the images (``data.seed``); ``null`` is the configuration's.
-        average: Whether means go over ``sites`` (every site counts the same) or over ``images``.
-        checkpoint: Which weights are judged: the ``last``, or the ``best`` on validation. Models that sites keep for
-            themselves are always their last.
+        splits: Seeds of the splits and of the order of the images (``data.seed``); ``null`` is that of the
+            configuration.
+        average: Whether means are taken over ``sites`` (all sites have the same weight) or over ``images``.
+        checkpoint: Which weights are evaluated: the ``last``, or the ``best`` on validation. The sites' own models are
+            always the last.
         yardstick: The variant trained on all data in one place, if there is one.
         tuning: How many settings were tried for each variant, on validation images.
         form: Name of the form that was chosen, such as ``small``.
@@ -85,7 +86,7 @@ class Study:
         return replace(self, reference=reference)
 
     def led_by(self, metric: str) -> Study:
-        """Return the study with one of its metrics first, which is the one the terminal and the page begin with.
+        """Return the study with one of its metrics first; terminal and page begin with it.
 
         Raises:
             ConfigError: When the study has no such metric.
@@ -94,7 +95,7 @@ class Study:
         return replace(self, metrics=(metric, *(name for name in self.metrics if name != metric)))
 
     def only(self, names: Sequence[str]) -> Study:
-        """Return the study of some of its variants; the reference stays in.
+        """Return the study with some of its variants and the reference.
 
         Raises:
             ConfigError: When a variant is unknown.
@@ -112,17 +113,17 @@ OF_A_FORM = {"overrides", "seeds", "folds", "splits", "metrics", "checkpoint", "
 def read_study(file: Path, form: str | None = None, extra: Mapping[str, Any] | None = None) -> Study:
     """Read a study and choose its form.
 
-    A study that is ``like`` another takes over what it does not say itself, and of the variants those it does not name.
+    A study with a key ``like`` takes the keys and the variants that it does not have from another study.
 
     Args:
         file: The YAML file; files it names lie beside it.
-        form: Name of the form; ``None`` is the first there is.
-        extra: Further overrides for all variants, after all others.
+        form: Name of the form; ``None`` is the first.
+        extra: Further overrides for all variants, applied last.
 
     Raises:
-        ConfigError: A key, a name or a value that cannot be, with what was probably meant.
+        ConfigError: A key, a name or a value is invalid; the message suggests a similar one.
     """
-    table = _told(file)
+    table = _with_parent(file)
     for key in ("base", "variants", "reference", "metrics"):
         if not table.get(key):
             raise ConfigError(f"{file}: {key} is missing; a study has base, variants, reference and metrics")
@@ -132,19 +133,19 @@ def read_study(file: Path, form: str | None = None, extra: Mapping[str, Any] | N
         raise ConfigError(f"--form {form}: {file} has no forms")
     if forms:
         _choose("--form", chosen, forms)
-        told = _mapping(file, f"forms.{chosen}", forms[chosen])
-        _known(f"{file}: forms.{chosen}", told, OF_A_FORM)
-        overrides = {**_mapping(file, "overrides", table.get("overrides")), **(told.pop("overrides", None) or {})}
-        more = _mapping(file, f"forms.{chosen}.variants", told.pop("variants", {}))
+        content = _mapping(file, f"forms.{chosen}", forms[chosen])
+        _known(f"{file}: forms.{chosen}", content, OF_A_FORM)
+        overrides = {**_mapping(file, "overrides", table.get("overrides")), **(content.pop("overrides", None) or {})}
+        more = _mapping(file, f"forms.{chosen}.variants", content.pop("variants", {}))
         table["variants"] = _merged(file, table["variants"], more)
-        table |= told | {"overrides": overrides}
+        table |= content | {"overrides": overrides}
     study = _study(file, table, chosen)
     _check(file, study)
     return replace(study, overrides={**study.overrides, **(extra or {})})
 
 
-def _told(file: Path, after: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return what a file says, on top of what the study it is like says."""
+def _with_parent(file: Path, after: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the content of a file, merged into that of the study it is ``like``."""
     table = _loaded(file)
     _known(str(file), table, KEYS)
     other = table.pop("like", None)
@@ -152,18 +153,16 @@ def _told(file: Path, after: tuple[Path, ...] = ()) -> dict[str, Any]:
         return table
     (path,) = _files(file, "like", other)
     if path.resolve() in after:
-        raise ConfigError(f"{file}: like: {other} is like this study in turn")
-    below = _told(path, (*after, file.resolve()))
-    variants = _merged(file, below["variants"], {}) | {
-        name: told for name, told in _mapping(file, "variants", table.get("variants")).items()
-    }
+        raise ConfigError(f"{file}: like: {other} is in turn like this study")
+    below = _with_parent(path, (*after, file.resolve()))
+    variants = _merged(file, below["variants"], {}) | _mapping(file, "variants", table.get("variants"))
     return {**below, "name": file.stem, **table, "variants": {n: v for n, v in variants.items() if v != "absent"}}
 
 
 def _study(file: Path, table: dict[str, Any], form: str) -> Study:
     variants = {
-        str(name): _variant(file, str(name), _mapping(file, f"variants.{name}", told))
-        for name, told in _mapping(file, "variants", table["variants"]).items()
+        str(name): _variant(file, str(name), _mapping(file, f"variants.{name}", one))
+        for name, one in _mapping(file, "variants", table["variants"]).items()
     }
     return Study(
         name=str(table.get("name") or file.stem),
@@ -184,17 +183,17 @@ def _study(file: Path, table: dict[str, Any], form: str) -> Study:
     )
 
 
-def _variant(file: Path, name: str, told: dict[str, Any]) -> Variant:
-    about, config = str(told.pop("about", "")), told.pop("config", [])
-    return Variant(name, about, _files(file, f"variants.{name}.config", config), told)
+def _variant(file: Path, name: str, content: dict[str, Any]) -> Variant:
+    about, config = str(content.pop("about", "")), content.pop("config", [])
+    return Variant(name, about, _files(file, f"variants.{name}.config", config), content)
 
 
 def _check(file: Path, study: Study) -> None:
     for name in study.variants:
         if not re.fullmatch(r"\w[\w.+-]*", name):
-            raise ConfigError(f"{file}: variants: {name!r} cannot be a folder; use letters, digits, '_', '-', '+', '.'")
+            raise ConfigError(f"{file}: variants: {name!r} is no folder name; use letters, digits, '_', '-', '+', '.'")
     if len(study.variants) < 2:
-        raise ConfigError(f"{file}: variants: there is one; a comparison has two or more")
+        raise ConfigError(f"{file}: variants: there is one; a comparison needs two or more")
     _choose(f"{file}: reference", study.reference, study.variants)
     if study.yardstick is not None:
         _choose(f"{file}: yardstick", study.yardstick, study.variants)
@@ -213,32 +212,32 @@ def _check(file: Path, study: Study) -> None:
 
 
 def metric_words(metric: str) -> list[str]:
-    """Return the parts of a metric's name without ``test/`` and ``own/``: task and metric, or the metric alone."""
+    """Return the parts of a metric's name without ``test/`` and ``own/``: task and metric, or only the metric."""
     words = metric.split("/")
     return words[1:] if words[0] in ("test", "own") else words
 
 
 def is_own(metric: str) -> bool:
-    """Return whether a metric is that of the sites' own models."""
+    """Return whether a metric is one of the sites' own models."""
     return metric.split("/")[0] == "own"
 
 
 def _merged(file: Path, variants: Any, more: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the variants with what a form says of some of them, by name or by pattern, such as ``lungs*``."""
+    """Return the variants with the changes of a form, which names them or gives a pattern such as ``lungs*``."""
     merged = dict(_mapping(file, "variants", variants))
-    for pattern, told in more.items():
+    for pattern, changes in more.items():
         names = fnmatch.filter(merged, pattern)
         if not names:
             _choose(f"{file}: forms.….variants", pattern, merged)
         for name in names:
-            merged[name] = {**(merged[name] or {}), **(told or {})}
+            merged[name] = {**(merged[name] or {}), **(changes or {})}
     return merged
 
 
 def _loaded(file: Path) -> dict[str, Any]:
     if not file.is_file():
         known = sorted(p.name for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
-        raise ConfigError(f"--config {file}: no such file; {file.parent} holds {', '.join(known) or 'no .yaml'}")
+        raise ConfigError(f"--config {file}: no such file; {file.parent} contains {', '.join(known) or 'no .yaml'}")
     try:
         table = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
@@ -259,20 +258,20 @@ def _list(value: Any) -> list[Any]:
 
 
 def _files(file: Path, key: str, value: Any) -> tuple[Path, ...]:
-    found = tuple(file.parent / str(name) for name in _list(value))
-    for path in found:
+    listed = tuple(file.parent / str(name) for name in _list(value))
+    for path in listed:
         if not path.is_file():
             raise ConfigError(f"{file}: {key}: no file {path}; paths are relative to the study's own folder")
-    return found
+    return listed
 
 
 def _numbers(file: Path, key: str, value: Any) -> tuple[int | None, ...]:
-    found = _list(value)
-    if not found or not all(n is None or (isinstance(n, int) and not isinstance(n, bool)) for n in found):
+    listed = _list(value)
+    if not listed or not all(n is None or (isinstance(n, int) and not isinstance(n, bool)) for n in listed):
         raise ConfigError(f"{file}: {key} is {value!r}; give whole numbers, such as [0, 1, 2]")
-    if len(set(found)) < len(found):
-        raise ConfigError(f"{file}: {key} is {value!r}; the same number twice would count one training as two")
-    return tuple(found)
+    if len(set(listed)) < len(listed):
+        raise ConfigError(f"{file}: {key} is {value!r}; each number may be given once")
+    return tuple(listed)
 
 
 def _known(where: str, table: Mapping[str, Any], keys: set[str]) -> None:
@@ -281,7 +280,7 @@ def _known(where: str, table: Mapping[str, Any], keys: set[str]) -> None:
 
 
 def _choose(where: str, value: Any, choices: Any) -> None:
-    """Raise unless a value is one of the choices, with the one that was probably meant."""
+    """Raise an error unless a value is one of the choices; the message suggests a similar one."""
     names = [str(choice) for choice in choices]
     if value in names:
         return

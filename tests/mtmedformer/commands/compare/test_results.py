@@ -1,4 +1,4 @@
-"""A comparison of cells that were never trained: made-up scores in, table, verdicts, costs, remarks and page out."""
+"""A comparison of trainings with made-up scores: table, verdicts, costs, remarks and page; nothing is trained."""
 
 import csv
 import json
@@ -11,12 +11,13 @@ import torch
 
 from mtmedformer.batch import Meta
 from mtmedformer.commands.compare import runner
-from mtmedformer.commands.compare.cells import Cell, digest, write_json
 from mtmedformer.commands.compare.code_version import code_version
-from mtmedformer.commands.compare.measures import curve_of, measures, same_start
+from mtmedformer.commands.compare.comparison import Costs, write_csv, write_json_report
+from mtmedformer.commands.compare.measures import costs_of, curve_of, same_start
 from mtmedformer.commands.compare.report import render
-from mtmedformer.commands.compare.results import compare, higher_is_better, limits, write_csv, write_json_report
+from mtmedformer.commands.compare.results import compare, higher_is_better, limits
 from mtmedformer.commands.compare.study import Study, Variant
+from mtmedformer.commands.compare.trainings import Evaluation, RoundCosts, Status, Training, digest, write_json
 from mtmedformer.metrics.rows import save_rows
 from mtmedformer.metrics.segmentation import SegmentationMetrics
 
@@ -34,30 +35,25 @@ def rows_file(file: Path, dice: dict[str, np.ndarray], patients: int = 0) -> Non
     save_rows({"lungs": metric}, file, "salt")
 
 
-def make_cell(folder, variant, run, dice, *, own=None, by="global", start="same", curve=(0.2, 0.5, 0.6), patients=0):
-    cell = Cell(variant, run, {"trainer": {"max_epochs": 3}}, digest([variant, run]), folder / variant / run)
-    (cell.folder / "run").mkdir(parents=True)
-    judged = {"test": {"by": by, "seconds": 1.0}}
-    told = {
-        "code": code_version(),
-        "fitted": True,
-        "seconds": 10.0,
-        "processor_seconds": 8.0,
-        "by": by,
-        "judged": judged,
-    }
-    write_json(told, cell.folder / "cell.json")
+def make_training(
+    folder, variant, run, dice, *, own=None, by="global", start="same", curve=(0.2, 0.5, 0.6), patients=0
+):
+    training = Training(variant, run, {"trainer": {"max_epochs": 3}}, digest([variant, run]), folder / variant / run)
+    (training.folder / "run").mkdir(parents=True)
+    status = Status(code_version(), fitted=True, seconds=10.0, processor_seconds=8.0, models=by)
+    status.evaluated = {"test": Evaluation(by, 1.0)}
+    status.write(training.folder)
     if by == "global":
-        rows_file(cell.folder / "run/test_rows.npz", dice, patients)
+        rows_file(training.folder / "run/test_rows.npz", dice, patients)
     for site, scores in (own or {}).items():
-        rows_file(cell.folder / f"run/sites/{site}/test_rows.npz", {site: scores})
-    write_json({"encoder": {"hash": f"{start} {run}", "weights": 5}}, cell.folder / "start_weights.json")
-    write_json({"bytes": [100] * 3, "bytes_down": [200] * 3, "seconds": [1.0, 2.0, 3.0]}, cell.folder / "rounds.json")
+        rows_file(training.folder / f"run/sites/{site}/test_rows.npz", {site: scores})
+    write_json({"encoder": {"hash": f"{start} {run}", "weights": 5}}, training.folder / "start_weights.json")
+    RoundCosts([100] * 3, [200] * 3, [1.0, 2.0, 3.0]).write(training.folder)
     lines = [["epoch", "val/lungs/dice", "val/lungs/dice/site=a", "val/lungs/dice/site=b"]]
     lines += [[i, 0.9, value - 0.1, value + 0.1] for i, value in enumerate(curve)]
-    with (cell.folder / "run/metrics.csv").open("w", newline="") as file:
+    with (training.folder / "run/metrics.csv").open("w", newline="") as file:
         csv.writer(file).writerows(lines)
-    return cell
+    return training
 
 
 def scores(seed, shift=0.0):
@@ -69,7 +65,7 @@ def scores(seed, shift=0.0):
 
 def make_study(**changes):
     names = ("plain", "better", "alike")
-    told = {
+    result = {
         "name": "made-up",
         "base": (),
         "reference": "plain",
@@ -79,109 +75,101 @@ def make_study(**changes):
         "yardstick": "better",
         "tuning": dict.fromkeys(names, 4),
     }
-    return Study(**(told | changes))
+    return Study(**(result | changes))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    cells = []
+    trainings = []
     for seed in range(3):
         for name, shift in (("plain", 0.0), ("better", 0.05), ("alike", 0.0)):
             own = {s: v + 0.1 for s, v in scores(seed, shift).items()} if name == "alike" else None
-            cells.append(make_cell(folder, name, f"seed{seed}", scores(seed + (name == "alike") * 7, shift), own=own))
-    return compare(make_study(), cells, "test", replicates=500), cells
+            trainings.append(
+                make_training(folder, name, f"seed{seed}", scores(seed + (name == "alike") * 7, shift), own=own)
+            )
+    return compare(make_study(), trainings, "test", replicates=500), trainings
 
 
-def test_better_is_called_better_and_alike_is_not(made):
-    told = made[0]["metrics"]["test/lungs/dice"]
-    assert told["differences"]["better"]["mean"]["verdict"] == "better"
-    assert told["differences"]["better"]["mean"]["value"] == pytest.approx(0.05, abs=0.01)
-    assert told["differences"]["better"]["worst"]["verdict"] == "better"
-    assert told["differences"]["alike"]["mean"]["verdict"] == "no difference shown"
-    assert set(told["pairs"]) == {"plain|better", "plain|alike", "better|alike"}
-    assert told["pairs"]["plain|better"]["verdict"] == "worse", "the first of a pair against the second"
-    assert told["pairs"]["plain|better"]["p_holm"] >= told["pairs"]["plain|better"]["p"]
+def test_a_better_variant_is_called_better_and_an_equal_one_is_not(made):
+    result = made[0].metrics["test/lungs/dice"]
+    assert result.differences["better"]["mean"].verdict == "better"
+    assert result.differences["better"]["mean"].value == pytest.approx(0.05, abs=0.01)
+    assert result.differences["better"]["worst"].verdict == "better"
+    assert result.differences["alike"]["mean"].verdict == "no difference shown"
+    assert set(result.pairs) == {"plain|better", "plain|alike", "better|alike"}
+    assert result.pairs["plain|better"].verdict == "worse", "the first of a pair against the second"
+    assert result.pairs["plain|better"].p_holm >= result.pairs["plain|better"].p
 
 
-def test_the_mean_goes_over_sites_and_the_worst_site_is_named(made):
-    value = made[0]["metrics"]["test/lungs/dice"]["values"]["plain"]
+def test_the_mean_is_taken_over_sites_and_the_worst_site_is_named(made):
+    value = made[0].metrics["test/lungs/dice"].values["plain"]
     by_site = {s: np.mean([scores(seed)[s].mean() for seed in range(3)]) for s in SITES}
-    assert value["by_site"] == pytest.approx(by_site)
-    assert value["mean"]["value"] == pytest.approx(np.mean(list(by_site.values())))
-    assert value["worst_site"] == min(by_site, key=by_site.get)
-    assert set(value["by_run"]) == {"seed0", "seed1", "seed2"}
+    assert value.by_site == pytest.approx(by_site)
+    assert value.mean.value == pytest.approx(np.mean(list(by_site.values())))
+    assert value.worst_site == min(by_site, key=by_site.get)
+    assert set(value.by_run) == {"seed0", "seed1", "seed2"}
 
 
-def test_every_variant_is_measured_by_the_yardstick(made):
-    values = made[0]["metrics"]["test/lungs/dice"]["values"]
-    assert values["better"]["share"] == 1
-    assert values["plain"]["share"] == pytest.approx(
-        values["plain"]["mean"]["value"] / values["better"]["mean"]["value"]
-    )
-    assert "of better" in render(made[0])
-    fewer = [cell for cell in made[1] if (cell.variant, cell.run) != ("better", "seed2")]
-    few = compare(make_study(), fewer, "test", replicates=50)["metrics"]["test/lungs/dice"]["values"]
-    both = [few["plain"]["by_run"][run] / few["better"]["mean"]["value"] for run in ("seed0", "seed1")]
-    assert few["plain"]["share"] == pytest.approx(np.mean(both)), "on the runs that both have"
+def test_values_are_given_as_shares_of_the_yardstick(made):
+    values = made[0].metrics["test/lungs/dice"].values
+    assert values["better"].share == 1
+    assert values["plain"].share == pytest.approx(values["plain"].mean.value / values["better"].mean.value)
+    assert "share of better" in render(made[0])
+    fewer = [training for training in made[1] if (training.variant, training.run) != ("better", "seed2")]
+    few = compare(make_study(), fewer, "test", replicates=50).metrics["test/lungs/dice"].values
+    both = [few["plain"].by_run[run] / few["better"].mean.value for run in ("seed0", "seed1")]
+    assert few["plain"].share == pytest.approx(np.mean(both)), "on the runs that both have"
     alone = compare(make_study(yardstick=None), made[1], "test", replicates=50)
-    assert math.isnan(alone["metrics"]["test/lungs/dice"]["values"]["plain"]["share"])
-    assert "of better" not in render(alone)
+    assert math.isnan(alone.metrics["test/lungs/dice"].values["plain"].share)
+    assert "share of better" not in render(alone)
 
 
-def test_means_may_go_over_images(made):
-    told = compare(make_study(average="images"), made[1], "test", replicates=50)
+def test_means_over_images(made):
+    result = compare(make_study(average="images"), made[1], "test", replicates=50)
     every = np.mean([np.concatenate(list(scores(seed).values())).mean() for seed in range(3)])
-    assert told["metrics"]["test/lungs/dice"]["values"]["plain"]["mean"]["value"] == pytest.approx(every)
+    assert result.metrics["test/lungs/dice"].values["plain"].mean.value == pytest.approx(every)
 
 
-def test_sites_own_models_are_judged_where_there_are_any(made):
-    values = made[0]["metrics"]["own/dice"]["values"]
-    together = made[0]["metrics"]["test/lungs/dice"]["values"]
-    assert values["alike"]["mean"]["value"] > together["alike"]["mean"]["value"] + 0.05
-    assert values["plain"]["mean"]["value"] == pytest.approx(together["plain"]["mean"]["value"]), "else the global one"
+def test_the_sites_own_models_are_evaluated_if_there_are_any(made):
+    values = made[0].metrics["own/dice"].values
+    together = made[0].metrics["test/lungs/dice"].values
+    assert values["alike"].mean.value > together["alike"].mean.value + 0.05
+    assert values["plain"].mean.value == pytest.approx(together["plain"].mean.value), "else the global one"
 
 
 def test_without_a_global_model_the_sites_own_are_the_result(tmp_path):
-    alone = make_cell(tmp_path, "better", "seed0", {}, own=scores(0), by="own")
-    plain = make_cell(tmp_path, "plain", "seed0", scores(0))
-    told = compare(make_study(), [plain, alone], "test", replicates=50)
-    assert told["variants"]["better"]["judged"] == "own"
-    values = told["metrics"]["test/lungs/dice"]["values"]
-    assert values["better"]["mean"]["value"] == pytest.approx(values["plain"]["mean"]["value"])
+    alone = make_training(tmp_path, "better", "seed0", {}, own=scores(0), by="own")
+    plain = make_training(tmp_path, "plain", "seed0", scores(0))
+    result = compare(make_study(), [plain, alone], "test", replicates=50)
+    assert result.variants["better"].evaluated == "own"
+    values = result.metrics["test/lungs/dice"].values
+    assert values["better"].mean.value == pytest.approx(values["plain"].mean.value)
 
 
-def test_costs_and_how_soon_the_yardstick_is_nearly_reached(made, tmp_path):
-    assert made[0]["costs"]["plain"] == {
-        "weights": 5,
-        "seconds": 10.0,
-        "processor_seconds": 8.0,
-        "rounds": 3,
-        "bytes": 300,
-        "bytes_down": 600,
-        "rounds_to_95": 2,
-        "bytes_to_95": 200,
-        "seconds_to_95": 3.0,
-    }
-    slow = make_cell(tmp_path, "slow", "seed0", scores(0), curve=(0.1, 0.2, 0.3))
-    cost = measures(slow, "test/lungs/dice", made[1][0], True)
-    assert cost["rounds_to_95"] is None
-    assert cost["bytes"] == 300
+def test_costs_in_all_and_until_95_percent_of_the_yardstick(made, tmp_path):
+    assert made[0].costs["plain"] == Costs(5, 10.0, 8.0, 3, 300, 600, 2, 200, 3.0)
+    slow = make_training(tmp_path, "slow", "seed0", scores(0), curve=(0.1, 0.2, 0.3))
+    cost = costs_of(slow, "test/lungs/dice", made[1][0], True)
+    assert cost.rounds_to_95 is None
+    assert cost.bytes == 300
     assert curve_of(slow, "test/lungs/dice").values == pytest.approx([0.1, 0.2, 0.3]), "the mean over sites, not images"
     assert curve_of(slow, "test/dice").values == pytest.approx([0.1, 0.2, 0.3])
 
 
-def test_remarks_say_what_speaks_against_the_table(made, tmp_path):
-    assert made[0]["remarks"] == ["There are 3 runs; with fewer than five, what the seeds contribute is rough."]
-    plain = make_cell(tmp_path, "plain", "seed0", scores(0))
-    other = make_cell(tmp_path, "better", "seed0", scores(0), start="other", patients=5)
-    missing = Cell("alike", "seed0", {}, "", tmp_path / "nowhere")
+def test_remarks_name_the_limits_of_the_comparison(made, tmp_path):
+    assert made[0].remarks == [
+        "There are 3 runs; with fewer than five, the variance between seeds is a rough estimate."
+    ]
+    plain = make_training(tmp_path, "plain", "seed0", scores(0))
+    other = make_training(tmp_path, "better", "seed0", scores(0), start="other", patients=5)
+    missing = Training("alike", "seed0", {}, "", tmp_path / "nowhere")
     study = make_study(tuning={"plain": 1, "better": 9})
-    found = " ".join(compare(study, [plain, other, missing], "test", replicates=20)["remarks"])
+    found = " ".join(compare(study, [plain, other, missing], "test", replicates=20).remarks)
     for words in (
         "1 of 3 trainings",
         "one run",
-        "same number of settings",
+        "number of settings tried",
         "encoder started differently",
         "different images",
     ):
@@ -189,29 +177,29 @@ def test_remarks_say_what_speaks_against_the_table(made, tmp_path):
     assert same_start([plain]) == []
 
 
-def test_other_starts_are_told_once_for_all_runs_and_not_of_other_architectures(tmp_path):
-    cells = []
+def test_different_initial_weights_are_reported_once_and_not_for_other_architectures(tmp_path):
+    trainings = []
     for run in ("seed0", "seed1"):
         for name, weights, head in (("plain", 5, "same"), ("better", 5, "same"), ("wide", 9, "other")):
-            cells.append(make_cell(tmp_path, name, run, scores(0)))
+            trainings.append(make_training(tmp_path, name, run, scores(0)))
             start = {"encoder": {"hash": name, "weights": weights}, "heads.lungs": {"hash": head, "weights": 5}}
-            write_json(start, cells[-1].folder / "start_weights.json")
-    assert same_start(cells) == ["seed0, seed1: encoder started differently in plain; better"]
+            write_json(start, trainings[-1].folder / "start_weights.json")
+    assert same_start(trainings) == ["seed0, seed1: encoder started differently in plain; better"]
 
 
-def test_a_metric_nobody_has_is_told_and_the_rest_is_compared(made):
-    told = compare(make_study(metrics=("test/lungs/dice", "test/dcie")), made[1], "test", replicates=20)
-    assert list(told["metrics"]) == ["test/lungs/dice"]
-    assert any("did you mean dice" in remark for remark in told["remarks"])
+def test_an_unknown_metric_is_a_remark_and_the_others_are_compared(made):
+    result = compare(make_study(metrics=("test/lungs/dice", "test/dcie")), made[1], "test", replicates=20)
+    assert list(result.metrics) == ["test/lungs/dice"]
+    assert any("did you mean dice" in remark for remark in result.remarks)
 
 
-def test_nothing_finished_is_no_error():
-    told = compare(make_study(), [], "test")
-    assert told["metrics"] == {}
-    assert "No training is finished yet" in render(told)
+def test_a_study_without_finished_trainings_has_a_report():
+    result = compare(make_study(), [], "test")
+    assert result.metrics == {}
+    assert "No training is finished yet" in render(result)
 
 
-def test_reports_are_written_and_stand_alone(made, tmp_path):
+def test_reports_are_written_and_need_no_other_file(made, tmp_path):
     write_json_report(made[0], tmp_path / "c.json")
     assert json.loads((tmp_path / "c.json").read_text())["reference"] == "plain"
     write_csv(made[0], tmp_path / "c.csv")
@@ -246,27 +234,27 @@ def test_direction(metric, expected):
         ("own/nll_raw", (0, math.inf)),
     ],
 )
-def test_where_a_metric_ends(metric, expected):
+def test_limits_of_a_metric(metric, expected):
     assert limits(metric) == expected
 
 
-def test_an_interval_ends_where_its_metric_does(tmp_path):
+def test_an_interval_stays_within_the_limits_of_its_metric(tmp_path):
     seen = {"north": np.array([0.0, 0.0, 1.0]), "south": np.array([1.0, 0.0, 1.0])}
-    cells = [make_cell(tmp_path, name, f"seed{i}", seen) for name in ("plain", "better") for i in range(2)]
-    told = compare(make_study(metrics=("test/lungs/dice",)), cells, "test", replicates=50)
-    value = told["metrics"]["test/lungs/dice"]["values"]["plain"]
+    trainings = [make_training(tmp_path, name, f"seed{i}", seen) for name in ("plain", "better") for i in range(2)]
+    result = compare(make_study(metrics=("test/lungs/dice",)), trainings, "test", replicates=50)
+    value = result.metrics["test/lungs/dice"].values["plain"]
     for of in ("mean", "worst"):
-        assert value[of]["low"] == 0
-        assert value[of]["high"] <= 1
-        assert value[of]["error"] > 0.2
+        assert getattr(value, of).low == 0
+        assert getattr(value, of).high <= 1
+        assert getattr(value, of).error > 0.2
 
 
 @pytest.mark.parametrize(("text", "share"), [("step,epoch\n3,0\n7", 0.25), ("step,epoch\n3,0\n7,1\n", 0.5), ("st", 0)])
-def test_progress_reads_a_file_that_is_being_written(tmp_path, text, share):
-    cell = Cell("plain", "seed0", {"trainer": {"max_epochs": 4}}, "key", tmp_path)
+def test_progress_is_read_from_a_half_written_file(tmp_path, text, share):
+    training = Training("plain", "seed0", {"trainer": {"max_epochs": 4}}, "key", tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.csv").write_text(text)
-    assert runner.epochs_done(cell) == share
+    assert runner.epochs_done(training) == share
 
 
 def test_time_left():

@@ -134,7 +134,7 @@ def test_a_site_without_truth_is_left_out_of_both():
     assert estimate(a, b).value == pytest.approx(-0.2)
     nothing = panel({"x": np.full((2, 5), np.nan), "y": np.full((2, 5), np.nan)})
     assert math.isnan(estimate(a, nothing).value)
-    assert verdict(float("nan"), float("nan")) == "cannot be said"
+    assert verdict(float("nan"), float("nan")) == "not determined"
 
 
 def test_one_patient_and_one_run_give_no_interval():

@@ -1,9 +1,9 @@
-"""Reading a study: what it says, which form, and what is told of mistakes."""
+"""Reading a study: its content, its forms, and the messages for mistakes."""
 
 import pytest
 import yaml
 
-from mtmedformer.commands.compare.configuration import arguments, data_sets, essence
+from mtmedformer.commands.compare.configuration import arguments, data_sets, relevant_keys
 from mtmedformer.commands.compare.study import is_own, metric_words, read_study
 from mtmedformer.errors import ConfigError
 
@@ -43,7 +43,7 @@ def test_a_study_is_read(study, tmp_path):
     ]
 
 
-def test_a_variant_wins_over_the_study_and_what_is_set_by_hand_over_the_study(study):
+def test_a_variant_overrides_the_study_and_the_command_line_too(study):
     found = read_study(study(variants={"a": {"trainer.max_epochs": 9}, "b": {}}), extra={"data.root": "there"})
     assert "--trainer.max_epochs=9" in arguments(found, found.variants["a"])
     assert "--trainer.max_epochs=3" in arguments(found, found.variants["b"])
@@ -71,7 +71,7 @@ def test_a_form_names_variants_by_pattern(study):
     }
 
 
-def test_a_study_like_another_takes_over_what_it_does_not_say(study):
+def test_a_study_like_another_takes_the_missing_keys_from_it(study):
     study("other.yaml", seeds=[0, 1, 2], yardstick="b")
     file = study("mine.yaml")
     file.write_text("like: other.yaml\nvariants: {b: absent, c: {model.width: 4}}\nyardstick: null\n")
@@ -83,7 +83,7 @@ def test_a_study_like_another_takes_over_what_it_does_not_say(study):
 def test_a_study_may_not_be_like_itself(study):
     file = study("mine.yaml")
     file.write_text("like: mine.yaml\n")
-    with pytest.raises(ConfigError, match="like this study in turn"):
+    with pytest.raises(ConfigError, match="is in turn like this study"):
         read_study(file)
 
 
@@ -117,11 +117,11 @@ def test_another_reference_and_another_metric_first(study):
         ({"yardstick": "aa"}, "did you mean a"),
         ({"tuning": {"x": 3}}, "tuning: 'x'"),
         ({"variants": {"a": {}}}, "two or more"),
-        ({"variants": {"a": {}, "b/c": {}}}, "cannot be a folder"),
+        ({"variants": {"a": {}, "b/c": {}}}, "is no folder name"),
         ({"variants": None}, "variants is missing"),
         ({"base": "bas.yaml"}, "no file"),
         ({"metrics": ["test/"]}, "not of the form"),
-        ({"seeds": [0, 0]}, "twice"),
+        ({"seeds": [0, 0]}, "given once"),
         ({"seeds": ["one"]}, "whole numbers"),
         ({"average": "site"}, "did you mean sites"),
         ({"checkpoint": "latest"}, "did you mean last"),
@@ -131,14 +131,14 @@ def test_another_reference_and_another_metric_first(study):
         ({"forms": {"small": {"variants": {"c*": {}}}}}, "'c\\*' is unknown"),
     ],
 )
-def test_mistakes_are_told_with_their_place(study, changes, words):
+def test_a_mistake_is_explained_with_its_key(study, changes, words):
     with pytest.raises(ConfigError, match=words):
         read_study(study(**changes))
 
 
-def test_what_is_no_file_or_no_form_is_told(study, tmp_path):
+def test_a_missing_file_and_a_missing_form_are_explained(study, tmp_path):
     file = study(forms={"small": {}})
-    with pytest.raises(ConfigError, match=r"holds base\.yaml, study\.yaml"):
+    with pytest.raises(ConfigError, match=r"contains base\.yaml, study\.yaml"):
         read_study(tmp_path / "stduy.yaml")
     with pytest.raises(ConfigError, match="did you mean small"):
         read_study(file, "smal")
@@ -154,12 +154,12 @@ def test_names_of_metrics():
     assert not is_own("test/dice")
 
 
-def test_what_cannot_change_a_result_is_no_part_of_the_essence():
+def test_keys_that_cannot_change_a_result_are_not_relevant():
     config = {"trainer": {"max_epochs": 1, "logger": True}, "data": [{"num_workers": 4, "image_size": 8}]}
-    assert essence(config) == {"trainer": {"max_epochs": 1}, "data": [{"image_size": 8}]}
+    assert relevant_keys(config) == {"trainer": {"max_epochs": 1}, "data": [{"image_size": 8}]}
 
 
-def test_data_sets_are_found_wherever_they_are():
+def test_data_sets_are_found_in_a_federation_too():
     one = {"class_path": "x", "init_args": {"fold": None, "folds": 5, "preset": {"init_args": {"fold": 1, "folds": 2}}}}
     assert list(data_sets(one)) == [one["init_args"]]
     cut = {"class_path": "F", "init_args": {"data": one, "by": "site"}}
