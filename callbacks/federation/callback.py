@@ -28,8 +28,7 @@ from federation.client.site_trainer import SiteTrainer
 from federation.client.train import RoundPlan, SiteState, TrainingInterrupt, state_of
 from federation.exchange.schema import State, schema_of, state_hash
 from federation.partition import Holding
-from federation.privacy.policy import PrivacyPolicy
-from federation.privacy.site_policies import by_site
+from federation.privacy.policy import PrivacyPolicy, policies_by_site
 from federation.server.admission import Policy
 from federation.server.history import RoundRecord, SiteRecord, faults_text
 from federation.server.participation import Participation, check_participation, taking_part
@@ -137,7 +136,7 @@ class Federation(L.Callback):
         )
         self._template = copy_module(pl_module)
         self._schema = schema_of(pl_module)
-        self._privacy = by_site(self.privacy, list(data.sites), self.aggregator)
+        self._privacy = policies_by_site(self.privacy, list(data.sites), self.aggregator)
         for privacy in self._privacy.values():
             privacy.check(pl_module, self._schema, self.aggregator, self._trainers.placement == "ddp")
         self._symmetries = permutation_groups(pl_module) if self.align and self.aggregator.exchange.merged else ()

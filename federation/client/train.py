@@ -86,7 +86,7 @@ def train_site(
     curvature = NoCurvature() if measured is None else measured.fresh()
     objective = aggregator.client_objective(site)
     training = LocalTraining(plan, memory, objective, curvature, local, stop)
-    outgoing = OutgoingUpdate(privacy, site, plan, memory)
+    outgoing = OutgoingUpdate(privacy, site, plan.round, plan.base, memory.privacy)
     trainer = make_trainer()
     outgoing.attach_dp_sgd(module, trainer)
     _fit(module, datamodule, trainer, training, plan, memory, (plan.seed, plan.round, site))

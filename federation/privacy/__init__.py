@@ -1,1 +1,1 @@
-"""What a site does to its update before it leaves."""
+"""Privacy of updates: policies, DP-SGD, accounting, and the building blocks of secure summation."""

@@ -1,9 +1,9 @@
-"""What a site remembers and tells of what it released, and what its noise is worth, by Opacus' accountant."""
+"""Privacy accounting: the releases of a site, the (ε, δ) of their noise by Opacus' accountant, and the report."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,7 +11,7 @@ from federation.exchange.schema import State
 from mtmedformer.errors import ConfigError
 
 Releases = list[list[float]]
-"""Pairs of noise multiplier and number of releases, in the order they were made; a multiplier of 0 had no noise."""
+"""Pairs of noise multiplier and number of releases, in order; a multiplier of 0 stands for releases without noise."""
 
 FLATTER, STEEPER = (1.0003, 1.001, 1.003, 1.01, 1.03), (96, 192, 384, 768, 1536, 3072, 6144, 12288, 24576)
 """Orders of Rényi divergence beyond those of Opacus."""
@@ -19,15 +19,15 @@ FLATTER, STEEPER = (1.0003, 1.001, 1.003, 1.01, 1.03), (96, 192, 384, 768, 1536,
 
 @dataclass(frozen=True)
 class Guarantee:
-    r"""What can be said of all releases so far.
+    r"""The (ε, δ) guarantee of all releases so far.
 
     Attributes:
-        unit: Whose data are protected: the ``site`` as a whole, a ``patient``, or an ``image``.
-        epsilon: ε against replacing the unit's data by any other data; ``None`` where some release had no noise.
-        epsilon_zeroed: ε against putting zeros in the place of what the unit contributed, the convention of most
-            papers; smaller, because what is hidden is half as far away.
-        delta: The δ of both.
-        releases: Number of releases that the unit can have been part of.
+        unit: Protected unit: the whole ``site``, a ``patient``, or an ``image``.
+        epsilon: ε for replacing the unit's data by any other data; ``None`` if a release had no noise.
+        epsilon_zeroed: ε for replacing the unit's contribution by zeros, the convention of most papers; smaller,
+            because the distance is half as large.
+        delta: δ of both.
+        releases: Number of releases that the unit can have contributed to.
     """
 
     unit: str
@@ -39,15 +39,15 @@ class Guarantee:
 
 @dataclass
 class PrivacyMemory:
-    """What the policy of a site keeps from round to round; it stays at the site.
+    """The state of a site's privacy policy between rounds; it stays at the site.
 
     Attributes:
-        key: Key of the noise in hexadecimal, where the policy was given no seed.
-        residual: What rounding has cut off so far, by name of the weight.
-        updates: Updates that were sent, by the noise on them.
-        examples: Gradients that were taken during local training, by the noise on them.
-        norms: Norm of every update before it was clipped, which tells what to set ``clip`` to.
-        unit: Whose data ``examples`` is about; empty before there were any.
+        key: Key of the noise in hexadecimal, if the policy has no seed.
+        residual: Rounding error not yet sent, by key.
+        updates: Updates sent, by their noise.
+        examples: Gradients computed in local training, by their noise.
+        norms: Norm of every update before clipping; a basis for the choice of ``clip``.
+        unit: Protected unit of ``examples``; empty before the first.
     """
 
     key: str = ""
@@ -59,27 +59,27 @@ class PrivacyMemory:
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain containers of tensors and numbers, as a checkpoint may hold."""
-        return {one.name: getattr(self, one.name) for one in fields(self)}
+        return dict(vars(self))
 
     def twin(self) -> PrivacyMemory:
-        """Return a copy that can be changed; tensors are shared, and replaced rather than changed."""
+        """Return a copy to be changed; it shares tensors, which are replaced and never changed in place."""
         updates, examples = [list(pair) for pair in self.updates], [list(pair) for pair in self.examples]
         return PrivacyMemory(self.key, dict(self.residual), updates, examples, list(self.norms), self.unit)
 
 
 @dataclass(frozen=True)
 class PrivacyReport:
-    """What left a site in a round; it holds nothing that did not leave.
+    """What a site sent in one round, and the guarantees so far; contains nothing that was not sent.
 
     Attributes:
         names: Names of the arrays that were sent.
         bytes: Their bytes, as sent.
         sha256: ``federation.exchange.update.sha256`` of the update as sent.
-        norm: L2 norm of the whole change before clipping; ``None`` under noise, which it would betray.
+        norm: L2 norm of the whole change before clipping; ``None`` with noise, because the noise does not cover it.
         clipped: The same after clipping, before noise and rounding; ``None`` under noise.
         norms: L2 norm of the change as sent, by block.
-        site: What noise on updates guarantees so far; ``None`` without it.
-        example: What noise on gradients guarantees so far; ``None`` without it.
+        site: Guarantee of the noise on updates so far; ``None`` without noise.
+        example: Guarantee of the noise on gradients so far; ``None`` without noise.
     """
 
     names: list[str]
@@ -92,7 +92,7 @@ class PrivacyReport:
     example: Guarantee | None
 
     def plain(self) -> dict[str, Any]:
-        """Return it as plain JSON values, with unit, ε and δ of the widest guarantee in front of both."""
+        """Return it as plain JSON values, with unit, ε and δ of the widest guarantee first."""
         widest = self.site or self.example
         spent = asdict(widest) if widest else {"unit": None, "epsilon": None, "delta": None}
         return {**{name: spent[name] for name in ("unit", "epsilon", "delta")}, **asdict(self)}
@@ -107,22 +107,22 @@ def add(releases: Releases, noise_multiplier: float, number: int = 1) -> None:
 
 
 def guarantee(releases: Releases, unit: str, delta: float) -> Guarantee:
-    """Return what the releases of one unit amount to."""
+    """Return the guarantee of the releases of one unit."""
     number = int(sum(count for _, count in releases))
     replaced, zeroed = epsilon(releases, delta, distance=2.0), epsilon(releases, delta)
     return Guarantee(unit, replaced, zeroed, delta, number)
 
 
 def epsilon(releases: Releases, delta: float, distance: float = 1.0) -> float | None:
-    r"""Return the ε at δ of Gaussian releases that follow one another, or ``None`` where one had no noise to speak of.
+    r"""Return ε at δ of consecutive Gaussian releases; ``None`` if one had no noise, or too little for a finite ε.
 
-    Every release is taken to include the unit (sampling rate 1): who takes part in a round is known to the server and
-    the order of training is a shuffle, so no amplification by sampling is claimed.
+    Every release is counted as if it contained the unit (sampling rate 1): the server knows which sites take part, and
+    the order of training is a shuffle, so no amplification by sampling applies.
 
     Args:
         releases: Noise multipliers and how often each was used.
         delta: δ, in (0, 1).
-        distance: How far apart two releases without noise can be, in units of the clip.
+        distance: Greatest distance of two releases without noise, in units of the clip.
 
     Reference:
         Mironov, Rényi Differential Privacy, CSF 2017; ``opacus.accountants.RDPAccountant``.
@@ -136,16 +136,22 @@ def epsilon(releases: Releases, delta: float, distance: float = 1.0) -> float | 
 
     accountant = RDPAccountant()
     accountant.history = [(noise / distance, 1.0, int(number)) for noise, number in releases]
-    orders = [*FLATTER, *RDPAccountant.DEFAULT_ALPHAS, *STEEPER]  # its own end where much or very little noise is best
+    orders = [
+        *FLATTER,
+        *RDPAccountant.DEFAULT_ALPHAS,
+        *STEEPER,
+    ]  # beyond its own orders, for very much or very little noise
     found = float(accountant.get_epsilon(delta, alphas=orders))
     return found if math.isfinite(found) else None
 
 
 def require_accountant() -> None:
-    """Refuse noise whose worth cannot be told.
+    """Check that Opacus is installed, without which ε cannot be computed.
 
     Raises:
         ConfigError: When Opacus is not installed.
     """
     if find_spec("opacus") is None:
-        raise ConfigError("privacy: noise is counted by Opacus, which is missing; pip install 'mtmedformer[privacy]'")
+        raise ConfigError(
+            "privacy: Opacus computes the guarantee of the noise and is missing; pip install 'mtmedformer[privacy]'"
+        )

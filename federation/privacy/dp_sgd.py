@@ -1,4 +1,4 @@
-"""DP-SGD within a site: the gradient of every patient is clipped, and noise added to their sum, at every batch."""
+"""DP-SGD within a site: in every batch the gradient of each patient is clipped, and noise is added to the sum."""
 
 from __future__ import annotations
 
@@ -17,27 +17,38 @@ from mtmedformer.errors import ConfigError
 from mtmedformer.losses.hybrid import HybridLoss
 from mtmedformer.losses.weighting import FixedWeighting, UncertaintyWeighting
 
+BATCH_NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.LazyBatchNorm1d,
+    nn.LazyBatchNorm2d,
+    nn.LazyBatchNorm3d,
+)
+"""Every BatchNorm of torch; timm's variants are subclasses of these."""
+
 
 @dataclass
 class ExamplePrivacy:
-    r"""DP-SGD: at every batch the gradient of each unit is clipped, and Gaussian noise added to the sum.
+    r"""DP-SGD: in every batch, clip the gradient of each unit and add Gaussian noise to the sum.
 
-    $g = \bigl(\sum_u g_u \min(1, C / \lVert g_u \rVert) + \mathcal N(0, \sigma^2 C^2)\bigr) / U$ takes the place of the
-    batch's gradient, over all trained weights; $g_u$ is the gradient of the hybrid loss of the unit's own images in
-    the batch. One forward and backward pass a unit: slower than a batch, but right for every loss, also those that
-    divide by what a whole batch holds.
+    $g = \bigl(\sum_u g_u \min(1, C / \lVert g_u \rVert) + \mathcal N(0, \sigma^2 C^2)\bigr) / U$ replaces the batch's
+    gradient, over all trained weights and the $U$ units of the batch; $g_u$ is the gradient of the hybrid loss of the
+    unit's own images in the batch. It takes one forward and backward pass per unit, which is slower than one per batch
+    but correct for every loss, also for losses normalised over the batch.
 
     Args:
         clip: $C$, greatest L2 norm of the gradient of one unit.
         noise_multiplier: $\sigma$, standard deviation of the noise in units of ``clip``, above 0.
-        unit: Whose data are protected: a ``patient`` with all images, or a single ``image``.
+        unit: Protected unit: a ``patient`` with all images, or a single ``image``.
 
     Raises:
-        ConfigError: When a value cannot be.
+        ConfigError: When a value is out of range.
 
     Reference:
         Abadi et al., Deep Learning with Differential Privacy, CCS 2016, algorithm 1, without sampling; Kairouz et al.,
-        Practical and Private (Deep) Learning without Sampling or Shuffling, ICML 2021, for what takes its place.
+        Practical and Private (Deep) Learning without Sampling or Shuffling, ICML 2021, for training without sampling.
     """
 
     clip: float = 1.0
@@ -45,8 +56,7 @@ class ExamplePrivacy:
     unit: Literal["patient", "image"] = "patient"
 
     def __post_init__(self) -> None:
-        for name in ("clip", "noise_multiplier"):
-            value = getattr(self, name)
+        for name, value in {"clip": self.clip, "noise_multiplier": self.noise_multiplier}.items():
             if not 0 < value < math.inf:
                 raise ConfigError(f"privacy.examples.{name} is {value}; give a number above 0")
         if self.unit not in ("patient", "image"):
@@ -54,12 +64,12 @@ class ExamplePrivacy:
 
 
 class PrivateGradients:
-    """Gives a module noised gradients for one round of local training.
+    """Replace a module's gradients by clipped and noised ones for one round of local training.
 
     Args:
         settings: Clip and noise.
         key: Key of the noise.
-        label: What tells this site's round from every other under the same key.
+        label: Label of this site and round, unique under the same key.
     """
 
     def __init__(self, settings: ExamplePrivacy, key: bytes, label: str) -> None:
@@ -70,25 +80,25 @@ class PrivateGradients:
 
     @property
     def releases(self) -> int:
-        """Batches that one unit took part in, of the unit that did most often.
+        """Greatest number of batches that one unit contributed to.
 
-        The noised gradients a unit took no part in depend on it only through those before, so the others do not count.
+        A noised gradient without the unit depends on it only through earlier ones, so it does not count as a release.
         """
         return max(self._taken.values(), default=0)
 
     def attach(self, module: L.LightningModule, trainer: L.Trainer) -> None:
-        """Put clipped and noised gradients in the place of a module's own, within automatic optimisation.
+        """Replace ``training_step`` and ``backward`` of a module under automatic optimisation.
 
         Raises:
-            ConfigError: When the Trainer scales losses, which these gradients could not follow.
+            ConfigError: When the Trainer scales losses, or the module uses manual optimisation.
         """
         if trainer.precision == "16-mixed":
             raise ConfigError(
-                "privacy.examples: 16-mixed scales the loss, which noised gradients cannot follow; set "
+                "privacy.examples: 16-mixed scales the loss but not the noised gradients; set "
                 "federation.site_trainer.precision to bf16-mixed or 32-true"
             )
         if not module.automatic_optimization:
-            raise ConfigError("privacy.examples needs automatic optimisation; this module optimises by hand")
+            raise ConfigError("privacy.examples needs automatic optimisation, and this module uses manual optimisation")
         step = module.training_step
 
         def training_step(batch: Any, batch_idx: int) -> Tensor:
@@ -104,9 +114,11 @@ class PrivateGradients:
         module.backward = backward  # type: ignore[method-assign]
 
     def _step(self, module: L.LightningModule, step: Any, batch: Any, batch_idx: int) -> Tensor:
-        """Take the gradient of every unit of a batch; return the mean loss, for show."""
+        """Compute the noised gradient of a batch; return the mean loss for logging."""
         if not isinstance(batch, Batch):
-            raise ConfigError(f"privacy.examples: a batch is a {type(batch).__name__}, whose patients nobody knows")
+            raise ConfigError(
+                f"privacy.examples: a batch is a {type(batch).__name__}, without patient identifiers; use a Batch"
+            )
         parameters = _trained(module)
         total = [torch.zeros_like(parameter) for parameter in parameters]
         groups = self._units(batch)
@@ -134,7 +146,7 @@ class PrivateGradients:
 
 
 def add_clipped(total: list[Tensor], gradients: tuple[Tensor | None, ...], clip: float) -> None:
-    """Add a gradient to a sum in place, scaled down to an L2 norm; one that is not finite adds nothing."""
+    """Add a gradient to a sum in place, scaled down to an L2 norm of at most ``clip``; skip it if it is not finite."""
     known = [gradient for gradient in gradients if gradient is not None]
     if not known:
         return
@@ -148,13 +160,13 @@ def add_clipped(total: list[Tensor], gradients: tuple[Tensor | None, ...], clip:
 
 
 def refuse_batch_norm(module: nn.Module, key: str, otherwise: str = "") -> None:
-    """Refuse layers that mix the images of a batch and keep statistics of them, which no noise covers.
+    """Refuse BatchNorm, which mixes the images of a batch and keeps statistics of them that no noise covers.
 
     Raises:
-        ConfigError: When there is one.
+        ConfigError: When there is such a layer.
     """
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        if isinstance(layer, BATCH_NORMS):
             raise ConfigError(
                 f"{key}: {name} is a {type(layer).__name__}, whose statistics of the images no noise covers; choose an "
                 f"encoder without BatchNorm{' ' if otherwise else ''}{otherwise}"
@@ -162,22 +174,22 @@ def refuse_batch_norm(module: nn.Module, key: str, otherwise: str = "") -> None:
 
 
 def refuse_coupled_losses(module: nn.Module, distributed: bool) -> None:
-    """Refuse what gradients of single patients cannot be right with.
+    """Refuse settings under which per-patient gradients would be wrong.
 
     Raises:
         ConfigError: When tasks' gradients are aggregated, when the weights of the tasks are computed from images, or
             when several processes train a site together.
     """
     if distributed:
-        raise ConfigError("privacy.examples: with federation.placement=ddp gradients go round it; choose per_rank")
-    loss = getattr(module, "loss", None)
+        raise ConfigError("privacy.examples: federation.placement=ddp averages gradients without it; choose per_rank")
+    loss = dict(module.named_children()).get("loss")
     if not isinstance(loss, HybridLoss):
         return
     weighting = loss.weighting
     fixed = isinstance(weighting, FixedWeighting) and not weighting.normalise
     if not fixed and not isinstance(weighting, UncertaintyWeighting):
         raise ConfigError(
-            f"privacy.examples: model.loss.weighting {type(weighting).__name__} weighs tasks by what it sees in the "
+            f"privacy.examples: model.loss.weighting {type(weighting).__name__} computes weights from the "
             "images, without noise; set it to FixedWeighting with normalise: false, or to UncertaintyWeighting"
         )
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 
-from federation.client.local_training import RoundPlan, SiteState
 from federation.exchange.update import Update
 from federation.privacy.accounting import PrivacyMemory, add
 from federation.privacy.dp_sgd import PrivateGradients
@@ -20,22 +20,27 @@ class OutgoingUpdate:
     Args:
         policy: The policy; ``None`` changes nothing.
         site: Name of the site.
-        plan: What the server says of the round.
-        memory: What the site kept from its earlier rounds.
+        round: Number of the round, from 0.
+        base: Hash of the global state at the start of the round.
+        memory: ``PrivacyMemory.plain`` of earlier rounds; empty in the first.
 
     Raises:
-        ConfigError: When gradients were noised for another unit before.
+        ConfigError: When earlier gradients were noised for another unit.
     """
 
-    def __init__(self, policy: PrivacyPolicy | None, site: str, plan: RoundPlan, memory: SiteState) -> None:
+    def __init__(
+        self, policy: PrivacyPolicy | None, site: str, round: int, base: str, memory: Mapping[str, Any]
+    ) -> None:
         self.policy = policy
-        self.memory = PrivacyMemory(**memory.privacy).twin()
+        self.memory = PrivacyMemory(**memory).twin()
         self.gradients: PrivateGradients | None = None
         if policy is not None and policy.examples is not None:
             before, self.memory.unit = self.memory.unit, policy.examples.unit
             if before not in ("", policy.examples.unit):
-                raise ConfigError(f"privacy.examples.unit was {before} when this federation was begun; keep it")
-            label = f"gradient|{site}|{plan.round}|{plan.base}"
+                raise ConfigError(
+                    f"privacy.examples.unit was {before} at the start of this federation; keep that value"
+                )
+            label = f"gradient|{site}|{round}|{base}"
             self.gradients = PrivateGradients(policy.examples, policy.key(self.memory), label)
 
     def attach_dp_sgd(self, module: L.LightningModule, trainer: L.Trainer) -> None:

@@ -1,8 +1,9 @@
-"""What a site does to its update before it leaves: hold back, clip, add noise, round, and say what was sent."""
+"""A site's privacy policy: select blocks, clip, add noise and round an update before it is sent, and report it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,11 +24,12 @@ LEAST = 2.0**-14  # least normal number of half precision: a precision must stay
 
 @dataclass
 class PrivacyPolicy:
-    r"""What a site does to its update before it leaves, in this order; each step is off by default.
+    r"""Process a site's update before it is sent; each step is off by default.
 
-    Blocks that may not leave are held back; the change of the weights is clipped to an L2 norm, all blocks together;
-    Gaussian noise is added to every trained weight; the result is rounded, and what rounding cuts off is added to the
-    site's next update (error feedback). Rounding sees the noised change only, so it costs nothing of the guarantee.
+    In this order: blocks that may not be sent are removed; the change of the weights is clipped to an L2 norm, all
+    blocks together; Gaussian noise is added to every trained weight; the result is rounded, and the rounding error is
+    added to the site's next update (error feedback). Rounding uses the noised change only, so the guarantee is not
+    affected.
 
     Under a guarantee (``noise_multiplier`` or ``examples``) an update holds the change of trained weights and nothing
     else that was computed from images: ``num_examples`` is sent as 1, so that owners of a block count the same, and
@@ -36,19 +38,19 @@ class PrivacyPolicy:
     ``docs/privacy.md`` explains the guarantees and their limits.
 
     Args:
-        clip: Greatest L2 norm of the whole change of the weights; a longer one is scaled down to it. ``null``: any.
+        clip: Greatest L2 norm of the whole change of the weights; a larger one is scaled down to it; ``null``: none.
         noise_multiplier: Standard deviation of the noise on each weight, in units of ``clip``; 0 adds none.
-        delta: Probability for which no guarantee is given, in (0, 1).
-        blocks: Blocks that may leave: ``encoder``, ``heads.<task>``; ``null`` is all. The others stay at the site and
-            go on from their own last weights.
-        precision: Whether curvature may leave; ``null``: unless there is a guarantee, which would not cover it.
-        rounding: ``fp16`` or ``int8``, on the way only: aggregators see float32. Curvature is sent as fp16 then.
-        examples: Clip and noise the gradients of each patient during local training (DP-SGD); ``null``: do not.
-        seed: Seed of the noise. **Whoever knows it can take the noise off again**: for simulations. ``null`` draws a
-            key from the operating system, which stays at the site.
+        delta: δ, the probability for which the guarantee may fail, in (0, 1).
+        blocks: Blocks that may be sent: ``encoder``, ``heads.<task>``; ``null`` is all. The others stay at the site and
+            continue from its own last weights.
+        precision: Whether curvature may be sent; ``null``: unless there is a guarantee, which does not cover it.
+        rounding: ``fp16`` or ``int8`` for transfer; aggregators receive float32. Curvature is then sent as fp16.
+        examples: Clip and noise the gradients of each patient during local training (DP-SGD); ``null``: off.
+        seed: Seed of the noise. **Anyone who knows it can remove the noise**: use it for simulations only. ``null`` draws
+            a key from the operating system, which stays at the site.
 
     Raises:
-        ConfigError: When a value cannot be, or noise is asked for and Opacus, whose accountant counts it, is missing.
+        ConfigError: When a value is out of range, or there is noise and Opacus, which computes ε, is missing.
     """
 
     clip: float | None = None
@@ -62,7 +64,7 @@ class PrivacyPolicy:
 
     def __post_init__(self) -> None:
         if self.clip is not None and not 0 < self.clip < math.inf:
-            raise ConfigError(f"privacy.clip is {self.clip}; give a norm above 0, or null to clip nothing")
+            raise ConfigError(f"privacy.clip is {self.clip}; give a norm above 0, or null for no clipping")
         if not 0 <= self.noise_multiplier < math.inf:
             raise ConfigError(f"privacy.noise_multiplier is {self.noise_multiplier}; give 0 or more")
         if self.noise_multiplier > 0 and self.clip is None:
@@ -72,7 +74,9 @@ class PrivacyPolicy:
         if self.rounding not in ("none", "fp16", "int8"):
             raise ConfigError(f"privacy.rounding is {self.rounding!r}; choose none, fp16 or int8")
         if self.blocks == []:
-            raise ConfigError("privacy.blocks is empty; name the blocks that may leave, or leave the site out")
+            raise ConfigError(
+                "privacy.blocks is empty; name the blocks that may be sent, or exclude the site with data.only"
+            )
         if self.guarantees and self.precision:
             raise ConfigError(
                 "privacy.precision=true, but curvature is computed from images and no noise covers it; set it to "
@@ -83,20 +87,20 @@ class PrivacyPolicy:
 
     @property
     def guarantees(self) -> bool:
-        """Whether any noise is added, so that there is an ε to speak of."""
+        """Whether noise is added, so that there is an (ε, δ) guarantee."""
         return self.noise_multiplier > 0 or self.examples is not None
 
     @property
     def sends_precision(self) -> bool:
-        """Whether curvature may leave."""
+        """Whether curvature may be sent."""
         return not self.guarantees if self.precision is None else self.precision
 
     def may_leave(self, block: str) -> bool:
-        """Tell whether a block may leave."""
+        """Return whether a block may be sent."""
         return self.blocks is None or block in self.blocks
 
     def check(self, module: nn.Module, schema: Schema, aggregator: Aggregator, distributed: bool = False) -> None:
-        """Refuse what the policy cannot hold for.
+        """Check the model and the aggregator against the policy.
 
         Args:
             module: The module the sites train.
@@ -105,7 +109,7 @@ class PrivacyPolicy:
             distributed: Whether several processes train each site together.
 
         Raises:
-            ConfigError: When there is something.
+            ConfigError: When the policy does not hold for them.
         """
         known = [block.name for block in schema.blocks if not block.personal]
         unknown = sorted(set(self.blocks or ()) - set(known))
@@ -113,7 +117,7 @@ class PrivacyPolicy:
             raise ConfigError(f"privacy.blocks: no block is called {', '.join(unknown)}; there are {', '.join(known)}")
         if aggregator.data == "pooled":
             raise ConfigError(
-                "privacy: the Pooled aggregator puts all data in one place; choose another, or no privacy"
+                "privacy: the Pooled aggregator trains on all data in one place; choose another one, or no privacy"
             )
         if isinstance(aggregator, BayesianAggregator) and aggregator.between and not self.sends_precision:
             raise ConfigError(
@@ -133,7 +137,7 @@ class PrivacyPolicy:
             refuse_coupled_losses(module, distributed)
 
     def key(self, memory: PrivacyMemory) -> bytes:
-        """Return the key of the site's noise; one is drawn and kept where there is no seed and was none yet."""
+        """Return the key of the site's noise; without a seed it is drawn once and kept in the memory."""
         if self.seed is not None:
             return key_of(self.seed)
         memory.key = memory.key or new_key().hex()
@@ -142,11 +146,11 @@ class PrivacyPolicy:
     def apply(
         self, update: Update, memory: PrivacyMemory, trained: frozenset[str]
     ) -> tuple[Update, PrivacyMemory, PrivacyReport]:
-        """Return the update as it may leave, what the site keeps, and what is to be told; nothing given is changed.
+        """Return the update to send, the memory to keep, and the report; the arguments are not changed.
 
         Args:
             update: The site's update.
-            memory: What the policy kept from earlier rounds, with this round's releases of ``examples``.
+            memory: The memory of earlier rounds, with this round's releases of ``examples``.
             trained: Names of the parameters that are trained; under a guarantee nothing else is sent.
 
         Raises:
@@ -175,7 +179,7 @@ class PrivacyPolicy:
         return sent, memory, report
 
     def _held_back(self, update: Update, trained: frozenset[str]) -> Update:
-        """Return what may leave of an update; blocks are new objects, tensors are shared."""
+        """Return the parts of an update that may be sent; blocks are new objects, tensors are shared."""
         blocks = {}
         for name, block in update.blocks.items():
             delta = {k: v for k, v in block.delta.items() if k in trained or not self.guarantees}
@@ -212,13 +216,40 @@ class PrivacyPolicy:
                 block.delta[key] = changed.float()
 
     def _round(self, update: Update, residual: State) -> None:
-        """Round every change together with what was cut off before, and keep what is cut off now."""
+        """Round every change plus the earlier rounding error, and keep the new error."""
         for block in update.blocks.values():
             for key, delta in block.delta.items():
-                wanted = delta + residual[key] if key in residual else delta
-                step = step_of(wanted, self.rounding)
+                exact = delta + residual[key] if key in residual else delta
+                step = step_of(exact, self.rounding)
                 block.step[key] = step
-                block.delta[key] = decoded(encoded(wanted, step, self.rounding), step)
-                residual[key] = wanted - block.delta[key]
+                block.delta[key] = decoded(encoded(exact, step, self.rounding), step)
+                residual[key] = exact - block.delta[key]
             for key, value in block.precision.items():
                 block.precision[key] = value.clamp(LEAST, 1 / LEAST).half().float()
+
+
+def policies_by_site(
+    privacy: PrivacyPolicy | dict[str, PrivacyPolicy] | None, sites: Sequence[str], aggregator: Aggregator
+) -> dict[str, PrivacyPolicy]:
+    """Return each site's policy by its name; sites without one are absent.
+
+    Args:
+        privacy: One policy for all sites, or one by site.
+        sites: Names of all sites.
+        aggregator: How updates are merged.
+
+    Raises:
+        ConfigError: When a name is not a site, or when the counts of some sites would outweigh sites that send none.
+    """
+    if not isinstance(privacy, dict):
+        return {} if privacy is None else dict.fromkeys(sites, privacy)
+    unknown = sorted(set(privacy) - set(sites))
+    if unknown:
+        raise ConfigError(f"federation.privacy: no site is called {', '.join(unknown)}; there are {', '.join(sites)}")
+    guarded = [site for site, policy in privacy.items() if policy.guarantees]
+    if 0 < len(guarded) < len(sites) and aggregator.power > 0:
+        raise ConfigError(
+            f"federation.privacy: {', '.join(guarded)} would weigh as one image each, because counts are not sent "
+            "under a guarantee, and the others by theirs; set aggregator.weights: equal (a: 0 for the Bayesian one)"
+        )
+    return dict(privacy)

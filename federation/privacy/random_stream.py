@@ -1,4 +1,4 @@
-"""Random numbers that nobody can foretell without the key: for noise that must hide, and for masks that must cancel."""
+"""Random numbers that cannot be predicted without the key: for privacy noise and for the masks of secure sums."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def new_key() -> bytes:
 
 
 def key_of(seed: int) -> bytes:
-    """Return the key that belongs to a seed; whoever knows the seed knows it."""
+    """Return the key derived from a seed; the seed determines it."""
     return hashlib.sha256(f"mtmedformer {seed}".encode()).digest()
 
 
@@ -31,8 +31,8 @@ def words(key: bytes, label: str, count: int) -> NDArray[np.uint64]:
 
     Args:
         key: 32 secret bytes.
-        label: What the words are for.
-        count: How many are wanted.
+        label: Purpose of the words.
+        count: Number of words.
     """
     if len(key) != KEY_BYTES:
         raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(key)}")

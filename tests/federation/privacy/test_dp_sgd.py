@@ -328,7 +328,7 @@ def test_gradient_aggregation_and_several_processes_a_site_are_refused():
     from mtmedformer.losses import GradientAggregation
 
     built = whole_model(weighting=GradientAggregation("UPGrad"))
-    with pytest.raises(ConfigError, match="GradientAggregation weighs tasks"):
+    with pytest.raises(ConfigError, match="GradientAggregation computes weights"):
         private(1.0, 1.0).check(built, schema_of(built), FedAvg())
     built = whole_model(weighting=UncertaintyWeighting())
     private(1.0, 1.0).check(built, schema_of(built), FedAvg())

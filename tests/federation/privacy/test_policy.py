@@ -18,7 +18,7 @@ from federation.exchange.schema import schema_of
 from federation.exchange.update import load_update, norms_of, save_update, sha256
 from federation.privacy import accounting
 from federation.privacy.accounting import PrivacyMemory, epsilon
-from federation.privacy.site_policies import by_site
+from federation.privacy.policy import policies_by_site
 from federation.server.admission import refusal
 from mtmedformer.errors import ConfigError, DataError
 from tests.fixtures.toy_federation import Toy, make_update, toy
@@ -353,21 +353,21 @@ def test_noise_without_opacus_is_refused_with_the_way_to_install_it(monkeypatch)
 
 def test_sites_are_called_by_their_names():
     one, other = PrivacyPolicy(clip=1.0), PrivacyPolicy(clip=2.0)
-    assert by_site(None, ["a", "b"], FedAvg()) == {}
-    assert by_site(one, ["a", "b"], FedAvg()) == {"a": one, "b": one}
-    assert by_site({"b": other}, ["a", "b"], FedAvg()) == {"b": other}
+    assert policies_by_site(None, ["a", "b"], FedAvg()) == {}
+    assert policies_by_site(one, ["a", "b"], FedAvg()) == {"a": one, "b": one}
+    assert policies_by_site({"b": other}, ["a", "b"], FedAvg()) == {"b": other}
     with pytest.raises(ConfigError, match=r"federation.privacy: no site is called z; there are a, b"):
-        by_site({"z": one}, ["a", "b"], FedAvg())
+        policies_by_site({"z": one}, ["a", "b"], FedAvg())
 
 
 def test_a_site_that_must_not_send_its_counts_is_not_drowned_by_those_that_do():
     guarded = PrivacyPolicy(**NOISE)
     for aggregator in (FedAvg(), BayesianAggregator()):
         with pytest.raises(ConfigError, match="b would weigh as one image"):
-            by_site({"b": guarded}, ["a", "b"], aggregator)
-        by_site({"a": guarded, "b": guarded}, ["a", "b"], aggregator)
+            policies_by_site({"b": guarded}, ["a", "b"], aggregator)
+        policies_by_site({"a": guarded, "b": guarded}, ["a", "b"], aggregator)
     for aggregator in (FedAvg("equal"), BayesianAggregator(a=0.0)):
-        by_site({"b": guarded}, ["a", "b"], aggregator)
+        policies_by_site({"b": guarded}, ["a", "b"], aggregator)
 
 
 class Plain(nn.Module):
