@@ -46,7 +46,7 @@ class PrivacyPolicy:
         precision: Whether curvature may be sent; ``null``: unless there is a guarantee, which does not cover it.
         rounding: ``fp16`` or ``int8`` for transfer; aggregators receive float32. Curvature is then sent as fp16.
         examples: Clip and noise the gradients of each patient during local training (DP-SGD); ``null``: off.
-        seed: Seed of the noise. **Anyone who knows it can remove the noise**: use it for simulations only. ``null`` draws
+        seed: Seed of the noise. **Anyone who knows it can remove the noise**: for simulations only. ``null`` draws
             a key from the operating system, which stays at the site.
 
     Raises:

@@ -127,7 +127,7 @@ def test_a_site_gives_either_seed_away_and_only_once():
         "b": ["self"],
         "c": ["pair a", "pair b"],
     }
-    with pytest.raises(RuntimeError, match="answers once"):
+    with pytest.raises(RuntimeError, match="only once"):
         party["a"].reveal(["a", "c"])
     party["b"].mask({"w": torch.ones(2)})
     with pytest.raises(RuntimeError, match="one sum only"):
