@@ -137,7 +137,7 @@ def test_tasks_are_well_formed_and_all_of_them_are_labelled_somewhere(catalogue)
         assert any(name in record.truth for record in catalogue.records)
 
 
-def test_truth_matches_its_task(catalogue):
+def test_labels_match_their_task(catalogue):
     kinds = {"classification": ClassTruth, "detection": BoxTruth, "segmentation": MaskTruth}
     for record in catalogue.records:
         assert record.truth.keys() <= catalogue.tasks.keys()
@@ -281,7 +281,7 @@ def test_config_starts_with_its_command_and_parses(dataset):
     assert type(module) is dataset.datamodule
 
 
-def test_no_native_data_set_escapes_this_suite():
+def test_every_native_data_set_is_in_this_suite():
     general = {"MedicalDataModule", "LabelsCSVDataModule", "PhantomDataModule"}  # no native layout: suites of their own
     exported = {
         name

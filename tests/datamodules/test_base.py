@@ -91,7 +91,7 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
     return equal
 
 
-def test_a_batch_holds_what_the_records_say(root: Path) -> None:
+def test_a_batch_has_the_labels_of_the_records(root: Path) -> None:
     data = ready(Films(root, preset=None))
     batches = [*epoch(data), *data.val_dataloader()]
     seen = 0
@@ -376,7 +376,7 @@ def test_a_single_task_baseline_decodes_nothing_again(root: Path, monkeypatch: p
     ready(Films(root, tasks=["lesions"], where={"c": ["0", "1"]}, sampler="sqrt"))
 
 
-def test_where_names_what_there_is(root: Path) -> None:
+def test_where_errors_name_the_available_values(root: Path) -> None:
     with pytest.raises(ConfigError, match=r"'hospital'; choose from site, view, laterality, c"):
         ready(Films(root, where={"hospital": "north"}))
     with pytest.raises(ConfigError, match=r"no image has site 'west'; there are north, south"):
@@ -403,7 +403,7 @@ def test_limit_keeps_whole_patients(root: Path) -> None:
         ({"fold": 7}, "fold is 7"),
     ],
 )
-def test_impossible_arguments_are_named(root: Path, arguments: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_named(root: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ready(Films(root, **arguments))
 
@@ -420,7 +420,7 @@ def test_folds_validate_everyone_once(root: Path) -> None:
     assert sorted(validated + list(tested.pop())) == sorted(f"film{n}" for n in range(2 * PATIENTS))
 
 
-def test_validation_tests_where_nothing_is_held_out(root: Path) -> None:
+def test_validation_is_the_test_split_where_there_is_none(root: Path) -> None:
     data = ready(Films(root, test_fraction=0.0), "test")
     tested = {m.id for batch in data.test_dataloader() for m in batch.meta}
     assert tested == {i for i, split in data.splits.items() if split == "val"}
@@ -486,7 +486,7 @@ def test_a_task_whose_masks_are_broken_stops_the_run(root: Path) -> None:
         ({"heart": ClassTruth((1.0,))}, "labelled for 'heart', which is not one of its tasks"),
     ],
 )
-def test_truth_that_does_not_fit_its_task_is_refused(root: Path, truth: dict[str, Any], message: str) -> None:
+def test_a_label_that_does_not_fit_its_task_is_refused(root: Path, truth: dict[str, Any], message: str) -> None:
     class Wrong(Films):
         def catalogue(self) -> Catalogue:
             return Catalogue(TASKS, [Record("film0", root / "film0.png", "a", truth)])
@@ -510,7 +510,7 @@ def test_an_empty_catalogue_and_repeated_ids_are_refused(root: Path) -> None:
         ready(Twice(root))
 
 
-def test_classes_that_cannot_be_learnt_are_told(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_classes_without_images_are_logged(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Healthy(Films):
         def catalogue(self) -> Catalogue:
             kept = [r for n, r in enumerate(super().catalogue().records) if n % 3]

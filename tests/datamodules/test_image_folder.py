@@ -21,7 +21,7 @@ def tree(tmp_path):
     return root
 
 
-def test_images_are_known_by_content_and_by_name(tree):
+def test_images_are_recognised_by_content_and_by_suffix(tree):
     (tree / "notes.txt").write_text("no image")
     (tree / "broken.jpg").write_bytes(b"meant to be one")
     found, notes = find_images([tree])
@@ -32,14 +32,14 @@ def test_images_are_known_by_content_and_by_name(tree):
 @pytest.mark.parametrize(
     "kind", [BasicTextSRStorage, GrayscaleSoftcopyPresentationStateStorage, MediaStorageDirectoryStorage]
 )
-def test_other_dicom_objects_are_passed_over(tree, kind):
+def test_other_dicom_objects_are_skipped(tree, kind):
     write_dicom(tree / "other", film(), SOPClassUID=kind, PixelData=None)
     found, notes = find_images([tree])
     assert "other" not in found
     assert "1 × DICOM" in notes[0]
 
 
-def test_litter_and_predictions_are_passed_over(tree):
+def test_system_files_and_predictions_are_skipped(tree):
     (tree / "__MACOSX").mkdir()
     (tree / "out/overlays").mkdir(parents=True)
     for name in ("._one.PNG", "__MACOSX/one.png", "out/overlays/one.png"):
@@ -69,7 +69,7 @@ def test_nothing_to_predict_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_hold_what_can_be_read_and_failures_the_rest(tree, workers):
+def test_readable_images_are_in_batches_and_others_in_failures(tree, workers):
     for name in ("a.png", "z.png"):
         (tree / name).write_bytes(b"broken")
     data = ImageFolderDataModule([tree], image_size=[32, 48], batch_size=2, num_workers=workers)
@@ -85,7 +85,7 @@ def test_batches_hold_what_can_be_read_and_failures_the_rest(tree, workers):
     assert all("secret" not in meta.patient.lower() for batch in batches for meta in batch.meta)
 
 
-def test_a_fault_in_one_image_does_not_end_the_rest(tree, monkeypatch, caplog):
+def test_an_error_in_one_image_leaves_the_other_images(tree, monkeypatch, caplog):
     apply = type(ImageFolderDataModule([tree]).preprocessing).apply
 
     def faulty(self, record):
@@ -101,7 +101,7 @@ def test_a_fault_in_one_image_does_not_end_the_rest(tree, monkeypatch, caplog):
     assert "could not be prepared" in caplog.text
 
 
-def test_done_images_are_left_out(tree):
+def test_finished_images_are_left_out(tree):
     data = ImageFolderDataModule([tree], image_size=32, num_workers=0)
     data.setup("predict")
     asked = []
@@ -113,7 +113,7 @@ def test_done_images_are_left_out(tree):
     assert asked == [data.files]
 
 
-def test_originals_are_shown_as_they_are_read(tree):
+def test_originals_are_the_images_as_read(tree):
     data = ImageFolderDataModule([tree], image_size=32)
     data.setup("predict")
     pixels = data.original(data.files["one.PNG"])
@@ -122,7 +122,7 @@ def test_originals_are_shown_as_they_are_read(tree):
     assert [data.is_dicom(file) for file in data.files.values()] == [False, True, True]
 
 
-def test_it_serves_predict_only(tree):
+def test_stages_other_than_predict_are_an_error(tree):
     with pytest.raises(ConfigError, match="predict only"):
         ImageFolderDataModule([tree]).setup("fit")
     with pytest.raises(ConfigError, match="image_size"):

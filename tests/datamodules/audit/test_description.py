@@ -23,7 +23,7 @@ def small(root, cache=None, **settings):
     )
 
 
-def test_counts_are_those_of_the_table_and_nobody_is_named(tmp_path):
+def test_counts_are_those_of_the_table_and_no_patient_is_named(tmp_path):
     data = small(write_small_set(tmp_path))
     data.setup(None)
     told = data.describe()

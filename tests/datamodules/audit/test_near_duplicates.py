@@ -69,7 +69,7 @@ def records_of(*rows):
 
 
 @pytest.mark.parametrize("copy", COPIES)
-def test_a_planted_copy_is_found_and_nothing_else(copy):
+def test_a_planted_copy_is_the_only_duplicate(copy):
     images = [film(seed) for seed in range(40)]
     names = [str(i) for i in range(40)]
     found = find_duplicates(thumbnails([*images, COPIES[copy](images[7])]), [*names, "copy"])
@@ -98,7 +98,7 @@ def test_ids_must_fit():
         find_duplicates(thumbnails([film(0)]), ["a", "b"])
 
 
-def test_the_hash_does_not_see_brightness_and_flips_under_inversion():
+def test_the_hash_ignores_brightness_and_flips_under_inversion():
     one, brighter, inverted = perceptual_hash(thumbnails([film(1), film(1) * 0.5 + 0.3, 1 - film(1)]))
     assert (one != brighter).sum() <= 2
     assert (one != inverted).sum() >= 60

@@ -115,7 +115,7 @@ def test_an_entry_comes_back_as_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kept", ["disk", "memory"])
-def test_what_is_served_is_what_was_rendered(tmp_path: Path, films: Path, kept: str, workers: int) -> None:
+def test_a_served_entry_is_the_rasterized_one(tmp_path: Path, films: Path, kept: str, workers: int) -> None:
     cache = Cache(tmp_path / "cache" if kept == "disk" else None)
     keys = fill(cache, records(films), workers=workers)
     for key, record in zip(keys, records(films), strict=True):
@@ -191,7 +191,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_whatever_changes_the_entry_changes_its_key(
+def test_each_change_of_an_entry_changes_its_key(
     films: Path, change: Callable[[Path, Record], tuple[Record, Preprocessing]]
 ) -> None:
     record, other = records(films)[:2]
@@ -225,7 +225,7 @@ def test_another_version_of_the_code_decodes_again(films: Path, monkeypatch: pyt
     assert set(before).isdisjoint(PREPROCESSING.keys(records(films)))
 
 
-def test_a_large_file_is_sampled_and_told_by_its_time_of_change(tmp_path: Path) -> None:
+def test_the_digest_of_a_large_file_uses_samples_and_its_modification_time(tmp_path: Path) -> None:
     file = tmp_path / "large"
     content = bytearray(preprocessing_module.WHOLE_BYTES + 1000)
     file.write_bytes(content)
@@ -256,7 +256,7 @@ def test_a_damaged_entry_is_decoded_again(
     assert decoded == ["2.png", "3.png"]
 
 
-def test_an_entry_that_goes_missing_while_training_is_made_anew(
+def test_an_entry_that_disappears_during_training_is_decoded_again(
     tmp_path: Path, films: Path, decoded: list[str]
 ) -> None:
     cache = Cache(tmp_path / "cache")
@@ -273,7 +273,7 @@ def test_an_entry_that_goes_missing_while_training_is_made_anew(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_cannot_be_read_has_no_entry_and_is_tried_again(
+def test_an_unreadable_image_has_no_entry_and_is_decoded_again(
     tmp_path: Path, films: Path, decoded: list[str], workers: int
 ) -> None:
     good = (films / "1.png").read_bytes()
@@ -305,7 +305,7 @@ def test_what_cannot_be_read_has_no_entry_and_is_tried_again(
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_full_disk_is_told(
+def test_a_full_disk_is_an_error(
     tmp_path: Path, films: Path, monkeypatch: pytest.MonkeyPatch, code: int, workers: int
 ) -> None:
     def full(entry: CacheEntry, path: Path) -> None:
@@ -322,7 +322,7 @@ def test_a_full_disk_is_told(
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.name != "filling.lock"]
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, films: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_an_error(tmp_path: Path, films: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cache folder .*file/cache cannot be written .*cache_dir"):
         fill(Cache(tmp_path / "file" / "cache"), records(films))
@@ -338,7 +338,7 @@ def test_too_small_a_bound_is_refused_before_anything_is_decoded(
     assert decoded == []
 
 
-def test_what_was_used_longest_ago_makes_room(tmp_path: Path, films: Path) -> None:
+def test_entries_unused_for_longest_are_evicted(tmp_path: Path, films: Path) -> None:
     cache = Cache(tmp_path / "cache")
     old, older = Preprocessing(PlainPreset(), (20, 20)), Preprocessing(PlainPreset(), (16, 16))
     for age, preprocessing in ((9e5, older), (8e5, old)):
@@ -356,7 +356,7 @@ def test_what_was_used_longest_ago_makes_room(tmp_path: Path, films: Path) -> No
     assert 0 < left[old.size] <= COUNT
 
 
-def test_entries_of_this_run_never_make_room(tmp_path: Path, films: Path) -> None:
+def test_entries_of_this_run_are_not_evicted(tmp_path: Path, films: Path) -> None:
     first = fill(Cache(tmp_path / "cache"), records(films))
     with pytest.raises(DataError, match="more than cache_max_gb"):
         fill(Cache(tmp_path / "cache", 25e-6), records(films), Preprocessing(PlainPreset(), (32, 32)))
@@ -376,7 +376,7 @@ def _slow_fill(folder: Path, films: Path, log: Path, seconds: float) -> None:
     fill(Cache(folder), records(films))
 
 
-def test_processes_that_fill_at_once_decode_each_image_once(tmp_path: Path, films: Path) -> None:
+def test_concurrent_processes_decode_each_image_once(tmp_path: Path, films: Path) -> None:
     log = tmp_path / "log"
     several = [fork.Process(target=_slow_fill, args=(tmp_path / "cache", films, log, 0.02)) for _ in range(3)]
     for process in several:
@@ -388,7 +388,7 @@ def test_processes_that_fill_at_once_decode_each_image_once(tmp_path: Path, film
     assert all(Cache(tmp_path / "cache").load(key) for key in PREPROCESSING.keys(records(films)))
 
 
-def test_a_killed_builder_leaves_nothing_half_done(tmp_path: Path, films: Path, decoded: list[str]) -> None:
+def test_a_killed_process_leaves_no_incomplete_entry(tmp_path: Path, films: Path, decoded: list[str]) -> None:
     log = tmp_path / "log"
     process = fork.Process(target=_slow_fill, args=(tmp_path / "cache", films, log, 0.3))
     process.start()
@@ -406,7 +406,7 @@ def test_a_killed_builder_leaves_nothing_half_done(tmp_path: Path, films: Path, 
     assert all(Cache(tmp_path / "cache").load(key) for key in keys)
 
 
-def test_what_a_killed_process_left_is_swept_up(tmp_path: Path, films: Path) -> None:
+def test_files_of_a_killed_process_are_removed(tmp_path: Path, films: Path) -> None:
     keys = PREPROCESSING.keys(records(films))
     part = Cache(tmp_path / "cache").path(keys[0]).parent / ".abc.1.part"
     part.parent.mkdir(parents=True)
@@ -418,7 +418,7 @@ def test_what_a_killed_process_left_is_swept_up(tmp_path: Path, films: Path) -> 
     assert not part.exists()
 
 
-def test_decoding_shows_how_far_it_is(tmp_path: Path, films: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_decoding_shows_a_progress_bar(tmp_path: Path, films: Path, capfd: pytest.CaptureFixture[str]) -> None:
     fill(Cache(tmp_path / "cache"), records(films))
     assert f"Decoding {COUNT} images once" in capfd.readouterr().err
     fill(Cache(tmp_path / "cache"), records(films))

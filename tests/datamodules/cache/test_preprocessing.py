@@ -60,7 +60,7 @@ def test_every_module_that_decoding_an_image_reaches_is_in_the_key():
     )
 
 
-def test_pixel_code_names_nothing_that_is_not_there_or_not_needed():
+def test_every_entry_of_pixel_code_exists_and_is_needed():
     for name in PIXEL_CODE:
         assert (ROOT / name).exists(), name
         assert any(file.startswith(name) for file in reached()), f"{name}: decoding does not reach it"
@@ -129,7 +129,7 @@ class Own(PlainPreset):
 """
 
 
-def test_the_file_of_a_preset_of_ones_own_is_in_the_key(tmp_path):
+def test_the_file_of_a_user_preset_is_in_the_key(tmp_path):
     def key(**words):
         file = tmp_path / "own_preset.py"
         file.write_text(PRESET.format(**words))

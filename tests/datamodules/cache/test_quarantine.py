@@ -35,7 +35,7 @@ def test_issues_are_counted_by_subject_and_reason() -> None:
     assert quarantine.lost() == {IMAGE: {"a", "b"}, "lungs": {"c", "d"}, "spots": {"d"}}
 
 
-def test_an_issue_counts_once_however_often_it_is_met() -> None:
+def test_a_repeated_issue_counts_once() -> None:
     quarantine = full()
     quarantine.add(full().issues)
     assert len(quarantine.issues) == 5
@@ -49,7 +49,7 @@ def test_the_summary_is_one_line_and_empty_without_issues() -> None:
     assert Quarantine().summary() == ""
 
 
-def test_corrections_alone_are_told_too() -> None:
+def test_corrections_without_issues_are_in_the_summary() -> None:
     quarantine = Quarantine()
     quarantine.add([], ["masks resized to their image"])
     assert (

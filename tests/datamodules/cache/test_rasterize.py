@@ -113,7 +113,7 @@ def test_pixels_keep_their_depth(tmp_path: Path) -> None:
     np.testing.assert_array_equal(sixteen.image, np.asarray(Image.open(tmp_path / "film.png")))
 
 
-def test_boxes_find_their_way_back(tmp_path: Path) -> None:
+def test_boxes_map_back_to_the_original(tmp_path: Path) -> None:
     boxes = ((2.0, 3.0, 20.0, 30.0), (40.5, 10.25, 63.0, 47.5))
     entry = rasterized(Record("a", film(tmp_path), "p", {"spots": BoxTruth(boxes, (1, 0))}), (40, 24))
     back = boxes_to_original(entry.boxes["spots"], Frame(entry.to_original, (40, 24)))
@@ -158,7 +158,7 @@ def test_a_smaller_mask_of_the_same_shape_is_enlarged_and_counted(tmp_path: Path
 
 
 @pytest.mark.parametrize("shape", [(64, 48), (48, 66), (24, 33)])
-def test_a_mask_of_another_shape_costs_its_task_alone(tmp_path: Path, shape: tuple[int, int]) -> None:
+def test_a_mask_of_another_shape_makes_only_its_task_unknown(tmp_path: Path, shape: tuple[int, int]) -> None:
     truth = {"m": MaskTruth((MaskSource(mask_file(tmp_path, np.ones(shape))),)), "b": BoxTruth(((1, 1, 9, 9),), (0,))}
     entry = rasterized(Record("a", film(tmp_path), "p", truth))
     if shape == (24, 33):  # one pixel is rounding
@@ -173,7 +173,9 @@ def test_a_mask_of_another_shape_costs_its_task_alone(tmp_path: Path, shape: tup
     "content, reason",
     [(None, "mask file missing"), (b"", "mask unreadable"), (b"not a mask", "mask unreadable")],
 )
-def test_a_broken_mask_costs_its_task_and_is_tried_again(tmp_path: Path, content: bytes | None, reason: str) -> None:
+def test_a_broken_mask_makes_its_task_unknown_and_is_decoded_again(
+    tmp_path: Path, content: bytes | None, reason: str
+) -> None:
     file = tmp_path / "broken.png"
     if content is not None:
         file.write_bytes(content)
@@ -201,7 +203,7 @@ def test_a_lesion_smaller_than_a_pixel_of_the_frame_stays(tmp_path: Path) -> Non
         ((5, -20, 10, 0), "box outside the image"),
     ],
 )
-def test_an_impossible_box_costs_its_task_alone(tmp_path: Path, box: tuple[float, ...], reason: str) -> None:
+def test_an_invalid_box_makes_only_its_task_unknown(tmp_path: Path, box: tuple[float, ...], reason: str) -> None:
     truth = {"b": BoxTruth(((1, 1, 9, 9), box), (0, 0)), "m": MaskTruth((MaskSource(),))}
     entry = rasterized(Record("a", film(tmp_path), "p", truth))
     assert only_issue(entry, "b") == reason
@@ -262,7 +264,7 @@ def test_a_shape_outside_the_image_is_refused(source: MaskSource) -> None:
         draw(source, canvas())
 
 
-def test_a_polygon_of_no_numbers_is_refused() -> None:
+def test_a_polygon_with_a_coordinate_that_is_not_a_number_is_refused() -> None:
     with pytest.raises(UnusableError, match="not a number"):
         draw(MaskSource(polygons=(((1, 1), (float("nan"), 5), (3, 9)),)), canvas())
 
@@ -297,7 +299,7 @@ def test_boxes_come_from_components_of_masks(tmp_path: Path) -> None:
         (np.arange(40, dtype=np.uint8).reshape(4, 10), "image too small"),
     ],
 )
-def test_an_image_with_nothing_in_it_is_an_issue(tmp_path: Path, pixels: np.ndarray, reason: str) -> None:
+def test_a_constant_image_is_an_issue(tmp_path: Path, pixels: np.ndarray, reason: str) -> None:
     file = mask_file(tmp_path, pixels, "film.png")
     issue = rasterize(Record("a", file, "Name^X"), PlainPreset(), (32, 32))
     assert not isinstance(issue, CacheEntry)
@@ -314,7 +316,7 @@ def test_an_image_that_cannot_be_read_is_an_issue_and_tried_again(tmp_path: Path
         assert issue.transient
 
 
-def test_values_that_are_no_numbers_are_an_issue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_that_are_not_numbers_are_an_issue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(0).random(SIZE, np.float32)
     pixels[3, 3] = np.nan
     monkeypatch.setattr("datamodules.cache.rasterize.read_image", lambda file: Pixels(pixels, 16, ()))
@@ -350,7 +352,7 @@ def test_crop_and_flip_carry_masks_and_boxes_along(tmp_path: Path, mammogram: Pa
     np.testing.assert_allclose(back, [[240, 90, 250, 100]], atol=1e-3)
 
 
-def test_what_the_crop_cuts_off_never_becomes_a_negative(tmp_path: Path, mammogram: Path) -> None:
+def test_a_label_outside_the_crop_does_not_become_negative(tmp_path: Path, mammogram: Path) -> None:
     values = np.zeros((200, 300), np.uint8)
     values[5:9, 5:9] = 255  # on the dark film, far from the breast
     source = MaskSource(mask_file(tmp_path, values))

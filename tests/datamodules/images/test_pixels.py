@@ -80,7 +80,7 @@ def test_rescale_comes_before_the_window(file):
     assert read.pixels.ravel() == pytest.approx(expected, abs=1e-6)
 
 
-def test_negative_slope_turns_the_image_over(file):
+def test_a_negative_slope_inverts_the_image(file):
     write_dicom(file, RAMP, bits=12, RescaleSlope=-1, RescaleIntercept=4095)
     assert read_image(file).pixels.ravel() == pytest.approx(1 - RAMP.ravel() / 4095)
 
@@ -123,7 +123,7 @@ def test_padding_becomes_background(file, photometric, syntax):
     assert read.pixels[9:].min() == 0
 
 
-def test_padding_written_as_unsigned_is_understood(file):
+def test_padding_written_as_unsigned_is_applied(file):
     stored = film(bits=16, signed=True)
     stored[:5] = -2000
     write_dicom(file, stored, PhotometricInterpretation="MONOCHROME1")
@@ -172,7 +172,7 @@ def broken_luts():
 
 
 @pytest.mark.parametrize("name", broken_luts())
-def test_broken_voi_lut_gives_way_to_the_window_then_to_the_range(file, name):
+def test_a_broken_voi_lut_is_replaced_by_the_window_or_the_range(file, name):
     write_dicom(file, RAMP, bits=12, VOILUTSequence=[broken_luts()[name]], WindowCenter=1000, WindowWidth=500)
     read = read_image(file)
     assert read.path[1] in ("voi-lut:0:broken", "voi-lut:0:outside")
@@ -183,7 +183,7 @@ def test_broken_voi_lut_gives_way_to_the_window_then_to_the_range(file, name):
 
 
 @pytest.mark.parametrize("window", [(100, 0), (100, -5), (9000, 10), (-500, 10), (100, 0.5)])
-def test_window_of_no_use_gives_way_to_the_range(file, window):
+def test_an_unusable_window_is_replaced_by_the_range(file, window):
     write_dicom(file, RAMP, bits=12, WindowCenter=window[0], WindowWidth=window[1])
     read = read_image(file)
     assert read.path[1] in ("window:0:broken", "window:0:outside")
@@ -201,7 +201,7 @@ def test_without_a_16_bit_look_up_in_opencv_the_result_is_the_same(file, monkeyp
     assert np.array_equal(read_image(file).pixels, expected)
 
 
-def test_a_window_that_only_few_pixels_reach_still_counts(file):
+def test_a_window_that_few_pixels_reach_is_used(file):
     stored = np.random.default_rng(0).integers(0, 1000, (600, 600)).astype(np.uint16)
     stored[301, 303] = 4000
     write_dicom(file, stored, bits=12, WindowCenter=4000, WindowWidth=10)
@@ -210,7 +210,7 @@ def test_a_window_that_only_few_pixels_reach_still_counts(file):
     assert read.pixels.sum() == pytest.approx(read.pixels[301, 303])
 
 
-def test_window_of_letters_gives_way_to_the_range(file):
+def test_a_window_of_letters_is_replaced_by_the_range(file):
     write_dicom(file, RAMP, bits=12, WindowCenter=1000, WindowWidth=1234)
     file.write_bytes(file.read_bytes().replace(b"1234", b"abcd"))
     assert read_image(file).path[1:] == ("window:0:broken", "range:stored")
@@ -262,7 +262,7 @@ def test_every_syntax_reads_the_same(file, syntax, signed, size):
 
 
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
-def test_dicom_is_known_by_content(tmp_path, syntax):
+def test_dicom_is_recognised_by_content(tmp_path, syntax):
     bare = write_dicom(tmp_path / "bare.png", film(), syntax, bits=12, preamble=False)
     named = write_dicom(tmp_path / "IM0001", film(), syntax, bits=12)
     assert np.array_equal(read_image(bare).pixels, read_image(named).pixels)
@@ -444,13 +444,13 @@ def test_bad_dicom_names_itself(tmp_path, monkeypatch, read, name, message):
     assert "secret" not in str(caught.value).lower()
 
 
-def test_too_large_a_file_is_refused_unread(file, monkeypatch):
+def test_too_large_a_file_is_refused_before_reading(file, monkeypatch):
     monkeypatch.setattr(pixels, "MAX_BYTES", 1000)
     with pytest.raises(DataError, match="more than one image needs"):
         read_image(write_dicom(file, film(), bits=12))
 
 
-def test_an_interrupt_is_no_broken_file(file, monkeypatch):
+def test_an_interrupt_is_not_reported_as_a_broken_file(file, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 

@@ -162,7 +162,7 @@ def test_jpeg_baseline_agrees_with_dcmtk(tmp_path):
     assert np.array_equal(read_mask(tmp_path / "coded.dcm"), dcmread(tmp_path / "again.dcm").pixel_array)
 
 
-def test_12_bit_lossy_jpeg_says_what_to_do(tmp_path):
+def test_12_bit_lossy_jpeg_error_names_the_fix(tmp_path):
     source = write_dicom(tmp_path / "plain.dcm", film(64, 64, bits=12), bits=12)
     run("dcmcjpeg", "+ee", source, tmp_path / "coded.dcm")
     with pytest.raises(DataError, match=r"coded\.dcm: TransferSyntaxUID JPEG Extended .*dcmdjpeg"):
@@ -171,7 +171,7 @@ def test_12_bit_lossy_jpeg_says_what_to_do(tmp_path):
     assert read_image(tmp_path / "again.dcm").bits == 12
 
 
-def test_damaged_lossless_jpeg_crashes_gdcm_but_not_us(tmp_path):
+def test_damaged_lossless_jpeg_crashes_gdcm_but_not_this_process(tmp_path):
     """Bytes of the JPEG header at random: in the same process GDCM would abort or segfault on some of these."""
     stored = film(64, 64, bits=12)
     source = write_dicom(tmp_path / "plain.dcm", stored, bits=12)
@@ -204,7 +204,7 @@ def test_forked_workers_each_have_their_own_gdcm(tmp_path):
         assert np.array_equal(read, expected)
 
 
-def test_gdcm_that_does_not_finish_is_given_up(tmp_path, monkeypatch):
+def test_gdcm_is_stopped_at_the_time_limit(tmp_path, monkeypatch):
     source = write_dicom(tmp_path / "plain.dcm", film(64, 64, bits=12), bits=12)
     run("dcmcjpeg", "+e1", source, tmp_path / "good.dcm")
     gdcm_process._stop()  # a fresh process takes longer than no time to start
@@ -229,13 +229,13 @@ def test_real_colour_is_refused(name):
 
 
 @pytest.mark.parametrize("name", NO_SINGLE_IMAGE + DAMAGED)
-def test_what_is_no_single_image_is_refused(name):
+def test_several_images_in_a_file_are_refused(name):
     with pytest.raises(DataError, match=rf"^{name}\.dcm: "):
         read_image(known(f"{name}.dcm"))
 
 
 @pytest.mark.parametrize("name", ODD + ODDER)
-def test_odd_but_sound_files_read(name):
+def test_unusual_valid_files_are_read(name):
     ours = read_image(known(f"{name}.dcm")).pixels
     assert ours.min() >= 0
     assert ours.max() <= 1

@@ -70,7 +70,7 @@ def breast(height=300, width=220, side="L", noise=0.01, seed=0):
 
 
 @given(size, size, size, size, st.booleans(), st.floats(0, 1), boxes_of)
-def test_boxes_come_back_through_any_letterbox(h, w, height, width, flip, align, boxes):
+def test_boxes_map_back_through_any_letterbox(h, w, height, width, flip, align, boxes):
     frame = letterbox((0, 0, w, h), (height, width), flip, align)
     there = boxes_to_frame(boxes, frame)
     assert (there[:, 2:] >= there[:, :2]).all()
@@ -149,7 +149,7 @@ def test_rotated_warp_agrees_with_straight_warp_at_no_rotation():
     np.testing.assert_allclose(tilted, straight, atol=5e-3)  # OpenCV places samples at 1/32 pixel
 
 
-def test_thin_lines_survive_shrinking_in_mean():
+def test_thin_lines_keep_their_mean_under_shrinking():
     image = np.zeros((256, 256), np.float32)
     image[:, ::9] = 1
     for frame in (letterbox((0, 0, 256, 256), (32, 32)), Frame((7.9, 0.8, 0.0, -0.8, 7.9, 0.0), (30, 30))):
@@ -238,7 +238,7 @@ def test_the_lesion_stays_under_its_mask_and_box(preset):
         np.testing.assert_allclose((back[:, :2] + back[:, 2:]) / 2, (box[:, :2] + box[:, 2:]) / 2, atol=1e-3)
 
 
-def test_way_back_to_the_original_through_augmentation_and_frame():
+def test_points_map_back_through_augmentation_and_frame():
     film, _ = breast(side="R")
     preset = BreastPreset()
     frame = preset.frame(film, (96, 96), "R")
@@ -350,7 +350,7 @@ def test_breast_crop_holds_the_breast_and_leaves_out_labels_and_rims(side, size)
     assert (frame.to_original[0] < 0) == (side == "R")
 
 
-def test_pixels_overrule_a_wrong_side_and_the_side_decides_where_pixels_are_silent():
+def test_pixels_overrule_a_wrong_side_and_undecided_pixels_leave_it():
     film, _ = breast(side="R")
     assert BreastPreset(flip_to="L").frame(film, (64, 64), "L").to_original[0] < 0
     assert BreastPreset(flip_to="R").frame(film, (64, 64), "L").to_original[0] > 0

@@ -85,7 +85,7 @@ def test_a_row_becomes_a_record(root: Path) -> None:
     assert found.tasks["lungs"].multi_label
 
 
-def test_a_flag_tells_unknown_from_nothing_there(root: Path) -> None:
+def test_a_flag_separates_unknown_from_empty(root: Path) -> None:
     table = (
         "image,patient,boxes,has_det,mask,has_mask\n"
         "a.png,1,[],1,,1\n"  # looked, nothing there
@@ -119,7 +119,7 @@ def test_without_a_flag_the_cell_decides(root: Path) -> None:
     assert found.tasks["lungs"].classes == ("left", "right")
 
 
-def test_an_absent_flag_is_told_and_a_misspelt_one_refused(root: Path) -> None:
+def test_a_missing_flag_is_noted_and_a_misspelt_one_is_an_error(root: Path) -> None:
     table = "image,patient,boxes,has_det\na.png,1,[],0\n"
     records, _, found = read(root, table, detection={"lesions": BoxColumns(labels=None, flag="annotated")})
     assert records["a"].truth == {"lesions": BoxTruth()}
@@ -188,7 +188,7 @@ def test_python_lists_blank_lines_and_backslashes_are_read(root: Path) -> None:
     assert records["a"].truth["lesions"] == BoxTruth(((1, 2, 3, 4),), (0,))
 
 
-def test_files_of_one_name_get_ids_that_stay(root: Path) -> None:
+def test_files_of_one_name_get_stable_ids(root: Path) -> None:
     table = "image,patient,label\nx/a.png,1,s\ny/a.png,2,s\nb.png,3,w\n"
     ids = [r.id for r in read(root, table, classification=FINDING)[2].records]
     assert len(set(ids)) == 3
@@ -332,7 +332,7 @@ def test_invalid_sizes_and_sides_are_noted_and_read_as_blank(root: Path) -> None
     assert sum("taken as blank" in note for note in found.notes) == 2
 
 
-def test_columns_asked_for_by_name_must_be_there(root: Path) -> None:
+def test_configured_columns_must_exist(root: Path) -> None:
     table = "image,patient,label\na.png,1,s\n"
     read(root, table, classification=FINDING)
     for argument, value in (
@@ -358,7 +358,7 @@ def test_columns_asked_for_by_name_must_be_there(root: Path) -> None:
         ({"segmentation": {"t": MaskColumns(column="m")}}, "column and values"),
     ],
 )
-def test_impossible_tasks_are_refused(root: Path, arguments: dict[str, Any], message: str) -> None:
+def test_invalid_tasks_are_refused(root: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         module(root, "", **arguments)
 
@@ -394,7 +394,7 @@ def test_a_table_full_of_mistakes_stops_the_run(root: Path) -> None:
         module(root, HEADER + rows, detection={"lesions": BoxColumns(labels=None)}).plan()
 
 
-def test_yaml_describes_it(root: Path) -> None:
+def test_a_yaml_file_configures_it(root: Path) -> None:
     config = Path(__file__).resolve().parents[3] / "configs" / "data" / "labels_csv.yaml"
     assert config.read_text().startswith("# mtmedformer fit ")
     parser = ArgumentParser()

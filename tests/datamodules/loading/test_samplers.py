@@ -54,7 +54,7 @@ def cohort(count, hits):
         ({"unheard": BOX, "lesions": BOX}, ("lesions=+",)),
     ],
 )
-def test_strata_say_what_is_labelled_and_as_what(truth, words):
+def test_strata_name_the_labels(truth, words):
     assert strata(record(0, **truth), TASKS) == words
 
 
@@ -117,7 +117,7 @@ def test_positives_are_not_always_at_the_same_place():
     assert min(places[k] for k in range(8)) > 20  # 50 expected
 
 
-def test_epoch_and_seed_decide():
+def test_the_order_depends_on_epoch_and_seed():
     records = cohort(30, 5)
     for strategy in ("shuffle", "positive", "sqrt"):
         one, two = (TaskSampler(records, TASKS, strategy, 4, seed=1) for _ in range(2))
@@ -141,13 +141,13 @@ def test_sqrt_draws_in_proportion_to_the_root_of_the_count():
     assert share == pytest.approx(root, abs=0.01)  # 0.091; plain shuffling: 0.01
 
 
-def test_nothing_positive_is_said_and_shuffled(caplog):
+def test_without_positives_records_are_shuffled_and_it_is_logged(caplog):
     sampler = TaskSampler(cohort(10, 0), TASKS, "positive", 4, seed=0)
     assert "no record is positive" in caplog.text
     assert sorted(sampler) == list(range(10))
 
 
-def test_empty_and_impossible():
+def test_empty_data_and_invalid_arguments():
     assert list(TaskSampler([], TASKS, "sqrt", 4, seed=0)) == []
     with pytest.raises(ConfigError, match="choose shuffle, positive or sqrt"):
         TaskSampler([], TASKS, "best", 4, seed=0)

@@ -119,7 +119,7 @@ def test_the_seed_matters_and_decides():
     assert assign_splits(records, TASKS, seed=1) != assign_splits(records, TASKS, seed=2)
 
 
-def test_a_patient_with_many_images_stays_whole():
+def test_a_patient_with_many_images_stays_in_one_split():
     records = [record("big", i, positive=True) for i in range(65)] + cohort(100)
     splits = assign_splits(records, TASKS)
     assert len({splits[r.id] for r in records if r.patient == "id-big"}) == 1
@@ -128,7 +128,7 @@ def test_a_patient_with_many_images_stays_whole():
 # official splits
 
 
-def test_official_splits_are_kept_and_val_is_carved_from_training():
+def test_official_splits_are_kept_and_val_is_taken_from_training():
     records = [replace(r, split="test" if int(r.patient[3:]) % 4 == 0 else "train") for r in cohort(100)]
     splits = assign_splits(records, TASKS, val_fraction=0.2)
     assert all((splits[r.id] == "test") == (r.split == "test") for r in records)
@@ -144,7 +144,7 @@ def test_complete_official_splits_are_kept_as_they_are():
     assert assign_splits(records, TASKS, official=False) != {r.id: r.split for r in records}
 
 
-def test_an_undecided_image_follows_its_patient_and_an_undecided_patient_trains():
+def test_an_image_without_split_follows_its_patient_and_such_a_patient_trains():
     records = [record("x", 0, split="test"), record("x", 1), record("y", 0, split="val"), record("z", 0)]
     splits = assign_splits(records, TASKS)
     assert splits == {"x_0": "test", "x_1": "test", "y_0": "val", "z_0": "train"}
@@ -189,7 +189,7 @@ def test_fold_uses_official_val_for_training_too():
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_too_few_patients_says_how_many(count):
+def test_too_few_patients_are_an_error_with_their_number(count):
     with pytest.raises(DataError, match=rf"{count} patient.* too few to split: 3 are needed"):
         assign_splits([record(p, k, True) for p in range(count) for k in range(3)], TASKS)
 
@@ -198,7 +198,7 @@ def test_three_patients_are_enough():
     assert set(assign_splits([record(p) for p in range(3)], TASKS).values()) == {"train", "val", "test"}
 
 
-def test_no_test_split_is_said(caplog):
+def test_a_missing_test_split_is_logged(caplog):
     splits = assign_splits(cohort(20), TASKS, test_fraction=0)
     assert set(splits.values()) == {"train", "val"}
     assert "val is used as test" in caplog.text
@@ -211,7 +211,7 @@ def test_no_val_is_allowed():
 @pytest.mark.parametrize(
     "kwargs", [{"val_fraction": 0.9}, {"test_fraction": -0.1}, {"fold": 5}, {"fold": 0, "folds": 1}]
 )
-def test_impossible_settings(kwargs):
+def test_invalid_settings(kwargs):
     with pytest.raises(ConfigError):
         assign_splits(cohort(20), TASKS, **kwargs)
 

@@ -68,7 +68,7 @@ def test_sites_of_one_set_have_no_patient_and_no_picture_in_common(tmp_path):
     assert len(set(pictures)) == len(pictures) == len(table)
 
 
-def test_a_site_does_not_depend_on_the_sites_beside_it(reference, tmp_path):
+def test_a_site_does_not_depend_on_other_sites(reference, tmp_path):
     alone = tree(tmp_path / "alone", breast=BREAST)
     whole = contents(reference)
     assert {n: d for n, d in contents(alone).items() if n != "labels.csv"}.items() <= whole.items()
@@ -90,7 +90,7 @@ def test_a_site_does_not_depend_on_the_sites_beside_it(reference, tmp_path):
         ("bits", 8, False),
     ],
 )
-def test_a_scanner_dial_changes_pixels_but_never_truth(reference, tmp_path, dial, value, shifts):
+def test_a_scanner_setting_changes_pixels_but_not_labels(reference, tmp_path, dial, value, shifts):
     turned = tree(tmp_path / "turned", chest=replace(CHEST, **{dial: value}), breast=replace(BREAST, **{dial: value}))
     assert truth(turned) == truth(reference)
     before, after = images(reference), images(turned)
@@ -105,7 +105,7 @@ def test_a_scanner_dial_changes_pixels_but_never_truth(reference, tmp_path, dial
             np.testing.assert_allclose(after[name], before[name], atol=1e-6)
 
 
-def test_inversion_without_a_word_is_the_negative(reference, tmp_path):
+def test_undeclared_inversion_gives_the_negative(reference, tmp_path):
     turned = tree(tmp_path / "negative", chest=replace(CHEST, inverted=True), breast=replace(BREAST, inverted=True))
     before, after = images(reference), images(turned)
     for name in before:
@@ -134,7 +134,7 @@ def test_compression_loses_nothing_by_another_decoder(tmp_path, name, uid, bits)
         np.testing.assert_array_equal(ds.pixel_array, expected.pixel_array)
 
 
-def test_files_say_what_a_hospital_export_says(reference):
+def test_files_have_the_attributes_of_a_hospital_export(reference):
     rows = pd.read_csv(reference / "labels.csv", keep_default_na=False)
     uids = set()
     for row in rows.itertuples():
@@ -155,7 +155,7 @@ def test_files_say_what_a_hospital_export_says(reference):
     assert set(zip(breasts.laterality, breasts["view"], strict=True)) == {(s, v) for s in "LR" for v in ("CC", "MLO")}
 
 
-def test_a_chest_has_its_heart_at_the_right_of_the_film_and_dark_lungs():
+def test_a_chest_film_has_the_heart_at_the_right_and_dark_lungs():
     for seed in range(8):
         drawing = draw_chest(Chest.sample(np.random.default_rng(seed)), [], 96)
         left, right = drawing.organ[:, :48].sum(), drawing.organ[:, 48:].sum()
@@ -166,7 +166,7 @@ def test_a_chest_has_its_heart_at_the_right_of_the_film_and_dark_lungs():
 
 
 @pytest.mark.parametrize("view", ["CC", "MLO"])
-def test_a_breast_hangs_with_its_chest_wall_at_its_own_side(view):
+def test_the_chest_wall_is_at_the_side_of_the_breast(view):
     breast = Breast.sample(np.random.default_rng(0))
     for side, column in (("L", 0), ("R", -1)):
         drawing = draw_breast(breast, [], side, view, 96, marker=False)
@@ -248,7 +248,7 @@ def test_breast_prevalence_counts_breasts_and_rises_by_adding():
     assert counts[0] < counts[1]
 
 
-def test_unlabelled_tasks_are_unknown_and_leave_no_trace(tmp_path):
+def test_unlabelled_tasks_are_unknown_and_have_no_files(tmp_path):
     sites = {
         "a": replace(CHEST, patients=16, labelled={"finding": 0.5, "lungs": 0.25}),
         "b": replace(CHEST, patients=4, labelled={"lesions": 1.0}, prevalence=0.0),
@@ -265,7 +265,7 @@ def test_unlabelled_tasks_are_unknown_and_leave_no_trace(tmp_path):
     assert (table[table.has_det == 0].boxes == "[]").all()
 
 
-def test_more_labels_keep_those_there_were(tmp_path):
+def test_a_larger_share_of_labels_contains_the_smaller_one(tmp_path):
     known = []
     for share in (0.25, 0.75):
         sites = {"s": replace(CHEST, patients=12, labelled={"lungs": share})}
@@ -318,7 +318,7 @@ def test_the_tree_is_a_labels_csv_data_set_with_the_same_truth(tmp_path):
                 assert mine.file.samefile(other.file)
 
 
-def test_a_generation_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_a_failed_generation_leaves_no_files(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("disk full")
 
@@ -330,7 +330,7 @@ def test_a_generation_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     assert (tree(tmp_path / "set", s=CHEST) / "labels.csv").exists()
 
 
-def test_losing_the_race_keeps_the_winner(tmp_path, monkeypatch):
+def test_two_processes_that_generate_at_once_keep_one_result(tmp_path, monkeypatch):
     folder = tmp_path / "set"
     write = generation.write_dicom
 
@@ -381,12 +381,12 @@ def test_every_setting_has_a_folder_of_its_own_and_is_generated_once(tmp_path):
         ({"a": replace(CHEST, labelled={"lungs": 2.0})}, r"labelled\.lungs is 2\.0"),
     ],
 )
-def test_a_dial_that_cannot_work_is_named(tmp_path, sites, message):
+def test_a_setting_out_of_range_is_named_in_the_error(tmp_path, sites, message):
     with pytest.raises(ConfigError, match=message):
         PhantomDataModule(tmp_path, sites)
 
 
-def test_batches_carry_what_the_sites_labelled_and_nothing_else(tmp_path):
+def test_batches_have_the_labels_of_their_sites_only(tmp_path):
     sites = {
         "full": replace(CHEST, patients=8, prevalence=0.5),
         "boxes": replace(CHEST, patients=8, prevalence=0.5, labelled={"lesions": 1.0}, monochrome1=True),

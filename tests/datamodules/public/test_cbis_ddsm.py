@@ -30,7 +30,7 @@ def nbia(tmp_path_factory):
     return layout.write(tmp_path_factory.mktemp("nbia"))
 
 
-def test_mask_and_crop_are_told_apart_by_content_in_every_layout(records):
+def test_mask_and_crop_are_distinguished_by_content_in_every_layout(records):
     for record in records.values():
         for truth in (record.truth.get("masses"), record.truth.get("calcifications")):
             for source in truth.masks if truth else ():
@@ -46,7 +46,7 @@ def test_every_film_is_found_and_is_the_full_image(records):
     assert all(image_size(r.file) == (HEIGHT, WIDTH) for r in records.values())
 
 
-def test_mask_of_the_same_size_as_its_crop_is_told_by_its_two_grey_levels(tmp_path):
+def test_a_mask_of_the_size_of_its_crop_is_recognised_by_its_two_grey_levels(tmp_path):
     crop, mask = noise(1, 20, 20), square(20, 20, (5, 5, 9, 9))
     for names in (("1-1.dcm", "1-2.dcm"), ("1-2.dcm", "1-1.dcm")):
         write_dicom(tmp_path / names[0], crop)
@@ -142,7 +142,7 @@ def test_assessment_0_is_unknown(records):
         ("unknown", ("benign", "malignant"), None),
     ],
 )
-def test_benign_without_callback_is_what_the_option_says(nbia, option, classes, values):
+def test_benign_without_callback_follows_the_option(nbia, option, classes, values):
     catalogue = read_catalogue(nbia, benign_without_callback=option)
     record = next(r for r in catalogue.records if r.id == "Mass-Training_P_00002_RIGHT_CC")
     assert catalogue.tasks["pathology"].classes == classes
@@ -167,14 +167,14 @@ def test_patients_that_leak_across_types_are_dropped_from_train_and_noted(root, 
     assert len(read_catalogue(root, official=False).records) == 20
 
 
-def test_one_type_alone_leaks_nothing_and_has_one_detection_task(nbia):
+def test_one_lesion_type_leaks_no_patient_and_has_one_detection_task(nbia):
     catalogue = read_catalogue(nbia, lesion_types="mass")
     assert "Mass-Training_P_00013_LEFT_CC" in {r.id for r in catalogue.records}
     assert not any("dropped" in note for note in catalogue.notes)
     assert catalogue.tasks["lesions"].classes == catalogue.tasks["lesion"].classes == ("mass",)
 
 
-def test_tables_of_the_other_type_need_not_be_there(tmp_path):
+def test_tables_of_the_other_type_may_be_missing(tmp_path):
     root = layout.write(tmp_path)
     for table in root.glob("calc*.csv"):
         table.unlink()
@@ -183,7 +183,7 @@ def test_tables_of_the_other_type_need_not_be_there(tmp_path):
         read_catalogue(root)
 
 
-def test_broken_files_cost_their_own_truth_only(tmp_path, caplog):
+def test_broken_files_make_only_their_labels_unknown(tmp_path, caplog):
     root = layout.write(tmp_path)
     records = {r.id: r for r in read_catalogue(root).records}
     records[FIRST].truth["masses"].masks[0].file.write_bytes(b"\0" * 200)
@@ -199,7 +199,7 @@ def test_broken_files_cost_their_own_truth_only(tmp_path, caplog):
 @pytest.mark.parametrize(
     "old, new", [("MALIGNANT", "MALIGN"), ("Mass-Training_P_00001", "P_00001"), (",4,BENIGN", ",9,BENIGN")]
 )
-def test_row_that_cannot_be_understood_raises(tmp_path, old, new):
+def test_an_invalid_row_raises(tmp_path, old, new):
     root = layout.write(tmp_path)
     table = root / "mass_case_description_train_set.csv"
     table.write_text(table.read_text().replace(old, new))
@@ -207,7 +207,7 @@ def test_row_that_cannot_be_understood_raises(tmp_path, old, new):
         read_catalogue(root)
 
 
-def test_images_beside_no_table_are_named(tmp_path):
+def test_a_missing_table_is_named(tmp_path):
     root = layout.write(tmp_path)
     (root / "CBIS-DDSM").rename(tmp_path / "elsewhere")
     with pytest.raises(DataError, match="CBIS-DDSM images: not found: expected Mass-T"):

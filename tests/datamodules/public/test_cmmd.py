@@ -93,7 +93,7 @@ def test_image_without_laterality_and_a_broken_one_get_no_label(tmp_path):
 
 
 @pytest.mark.parametrize("column, value", [("classification", "Normal"), ("abnormality", "lump"), ("LeftRight", "B")])
-def test_cell_that_cannot_be_understood_raises(tmp_path, column, value):
+def test_an_invalid_cell_raises(tmp_path, column, value):
     root = layout.write(tmp_path)
     file = root / "CMMD_clinicaldata_revision.xlsx"
     table = pd.read_excel(file, dtype=str)

@@ -72,17 +72,17 @@ def test_patients_are_grouped_and_sites_come_from_the_source(records):
     assert list(sites.values()) == ["journals", "radiopaedia", "eurorad", "sirm_italy"]
 
 
-def test_v7_value_127_is_no_lung(root, records):
+def test_v7_value_127_is_not_lung(root, records):
     drawn = rasterize(records["a-1.jpeg"], PlainPreset(), (60, 50))
     assert drawn.masks["lungs"][0, 20, 30] == 1
     assert drawn.masks["lungs"][0, 32, 30] == 0
 
 
-def test_all_zero_lung_mask_is_unannotated_not_lungless(records):
+def test_an_all_zero_lung_mask_is_unknown(records):
     assert "lungs" not in records["c.jpg"].truth
 
 
-def test_masks_a_network_drew_are_weak(root):
+def test_masks_of_a_network_are_weak(root):
     catalogue = read_catalogue(root, lung_masks=root / "annotations" / "lungVAE-masks")
     labelled = [r for r in catalogue.records if "lungs" in r.truth]
     assert [r.id for r in labelled] == ["d.png"]

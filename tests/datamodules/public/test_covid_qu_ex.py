@@ -33,7 +33,7 @@ def test_trees_are_not_swapped(root):
     assert {"lungs", "infection", "lesions"} <= infection.tasks.keys()
 
 
-def test_infection_masks_join_the_lung_tree_by_class_and_name(records):
+def test_infection_masks_are_matched_to_the_lung_tree_by_class_and_name(records):
     with_mask = {name for name, r in records.items() if r.truth.get("infection") and r.truth["lesions"].masks}
     assert with_mask == {
         "covid19_covid_1",

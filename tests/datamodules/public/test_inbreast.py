@@ -20,7 +20,7 @@ def records(root):
     return read_catalogue(root).records
 
 
-def test_patient_is_the_second_part_of_the_file_name_because_the_table_says_removed(records):
+def test_the_patient_is_the_second_part_of_the_file_name(records):
     assert [r.patient for r in records[:6]] == ["aaaaa14b80a859"] * 4 + ["bbbba14b80a859"] * 2
 
 
@@ -40,7 +40,7 @@ def test_birads_4a_to_4c_are_4_and_positive_from_4(records):
     assert positive[:10] == [True, True, False, False, True, True, False, False, True, False]
 
 
-def test_birads_3_is_negative_or_unknown_as_the_option_says(root, records):
+def test_birads_3_is_negative_or_unknown_by_option(root, records):
     assert records[6].truth["suspicion"].values == (1, 0)
     assert "suspicion" not in read_catalogue(root, birads_3="unknown").records[6].truth
     assert read_catalogue(root, birads_positive=3, birads_3="unknown").records[6].truth["suspicion"].values == (0, 1)
@@ -67,7 +67,7 @@ def test_region_of_one_or_two_points_is_a_point_of_the_mask_and_never_a_box(root
 
 
 @pytest.mark.parametrize("points", [[(9.0, 9.0)], [(9.0, 9.0), (12.0, 14.0)]])
-def test_mass_that_is_but_a_point_has_no_box_so_boxes_are_unknown(tmp_path, points):
+def test_a_mass_of_one_point_makes_the_boxes_unknown(tmp_path, points):
     root = layout.write(tmp_path)
     layout.write_xml(root / "AllXML" / "20586908.xml", [("Mass", points)])
     truth = read_catalogue(root).records[0].truth
@@ -79,7 +79,7 @@ def test_cluster_is_the_box_of_calcifications(records):
     assert records[4].truth["lesions"] == BoxTruth((FAR,), (1,))
 
 
-def test_misspelt_asymmetries_are_understood(records):
+def test_misspelt_asymmetries_are_recognised(records):
     assert records[5].truth["lesions"] == BoxTruth((BOX, FAR), (3, 3))
 
 
@@ -143,7 +143,7 @@ def test_contradictory_or_broken_xml_raises_and_names_itself(tmp_path, write):
 
 
 @pytest.mark.parametrize("old, new", [(";4c", ";7"), (";1;1\n", ";9;1\n")])
-def test_grade_that_does_not_exist_raises(tmp_path, old, new):
+def test_an_unknown_grade_raises(tmp_path, old, new):
     root = layout.write(tmp_path)
     table = root / "INbreast.csv"
     table.write_bytes(table.read_bytes().replace(b"\r\n", b"\n").replace(old.encode(), new.encode(), 1))

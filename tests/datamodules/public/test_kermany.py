@@ -16,7 +16,7 @@ def records(root):
     return {r.id: r for r in read_catalogue(root).records}
 
 
-def test_doubled_folders_and_litter_of_the_mirror_do_no_harm(records):
+def test_doubled_folders_and_system_files_of_the_mirror_are_handled(records):
     assert not any(name.startswith(".") for name in records)
     assert "IM-0115-0001" in records
 
@@ -33,7 +33,7 @@ def test_virus_and_bacteria_come_from_the_name_and_normal_from_the_folder(record
     assert records["IM-0115-0001"].truth["pneumonia"].values == (1, 0)
 
 
-def test_images_of_a_person_share_a_group_whatever_the_germ(root):
+def test_images_of_a_person_have_one_patient_for_every_pathology(root):
     by_id = {r.id: r for r in read_catalogue(root, official=False).records}
     assert by_id["person7_virus_8"].patient == by_id["person7_bacteria_9"].patient == "person7"
     assert by_id["IM-0115-0001"].patient == by_id["IM-0115-0002"].patient == by_id["NORMAL2-IM-0115-0001"].patient
@@ -45,7 +45,7 @@ def test_person_in_train_and_test_is_dropped_from_train_and_noted(root, records)
     assert any("2 images of 1 patients were dropped" in note for note in read_catalogue(root).notes)
 
 
-def test_numbers_that_start_again_in_each_split_keep_everyone(root):
+def test_numbering_per_split_drops_no_image(root):
     by_id = {r.id: r for r in read_catalogue(root, numbering="per_split").records}
     assert by_id["person7_virus_6"].patient != by_id["person7_virus_8"].patient
 
@@ -57,7 +57,7 @@ def test_tiny_validation_folder_joins_train_unless_asked_for(root, records):
     assert kept["NORMAL2-IM-1427-0001"].split == "val"
 
 
-def test_mendeley_names_give_accession_and_germ(tmp_path):
+def test_mendeley_names_give_accession_and_pathology(tmp_path):
     by_id = {r.id: r for r in read_catalogue(layout.write_mendeley(tmp_path)).records}
     assert by_id["NORMAL-1049278-0001"].patient == by_id["NORMAL-1049278-0002"].patient == "accession1049278"
     assert by_id["BACTERIA-40699-0001"].truth["pathology"].values == (0, 1, 0)
@@ -66,7 +66,7 @@ def test_mendeley_names_give_accession_and_germ(tmp_path):
     assert by_id["BACTERIA-777-0002"].split == "test"
 
 
-def test_name_that_tells_nothing_leaves_the_germ_unknown_and_is_a_patient_of_its_own(tmp_path):
+def test_a_name_without_pattern_is_a_patient_of_its_own_with_unknown_pathology(tmp_path):
     root = layout.write(tmp_path)
     folder = root / "chest_xray" / "chest_xray" / "train" / "PNEUMONIA"
     write_image(folder / "scan.jpeg", noise(1))

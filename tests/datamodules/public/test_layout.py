@@ -27,7 +27,7 @@ def test_closest_folder_and_what_it_lacks_are_named(tmp_path):
         locate(tmp_path, ["t.csv", "images"], "set")
 
 
-def test_search_gives_up_on_a_home_folder(tmp_path, monkeypatch):
+def test_the_search_stops_in_a_home_folder(tmp_path, monkeypatch):
     for i in range(30):
         (tmp_path / str(i)).mkdir()
     touch(tmp_path / "9" / "t.csv")
@@ -36,7 +36,7 @@ def test_search_gives_up_on_a_home_folder(tmp_path, monkeypatch):
         locate(tmp_path, ["t.csv"], "set")
 
 
-def test_folder_that_may_not_be_read_is_said_and_passed_over(tmp_path, monkeypatch, caplog):
+def test_an_unreadable_folder_is_logged_and_skipped(tmp_path, monkeypatch, caplog):
     touch(tmp_path / "z" / "t.csv")
     (tmp_path / "shut").mkdir()
     access = os.access
@@ -53,7 +53,7 @@ def test_files_below_skips_litter_and_ignores_case(tmp_path):
     assert [f.name for f in files_below(tmp_path, (".png",))] == ["a.png", "b.PNG"]
 
 
-def test_table_cells_are_stripped_text_and_nothing_is_guessed(tmp_path):
+def test_table_cells_are_stripped_text(tmp_path):
     file = tmp_path / "t.csv"
     file.write_bytes(b'\xef\xbb\xbf a ,b,\n007,"x.dcm\n",\nNA,   ,\n')
     table = read_table(file, ["a", "b"])

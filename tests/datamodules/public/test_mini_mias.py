@@ -23,7 +23,7 @@ def records(root):
     return {r.id: r for r in read_catalogue(root).records}
 
 
-def test_y_is_counted_from_the_bottom(records):
+def test_y_counts_from_the_bottom(records):
     [disc] = records["mdb001"].truth["lesion"].channels[0].discs
     assert disc == (535.5, 1023.5 - 425, 197)
     assert records["mdb001"].truth["lesions"].boxes == ((338.5, 401.5, 732.5, 795.5),)
@@ -61,7 +61,7 @@ def test_normal_image_is_a_true_negative(records):
     assert records["mdb003"].truth["pathology"].values == (1, 0, 0)
 
 
-def test_odd_and_even_films_are_one_womans_right_and_left(records):
+def test_odd_and_even_films_are_right_and_left_of_one_patient(records):
     assert records["mdb001"].patient == records["mdb002"].patient == "mias001"
     assert records["mdb003"].patient == records["mdb004"].patient != records["mdb005"].patient
     assert (records["mdb001"].laterality, records["mdb002"].laterality) == ("R", "L")

@@ -29,7 +29,7 @@ def test_boxes_are_the_components_of_the_mask(records):
     assert boxes.masks == records["covid_1"].truth["infection"].channels
 
 
-def test_there_is_no_class_task_because_every_image_is_positive(root):
+def test_there_is_no_classification_task(root):
     assert {task.kind for task in read_catalogue(root).tasks.values()} == {"segmentation", "detection"}
 
 

@@ -27,7 +27,7 @@ def named(records, number):
     return next(r for name, r in records.items() if name.startswith(f"00{number:02d}"))
 
 
-def test_one_record_an_image_though_the_table_has_a_row_a_box(records):
+def test_one_record_per_image_from_a_table_with_one_row_per_box(records):
     assert len(records) == 14
     assert named(records, 0).truth["lesions"].boxes == ((264, 152, 477, 531), (562, 152, 818, 605))
     assert named(records, 0).truth["lesions"].labels == (0, 0)
@@ -38,7 +38,7 @@ def test_target_0_is_a_true_negative_of_the_boxes(records):
     assert named(records, 2).truth["pneumonia"].values == (1.0, 0.0)
 
 
-def test_three_class_label_is_a_second_classification_task_and_repeated_rows_do_no_harm(root, records):
+def test_the_three_class_label_is_a_second_task_and_rows_may_repeat(root, records):
     tasks = read_catalogue(root).tasks
     assert tasks["pathology"].classes == ("normal", "not_normal_no_opacity", "lung_opacity")
     assert named(records, 0).truth["pathology"].values == (0, 0, 1)
@@ -51,7 +51,7 @@ def test_images_are_grouped_by_the_nih_patient_behind_them(records):
     assert len({r.patient for r in records.values()}) == 7
 
 
-def test_absent_mapping_is_said_loudly_and_every_image_is_its_own_patient(tmp_path):
+def test_a_missing_mapping_is_noted_and_every_image_is_a_patient(tmp_path):
     root = layout.write(tmp_path)
     (root / MAPPING).unlink()
     catalogue = read_catalogue(root)
@@ -59,7 +59,7 @@ def test_absent_mapping_is_said_loudly_and_every_image_is_its_own_patient(tmp_pa
     assert len({r.patient for r in catalogue.records}) == 14
 
 
-def test_mapping_elsewhere_can_be_named(tmp_path):
+def test_the_mapping_may_be_another_file(tmp_path):
     root = layout.write(tmp_path)
     moved = (root / MAPPING).rename(tmp_path / "mappings.json")
     assert len({r.patient for r in read_catalogue(root, moved).records}) == 7
@@ -67,7 +67,7 @@ def test_mapping_elsewhere_can_be_named(tmp_path):
         read_catalogue(root, tmp_path / "nothing.json")
 
 
-def test_images_the_mapping_does_not_know_are_counted(tmp_path):
+def test_images_missing_in_the_mapping_are_counted(tmp_path):
     root = layout.write(tmp_path)
     pairs = json.loads((root / MAPPING).read_text())
     (root / MAPPING).write_text(json.dumps(pairs[:-3]))

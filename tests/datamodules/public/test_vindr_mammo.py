@@ -69,7 +69,7 @@ def test_study_is_the_patient_and_the_extra_view_belongs_to_it(records):
     assert sum(r.patient == "s3" for r in records) == 5
 
 
-def test_official_test_split_is_kept_and_validation_is_left_to_be_drawn(records):
+def test_the_official_test_split_is_kept_and_validation_is_drawn(records):
     assert {r.split for r in records if r.patient in ("s8", "s9")} == {"test"}
     assert {r.split for r in records if r.patient not in ("s8", "s9")} == {"train"}
 
@@ -87,7 +87,7 @@ def test_there_is_no_mask_task(root):
     assert "segmentation" not in {task.kind for task in read_catalogue(root).tasks.values()}
 
 
-def test_scanner_is_a_client_where_the_metadata_tell(records):
+def test_the_scanner_is_a_group_if_the_metadata_has_it(records):
     assert of(records, "s1", "L", "CC").groups == {"client": "Mammomat Inspiration"}
 
 
@@ -122,7 +122,7 @@ def edit(file, old, new):
         ("breast-level_annotations.csv", f"{HEIGHT},{WIDTH}", f",{WIDTH}"),
     ],
 )
-def test_cell_that_cannot_be_understood_raises_and_names_the_table(tmp_path, table, old, new):
+def test_an_invalid_cell_raises_and_names_the_table(tmp_path, table, old, new):
     root = layout.write(tmp_path)
     edit(root / table, old, new)
     with pytest.raises(DataError, match=table):
@@ -130,6 +130,6 @@ def test_cell_that_cannot_be_understood_raises_and_names_the_table(tmp_path, tab
 
 
 @pytest.mark.parametrize("categories", [[], ["Lump"]])
-def test_category_that_does_not_exist_raises(root, categories):
+def test_an_unknown_category_raises(root, categories):
     with pytest.raises(ConfigError, match="valid are Mass"):
         read_catalogue(root, categories=categories)
