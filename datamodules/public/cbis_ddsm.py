@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pydicom
 from PIL import Image
-from pydicom.errors import InvalidDicomError
 
 from datamodules.base import MedicalDataModule
 from datamodules.images.pixels import read_mask
@@ -21,6 +17,7 @@ from datamodules.images.presets import BreastPreset, Preset
 from datamodules.public.layout import (
     disjoint_splits,
     files_below,
+    image_size,
     locate,
     one_hot,
     read_table,
@@ -30,8 +27,6 @@ from datamodules.public.layout import (
 from datamodules.records import BoxTruth, Catalogue, MaskSource, MaskTruth, Record, Split, Truth
 from mtmedformer.batch import Task
 from mtmedformer.errors import DataError
-
-log = logging.getLogger(__name__)
 
 TYPES = {"mass": "mass", "calc": "calcification"}
 CASES = re.compile(r"^(Mass|Calc)-(Training|Test)_(P_\d+)_(LEFT|RIGHT)_(CC|MLO)(?:_(\d+))?$")
@@ -340,17 +335,3 @@ def _index(root: Path, folder: Path) -> dict[str, list[Path]]:
         return {name: sorted(files) for name, files in index.items()}
     first = locate(root, ["Mass-T*_P_*|Calc-T*_P_*"], "CBIS-DDSM images")
     return {case.name: files_below(case, (".dcm",)) for case in sorted(first.iterdir()) if CASES.match(case.name)}
-
-
-@lru_cache(maxsize=65536)
-def image_size(file: Path) -> tuple[int, int] | None:
-    """Return (height, width) from the header alone, ``None`` of a file that is no readable image."""
-    try:
-        if file.suffix.lower() == ".dcm":
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
-            return int(header.Rows), int(header.Columns)
-        with Image.open(file) as image:
-            return image.height, image.width
-    except (InvalidDicomError, OSError, ValueError, AttributeError, TypeError, EOFError, NotImplementedError) as error:
-        log.warning("%s cannot be read as an image (%s); download it again", file, type(error).__name__)
-        return None

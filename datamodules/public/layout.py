@@ -6,9 +6,13 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
+import pydicom
+from PIL import Image
+from pydicom.errors import InvalidDicomError
 
 from datamodules.records import BoxTruth, ClassTruth, Record
 from mtmedformer.errors import DataError
@@ -88,6 +92,20 @@ def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
         folders[:] = sorted(name for name in folders if not is_litter(name))
         matches += [Path(where, name) for name in names if name.lower().endswith(wanted) and not is_litter(name)]
     return sorted(matches)
+
+
+@lru_cache(maxsize=65536)
+def image_size(file: Path) -> tuple[int, int] | None:
+    """Return (height, width) in pixels from an image file's header, ``None`` if the file cannot be read."""
+    try:
+        if file.suffix.lower() == ".dcm":
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
+            return int(header.Rows), int(header.Columns)
+        with Image.open(file) as image:
+            return image.height, image.width
+    except (InvalidDicomError, OSError, ValueError, AttributeError, TypeError, EOFError, NotImplementedError) as error:
+        log.warning("%s cannot be read as an image (%s); download it again", file, type(error).__name__)
+        return None
 
 
 def read_table(file: Path, columns: Sequence[str], sep: str = ",") -> pd.DataFrame:

@@ -4,7 +4,8 @@ import pytest
 from datamodules.cache.rasterize import rasterize
 from datamodules.images.pixels import read_mask
 from datamodules.images.presets import PlainPreset
-from datamodules.public.cbis_ddsm import CASES, find_mask, image_size, read_catalogue, read_films
+from datamodules.public.cbis_ddsm import CASES, find_mask, read_catalogue, read_films
+from datamodules.public.layout import image_size
 from datamodules.records import BoxTruth, MaskSource
 from mtmedformer.errors import DataError
 from tests.fixtures.layout_files import noise, square, write_dicom
