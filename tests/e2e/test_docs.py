@@ -154,7 +154,7 @@ def test_the_federation_in_python_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     space: dict = {}
     exec(compile(code, "docs/python_api.md", "exec"), space)
-    assert [len(round_["sites"]) for round_ in space["federation"].history] == [2, 2]
+    assert [len(record.sites) for record in space["federation"].history] == [2, 2]
 
 
 def test_every_option_of_a_table_of_your_own_is_documented():
