@@ -77,6 +77,9 @@ class BayesianAggregator(FedAvg):
         ConfigError: When a number is out of its range, or the granularity is unknown.
 
     Example:
+        >>> import torch
+        >>> from federation.exchange.schema import Block, Schema
+        >>> from federation.exchange.update import BlockUpdate, Update
         >>> schema = Schema((Block("encoder", ("w",)),), {"w": (2,)}, frozenset({"w"}), frozenset(), ())
         >>> bayes = BayesianAggregator(kappa=0, momentum=0)
         >>> bayes.start({"w": torch.zeros(2)}, schema)

@@ -40,6 +40,9 @@ class FedAvg(Aggregator):
         ConfigError: When ``weights`` is neither.
 
     Example:
+        >>> import torch
+        >>> from federation.exchange.schema import Block, Schema
+        >>> from federation.exchange.update import BlockUpdate, Update
         >>> schema = Schema((Block("encoder", ("w",)),), {"w": (1,)}, frozenset({"w"}), frozenset(), ())
         >>> fedavg = FedAvg()
         >>> fedavg.start({"w": torch.zeros(1)}, schema)

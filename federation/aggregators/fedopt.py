@@ -20,6 +20,19 @@ class FedAvgM(FedAvg):
         weights: As in ``FedAvg``.
         lookahead: Whether the sites start where the momentum leads.
 
+    Example:
+        >>> import torch
+        >>> from federation.aggregators import merge
+        >>> from federation.exchange.schema import Block, Schema
+        >>> from federation.exchange.update import BlockUpdate, Update
+        >>> schema = Schema((Block("encoder", ("w",)),), {"w": (1,)}, frozenset({"w"}), frozenset(), ())
+        >>> update = Update("a", 0, "", "", {"encoder": BlockUpdate(10, {"w": torch.ones(1)})})
+        >>> fedavgm, state = FedAvgM(momentum=0.5), {"w": torch.zeros(1)}
+        >>> for _ in range(2):
+        ...     state = merge(fedavgm, state, schema, [update])
+        >>> state["w"]  # 1, then 1 + 0.5
+        tensor([2.5000])
+
     Reference:
         Hsu et al., Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification, 2019;
         Kim et al., Communication-Efficient Federated Learning with Accelerated Client Gradient, CVPR 2024; Sutskever

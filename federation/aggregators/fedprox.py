@@ -13,6 +13,11 @@ from mtmedformer.errors import ConfigError
 class Proximal(ClientObjective):
     r"""Add the gradient of $\frac{\mu}{2} \sum_i s_i (w_i - w_{g,i})^2$ to a site's loss: $\mu\, s_i (w_i - w_{g,i})$.
 
+    Example:
+        >>> import torch
+        >>> Proximal(mu=0.1).gradient("w", torch.tensor([3.0]), start=torch.tensor([1.0]))
+        tensor([0.2000])
+
     Args:
         mu: Strength of the pull, at least 0.
         precision: By parameter, $s$, of a shape that broadcasts to the parameter's; 1 where a name is absent.

@@ -46,6 +46,19 @@ class CoordinateMedian(FedAvg):
     With an even number of owners it is the mean of the middle two. Fewer than half of the sites, whatever they send,
     cannot move a weight beyond the range of what the others sent.
 
+    Example:
+        >>> from federation.aggregators import merge
+        >>> from federation.exchange.schema import Block, Schema
+        >>> from federation.exchange.update import BlockUpdate, Update
+        >>> schema = Schema((Block("encoder", ("w",)),), {"w": (1,)}, frozenset({"w"}), frozenset(), ())
+        >>> changes = {"a": 1.0, "b": 2.0, "c": 1e6}
+        >>> updates = [
+        ...     Update(site, 0, "", "", {"encoder": BlockUpdate(10, {"w": torch.tensor([change])})})
+        ...     for site, change in changes.items()
+        ... ]
+        >>> merge(CoordinateMedian(), {"w": torch.zeros(1)}, schema, updates)["w"]
+        tensor([2.])
+
     Reference:
         Yin et al., Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates, ICML 2018, definition 1.
     """

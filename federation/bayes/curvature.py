@@ -1,41 +1,53 @@
-"""How sure a site is of each weight: the curvature of its loss, measured while it trains."""
+"""Curvature of a site's loss about its weights, measured during its training, as the precision of the weights."""
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
+import lightning as L
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from mtmedformer.errors import ConfigError
 
 Granularity = Literal["element", "row", "tensor"]
 
 
-class Curvature(ABC):
-    """Measures the curvature of a site's loss about its weights; one copy serves one site for one round.
+@runtime_checkable
+class HasBatchSize(Protocol):
+    """A loader with batches of one size, as ``torch.utils.data.DataLoader``; ``None`` where sizes differ."""
 
-    Precision here means curvature, as in a Laplace approximation: a weight whose gradients are large is known well.
+    batch_size: int | None
+
+
+class Curvature(ABC):
+    """Measure the curvature of a site's loss about its weights; one copy serves one site for one round.
+
+    Precision here is curvature, as in a Laplace approximation: large gradients mean a well-determined weight.
     """
 
     @abstractmethod
     def start(self, module: nn.Module) -> None:
-        """Begin a site's local training; the module is on its device."""
+        """Start the measurement; called before a site's local training, with the module on its device."""
 
     @abstractmethod
     def observe(self, module: nn.Module) -> None:
-        """Look at the gradients of one optimiser step: unscaled, not clipped, of the site's own loss alone."""
+        """Read the gradients before one optimizer step: unscaled, not clipped, of the site's own loss alone."""
 
     @abstractmethod
-    def finish(self, module: nn.Module, loader: Iterable[Any] | None = None) -> dict[str, Tensor]:
+    def finish(
+        self, module: nn.Module, loader: Iterable[Any] | None = None, trainer: L.Trainer | None = None
+    ) -> dict[str, Tensor]:
         """Return the curvature by parameter name, each of the parameter's shape, at least 0, on the CPU.
 
         Args:
             module: The trained module, on its device.
-            loader: The training batches, for estimators that need another look at them.
+            loader: The training batches, for estimators that need another pass over them.
+            trainer: The site's Trainer, for estimators that need its optimizers or processes.
         """
 
     def fresh(self) -> Self:
@@ -44,28 +56,32 @@ class Curvature(ABC):
 
 
 class NoCurvature(Curvature):
-    """Measures nothing, which turns the Bayesian merge into federated averaging."""
+    """Measure nothing, which turns the Bayesian merge into federated averaging."""
 
+    @override
     def start(self, module: nn.Module) -> None:
-        """Do nothing."""
+        pass
 
+    @override
     def observe(self, module: nn.Module) -> None:
-        """Do nothing."""
+        pass
 
-    def finish(self, module: nn.Module, loader: Iterable[Any] | None = None) -> dict[str, Tensor]:
-        """Return nothing."""
+    @override
+    def finish(
+        self, module: nn.Module, loader: Iterable[Any] | None = None, trainer: L.Trainer | None = None
+    ) -> dict[str, Tensor]:
         return {}
 
 
 class SquaredGradients(Curvature):
     r"""Running mean of the squared gradients of the site's own training; no further pass over the data.
 
-    Near an optimum the square of a batch's mean gradient is the Fisher information over the batch size, so the mean is
-    multiplied by the batch size where the loader tells it. A step in which a parameter has no gradient, because no
-    label reached its head, does not count for it.
+    Near an optimum the square of a batch's mean gradient is the Fisher information divided by the batch size, so the
+    mean is multiplied by the loader's batch size, where it has one. A step in which a parameter has no gradient,
+    because no label reached its head, does not count for it.
 
     Args:
-        decay: Share of the old mean that stays at every step, in [0, 1); the start from zero is corrected as in Adam.
+        decay: Share of the old mean kept per step, in [0, 1); the start from zero is corrected as in Adam.
 
     Raises:
         ConfigError: When ``decay`` is out of range.
@@ -78,12 +94,12 @@ class SquaredGradients(Curvature):
         self._mean: dict[str, Tensor] = {}
         self._weight: dict[str, Tensor] = {}
 
+    @override
     def start(self, module: nn.Module) -> None:
-        """Forget what was measured before."""
         self._mean, self._weight = {}, {}
 
+    @override
     def observe(self, module: nn.Module) -> None:
-        """Add the squared gradients of one step."""
         for name, parameter in module.named_parameters():
             if parameter.grad is None:
                 continue
@@ -95,9 +111,11 @@ class SquaredGradients(Curvature):
             self._mean[name].lerp_(square, share)
             self._weight[name].lerp_(torch.ones_like(share), share)
 
-    def finish(self, module: nn.Module, loader: Iterable[Any] | None = None) -> dict[str, Tensor]:
-        """Return the running means, corrected for their start from zero."""
-        batch = getattr(loader, "batch_size", None) or 1
+    @override
+    def finish(
+        self, module: nn.Module, loader: Iterable[Any] | None = None, trainer: L.Trainer | None = None
+    ) -> dict[str, Tensor]:
+        batch = (loader.batch_size if isinstance(loader, HasBatchSize) else None) or 1
         return {
             name: (mean * (batch / self._weight[name].clamp(min=1e-12))).cpu()
             for name, mean in self._mean.items()
@@ -112,17 +130,22 @@ def normalise(
     low: float = 0.01,
     high: float = 100.0,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    r"""Bring curvature to one scale a tensor, $r = \mathrm{clip}(\lambda / \bar\lambda, low, high)^\rho$.
+    r"""Scale curvature to mean 1 per tensor and temper it, $r = \mathrm{clip}(\lambda / \bar\lambda, low, high)^\rho$.
 
-    The mean taken out, no site wins by a louder loss; tempered, none by a few very sharp weights.
+    Without the mean, the scale of a site's loss has no effect on its weight in the merge; tempering limits the effect
+    of a few weights with very large curvature.
 
     Args:
         curvature: By name, at least 0, any shape.
-        granularity: ``element``; ``row`` takes the mean over everything but the first dimension; ``tensor`` leaves no
-            difference within a tensor.
+        granularity: ``element``; ``row`` averages over all dimensions but the first; ``tensor`` gives 1 everywhere.
         rho: Power, in [0, 1]; 0 gives exactly 1 everywhere.
         low: Least relative curvature, before the power.
         high: Greatest relative curvature, before the power.
+
+    Example:
+        >>> relative, scale = normalise({"w": torch.tensor([1.0, 3.0])}, "element", rho=1.0)
+        >>> relative["w"], scale["w"]
+        (tensor([0.5000, 1.5000]), 2.0)
 
     Returns:
         Relative precision by name, float32 and above 0: of the tensor's shape, (rows, 1, …), or a scalar 1; and the

@@ -1,32 +1,41 @@
-"""Curvature as Fisher information, measured once, after a site's local training."""
+"""Curvature as Fisher information, measured once after a site's local training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import lightning as L
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from federation.bayes.curvature import Curvature
 from mtmedformer.batch import IGNORE, Batch, ClassificationTarget, SegmentationTarget, Target
 from mtmedformer.errors import ConfigError
 
 
+@runtime_checkable
+class HasHeads(Protocol):
+    """A module with task heads, as ``MultiTaskModule``."""
+
+    heads: nn.ModuleDict
+
+
 class Fisher(Curvature):
     r"""Mean squared gradient of single samples after training, $\lambda_i = \mathbb E[(\partial_i \ell)^2]$.
 
     For classification and segmentation $\ell$ is the log likelihood of labels drawn from the model's own predictions
-    (the true Fisher information; with the given labels it would measure the slope of what is not yet learnt), averaged
-    over the known classes or pixels as losses are. Detection has no likelihood to draw from: its loss with the given
-    boxes is taken (the empirical Fisher). Tasks are added with the weights of the hybrid loss. Only labelled tasks of a
-    sample take part, and a head's mean is over the samples labelled for it.
+    (the true Fisher information; given labels would measure the remaining slope of the loss), averaged over the known
+    classes or pixels, as in the losses. Detection has no likelihood to draw from: its loss with the given boxes is used
+    (the empirical Fisher). Tasks are summed with the weights of the hybrid loss. Only labelled tasks of a sample count,
+    and a head's mean is over the samples labelled for it.
 
-    It costs one forward and backward pass a sample, in evaluation mode. ``SquaredGradients`` costs nothing; take this
-    where few steps are trained, or where sites are far from their optimum.
+    It takes one forward and backward pass per sample, in evaluation mode. ``SquaredGradients`` takes no extra pass; use
+    this one where few steps are trained, or where sites are far from their optimum.
 
     Args:
-        samples: Most samples looked at, at least 1.
+        samples: Greatest number of samples used, at least 1.
         seed: Seed of the drawn labels and of the order of a loader that shuffles.
 
     Raises:
@@ -38,18 +47,22 @@ class Fisher(Curvature):
             raise ConfigError(f"curvature.samples: {samples} must be at least 1")
         self.samples, self.seed = samples, seed
 
+    @override
     def start(self, module: nn.Module) -> None:
-        """Do nothing: the measurement is at the end."""
+        pass
 
+    @override
     def observe(self, module: nn.Module) -> None:
-        """Do nothing: the measurement is at the end."""
+        pass
 
-    def finish(self, module: nn.Module, loader: Iterable[Any] | None = None) -> dict[str, Tensor]:
-        """Return the mean squared gradients over the first ``samples`` samples of the loader with a label."""
-        if loader is None or not hasattr(module, "heads"):
+    @override
+    def finish(
+        self, module: nn.Module, loader: Iterable[Any] | None = None, trainer: L.Trainer | None = None
+    ) -> dict[str, Tensor]:
+        if loader is None or not isinstance(module, HasHeads):
             raise ConfigError(
                 "aggregator.curvature: Fisher needs the training batches and a module with task heads "
-                "(MultiTaskModule); take SquaredGradients for other modules"
+                "(MultiTaskModule); use SquaredGradients for other modules"
             )
         parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
@@ -69,7 +82,7 @@ class Fisher(Curvature):
                         counts[name] += 1
         for part, mode in training.items():
             part.training = mode
-        counts = _over_processes(module, sums, counts)
+        counts = _over_processes(trainer, sums, counts)
         return {name: (sums[name] / count).cpu() for name, count in counts.items() if count > 0}
 
     def _labelled(self, loader: Iterable[Any]) -> Iterator[Batch]:
@@ -86,7 +99,7 @@ class Fisher(Curvature):
 
 
 def _surrogate(module: Any, sample: Batch, generator: torch.Generator) -> Tensor:
-    """Return the scalar whose gradient is squared: weighted terms of the tasks one sample is labelled for."""
+    """Return the scalar whose gradient is squared: the weighted terms of the tasks that a sample is labelled for."""
     image = sample.image.to(next(module.parameters()).dtype)
     outputs = module(image)
     weights = module.loss.factors()
@@ -109,7 +122,7 @@ def drawn_likelihood(probabilities: Tensor, target: Target, multi_label: bool, g
 
     Args:
         probabilities: (B, K) or (B, K, H, W); over exclusive classes of a mask, background is what they leave of 1.
-        target: The given labels; only where they are known matters.
+        target: The given labels; only their known places are used.
         multi_label: Whether classes are independent.
         generator: Draws the labels, on the CPU.
     """
@@ -130,9 +143,8 @@ def drawn_likelihood(probabilities: Tensor, target: Target, multi_label: bool, g
     return rows.gather(1, draw).log()[known.any(1).flatten()].mean()
 
 
-def _over_processes(module: Any, sums: dict[str, Tensor], counts: dict[str, int]) -> dict[str, int]:
-    """Add up what the processes that train a site together measured, in place; return the counts."""
-    trainer = getattr(module, "_trainer", None)
+def _over_processes(trainer: L.Trainer | None, sums: dict[str, Tensor], counts: dict[str, int]) -> dict[str, int]:
+    """Sum the measurements over the processes that train a site together, in place; return the counts."""
     if trainer is None or trainer.world_size == 1:
         return counts
     for name, value in sums.items():

@@ -1,4 +1,4 @@
-"""An optimiser that learns how sure it is of each weight: variational online Newton."""
+"""An optimizer that fits a Gaussian to the weights: improved variational online Newton."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from federation.bayes.curvature import Curvature
 from mtmedformer.errors import ConfigError
@@ -28,12 +30,12 @@ class OnlineNewton(Optimizer):
       m &\leftarrow m - \alpha\, \bigl(g / (1 - \beta_1^t) + \delta m\bigr) / (h + \delta)
     \end{aligned}$$
 
-    $h$ is an estimate of the diagonal of the Hessian, smoothed over $1 / (1 - \beta_2)$ steps, and $h + \delta$ stays
-    above 0 by construction. Written from the equations of the paper.
+    $h$ estimates the diagonal of the Hessian, smoothed over $1 / (1 - \beta_2)$ steps, and $h + \delta$ stays above 0
+    by construction. Implemented from the equations of the paper.
 
     The step needs a closure, since the gradient is taken at the drawn weights; Lightning passes one unless the
-    precision is ``16-mixed``. With accumulated gradients only the last batch of a step sees the drawn weights, so leave
-    accumulation off. A parameter without a gradient rests: nothing of it changes.
+    precision is ``16-mixed``. With accumulated gradients only the last batch of a step uses the drawn weights, so do
+    not use accumulation. A parameter without a gradient does not change, and neither does its state.
 
     Args:
         params: Parameters or groups of them.
@@ -42,10 +44,10 @@ class OnlineNewton(Optimizer):
         ess: Effective sample size $\lambda$: the training samples of the site, or fewer for a wider posterior.
         hess_init: $h_0$, above 0.
         weight_decay: $\delta$, above 0. In groups that override it (with 0, for norms and biases), the group's value
-            pulls the mean towards 0 and this one stays in the curvature, which must not vanish.
-        clip: Greatest size of what $\alpha$ multiplies, a weight; ``None`` does not limit it.
+            pulls the mean towards 0, and this one stays in the curvature, which must be above 0.
+        clip: Greatest magnitude of the factor of $\alpha$, per weight; ``None``: no limit.
         rescale: Multiply the learning rate by $h_0 + \delta$, so that the first steps are those of SGD.
-        seed: Seed of the draws. Lightning's seed of the run, in a federation one a site and round, is mixed in.
+        seed: Seed of the draws. Lightning's seed of the run (in a federation one per site and round) is mixed in.
 
     Raises:
         ConfigError: When a number is out of its range.
@@ -87,7 +89,7 @@ class OnlineNewton(Optimizer):
         """
         if closure is None:
             raise ConfigError(
-                "OnlineNewton takes its gradients at weights it draws, so its step needs a closure; with Lightning use "
+                "OnlineNewton computes gradients at drawn weights, so its step needs a closure; with Lightning use "
                 "trainer.precision 32-true or bf16-mixed, not 16-mixed, and automatic optimisation"
             )
         means = self._draw()
@@ -145,29 +147,33 @@ class OnlineNewton(Optimizer):
 
 
 class NewtonCurvature(Curvature):
-    """Takes the curvature from the ``OnlineNewton`` optimiser the site trains with; nothing further is computed.
+    """Read the curvature from the ``OnlineNewton`` optimizer of the site's training, at no extra cost.
 
-    The optimiser's curvature needs some 1 / (1 - beta2) steps to leave its first value, so let the optimiser go on from
-    round to round rather than begin anew.
+    The optimizer's curvature needs about 1 / (1 - beta2) steps to leave its initial value, so keep its state between
+    rounds (``federation.optimizer_state: keep``).
 
     Raises:
-        ConfigError: At the end of training, when the site's optimiser is another one.
+        ConfigError: At the end of training, when the site uses another optimizer.
     """
 
+    @override
     def start(self, module: nn.Module) -> None:
-        """Do nothing: the optimiser watches the training."""
+        pass
 
+    @override
     def observe(self, module: nn.Module) -> None:
-        """Do nothing: the optimiser watches the training."""
+        pass
 
-    def finish(self, module: nn.Module, loader: Iterable[Any] | None = None) -> dict[str, Tensor]:
-        """Return the optimiser's curvature of every parameter that had a gradient, at least 0."""
-        trainer: Any = getattr(module, "trainer", None)
-        optimizers = [o for o in getattr(trainer, "optimizers", []) if isinstance(o, OnlineNewton)]
+    @override
+    def finish(
+        self, module: nn.Module, loader: Iterable[Any] | None = None, trainer: L.Trainer | None = None
+    ) -> dict[str, Tensor]:
+        used: list[Any] = [] if trainer is None else trainer.optimizers
+        optimizers = [optimizer for optimizer in used if isinstance(optimizer, OnlineNewton)]
         if not optimizers:
             raise ConfigError(
-                "aggregator.curvature: NewtonCurvature reads the curvature of the optimiser OnlineNewton, but the "
-                "sites train with another; set optimizer to federation.OnlineNewton, or take SquaredGradients"
+                "aggregator.curvature: NewtonCurvature reads the curvature of the optimizer OnlineNewton, but the "
+                "sites use another one; set optimizer to federation.OnlineNewton, or use SquaredGradients"
             )
         found = {}
         for name, parameter in module.named_parameters():

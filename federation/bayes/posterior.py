@@ -20,15 +20,15 @@ from federation.exchange.update import BlockUpdate, Update
 from mtmedformer.errors import ConfigError, DataError
 from mtmedformer.storage.atomic_write import whole
 
-FLOOR = 1e-6  # of the mean precision of a tensor: what a site knows nothing of goes by the other sites, never by 0/0
-LEAST_CURVATURE = 1e-12  # curvature of a tensor no gradient ever reached
+FLOOR = 1e-6  # least precision, relative to the mean of the tensor: avoids 0/0, the other sites determine the value
+LEAST_CURVATURE = 1e-12  # curvature of a tensor without any gradient
 
 
 def relative_precision(block: BlockUpdate, key: str) -> Tensor:
-    """Return the relative precision of one tensor, brought to mean 1 and above 0; float32, a scalar 1 where none came.
+    """Return the relative precision of one tensor, scaled to mean 1 and above 0: float32, scalar 1 if none was sent.
 
-    The server divides by the mean once more, so no site gains weight by sending larger numbers. A precision without
-    differences comes back as the scalar 1, and one that is 0 throughout says as little.
+    The server divides by the mean once more, so no site gains weight by sending larger numbers. A constant precision,
+    0 included, is returned as the scalar 1.
     """
     one = torch.ones(())
     if key not in block.precision:
@@ -44,10 +44,10 @@ class Factor:
     r"""A site's latest update of one block: an observation of its weights with precision num_examples × curvature.
 
     Attributes:
-        num_examples: Labelled samples behind it.
-        round: Round it came in.
+        num_examples: Labelled samples of the update.
+        round: Round of the update.
         curvature: By parameter, mean curvature × relative precision; broadcasts to the parameter.
-        weights: By key, the site's weights after its training; empty where only precision is remembered.
+        weights: By key, the site's weights after its training; empty where only precision is stored.
     """
 
     num_examples: int
@@ -57,13 +57,13 @@ class Factor:
 
 
 class SiteMemory:
-    """One factor a site and block, replaced whenever the site sends the block again, so no data count twice.
+    """One factor per site and block, replaced when the site sends the block again, so no data count twice.
 
-    Without weights it is small: the curvature of a matrix or kernel is kept as one number an output row. With them it
-    takes a copy of the model a site, and another where precision comes one an element.
+    Without weights it is small: the curvature of a matrix or kernel is kept as one number per output row. With weights
+    it takes one copy of the model per site, and another if precision is per element.
 
     Args:
-        weights: Whether the sites' weights and full precision are kept.
+        weights: Whether to keep the sites' weights and full precision.
     """
 
     def __init__(self, weights: bool = False) -> None:
@@ -90,17 +90,17 @@ class SiteMemory:
                     for key in block.delta
                     if key in schema.parameters
                 }
-                # side by side: one by one they would sit in the holes of large intermediates and waste their rest
+                # cloned together: interleaved with large intermediates they would fragment the memory
                 curvature = {key: value.clone() for key, value in curvature.items()}
                 weights = {key: start[key] + delta for key, delta in block.delta.items()} if self.weights else {}
                 known[name] = Factor(block.num_examples, update.round, curvature, weights)
 
     def owners(self, block: str) -> dict[str, Factor]:
-        """Return every factor of a block by site, in the order of the names."""
+        """Return every factor of a block by site, in the order of the site names."""
         return {site: self.factors[site][block] for site in sorted(self.factors) if block in self.factors[site]}
 
     def age(self, factor: Factor) -> int:
-        """Return how many rounds ago a factor came."""
+        """Return the age of a factor in rounds."""
         return self.round - factor.round
 
     def precision(self, gamma: float) -> State:
@@ -146,7 +146,7 @@ class SiteMemory:
         return {"round": self.round, "factors": plain}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the factors up."""
+        """Restore what ``state_dict`` returned."""
         self.round = state["round"]
         self.factors = {
             site: {name: Factor(**fields) for name, fields in blocks.items()}
@@ -165,10 +165,10 @@ class Posterior:
 
     Attributes:
         mean: The global state.
-        precision: By parameter, $S$ in 1/weight²; broadcasts to the parameter. Parameters without one are certain.
+        precision: By parameter, $S$ in 1/weight²; broadcasts to the parameter. Others are not sampled.
         blocks: Keys of every block by its name.
         sites: ``num_examples`` and age of each site's factor by site and block.
-        tuning: How to draw from it, once validation has said so (see ``callbacks.TunePosterior``): ``blocks``, ``seed``
+        tuning: Settings for sampling, chosen on validation data (``callbacks.TunePosterior``): ``blocks``, ``seed``
             and, by task, ``scale``, ``message`` and the ``nll`` at every scale tried; empty before.
     """
 
@@ -188,7 +188,7 @@ class Posterior:
             scale: $s$; 0 returns the mean. The raw Gaussian ($s = 1$) is nearly always too wide for a deep network:
                 tune it on validation sums (``federation.bayes.uncertainty.tune_scale``).
             blocks: Blocks to draw; ``None`` draws all.
-            damping: $d$, which keeps what no data speak of from running wild.
+            damping: $d$, which bounds the deviation of weights with little precision.
 
         Raises:
             ConfigError: When a block is not one of the posterior's.
@@ -209,8 +209,9 @@ class Posterior:
         return drawn
 
     def save(self, file: Path) -> None:
-        """Write the posterior as safetensors, whole or not at all."""
-        tensors = {f"{kind}|{k}": v for kind in ("mean", "precision") for k, v in getattr(self, kind).items()}
+        """Write the posterior as safetensors, atomically."""
+        states = {"mean": self.mean, "precision": self.precision}
+        tensors = {f"{kind}|{key}": value for kind, state in states.items() for key, value in state.items()}
         facts = {"blocks": self.blocks, "sites": self.sites, "tuning": self.tuning}
         plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         with whole(file) as part:
@@ -218,10 +219,10 @@ class Posterior:
 
     @classmethod
     def load(cls, file: Path) -> Posterior:
-        """Read a posterior back; it cannot run code.
+        """Read a posterior; the file format cannot run code.
 
         Raises:
-            DataError: When the file is not a posterior, whatever is wrong with it.
+            DataError: When the file is not a posterior.
         """
         try:
             with safetensors.safe_open(file, framework="pt") as opened:

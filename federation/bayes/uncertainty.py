@@ -1,4 +1,4 @@
-"""From samples of the posterior to uncertainty per pixel, box and image, and whether it may be used at all."""
+"""Uncertainty per pixel, box and image from posterior samples, and the choice of the posterior's scale."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from mtmedformer.errors import ConfigError
 from mtmedformer.metrics.entropy import entropy
 
 LEAST_LOG = 100.0
-"""What the log likelihood of the impossible is taken for, below zero, as in torch's binary cross-entropy."""
+"""Least log likelihood is minus this value, as in torch's binary cross-entropy."""
 
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """Mean prediction and how unsure it is, in nats.
+    """Mean prediction and its uncertainty in nats.
 
     Attributes:
         mean: Probability averaged over the samples.
-        entropy: Predictive entropy: all doubt, whatever its source.
-        mutual_information: The part of it that more data would take away: the samples disagree.
+        entropy: Predictive entropy: the total uncertainty.
+        mutual_information: The part of the entropy due to disagreement of the samples, which more data would reduce.
     """
 
     mean: Tensor
@@ -45,8 +45,8 @@ def uncertainty(samples: Tensor, classes: int | None = None) -> Uncertainty:
     """Return mean, predictive entropy and mutual information of sampled probabilities.
 
     Args:
-        samples: Probabilities (S, …), one a posterior sample.
-        classes: Dimension of ``samples`` (not the first) along which they sum to 1; ``None`` for yes-or-no.
+        samples: Probabilities (S, …), one per posterior sample.
+        classes: Dimension of ``samples`` (not the first) along which they sum to 1; ``None`` for binary.
     """
     mean = samples.mean(0)
     total = entropy(mean, None if classes is None else classes % samples.ndim - 1)
@@ -57,16 +57,16 @@ def uncertainty(samples: Tensor, classes: int | None = None) -> Uncertainty:
 def box_probabilities(
     boxes: Tensor, labels: Tensor, sampled: Sequence[tuple[Tensor, Tensor, Tensor]], iou: float = 0.5
 ) -> Tensor:
-    """Return how each posterior sample scores each box of the mean model, (S, N); ``uncertainty`` takes it from there.
+    """Return the score of each box of the mean model in each posterior sample, (S, N), as input of ``uncertainty``.
 
-    A sample's score of a box is the highest score among its own boxes of the same label that overlap it enough; 0 where
-    it sees none there.
+    A sample's score of a box is the highest score among its own boxes of the same label that overlap it enough; 0
+    without such a box.
 
     Args:
         boxes: Boxes (N, 4) of the mean model, ``xyxy`` in pixels.
         labels: Their labels (N,).
         sampled: For each sample: boxes (M, 4), labels (M,), scores (M,) in [0, 1].
-        iou: Least intersection over union of two boxes that are the same finding.
+        iou: Least intersection over union of two boxes that count as the same finding.
     """
     rows = []
     for own, kinds, scores in sampled:
@@ -74,36 +74,6 @@ def box_probabilities(
         seen = torch.where(same, scores, torch.zeros_like(scores))
         rows.append(seen.amax(1) if len(own) else boxes.new_zeros(len(boxes)))
     return torch.stack(rows)
-
-
-def nll_sums(
-    posterior: Posterior,
-    predict: Callable[[State], Tensor],
-    target: Tensor,
-    grid: Sequence[float],
-    samples: int = 8,
-    seed: int = 0,
-    blocks: Sequence[str] | None = None,
-) -> tuple[list[float], int]:
-    """Return a site's negative log likelihoods, summed, one a scale, and the count of labels: all that it shares.
-
-    Args:
-        posterior: The global posterior.
-        predict: From a state to yes-or-no probabilities of the site's validation set, of the target's shape.
-        target: Labels 0 or 1; NaN where unknown, which counts nowhere.
-        grid: Scales of the posterior; 0 is the mean model.
-        samples: Posterior samples averaged at each scale above 0.
-        seed: Seed of the samples, the same for every scale.
-        blocks: Blocks that are sampled; ``None`` samples all.
-    """
-    known = ~target.isnan()
-    true = target[known].double()
-
-    def likelihood(state: State) -> dict[str, Tensor]:
-        p = predict(state)[known].double()
-        return {"": p * true + (1 - p) * (1 - true)}
-
-    return likelihood_sums(posterior, likelihood, grid, samples, seed, blocks)[""]
 
 
 def likelihood_sums(
@@ -114,18 +84,18 @@ def likelihood_sums(
     seed: int = 0,
     blocks: Sequence[str] | None = None,
 ) -> dict[str, tuple[list[float], int]]:
-    """Return a site's negative log likelihoods by task, summed, one a scale, and the count of labels.
+    """Return a site's sums of negative log likelihoods by task, one per scale, and its number of labels.
 
     Args:
         posterior: The global posterior.
-        likelihood: From a state to the probability it gives to what is so, by task: one number a label, always in the
+        likelihood: From a state to the probability of the given labels by task: one number per label, always in the
             same order.
         grid: Scales of the posterior; 0 is the mean model.
         samples: Posterior samples averaged at each scale above 0.
         seed: Seed of the samples, the same for every scale.
         blocks: Blocks that are sampled; ``None`` samples all.
     """
-    found: dict[str, tuple[list[float], int]] = {}
+    sums: dict[str, tuple[list[float], int]] = {}
     for scale in grid:
         totals: dict[str, Tensor] = {}
         draws = samples if scale else 1
@@ -134,18 +104,18 @@ def likelihood_sums(
                 totals[task] = totals[task] + values.double() if task in totals else values.double()
         for task, total in totals.items():
             surprise = -(total / draws).log().clamp_min(-LEAST_LOG)
-            found.setdefault(task, ([], total.numel()))[0].append(float(surprise.sum()))
-    return found
+            sums.setdefault(task, ([], total.numel()))[0].append(float(surprise.sum()))
+    return sums
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """The scale of the posterior that validation sets of all sites chose.
+    """The scale of the posterior chosen on the validation sets of all sites.
 
     Attributes:
         scale: The scale; 0 means that sampling is refused and the mean model predicts.
         nll: Mean negative log likelihood at every scale tried.
-        message: What was found, in a sentence.
+        message: The result in one sentence.
     """
 
     scale: float
@@ -154,26 +124,26 @@ class Tuning:
 
     @property
     def refused(self) -> bool:
-        """Whether sampling did no better than the mean model."""
+        """Whether sampling was not better than the mean model."""
         return self.scale == 0
 
 
 def tune_scale(
     sums: Mapping[str, Sequence[float]], counts: Mapping[str, int], grid: Sequence[float], least_gain: float = 0.0
 ) -> Tuning:
-    """Choose the scale of the posterior from sums that sites may share.
+    """Choose the scale of the posterior from the sites' sums of negative log likelihoods.
 
     Args:
-        sums: By site, the sum of negative log likelihoods at each scale of the grid (``nll_sums``).
+        sums: By site, the sum of negative log likelihoods at each scale of the grid (``likelihood_sums``).
         counts: By site, the number of labels behind the sums.
         grid: The scales; 0, the mean model, must be one of them.
         least_gain: Share by which the negative log likelihood must fall below the mean model's; less is refused.
 
     Raises:
-        ConfigError: When the grid lacks 0, a site's sums are not one a scale, or no site has a label.
+        ConfigError: When the grid lacks 0, a site's number of sums differs from the grid's, or no site has a label.
     """
     if 0 not in grid:
-        raise ConfigError(f"scales: {list(grid)} lack 0, the mean model that sampling has to beat")
+        raise ConfigError(f"scales: {list(grid)} lack 0, the mean model that sampling is compared with")
     wrong = [site for site in sums if len(sums[site]) != len(grid)]
     if wrong:
         raise ConfigError(f"site {wrong[0]}: {len(sums[wrong[0]])} sums for {len(grid)} scales")
@@ -187,9 +157,9 @@ def tune_scale(
     if best == 0 or means[best] > (1 - least_gain) * plain:
         tried = {scale: value for scale, value in usable.items() if scale}
         close = min(tried.values(), default=math.nan)
-        wish = f"; {100 * least_gain:g} % less is asked for" if close < plain else ""
-        told = f"best negative log likelihood {close:.4f} a label, {plain:.4f} without it{wish}"
-        return Tuning(0.0, means, f"posterior sampling refused: {told}")
+        wish = f"; at least {100 * least_gain:g} % less is required" if close < plain else ""
+        result = f"best negative log likelihood {close:.4f} per label, {plain:.4f} without it{wish}"
+        return Tuning(0.0, means, f"posterior sampling refused: {result}")
     edge = f"; {best:g} is the largest scale tried" if best == max(grid) else ""
     return Tuning(
         best, means, f"posterior scale {best:g}: negative log likelihood {means[best]:.4f}, {plain:.4f} without{edge}"

@@ -172,7 +172,7 @@ class LocalTraining(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Finish the measurement, and keep the optimiser and the schedule for the next round."""
-        self.curvatures = self.curvature.finish(pl_module, trainer.train_dataloader)
+        self.curvatures = self.curvature.finish(pl_module, trainer.train_dataloader, trainer)
         self._align(trainer, pl_module)
         self.schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
         if self.plan.keep_optimizer:

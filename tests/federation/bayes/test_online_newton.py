@@ -203,14 +203,14 @@ def test_the_curvature_is_the_optimisers_and_only_of_what_was_trained():
             module.used(torch.ones(4, 3)).square().sum().backward()
 
         optimizer.step(closure)
-    found = NewtonCurvature().finish(module)
+    found = NewtonCurvature().finish(module, trainer=module.trainer)
     assert found.keys() == {"used.weight", "used.bias"}
     assert torch.equal(found["used.weight"], optimizer.state[module.used.weight]["hessian"].clamp(min=0))
 
 
 def test_the_curvature_of_another_optimiser_is_refused():
     with pytest.raises(ConfigError, match="OnlineNewton"):
-        NewtonCurvature().finish(Trained(torch.optim.SGD))
+        NewtonCurvature().finish(module := Trained(torch.optim.SGD), trainer=module.trainer)
 
 
 class NewtonToy(ToyModule):

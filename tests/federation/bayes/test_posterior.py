@@ -7,7 +7,7 @@ import scipy.stats
 import torch
 
 from federation.bayes.posterior import Posterior, SiteMemory
-from federation.bayes.uncertainty import box_probabilities, entropy, nll_sums, tune_scale, uncertainty
+from federation.bayes.uncertainty import box_probabilities, entropy, likelihood_sums, tune_scale, uncertainty
 from federation.exchange.schema import Block, Schema
 from federation.exchange.update import BlockUpdate, Update
 from mtmedformer.errors import ConfigError, DataError
@@ -134,19 +134,25 @@ GRID = [0.0, 0.5, 1.0, 2.0]
 
 
 def overconfident(seed):
-    """Return a posterior over a shift that the mean model is wrong about, its prediction and its labels."""
+    """Return a posterior over a shift with a wrong mean, the likelihood of the known labels, and the labels."""
     generator = torch.Generator().manual_seed(seed)
     posterior = Posterior({"w": torch.full((1,), 4.0)}, {"w": torch.ones(1)}, {"encoder": ("w",)})
     target = (torch.rand(400, generator=generator) < 0.8).float()
     target[::10] = math.nan
-    return posterior, lambda state: torch.sigmoid(state["w"]).expand(400), target
+    known = target[~target.isnan()].double()
+
+    def likelihood(state):
+        p = torch.sigmoid(state["w"]).expand(len(known)).double()
+        return {"task": p * known + (1 - p) * (1 - known)}
+
+    return posterior, likelihood, target
 
 
 def test_sums_of_the_sites_choose_the_scale():
     sums, counts = {}, {}
     for seed, site in enumerate("ab"):
-        posterior, predict, target = overconfident(seed)
-        sums[site], counts[site] = nll_sums(posterior, predict, target, GRID, samples=16)
+        posterior, likelihood, target = overconfident(seed)
+        sums[site], counts[site] = likelihood_sums(posterior, likelihood, GRID, samples=16)["task"]
     assert counts == {"a": 360, "b": 360}
     p = torch.sigmoid(torch.tensor(4.0)).item()
     known = target[~target.isnan()]
@@ -157,7 +163,7 @@ def test_sums_of_the_sites_choose_the_scale():
     assert tuning.scale == min(GRID, key=lambda s: tuning.nll[s]) > 0
     assert tuning.nll[0] == pytest.approx((sums["a"][0] + sums["b"][0]) / 720)
     assert f"{tuning.scale:g}" in tuning.message
-    assert nll_sums(posterior, predict, target, GRID, samples=16)[0] == sums["b"]
+    assert likelihood_sums(posterior, likelihood, GRID, samples=16)["task"][0] == sums["b"]
 
 
 def test_sampling_is_refused_where_the_mean_model_does_better():
@@ -177,7 +183,7 @@ def test_a_gain_that_is_none_is_refused_where_one_is_asked_for():
     assert tune_scale(sums, counts, GRID, least_gain=0.02).scale == 1.0
     refused = tune_scale(sums, counts, GRID, least_gain=0.03)
     assert refused.refused
-    assert "0.9800 a label, 1.0000 without it; 3 % less is asked for" in refused.message
+    assert "0.9800 per label, 1.0000 without it; at least 3 % less is required" in refused.message
     assert "asked for" not in tune_scale({"a": [1.0, 2.0, 3.0, 4.0]}, counts, GRID, least_gain=0.03).message
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from federation.bayes.posterior import Posterior
 from federation.bayes.sampling import SampledModel, TruthLikelihood, averaged
-from federation.bayes.uncertainty import likelihood_sums, nll_sums, uncertainty
+from federation.bayes.uncertainty import likelihood_sums, uncertainty
 from federation.client.train import state_of
 from federation.exchange.schema import schema_of
 from mtmedformer.batch import Task
@@ -136,6 +136,6 @@ def test_a_site_shares_sums_that_are_those_of_one_task_at_a_time(posterior):
 
     grid = [0.0, 1.0, 10.0]
     sums = likelihood_sums(posterior, likelihood, grid, samples=4)
-    alone, count = nll_sums(posterior, predict, true, grid, samples=4)
+    alone, count = likelihood_sums(posterior, lambda state: {"one": likelihood(state)["one"]}, grid, samples=4)["one"]
     assert sums["one"] == (pytest.approx(alone, rel=1e-9), count)
     assert sums["two"][1] == 7

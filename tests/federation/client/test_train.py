@@ -163,8 +163,8 @@ def test_curvature_sees_the_sites_own_gradients_before_clipping_and_rules():
     curves = []
 
     class Keep(SquaredGradients):
-        def finish(self, module, loader=None):
-            curves.append(super().finish(module, loader))
+        def finish(self, module, loader=None, trainer=None):
+            curves.append(super().finish(module, loader, trainer))
             return curves[-1]
 
     aggregator = BayesianAggregator(Keep(), beta=0.0)
