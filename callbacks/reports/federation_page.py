@@ -1,11 +1,13 @@
-"""Draws the report of a federation from its facts: who holds what, who gained, who pulled apart, what it cost."""
+"""HTML page of a federation report: data, scores, drift, weights, cost and privacy of the sites."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from callbacks.reports.federation_updates import cost, drift, moved, privacy, shares
-from callbacks.reports.round_curves import Panel, by_site, curves, line_of
+from callbacks.reports.federation_summary import FederationSummary, site_scores, site_values
+from callbacks.reports.federation_updates import alignment, cost, drift, privacy, shares
+from callbacks.reports.round_curves import Panel, lines_by_site, round_figure
 from mtmedformer.plots.html import (
     Html,
     ShadedCell,
@@ -23,193 +25,150 @@ from mtmedformer.plots.html import (
     tiles,
 )
 
-Facts = dict[str, Any]
 
-
-def federation_page(told: Facts) -> str:
-    """Return the whole page.
-
-    Args:
-        told: What ``report.json`` holds.
-    """
-    asked, done = told["rounds"]["asked"], told["rounds"]["done"]
-    state, reason = told["state"]["state"], told["state"]["reason"]
-    how = f"{state}: {reason}" if reason and state != "finished" else state
-    subtitle = f"{done} of {asked} rounds · {told['aggregator']['class']} · {how}"
+def federation_page(summary: FederationSummary) -> str:
+    """Return the whole page."""
+    state = summary.state
+    if summary.reason and state != "finished":
+        state += f": {summary.reason}"
+    subtitle = f"{len(summary.history)} of {summary.rounds} rounds · {summary.aggregator.name} · {state}"
     sections = [
-        ("Sites and labels", _matrix(told)),
-        ("Scores", _scores(told)),
-        ("Faults", _faults(told)),
-        ("Drift", drift(told)),
-        ("Weight of each site", shares(told)),
-        ("Units moved", moved(told)),
-        ("Time and traffic", cost(told)),
-        ("What left each site", privacy(told)),
-        ("Run", _run(told)),
+        ("Sites and labels", _sites(summary)),
+        ("Scores", _scores(summary)),
+        ("Faults", _faults(summary)),
+        ("Drift", drift(summary.history)),
+        ("Weight of each site", shares(summary.history)),
+        ("Alignment of units", alignment(summary.history)),
+        ("Time and traffic", cost(summary.history)),
+        ("Data sent by each site", privacy(summary)),
+        ("Run", _run(summary)),
     ]
-    title = f"Federation of {len(told['sites'])} site{'s' if len(told['sites']) != 1 else ''}"
-    return page(title, subtitle, sections, _summary(told))
+    title = f"Federation of {len(summary.sites)} site{'s' if len(summary.sites) != 1 else ''}"
+    return page(title, subtitle, sections, _overview(summary))
 
 
-def best_round(told: Facts) -> Facts | None:
-    """Return the round with the best pooled score, as ``{"round": …, "metrics": …}``."""
-    scored = [entry for entry in told["pooled"] if entry["metrics"].get("val/score") is not None]
-    return max(scored, key=lambda entry: entry["metrics"]["val/score"]) if scored else None
-
-
-def site_scores(entry: Facts) -> dict[str, float]:
-    """Return each site's score in a round, mean of its tasks' primary metrics: of the model the site would use."""
-    said = {key.removeprefix("site/"): value for key, value in _validation(entry).items() if key.startswith("site/")}
-    found = {key.removesuffix("/val/score"): value for key, value in said.items() if key.endswith("/val/score")}
-    own = {site: told.get("metrics", {}).get("score") for site, told in entry["sites"].items()}
-    own = {site: score for site, score in own.items() if score is not None}
-    return found | own
-
-
-def _summary(told: Facts) -> Html:
-    history, best = told["history"], best_round(told)
-    if not history:
-        return paragraph("No round was completed; there is nothing to report but what the sites hold.", "warn")
-    at = _entry(told, best["round"]) if best else history[-1]
-    scores = site_scores(at)
+def _overview(summary: FederationSummary) -> Html:
+    if not summary.history:
+        return paragraph("No round was completed; only the data of the sites are reported.", "warn")
+    reported, best = summary.reported_round(), summary.best_round()
+    scores, pooled = site_scores(reported), summary.pooled_scores()
     worst = min(scores, key=lambda site: scores[site], default=None)
-    sent = sum(one.get("bytes", 0) for entry in history for one in entry["sites"].values())
-    faults = sum(len(entry.get("faults", [])) for entry in history)
-    boxes = [(f"{told['rounds']['done']} of {told['rounds']['asked']}", "rounds")]
-    if best:
-        boxes.append((number(best["metrics"]["val/score"]), f"best score, round {best['round'] + 1}"))
+    sent = sum(site.bytes for entry in summary.history for site in entry.sites.values())
+    boxes = [(f"{len(summary.history)} of {summary.rounds}", "rounds")]
+    if best is not None:
+        boxes.append((number(pooled[best]), f"best score, round {best + 1}"))
     if worst:
-        boxes.append((number(scores[worst]), f"worst site then: {worst}"))
-    boxes += [(size_of(sent), "sent by all sites"), (duration(_total_seconds(told)), "training and merging")]
-    boxes.append((str(faults), "faults"))
-    words = []
+        boxes.append((number(scores[worst]), f"worst site in that round: {worst}"))
+    boxes += [
+        (size_of(sent), "sent by all sites"),
+        (duration(sum(entry.seconds for entry in summary.history)), "training and merging"),
+        (str(sum(len(entry.faults) for entry in summary.history)), "faults"),
+    ]
+    sentences = []
     if worst and len(scores) > 1:
         top = max(scores, key=lambda site: scores[site])
-        words.append(
-            f"After round {at['round'] + 1} the model does best at {top} ({number(scores[top])}) and worst at {worst} "
-            f"({number(scores[worst])}). A score is the mean of the tasks' main metrics, from 0 to 1, on images that "
-            "the sites kept for validation."
+        sentences.append(
+            f"After round {reported.round + 1} the score is highest at {top} ({number(scores[top])}) and lowest at "
+            f"{worst} ({number(scores[worst])}). The score is the mean of the tasks' main metrics, from 0 to 1, on the "
+            "validation images of the sites."
         )
-        if len({tuple(site["labels"][t] > 0 for t in site["labels"]) for site in told["sites"]}) > 1:
-            words.append(
-                "Sites have labels for different tasks: compare them task by task, below, rather than by score."
-            )
-    last = told["pooled"][-1]["metrics"].get("val/score") if told["pooled"] else None
-    if best and last is not None and last < best["metrics"]["val/score"] - 0.02:
-        words.append(f"Later rounds did worse, the last one {number(last)}; best.ckpt holds round {best['round'] + 1}.")
-    return join(tiles(boxes), *words)
+        if len({tuple(count > 0 for count in site.labels.values()) for site in summary.sites}) > 1:
+            sentences.append("Sites have labels for different tasks: compare them per task (below), not by the score.")
+    last = next(reversed(pooled.values()), math.nan)
+    if best is not None and last < pooled[best] - 0.02:
+        sentences.append(
+            f"Later rounds have a lower score, the last one {number(last)}; best.ckpt holds round {best + 1}."
+        )
+    return join(tiles(boxes), *sentences)
 
 
-def _matrix(told: Facts) -> Html:
-    sites = told["sites"]
-    tasks = list(sites[0]["labels"]) if sites else []
-    most = max((site["images"] for site in sites), default=0) or 1
+def _sites(summary: FederationSummary) -> Html:
+    sites = summary.sites
+    tasks = list(sites[0].labels) if sites else []
+    most = max((site.images for site in sites), default=0) or 1
     rows = []
     for site in sites:
-        cells = [ShadedCell(site["labels"][t] or "none", site["labels"][t] / most) for t in tasks]
-        rows.append([site["site"], site["patients"], site["images"], *cells, site["validation"]])
-    without = {s["site"]: ", ".join(t for t in tasks if not s["labels"][t]) for s in sites}
-    said = [f"{site} has no labels for {names}" for site, names in without.items() if names]
-    text = f"{'; '.join(said)}. What is not labelled is unknown, never negative." if 0 < len(said) <= 12 else ""
+        cells = [ShadedCell(site.labels[task] or "none", site.labels[task] / most) for task in tasks]
+        rows.append([site.site, site.patients, site.images, *cells, site.validation])
+    missing = {site.site: ", ".join(task for task in tasks if not site.labels[task]) for site in sites}
+    sentences = [f"{site} has no labels for {names}" for site, names in missing.items() if names]
+    few = 0 < len(sentences) <= 12
+    text = f"{'; '.join(sentences)}. Images without a label count as unknown, not as negative." if few else ""
     columns = ["site", "patients", "training images", *tasks, "validation images"]
-    return join(table(rows, columns, "Training images with labels, by site and task"), paragraph(text, "note"))
+    return join(table(rows, columns, "Labelled training images by site and task"), paragraph(text, "note"))
 
 
-def _scores(told: Facts) -> Html:
-    history = told["history"]
-    panels: list[Panel] = []
-    pooled = {entry["round"]: entry["metrics"] for entry in told["pooled"]}
-    score = by_site(history, site_scores)
-    if any(score.values()):
-        panels.append(("score", score, line_of((r, m.get("val/score")) for r, m in pooled.items())))
-    for task, metric in told["primary"].items():
-        lines = by_site(history, lambda entry, t=task, m=metric: _of_task(entry, t, m))  # type: ignore[misc]
-        whole = line_of((r, values.get(f"val/{task}/{metric}")) for r, values in pooled.items())
-        if lines or whole:
-            panels.append((f"{task}: {metric}", lines, whole))
-    if not panels:
-        return paragraph("No site has validation images, so nothing is known of how well the model does.")
-    drawn = curves(panels, "all sites together")
-    own = any(one.get("metrics") for entry in history for one in entry["sites"].values())
-    model = "the model the site would use" if own else "the global model"
-    text = f"Each site's validation images after every round, by {model}; the thick line is all sites together."
+def score_panels(summary: FederationSummary) -> list[Panel]:
+    """Return the curves of the score and of each task's main metric over the rounds, without empty panels."""
+    panels = [Panel("score", lines_by_site(summary.history, site_scores), summary.pooled_scores())]
+    for task, metric in summary.primary.items():
+        pooled = {r: metrics.get(f"val/{task}/{metric}", math.nan) for r, metrics in summary.pooled.items()}
+        lines = lines_by_site(summary.history, lambda entry, t=task, m=metric: site_values(entry, t, m))  # type: ignore[misc]
+        panels.append(Panel(f"{task}: {metric}", lines, pooled))
+    panels = [Panel(one.title, one.sites, {r: v for r, v in one.overall.items() if v == v}) for one in panels]
+    return [panel for panel in panels if panel.sites or (panel.overall and panel.title != "score")]
+
+
+def _scores(summary: FederationSummary) -> Html:
+    panels = score_panels(summary)
+    if not panels or not summary.history:
+        return paragraph("No site has validation images; the performance of the model is unknown.")
+    own = any(site.metrics for entry in summary.history for site in entry.sites.values())
+    model = "the site's own model" if own else "the global model"
+    text = f"Validation images of each site after every round, by {model}; the thick line is all sites together."
     return join(
-        figure(drawn, text, "Validation scores by round, one line a site"),
-        _score_table(told),
-        details("Every metric of the last round, by site", _metric_table(told)),
+        figure(round_figure(panels, "all sites together"), text, "Validation scores by round, one line per site"),
+        _score_table(summary),
+        details("All metrics of the last round, by site", _metric_table(summary)),
     )
 
 
-def _score_table(told: Facts) -> Html:
-    best = best_round(told)
-    entry = _entry(told, best["round"]) if best else told["history"][-1]
+def _score_table(summary: FederationSummary) -> Html:
+    entry, best = summary.reported_round(), summary.best_round()
     scores = site_scores(entry)
     worst = min(scores, key=lambda site: scores[site], default=None)
-    columns = [f"{task}: {metric}" for task, metric in told["primary"].items()]
+    columns = [f"{task}: {metric}" for task, metric in summary.primary.items()]
     rows: list[list[Any]] = []
-    for site in [s["site"] for s in told["sites"]] or sorted(scores):
-        cells = [_of_task(entry, task, metric).get(site) for task, metric in told["primary"].items()]
+    for site in [holding.site for holding in summary.sites] or sorted(scores):
+        cells = [site_values(entry, task, metric).get(site) for task, metric in summary.primary.items()]
         rows.append([site, scores.get(site), *cells, "worst" if site == worst and len(scores) > 1 else ""])
-    if best:
-        values = [best["metrics"].get(f"val/{task}/{metric}") for task, metric in told["primary"].items()]
-        rows.append(["all together", best["metrics"]["val/score"], *values, ""])
-    return table(rows, ["site", "score", *columns, ""], f"After round {entry['round'] + 1}, the best by its score")
+    if best is not None:
+        metrics = summary.pooled[best]
+        values = [metrics.get(f"val/{task}/{metric}") for task, metric in summary.primary.items()]
+        rows.append(["all together", metrics["val/score"], *values, ""])
+    kind = "the best round" if best is not None else "the last round"
+    return table(rows, ["site", "score", *columns, ""], f"After round {entry.round + 1}, {kind}")
 
 
-def _metric_table(told: Facts) -> Html:
-    found: dict[str, dict[str, float]] = {}
-    for key, value in _validation(told["history"][-1]).items():
+def _metric_table(summary: FederationSummary) -> Html:
+    by_metric: dict[str, dict[str, float]] = {}
+    for key, value in summary.history[-1].validation.items():
         name, _, site = key.removeprefix("val/").partition("/site=")
         if site:
-            found.setdefault(name, {})[site] = value
-    sites = sorted({site for values in found.values() for site in values})
-    return table([[name, *(values.get(s) for s in sites)] for name, values in found.items()], ["metric", *sites])
+            by_metric.setdefault(name, {})[site] = value
+    sites = sorted({site for values in by_metric.values() for site in values})
+    return table([[name, *(values.get(s) for s in sites)] for name, values in by_metric.items()], ["metric", *sites])
 
 
-def _faults(told: Facts) -> Html:
+def _faults(summary: FederationSummary) -> Html:
     rows = [
-        [entry["round"] + 1, fault.get("site", ""), fault.get("fault", ""), fault.get("action", "")]
-        for entry in told["history"]
-        for fault in entry.get("faults", [])
+        [entry.round + 1, fault.site, fault.fault, fault.action] for entry in summary.history for fault in entry.faults
     ]
-    state, reason = told["state"]["state"], told["state"]["reason"]
-    ended = "" if state == "finished" else paragraph(f"The run is {state}{f': {reason}' if reason else ''}.", "warn")
-    if not rows:
-        return join(ended, "Every site that was asked delivered in every round.") if told["history"] else Html(ended)
-    return join(ended, table(rows, ["round", "site", "what happened", "what was done"]))
+    reason = f": {summary.reason}" if summary.reason else ""
+    ended = "" if summary.state == "finished" else paragraph(f"The run is {summary.state}{reason}.", "warn")
+    if rows:
+        return join(ended, table(rows, ["round", "site", "fault", "action"]))
+    return join(ended, "Every selected site delivered an update in every round.") if summary.history else Html(ended)
 
 
-def _run(told: Facts) -> Html:
-    aggregator = told["aggregator"]
-    options = [f"{name}: {value}" for name, value in (told["options"] | aggregator["options"]).items()]
+def _run(summary: FederationSummary) -> Html:
+    options = dict(summary.options) | dict(summary.aggregator.options)
     return join(
-        facts({"aggregator": aggregator["class"], "seed": told["seed"] or "not set", **told["versions"]}),
-        details("Options of the federation and its aggregator", points(options)),
+        facts({"aggregator": summary.aggregator.name, "seed": summary.seed or "not set", **summary.versions}),
+        details("Options of the federation and its aggregator", points(f"{k}: {v}" for k, v in options.items())),
         paragraph(
-            "The whole configuration is config.yaml beside this page; every number here is in report.json; "
+            "config.yaml in the same folder is the whole configuration, report.json has all numbers of this page, and "
             "checkpoints/best.ckpt is the model of the best round, for test and predict.",
             "note",
         ),
     )
-
-
-def _validation(entry: Facts) -> dict[str, float]:
-    return {key: value for key, value in entry.get("validation", {}).items() if value is not None}
-
-
-def _of_task(entry: Facts, task: str, metric: str) -> dict[str, float | None]:
-    start = f"val/{task}/{metric}/site="
-    found: dict[str, float | None] = {
-        key.removeprefix(start): value for key, value in _validation(entry).items() if key.startswith(start)
-    }
-    own = {site: told.get("metrics", {}).get(f"{task}/{metric}") for site, told in entry["sites"].items()}
-    return found | {site: value for site, value in own.items() if value is not None}
-
-
-def _entry(told: Facts, round: int) -> Facts:
-    found: Facts = next((e for e in told["history"] if e["round"] == round), told["history"][-1])
-    return found
-
-
-def _total_seconds(told: Facts) -> float:
-    return float(sum(entry.get("seconds") or 0.0 for entry in told["history"]))

@@ -1,13 +1,11 @@
-"""What a federation did, for people and for programs: ``report.html`` and ``report.json`` in the run folder."""
+"""Report of a federation: ``report.html`` and ``report.json`` in the run folder."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import math
 import os
 import sys
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +15,18 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from callbacks.federation.callback import Federation
 from callbacks.reports.environment import versions
 from callbacks.reports.federation_page import federation_page
-from federation.server.history import RoundRecord
+from callbacks.reports.federation_summary import FederationSummary, PartDescription
 from mtmedformer.errors import UserError
 from mtmedformer.metrics.base import TaskMetrics
+from mtmedformer.module import MultiTaskModule
 from mtmedformer.plots.html import write_page
-
-Facts = dict[str, Any]
-"""Plain JSON values; no NaN, nothing of a patient."""
 
 
 class FederationReport(L.Callback):
-    """Writes the report once a federation ends, whether it finished, was interrupted or failed.
+    """Writes the report at the end of a federation: finished, interrupted or failed.
 
-    It tells of every whole round, those before a resume too. Both files are replaced whole or not at all, by the first
-    process alone.
+    It covers every completed round, also those before a resume. Both files are written atomically, by the first process
+    alone.
 
     Args:
         folder: The run folder; ``None`` is the trainer's ``default_root_dir``.
@@ -42,115 +38,95 @@ class FederationReport(L.Callback):
         self.primary: dict[str, str] = {}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember the round's metrics over all sites together."""
+        """Keep the metrics of the round over all sites together."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        metrics = getattr(pl_module, "val_metrics", {})
+        metrics: dict[str, Any] = dict(pl_module.val_metrics.items()) if isinstance(pl_module, MultiTaskModule) else {}
         self.primary = {task: m.primary for task, m in metrics.items() if isinstance(m, TaskMetrics)}
-        own = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
-        self.pooled[trainer.current_epoch] = {key: v for key, v in own.items() if "site" not in key}
+        values = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+        self.pooled[trainer.current_epoch] = {key: value for key, value in values.items() if "site" not in key}
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write the report of a federation that came to its end."""
+        """Write the report of a finished federation."""
         if stage == "fit":
             self._write(trainer, "finished", "")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Write the report as far as the federation got; the exception goes on its way whatever comes of it."""
+        """Write the report of the rounds completed so far; the exception is raised in any case."""
         stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException)
-        words = str(exception) if isinstance(exception, UserError) else type(exception).__name__
+        reason = str(exception) if isinstance(exception, UserError) else type(exception).__name__
         try:
-            self._write(trainer, "interrupted" if stopped else "failed", words)
-        except OSError as error:  # a full disk must not hide why the run ended
+            self._write(trainer, "interrupted" if stopped else "failed", reason)
+        except OSError as error:  # a full disk must not hide the reason why the run ended
             print(f"the report cannot be written: {error.strerror}", file=sys.stderr)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to report on the earlier rounds too."""
+        """Return the metrics of the rounds so far, for a resumed run."""
         return {"pooled": self.pooled, "primary": self.primary}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the earlier rounds."""
+        """Restore the metrics of earlier rounds."""
         self.pooled, self.primary = dict(state_dict["pooled"]), dict(state_dict["primary"])
 
-    def facts(self, trainer: L.Trainer, federation: Federation, state: str, reason: str) -> Facts:
-        """Return everything the report tells as plain JSON values.
+    def summary(self, trainer: L.Trainer, federation: Federation, state: str, reason: str) -> FederationSummary:
+        """Return the course of the federation.
 
         Args:
-            trainer: The server's Trainer.
+            trainer: Trainer of the server.
             federation: The federation.
-            state: ``finished``, ``interrupted`` or ``failed``.
-            reason: Why, in a few words.
+            state: ``finished``, ``interrupted`` or ``failed``; a final state in ``run_state.json`` takes precedence.
+            reason: Reason of the state in a few words.
         """
+        state, reason = self._run_state(trainer) or (state, reason)
         done = {record.round for record in federation.history}
-        told = {
-            "state": {"state": state, "reason": reason} | self._run_state(trainer),
-            "rounds": {"done": len(done), "asked": int(trainer.max_epochs or len(done))},
-            "aggregator": _described(federation.aggregator),
-            "options": _described(federation)["options"],
-            "primary": self.primary,
-            "sites": [asdict(holding) for holding in federation.holdings],
-            "history": [_slim(record) for record in federation.history],
-            "arrays": _names(federation.history),
-            "pooled": [{"round": r, "metrics": m} for r, m in sorted(self.pooled.items()) if r in done],
-            "seed": os.environ.get("PL_GLOBAL_SEED"),
-            "versions": versions(),
-        }
-        plain: Facts = _finite(told)
-        return plain
+        return FederationSummary(
+            state=state,
+            reason=reason,
+            rounds=int(trainer.max_epochs or len(done)),
+            aggregator=_description(federation.aggregator),
+            options=_description(federation).options,
+            primary=self.primary,
+            sites=federation.holdings,
+            history=federation.history,
+            arrays=_array_names(federation),
+            pooled={number: metrics for number, metrics in sorted(self.pooled.items()) if number in done},
+            seed=os.environ.get("PL_GLOBAL_SEED"),
+            versions=versions(),
+        )
 
     def _write(self, trainer: L.Trainer, state: str, reason: str) -> None:
         federation = next((c for c in trainer.callbacks if isinstance(c, Federation)), None)  # type: ignore[attr-defined]
-        if federation is None or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+        if federation is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = Path(self.folder or trainer.default_root_dir)
-        facts = self.facts(trainer, federation, state, reason)
-        write_page(folder / "report.json", json.dumps(facts, indent=1) + "\n")
-        write_page(folder / "report.html", federation_page(facts))
+        summary = self.summary(trainer, federation, state, reason)
+        write_page(folder / "report.json", json.dumps(summary.to_json(), indent=1) + "\n")
+        write_page(folder / "report.html", federation_page(summary))
 
-    def _run_state(self, trainer: L.Trainer) -> dict[str, str]:
-        """Return what the federation itself says of its end, where it has said so."""
+    def _run_state(self, trainer: L.Trainer) -> tuple[str, str] | None:
+        """Return the final state and its reason from ``run_state.json``, ``None`` where there is none."""
         file = Path(self.folder or trainer.default_root_dir, "run_state.json")
         try:
-            said = json.loads(file.read_text())
+            stored = json.loads(file.read_text())
         except (OSError, ValueError):
-            return {}
-        return {} if said.get("state") in (None, "running") else {k: str(said.get(k, "")) for k in ("state", "reason")}
+            return None
+        if stored.get("state") in (None, "running"):
+            return None
+        return str(stored["state"]), str(stored.get("reason", ""))
 
 
-def _described(part: object) -> Facts:
-    """Return a part's class and those of its options that are plain values."""
+def _description(part: object) -> PartDescription:
+    """Return the class of an object, and the constructor options that it keeps as attributes."""
     names = list(inspect.signature(type(part).__init__).parameters)[1:]
-    values = {name: getattr(part, name) for name in names if hasattr(part, name)}
+    values = {name: vars(part)[name] for name in names if name in vars(part)}
     plain = {k: v for k, v in values.items() if isinstance(v, str | int | float | bool | list)}
     parts = {k: type(v).__name__ for k, v in values.items() if type(v).__module__.split(".")[0] == "federation"}
-    return {"class": type(part).__name__, "options": plain | parts}
+    return PartDescription(type(part).__name__, plain | parts)
 
 
-def _slim(record: RoundRecord) -> Facts:
-    """Return a round as JSON values, without the entries of every tensor, which are too many for a page."""
-    sites = {}
-    for name, site in record.sites.items():
-        kept = {f.name: getattr(site, f.name) for f in fields(site) if f.name != "blocks"}
-        kept = {key: value for key, value in kept.items() if key != "share" or value}
-        kept["num_examples"] = {block: held["num_examples"] for block, held in site.blocks.items()}
-        if site.privacy:
-            kept["privacy"] = {k: len(v) if k == "names" else v for k, v in site.privacy.items()}
-        sites[name] = kept
-    return {**record.to_dict(), "sites": sites}
-
-
-def _names(history: list[RoundRecord]) -> dict[str, list[str]]:
-    """Return the names of the arrays that last left each site that has a privacy policy."""
+def _array_names(federation: Federation) -> dict[str, list[str]]:
+    """Return the names of the arrays that each site with a privacy policy sent last."""
     names: dict[str, list[str]] = {}
-    for record in history:
+    for record in federation.history:
         names |= {name: site.privacy["names"] for name, site in record.sites.items() if site.privacy}
     return names
-
-
-def _finite(value: Any) -> Any:
-    """Replace what JSON has no number for by ``None``, at any depth."""
-    if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,11 +1,12 @@
-"""Sections on the updates of a federation: where sites pull, how much they say, what leaves them and what it costs."""
+"""Sections of a federation report about updates: drift, weights in the merge, alignment, cost and privacy."""
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Sequence
 
-from callbacks.reports.round_curves import Panel, by_site, curves, line_of
+from callbacks.reports.federation_summary import FederationSummary, PrivacySummary, change_norm, num_examples
+from callbacks.reports.round_curves import Panel, lines_by_site, round_figure
+from federation.server.history import RoundRecord
 from mtmedformer.plots.html import (
     Html,
     ShadedCell,
@@ -20,149 +21,141 @@ from mtmedformer.plots.html import (
     table,
 )
 
-Facts = dict[str, Any]
+MAX_ROWS = 200
+"""Rows of the alignment table."""
+
+History = Sequence[RoundRecord]
 
 
-def drift(told: Facts) -> Html:
-    """Return how far each site moved the weights, and whether it pulled where all went."""
-    history = told["history"]
-    size = by_site(history, lambda e: {s: _norm(t) for s, t in e["sites"].items()})
-    angle = by_site(history, lambda e: {s: t.get("cosine") for s, t in e["sites"].items()})
-    drawn = {"size of the update (norm)": size, "agreement with the merge (cosine)": angle}
-    panels: list[Panel] = [(title, lines, {}) for title, lines in drawn.items() if lines]
+def drift(history: History) -> Html:
+    """Return curves of the size of each site's change and of its cosine to the merged change."""
+    norms = lines_by_site(history, lambda entry: {name: change_norm(site) for name, site in entry.sites.items()})
+    cosines = lines_by_site(history, lambda entry: {name: site.cosine for name, site in entry.sites.items()})
+    panels = [Panel("norm of the change", norms), Panel("cosine to the merged change", cosines)]
+    panels = [panel for panel in panels if panel.sites]
     if not panels:
         return Html("")
     text = (
-        "Left: how far a site moved the weights in a round. Right: whether it pulled where all went together; 1 is the "
-        "same direction, 0 none in common. A site whose line lies apart from the others holds different data, "
-        "adds noise, or has something wrong with it."
+        "Left: how far each site moved the weights in a round. Right: agreement of its direction with the merged "
+        "change; 1 is the same direction, 0 is unrelated. A site whose curve differs from the others has different "
+        "data, adds noise, or has an error."
     )
-    return figure(curves(panels, ""), text, "Norm of each site's update and its cosine to the merged change, by round")
+    return figure(round_figure(panels, ""), text, "Norm of each site's change and its cosine to the merged change")
 
 
-def shares(told: Facts) -> Html:
-    """Return each site's part in the weights of the merge, by block."""
-    history = [entry for entry in told["history"] if any("share" in t for t in entry["sites"].values())]
-    if not history:
+def shares(history: History) -> Html:
+    """Return a table with the mean weight of each site in the merge, by block."""
+    merged = [entry for entry in history if any(site.share for site in entry.sites.values())]
+    if not merged:
         return Html("")
-    blocks = list(dict.fromkeys(b for e in history for t in e["sites"].values() for b in t.get("share", {})))
-    sites = sorted({site for entry in history for site in entry["sites"]})
+    blocks = list(dict.fromkeys(block for entry in merged for site in entry.sites.values() for block in site.share))
     rows = []
-    for site in sites:
+    for name in sorted({name for entry in merged for name in entry.sites}):
         cells = []
         for block in blocks:
-            found = [e["sites"].get(site, {}).get("share", {}).get(block) for e in history]
-            mean = sum(f or 0.0 for f in found) / len(found)
-            cells.append(
-                ShadedCell(f"{100 * mean:.0f} %", mean) if any(f is not None for f in found) else ShadedCell("–")
-            )
-        rows.append([site, *cells])
+            values = [entry.sites[name].share.get(block) if name in entry.sites else None for entry in merged]
+            mean = sum(value or 0.0 for value in values) / len(values)
+            known = any(value is not None for value in values)
+            cells.append(ShadedCell(f"{100 * mean:.0f} %", mean) if known else ShadedCell("–"))
+        rows.append([name, *cells])
     text = (
-        "Each site's part in the weights of the merge, mean over rounds. It follows the number of labelled images and "
-        "the precision of what the site learnt. A site without labels for a task has no part in that task's head."
+        "Weight of each site in the merge, mean over rounds. It depends on the number of labelled images and on the "
+        "precision of the site's weights. A site without labels for a task has no weight in the head of that task."
     )
     return join(paragraph(text), table(rows, ["site", *blocks]))
 
 
-def moved(told: Facts) -> Html:
-    """Return which units alignment moved."""
+def alignment(history: History) -> Html:
+    """Return a table of the hidden units and attention heads that were permuted before the merge."""
+    if not history:
+        return Html("")
     rows = [
-        [entry["round"] + 1, site, group, f"{100 * share:.1f} %"]
-        for entry in told["history"]
-        for site, t in entry["sites"].items()
-        for group, share in t.get("moved", {}).items()
+        [entry.round + 1, name, group, f"{100 * share:.1f} %"]
+        for entry in history
+        for name, site in entry.sites.items()
+        for group, share in site.moved.items()
         if share
     ]
-    if not told["history"]:
-        return Html("")
     if not rows:
-        return paragraph("No hidden unit or attention head had changed places; nothing was moved.")
-    words = "Hidden units and attention heads of a site that alignment moved to the global order before the merge."
-    shown = table(rows[:200], ["round", "site", "group of units", "moved"])
-    more = f"The first 200 of {len(rows)}; report.json has all." if len(rows) > 200 else ""
-    return join(words, shown, paragraph(more, "note"))
+        return paragraph("No hidden unit or attention head was permuted; alignment changed nothing.")
+    text = "Hidden units and attention heads that were permuted at a site; alignment moved them back before the merge."
+    more = f"The first {MAX_ROWS} of {len(rows)} rows; report.json has all." if len(rows) > MAX_ROWS else ""
+    return join(text, table(rows[:MAX_ROWS], ["round", "site", "group of units", "moved"]), paragraph(more, "note"))
 
 
-def cost(told: Facts) -> Html:
+def cost(history: History) -> Html:
     """Return seconds and bytes, by round and by site."""
-    history = told["history"]
     if not history:
         return Html("")
-    time = by_site(history, lambda e: {s: t.get("seconds") for s, t in e["sites"].items()})
-    data = by_site(history, lambda e: {s: t["bytes"] / 1e6 for s, t in e["sites"].items() if "bytes" in t})
-    whole = line_of((entry["round"], entry.get("seconds")) for entry in history)
-    drawn = curves([("seconds", time, whole), ("megabytes sent", data, {})], "the whole round", low=0.0)
+    seconds = lines_by_site(history, lambda entry: {name: site.seconds for name, site in entry.sites.items()})
+    megabytes = lines_by_site(history, lambda entry: {name: site.bytes / 1e6 for name, site in entry.sites.items()})
+    panels = [
+        Panel("seconds", seconds, {entry.round: entry.seconds for entry in history}),
+        Panel("megabytes sent", megabytes),
+    ]
     rows = []
-    for site in sorted({s for entry in history for s in entry["sites"]}):
-        held = [entry["sites"][site] for entry in history if site in entry["sites"]]
-        seconds, sent = sum(t.get("seconds", 0.0) for t in held), sum(t.get("bytes", 0) for t in held)
-        steps = sum(t.get("steps", 0) for t in held)
-        rows.append([site, len(held), steps, duration(seconds), size_of(sent), size_of(sent / len(held))])
-    columns = ["site", "rounds", "steps", "training", "sent", "sent a round"]
+    for name in sorted({name for entry in history for name in entry.sites}):
+        rounds = [entry.sites[name] for entry in history if name in entry.sites]
+        sent, steps = sum(site.bytes for site in rounds), sum(site.steps for site in rounds)
+        time = duration(sum(site.seconds for site in rounds))
+        rows.append([name, len(rounds), steps, time, size_of(sent), size_of(sent / len(rounds))])
+    text = "Local training time and size of the update of each site; the thick line is the whole round."
     return join(
-        figure(
-            drawn, "Local training and update of each site; the thick line is the whole round.", "Seconds and megabytes"
-        ),
-        table(rows, columns),
+        figure(round_figure(panels, "whole round", low=0.0), text, "Seconds and megabytes by round"),
+        table(rows, ["site", "rounds", "steps", "training", "sent", "sent per round"]),
     )
 
 
-def privacy(told: Facts) -> Html:
-    """Return what left each site, and what its privacy policy spent."""
-    history = told["history"]
-    if not history:
+def privacy(summary: FederationSummary) -> Html:
+    """Return what each site sent, and what its privacy policy spent."""
+    if not summary.history:
         return Html("")
-    what = paragraph(
-        "An update holds changes of weights, their precision, counts of labelled images and training metrics; no "
-        "image, no name, no identifier."
+    content = (
+        "An update contains changes of weights, their precision, counts of labelled images and training metrics. It "
+        "contains no images, names or identifiers."
     )
-    policy = _policies(told) or paragraph(
-        "No site had a privacy policy: updates left as they were, without clipping or noise."
-    )
-    last = history[-1]
-    blocks = list(dict.fromkeys(b for t in last["sites"].values() for b in t.get("norms", {})))
-    plain = [
-        [s, *(t.get("norms", {}).get(b) for b in blocks), size_of(t.get("bytes", 0))]
-        for s, t in last["sites"].items()
-        if "norms" in t
+    none = "No site has a privacy policy: updates were sent without clipping or noise."
+    last = summary.history[-1]
+    blocks = list(dict.fromkeys(block for site in last.sites.values() for block in site.norms))
+    norms = [
+        [name, *(site.norms.get(block) for block in blocks), size_of(site.bytes)]
+        for name, site in last.sites.items()
+        if site.norms
     ]
-    num_examples = [
-        [s, *(t.get("num_examples", {}).get(b) for b in blocks)]
-        for s, t in last["sites"].items()
-        if t.get("num_examples")
+    examples = [
+        [name, *(num_examples(site).get(block) for block in blocks)] for name, site in last.sites.items() if site.blocks
     ]
     return join(
-        what,
-        policy,
-        heading(f"In round {last['round'] + 1}"),
-        table(plain, ["site", *blocks, "bytes"], "Norm of the change, by block; a dash is a block that did not leave"),
-        table(num_examples, ["site", *blocks], "Labelled training images behind it"),
+        paragraph(content),
+        _policies(summary) or paragraph(none),
+        heading(f"In round {last.round + 1}"),
+        table(norms, ["site", *blocks, "bytes"], "Norm of the change by block; a dash is a block that was not sent"),
+        table(examples, ["site", *blocks], "Labelled training samples behind the change, by block"),
     )
 
 
-def _policies(told: Facts) -> Html:
-    """Return what each site's privacy policy did and what it has spent, for the sites that have one."""
-    history = told["history"]
-    guarded = {s: t["privacy"] for entry in history for s, t in entry["sites"].items() if t.get("privacy")}
+def _policies(summary: FederationSummary) -> Html:
+    """Return a table of the privacy policies of the sites, empty where no site has one."""
+    last, sent = {}, dict.fromkeys((name for entry in summary.history for name in entry.sites), 0)
+    for entry in summary.history:
+        for name, site in entry.sites.items():
+            privacy = PrivacySummary.of(site)
+            if privacy is not None:
+                last[name] = privacy
+                sent[name] += privacy.bytes
     rows = []
-    for site, last in sorted(guarded.items()):
-        sent = sum(e["sites"].get(site, {}).get("privacy", {}).get("bytes", 0) for e in history)
-        epsilon, delta = last.get("epsilon"), last.get("delta")
-        spent = "no noise" if epsilon is None else f"({epsilon:.3g}, {delta or 0:.1g})"
-        before, after = last.get("norm"), last.get("clipped")
-        clipped = "not told" if before is None or after is None else f"{before:.3g} to {after:.3g}"
-        rows.append([site, spent, last.get("unit") or "–", clipped, size_of(sent), str(last.get("sha256", ""))[:16]])
-    columns = ["site", "(ε, δ) spent", "protects a", "last norm, clipped", "sent in all", "last SHA-256"]
-    lists = (f"{site}: {', '.join(names)}" for site, names in told.get("arrays", {}).items())
-    hides = any(last.get("epsilon") is not None for last in guarded.values())
-    said = "A site with an (ε, δ) guarantee sends neither its counts nor its times: num_examples is 1, seconds are 0."
+    for name, one in sorted(last.items()):
+        spent = "no noise" if one.epsilon is None else f"({one.epsilon:.3g}, {one.delta or 0:.1g})"
+        clipped = "withheld"
+        if one.norm is not None and one.clipped is not None:
+            clipped = f"{one.norm:.3g} to {one.clipped:.3g}"
+        rows.append([name, spent, one.unit or "–", clipped, size_of(sent[name]), one.sha256[:16]])
+    columns = ["site", "(ε, δ) spent", "protected unit", "last norm, clipped", "sent in total", "last SHA-256"]
+    lists = points(f"{site}: {', '.join(names)}" for site, names in summary.arrays.items())
+    noisy = any(one.epsilon is not None for one in last.values())
+    text = "A site with an (ε, δ) guarantee withholds its counts and times: examples are reported as 1, seconds as 0."
     return join(
-        table(rows, columns, "After each site's own privacy policy"),
-        paragraph(said, "note") if hides else Html(""),
-        details("Names of the arrays that left", points(lists)) if told.get("arrays") else Html(""),
+        table(rows, columns, "After the privacy policy of each site"),
+        paragraph(text, "note") if noisy else Html(""),
+        details("Names of the arrays that were sent", lists),
     )
-
-
-def _norm(told: Facts) -> float | None:
-    norms = told.get("norms", {}).values()
-    return math.sqrt(sum(norm**2 for norm in norms)) if norms else None

@@ -1,41 +1,60 @@
-"""Lines over the rounds of a federation, one a site."""
+"""Curves over the rounds of a federation, one line per site."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from federation.server.history import RoundRecord
 from mtmedformer.plots.style import COLOURS, FAINT, INK, STYLE
 
-MOST_LINES = 10
-"""Sites that get a colour of their own; of more, those with the lowest last value do."""
+MAX_COLOURED = 10
+"""Sites with a colour of their own; of more sites, those with the lowest last value have one."""
 
-Line = dict[int, float]
+Line = Mapping[int, float]
 """Value by round."""
 
-Panel = tuple[str, dict[str, Line], Line]
-"""Title of a panel, a line a site, and the line of all together (possibly empty)."""
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot.
+
+    Attributes:
+        title: Its title.
+        sites: Line by site.
+        overall: Line of all sites together, possibly empty.
+    """
+
+    title: str
+    sites: Mapping[str, Line]
+    overall: Line = field(default_factory=dict)
 
 
-def curves(panels: Sequence[Panel], whole_name: str, low: float | None = None) -> Figure:
-    """Draw lines by site, panel by panel, two in a row, with one legend for all."""
-    sites = sorted({site for _, lines, _ in panels for site in lines})
-    chosen = _chosen(sites, panels[0][1])
+def round_figure(panels: Sequence[Panel], overall_name: str, low: float | None = None) -> Figure:
+    """Draw panels, two per row, with one legend.
+
+    Args:
+        panels: The panels; lines of the first one decide which sites get a colour.
+        overall_name: Name of the line of all sites together.
+        low: Lower limit of the values.
+    """
+    sites = sorted({site for panel in panels for site in panel.sites})
+    colours = _site_colours(sites, panels[0].sites)
     rows = math.ceil(len(panels) / 2)
     with mpl.rc_context(STYLE):
         drawn = Figure(figsize=(9.2, 2.5 * rows + 0.45), layout="constrained")
         axes = list(drawn.subplots(rows, 2, squeeze=False).flat)
-        for axis, (title, lines, whole) in zip(axes, panels, strict=False):
+        for axis, panel in zip(axes, panels, strict=False):
             for site in sites:
-                _draw(axis, lines.get(site, {}), chosen.get(site, FAINT), site if site in chosen else None)
-            _draw(axis, whole, INK, whole_name, width=2.4)
-            axis.set_title(title)
+                _draw(axis, panel.sites.get(site, {}), colours.get(site, FAINT), site if site in colours else None)
+            _draw(axis, panel.overall, INK, overall_name, width=2.4)
+            axis.set_title(panel.title)
             axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
             if low is not None:
                 axis.set_ylim(bottom=low)
@@ -47,37 +66,41 @@ def curves(panels: Sequence[Panel], whole_name: str, low: float | None = None) -
     return drawn
 
 
-def _chosen(sites: Sequence[str], lines: dict[str, Line]) -> dict[str, str]:
+def _site_colours(sites: Sequence[str], lines: Mapping[str, Line]) -> dict[str, str]:
     """Return a colour for each site that gets one."""
-    if len(sites) > MOST_LINES:
+    if len(sites) > MAX_COLOURED:
         last = {site: lines[site][max(lines[site])] for site in sites if lines.get(site)}
-        sites = sorted(sorted(last, key=lambda site: last[site])[:MOST_LINES])
+        sites = sorted(sorted(last, key=lambda site: last[site])[:MAX_COLOURED])
     return dict(zip(sites, COLOURS, strict=False))
 
 
 def _draw(axis: Axes, line: Line, colour: str, label: str | None, width: float = 1.5) -> None:
     if line:
         rounds = sorted(line)
-        marker = "o" if len(rounds) < 16 else ""
-        known = [line[r] for r in rounds]
         axis.plot(
-            [r + 1 for r in rounds], known, color=colour, lw=width, label=label, marker=marker, ms=3.5,
+            [number + 1 for number in rounds],
+            [line[number] for number in rounds],
+            color=colour,
+            lw=width,
+            label=label,
+            marker="o" if len(rounds) < 16 else "",
+            ms=3.5,
             zorder=1 if label is None else 2,
-        )  # fmt: skip
+        )
 
 
-def by_site(
-    history: list[dict[str, Any]], read: Callable[[dict[str, Any]], Mapping[str, float | None]]
-) -> dict[str, Line]:
-    """Return a line for each site of which anything is known."""
-    lines: dict[str, Line] = {}
+def lines_by_site(
+    history: Sequence[RoundRecord], read: Callable[[RoundRecord], Mapping[str, float | None]]
+) -> dict[str, dict[int, float]]:
+    """Return a line for each site with a value in at least one round.
+
+    Args:
+        history: The rounds.
+        read: Returns the value of each site in a round.
+    """
+    lines: dict[str, dict[int, float]] = {}
     for entry in history:
         for site, value in read(entry).items():
-            if value is not None:
-                lines.setdefault(site, {})[entry["round"]] = value
+            if value is not None and not math.isnan(value):
+                lines.setdefault(site, {})[entry.round] = value
     return lines
-
-
-def line_of(values: Iterable[tuple[int, float | None]]) -> Line:
-    """Return a line of what is known."""
-    return {r: value for r, value in values if value is not None}
