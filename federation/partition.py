@@ -13,20 +13,21 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mtmedformer.errors import ConfigError
+from mtmedformer.protocols import ClassLabels
 
 Patients = Mapping[str, Sequence[Any]]
 """The records of each patient, by patient key."""
 
 
 class Partition(ABC):
-    """Deals the patients of one data set out to sites; all records of a patient go to the same one.
+    """Assigns the patients of one data set to sites; all records of a patient go to the same site.
 
     Args:
         sites: Number of sites (``site_1``, ``site_2`` …), or their names.
-        seed: Seed of the deal.
+        seed: Seed of the assignment.
 
     Raises:
-        ConfigError: When there is no site, or a name comes twice.
+        ConfigError: When there is no site, or two sites have one name.
     """
 
     def __init__(self, sites: int | list[str], seed: int = 0) -> None:
@@ -41,13 +42,13 @@ class Partition(ABC):
 
     @abstractmethod
     def stratum(self, records: Sequence[Any]) -> str:
-        """Return what a patient's records count as."""
+        """Return the stratum of a patient."""
 
     def assign(self, patients: Patients, splits: Mapping[str, str]) -> dict[str, str]:
         """Return each patient's site. It depends on the patients and the seed, not on their order.
 
-        Within a stratum every split is dealt out in the same shares, so a site validates on what it trains on. Every
-        site gets at least one patient of every split that has as many patients as there are sites.
+        Within a stratum every split is divided in the same shares, so that a site validates on the kind of data it
+        trains on. Every site gets at least one patient of every split that has as many patients as there are sites.
 
         Args:
             patients: The records of each patient.
@@ -60,55 +61,55 @@ class Partition(ABC):
         for patient in sorted(patients, key=self._shuffled):
             split = splits[patients[patient][0].id]
             groups[split, self.stratum(patients[patient])].append(patient)
-        found: dict[str, str] = {}
+        owners: dict[str, str] = {}
         for (_, stratum), members in sorted(groups.items()):
             ends = np.cumsum(self.shares(stratum))
             sizes = np.array([len(patients[p]) for p in members], float)
             middles = (np.cumsum(sizes) - sizes / 2) / sizes.sum()
             for patient, place in zip(members, np.searchsorted(ends, middles), strict=True):
-                found[patient] = self.sites[min(int(place), len(self.sites) - 1)]
+                owners[patient] = self.sites[min(int(place), len(self.sites) - 1)]
         for split in sorted({split for split, _ in groups}):
             members = [p for (other, _), group in sorted(groups.items()) if other == split for p in group]
-            self._leave_nobody_out(split, members, found)
-        return found
+            self._fill_empty_sites(split, members, owners)
+        return owners
 
-    def _leave_nobody_out(self, split: str, members: list[str], found: dict[str, str]) -> None:
+    def _fill_empty_sites(self, split: str, members: list[str], owners: dict[str, str]) -> None:
         if len(members) < len(self.sites):
             if split == "train":
                 raise ConfigError(f"partition: {len(members)} training patients cannot be {len(self.sites)} sites")
             return
         for site in self.sites:
-            held = Counter(found[p] for p in members)
+            held = Counter(owners[p] for p in members)
             if not held[site]:
                 richest = max(self.sites, key=lambda s: held[s])
-                found[next(p for p in members if found[p] == richest)] = site
+                owners[next(p for p in members if owners[p] == richest)] = site
 
     def _shuffled(self, patient: str) -> str:
         return hashlib.blake2b(f"{self.seed}\x00{patient}".encode(), digest_size=8).hexdigest()
 
 
 class EqualShares(Partition):
-    """Deals every site the same share of images, at random."""
+    """Gives every site the same share of images, at random."""
 
     def shares(self, stratum: str) -> list[float]:
         """Return equal shares."""
         return [1 / len(self.sites)] * len(self.sites)
 
     def stratum(self, records: Sequence[Any]) -> str:
-        """Return the same word for everyone."""
+        """Return the same stratum for all patients."""
         return ""
 
 
 class Dirichlet(Partition):
-    r"""Deals the patients of each class in shares drawn from a symmetric Dirichlet distribution.
+    r"""Divides the patients of each class in shares drawn from a symmetric Dirichlet distribution.
 
-    A patient counts as the class most of their images show. Patients without the label are a class of their own.
+    A patient has the most frequent class of their images. Patients without the label form a class of their own.
 
     Args:
         sites: Number of sites, or their names.
-        alpha: Concentration: 100 makes sites alike, 1 uneven, 0.1 leaves most sites with one class.
-        by: The classification task whose classes are dealt out; ``null`` takes the first there is, and without one
-            goes by which tasks are labelled.
+        alpha: Concentration: at 100 the sites are alike, at 1 uneven, at 0.1 most sites have one class only.
+        by: The classification task whose classes are divided; ``null`` takes the first one, or, without any, the set of
+            labelled tasks.
         seed: Seed of the draw.
 
     Raises:
@@ -131,12 +132,12 @@ class Dirichlet(Partition):
         return [float(share) for share in drawn]
 
     def stratum(self, records: Sequence[Any]) -> str:
-        """Return the class that most of a patient's records show."""
-        words = Counter(self._word(record.truth) for record in records)
-        return min(words, key=lambda word: (-words[word], word))
+        """Return the most frequent class of a patient's records."""
+        counts = Counter(self._class_of(record.truth) for record in records)
+        return min(counts, key=lambda name: (-counts[name], name))
 
-    def _word(self, truth: Mapping[str, Any]) -> str:
-        classes = {name: known.values for name, known in sorted(truth.items()) if hasattr(known, "values")}
+    def _class_of(self, truth: Mapping[str, Any]) -> str:
+        classes = {name: labels.values for name, labels in sorted(truth.items()) if isinstance(labels, ClassLabels)}
         if self.by is not None or classes:
             values = classes.get(self.by or next(iter(classes)), ())
             known = [v if v == v else -1.0 for v in values]  # NaN is unknown
@@ -146,7 +147,7 @@ class Dirichlet(Partition):
 
 @dataclass(frozen=True)
 class Holding:
-    """What one site holds: counts, nothing of a patient.
+    """The counts of one site's data; they identify no patient.
 
     Attributes:
         site: Name of the site.
@@ -164,7 +165,7 @@ class Holding:
 
 
 def picture(holdings: Sequence[Holding]) -> Figure:
-    """Draw who holds what: a row a site, a column a task, the number of labelled images in each field."""
+    """Draw the number of labelled images, one row per site and one column per task."""
     tasks = list(holdings[0].labels) if holdings else []
     columns = ["images", *tasks]
     counts = np.array([[h.images, *(h.labels[t] for t in tasks)] for h in holdings], float)

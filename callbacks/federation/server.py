@@ -11,7 +11,7 @@ from federation.client.lightning_internals import ServerLoop
 from federation.exchange.schema import State
 
 
-class ServerStep(torch.optim.Optimizer):
+class MergedWeights(torch.optim.Optimizer):
     """Copies the merged weights into the server's module, bit for bit, as an optimizer step.
 
     Args:
@@ -48,7 +48,7 @@ class Server:
 
     def __init__(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.trainer, self.module = trainer, module
-        self.step = ServerStep(module)
+        self.step = MergedWeights(module)
         self._automatic = module.automatic_optimization
         module.automatic_optimization = False
         self._loop = ServerLoop(trainer, self.step)

@@ -20,15 +20,16 @@ from federation.bayes.curvature import Curvature
 from federation.exchange.schema import Schema, State
 from mtmedformer.batch import Batch
 from mtmedformer.errors import ConfigError
+from mtmedformer.protocols import StepSchedule
 
 
 class TrainingInterrupt(BaseException):
-    """Local training was asked to stop; nothing of this round is kept."""
+    """Local training stops on request, as by ``KeyboardInterrupt``; nothing of this round is kept."""
 
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What the server tells every site of a round.
+    """The settings of one round, equal for all sites.
 
     Attributes:
         round: Number of the round, from 0.
@@ -37,7 +38,7 @@ class RoundPlan:
         base: Their ``state_hash``.
         schema: The model's schema.
         seed: Seed of the run.
-        keep_optimizer: Whether a site's optimiser goes on with its moments of the last round.
+        keep_optimizer: Whether a site's optimizer keeps its moments of the last round.
         distributed: Whether all processes train each site together.
         symmetries: Groups of the module's units that are aligned to the global model before an update leaves; none
             leaves every unit where it is.
@@ -56,7 +57,7 @@ class RoundPlan:
 
 @dataclass
 class SiteState:
-    """What a site keeps for itself from round to round.
+    """What a site keeps to itself between rounds.
 
     Attributes:
         epochs: Local epochs done.
@@ -79,7 +80,7 @@ class SiteState:
     privacy: dict[str, Any] = field(default_factory=dict)
 
     def weights(self, state: State) -> State:
-        """Return the weights the site would use beside some global ones: with all that it keeps for itself."""
+        """Return the weights that the site uses, given the global ones: with all that it keeps to itself."""
         moved = {key: state[key] + change for key, change in self.deviation.items()}
         return state | self.local | moved | self.own
 
@@ -92,12 +93,12 @@ class LocalTraining(L.Callback):
     """Watches a site's local training: counts labels, measures curvature, applies the client objective.
 
     Args:
-        plan: What the server says of the round.
+        plan: The settings of the round.
         memory: What the site kept from its earlier rounds.
         objective: What the site does differently.
         curvature: What measures the curvature.
         local_keys: Keys that never leave the site; the client objective does not apply to them.
-        stop: Asked after every batch whether to give the round up.
+        stop: Whether to give up the round; called after every batch.
 
     Attributes:
         images: Training images with at least one label.
@@ -128,7 +129,7 @@ class LocalTraining(L.Callback):
         self._start: State = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the optimiser and the schedule up where the site left them, and remember where the round began."""
+        """Restore optimizer and schedule of the site's last round, and keep the weights the round began with."""
         if self.plan.keep_optimizer:
             for optimizer, state in zip(trainer.optimizers, self.memory.optimizers, strict=False):
                 optimizer.load_state_dict(state)
@@ -156,7 +157,7 @@ class LocalTraining(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count what was labelled, and give the round up where that was asked for."""
+        """Count the labelled samples, and give up the round on request."""
         if isinstance(batch, Batch):
             present = {name: target.present for name, target in batch.targets.items()}
             self.labelled.update({name: int(mask.sum()) for name, mask in present.items()})
@@ -165,13 +166,13 @@ class LocalTraining(L.Callback):
         else:
             self.images += len(batch[0]) if isinstance(batch, list | tuple) else len(batch)
         stop = self.stop()
-        if trainer.world_size > 1:  # the processes that train a site together leave it together
+        if trainer.world_size > 1:  # the processes that train a site together stop together
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop:
             raise TrainingInterrupt
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Finish the measurement, and keep the optimiser and the schedule for the next round."""
+        """Finish the measurement, and keep the optimizer and the schedule for the next round."""
         self.curvatures = self.curvature.finish(pl_module, trainer.train_dataloader, trainer)
         self._align(trainer, pl_module)
         self.schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
@@ -210,7 +211,7 @@ def state_of(module: torch.nn.Module) -> State:
 
 
 def _resume_schedules(trainer: L.Trainer, plan: RoundPlan, memory: SiteState) -> None:
-    """Stretch the schedules over all rounds and put them where the site's last round left them.
+    """Stretch the schedules over all rounds, and restore their state of the site's last round.
 
     Raises:
         ConfigError: When the schedule was begun with another learning rate.
@@ -221,17 +222,17 @@ def _resume_schedules(trainer: L.Trainer, plan: RoundPlan, memory: SiteState) ->
     for i, config in enumerate(trainer.lr_scheduler_configs):
         scheduler: Any = config.scheduler
         if i < len(memory.schedulers):
-            then, now = memory.schedulers[i].get("base_lrs", []), getattr(scheduler, "base_lrs", [])
-            if list(then) != list(now):
+            before, now = memory.schedulers[i].get("base_lrs", []), scheduler.state_dict().get("base_lrs", [])
+            if list(before) != list(now):
                 raise ConfigError(
-                    f"optimizer.lr={max(now):g}, but the federation you resume was trained with {max(then):g}; keep "
+                    f"optimizer.lr={max(now):g}, but the federation to resume was trained with {max(before):g}; keep "
                     "that value, or start a new run from its weights with model.init_weights=PATH"
                 )
             scheduler.load_state_dict(memory.schedulers[i])
             rates = memory.schedulers[i].get("_last_lr", [])
             for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=False):
                 group["lr"] = rate
-        if hasattr(scheduler, "spread"):
+        if isinstance(scheduler, StepSchedule):
             scheduler.spread(int(total))
 
 

@@ -14,9 +14,9 @@ from federation.aggregators.base import Aggregator, ClientObjective
 from federation.bayes.curvature import NoCurvature
 from federation.client.lightning_internals import as_single_process, continue_from, copy_module, quiet_lightning, seeded
 from federation.client.local_training import LocalTraining, RoundPlan, SiteState, TrainingInterrupt, state_of
+from federation.client.outgoing_update import OutgoingUpdate
 from federation.exchange.schema import Schema, State, block_of
 from federation.exchange.update import BlockUpdate, Update
-from federation.privacy.outgoing import OutgoingUpdate
 from federation.privacy.policy import PrivacyPolicy
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""How a round copes with sites that do not deliver: who is let in, how many must come, and what was done about it."""
+"""Admit updates to a round: checks of each update, outliers, quorum, and the policy for sites that fail."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from federation.exchange.schema import Schema
 from federation.exchange.update import Update
 from mtmedformer.errors import ConfigError, UserError
 
-SPREAD = 1 / 3  # least spread of the logarithms of the norms: sites that agree closely do not make strangers of others
+SPREAD = 1 / 3  # least spread of the logarithms of the norms: where sites agree closely, small deviations are admitted
 
 
 class RoundError(UserError):
-    """A round that cannot count; the run ends, and goes on from the last whole round with ``--ckpt_path=last``."""
+    """Too few updates were admitted; the run ends and can be resumed after the last complete round."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something a site did not do in a round, and what became of it.
+    """A failure of a site in a round, and the action taken.
 
     Attributes:
         site: Name of the site.
-        fault: What happened, in words that hold nothing of a patient: no message of the site's own, which may name
-            files, only the kind of its error.
-        action: What was done about it.
+        fault: What happened, without anything about a patient: the kind of the error only, since the site's own message
+            may name files.
+        action: What was done.
     """
 
     site: str
@@ -42,20 +42,20 @@ class Fault:
 
 @dataclass(frozen=True)
 class Policy:
-    """What the server does about sites that fail.
+    """How the server handles sites that fail.
 
     Args:
         quorum: Updates that must be admitted for a round to count: a share of the sites asked, in (0, 1), or a number
             of sites. A round below it ends the run.
-        deadline: Seconds a site may take for one round; ``null`` waits as long as it takes. It is asked after every
-            batch; under ``placement: isolated`` a site that does not answer at all is ended.
-        missing: ``continue``: merge those who came; ``fail``: end the run at the first site that does not deliver.
-        retries: How often a site that failed is tried again within the round.
+        deadline: Seconds a site may take for one round; ``null`` waits as long as it takes. It is checked after every
+            batch; under ``placement: isolated`` the process of a site that hangs is killed.
+        missing: ``continue``: merge the admitted updates; ``fail``: end the run at the first site without one.
+        retries: How often the training of a failed site is repeated within the round.
         outlier: A site whose change of a block lies further from the others' than this many robust standard deviations
-            (of the logarithm of the norm) is left out; ``null`` lets every size in. Asked from three sites on.
+            (of the logarithm of the norm) is left out; ``null`` admits every size. Applied with three or more sites.
 
     Raises:
-        ConfigError: When a value cannot be.
+        ConfigError: When a value is out of range.
     """
 
     quorum: float | int = 0.5
@@ -75,16 +75,16 @@ class Policy:
             raise ConfigError(f"federation.policy.outlier is {self.outlier}; give a number above 0, or null")
 
     def needed(self, asked: int) -> int:
-        """Return how many of the sites asked must be admitted; at least one, and no more than were asked."""
+        """Return how many updates must be admitted for a number of sites: at least one, at most all."""
         share = isinstance(self.quorum, float) and self.quorum < 1
         number = math.ceil(self.quorum * asked - 1e-9) if share else int(self.quorum)
         return min(max(1, number), asked)
 
     def check(self, round: int, asked: int, admitted: int, faults: list[Fault]) -> None:
-        """Let a round count, or end the run.
+        """Check that a round counts.
 
         Raises:
-            RoundError: When too few sites were admitted, or one was not and none may be missing.
+            RoundError: When too few updates were admitted, or one site is missing and the policy forbids it.
         """
         reasons = "; ".join(f"{fault.site}: {fault.fault}" for fault in faults)
         if faults and self.missing == "fail":
@@ -98,11 +98,11 @@ class Policy:
 
 
 def refusal(update: Update, round: int, base: str, schema: Schema) -> str | None:
-    """Return why an update is not let in, or ``None`` where nothing is wrong with it.
+    """Return why an update is refused, or ``None`` when it is valid.
 
     Args:
         update: What a site sent.
-        round: Number of the round the server is in, from 0.
+        round: Number of the current round, from 0.
         base: ``state_hash`` of the global weights the round began with.
         schema: Schema of the server's model.
     """
@@ -158,11 +158,11 @@ def outliers(norms: Mapping[str, Mapping[str, float]], limit: float | None) -> d
 
     The distance is that of the logarithm of the norm from the median over the sites, in robust standard deviations
     (1.4826 times the median absolute deviation, Hampel 1974), which are taken to be a third at least: with a limit of 6
-    nothing below e² = 7.4 times the median is ever refused. Small changes do no harm and pass.
+    nothing below e² = 7.4 times the median is refused. Small changes are always admitted.
 
     Args:
         norms: By site and block, the L2 norm of the change.
-        limit: Distance above which a site is an outlier; ``None`` lets all in.
+        limit: Distance above which a site is an outlier; ``None`` admits all.
     """
     reasons: dict[str, str] = {}
     if limit is None:

@@ -12,14 +12,14 @@ Participation = float | list[list[str]]
 
 
 def check_participation(participation: Participation, names: Sequence[str] | None = None) -> None:
-    """Refuse a share or a schedule that cannot be.
+    """Check a share or a schedule.
 
     Args:
         participation: Share of the sites in (0, 1], or a list of rounds, each a list of site names.
         names: All sites, once they are known.
 
     Raises:
-        ConfigError: When the share is out of range, the schedule is empty or it names a site that is not there.
+        ConfigError: When the share is out of range, the schedule is empty, or it names an unknown site.
     """
     if not isinstance(participation, list):
         if not 0 < participation <= 1:
@@ -36,7 +36,7 @@ def taking_part(participation: Participation, round: int, names: Sequence[str], 
     """Return the sites that take part in a round, in the order of their names; at least one.
 
     Args:
-        participation: Share of the sites, drawn anew every round; or a schedule that is gone through again and again.
+        participation: Share of the sites, drawn anew every round; or a schedule, which is repeated.
         round: Number of the round, from 0.
         names: All sites.
         seed: Seed of the run.
