@@ -10,12 +10,10 @@ from typing import Any, NoReturn
 
 import yaml
 
+from mtmedformer.commands.load.preparation import PREPARATION, preparation
 from mtmedformer.errors import ConfigError
 
 USAGE = "mtmedformer predict --ckpt_path CKPT --images DIR|FILE… --output DIR [--dicom=false] [--overlays=false]"
-
-PREPARATION = ("image_size", "preset")
-"""Arguments of a data set that decide how an image is prepared for the network."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,31 +69,6 @@ def with_images(argv: list[str], stack: ExitStack) -> list[str]:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     (folder / "images.yaml").write_text(yaml.safe_dump(configuration), encoding="utf-8")
     return ["predict", "--config", str(folder / "images.yaml"), *rest, f"--trainer.default_root_dir={given.output}"]
-
-
-def preparation(data: Any) -> dict[str, Any]:
-    """Return how a run's data section prepares images, looking through a federation to its data sets.
-
-    Args:
-        data: The section ``data`` of a run's ``config.yaml``.
-
-    Returns:
-        ``image_size`` and ``preset``, as far as the section says.
-
-    Raises:
-        ConfigError: Two sites prepare them differently.
-    """
-    arguments = data.get("init_args", {}) if isinstance(data, dict) else {}
-    sites = arguments.get("sites")
-    nested = [arguments.get("data"), *(sites.values() if isinstance(sites, dict) else ())]
-    ways = [preparation(one) for one in nested if isinstance(one, dict) and "class_path" in one]
-    ways = ways or [{name: arguments[name] for name in PREPARATION if name in arguments}]
-    if any(way != ways[0] for way in ways):
-        raise ConfigError(
-            "predict --images: the sites of this run prepare images differently; say which way is meant with "
-            "--data.image_size=[HEIGHT,WIDTH] and --data.preset=datamodules.ChestPreset (or another)"
-        )
-    return ways[0]
 
 
 def _preparation(checkpoint: Path, rest: list[str]) -> dict[str, Any]:

@@ -31,36 +31,36 @@ def trained(images, tmp_path_factory):
     return runs / "run", file, runs / "out"
 
 
-def test_the_command_says_what_it_checked(trained, tmp_path, capsys):
+def test_the_command_prints_its_check(trained, tmp_path, capsys):
     folder, _, _ = trained
     checkpoint = str(folder / "checkpoints/best.ckpt")
     assert main(["export", f"--ckpt_path={checkpoint}", f"--output={tmp_path / 'a'}"]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for word in ("health", "nodules.boxes", "organ", "model.onnx", "model.safetensors", "research use only"):
-        assert word in told.replace("Research", "research")
-    gaps = [float(gap) for gap in re.findall(r"\d\.\de-?\d+", told)]
+        assert word in printed.replace("Research", "research")
+    gaps = [float(gap) for gap in re.findall(r"\d\.\de-?\d+", printed)]
     assert len(gaps) >= 5
     assert max(gaps) < 1e-2
     assert main(["export", f"--ckpt_path={checkpoint}", f"--output={tmp_path / 'b'}", "--format=safetensors"]) == 0
     assert not (tmp_path / "b/model.onnx").exists()
 
 
-def test_it_predicts_what_the_command_line_predicts(trained, images, tmp_path):
+def test_python_and_the_command_line_predict_the_same(trained, images, tmp_path):
     """The checkpoint, the export and ``mtmedformer predict`` say the same of the same file, in its own frame."""
     folder, _, out = trained
     film = images / "images/im003.png"
     Image.fromarray(np.tile(np.asarray(Image.open(film)), (1, 2))).save(tmp_path / "wide.png")
     checkpoint = folder / "checkpoints/best.ckpt"
     command = ["predict", f"--ckpt_path={checkpoint}", "--images", str(tmp_path / "wide.png")]
-    assert main([*command, f"--output={tmp_path / 'told'}", "--trainer.enable_progress_bar=false"]) == 0
-    (row,) = _rows(tmp_path / "told/predictions.csv")
+    assert main([*command, f"--output={tmp_path / 'printed'}", "--trainer.enable_progress_bar=false"]) == 0
+    (row,) = _rows(tmp_path / "printed/predictions.csv")
     for path in (checkpoint, out):
         found = mtmedformer.load(path).predict(tmp_path / "wide.png")
         assert found.size == (64, 128)
         assert found.calibrated, "the run calibrated itself"
         for name in ("well", "sick"):
             assert float(row[f"health:{name}"]) == pytest.approx(found.classes["health"][name], abs=2e-4)
-        (png,) = (tmp_path / "told/masks/organ").rglob("*.png")
+        (png,) = (tmp_path / "printed/masks/organ").rglob("*.png")
         assert np.array_equal(np.asarray(Image.open(png)) > 0, found.masks["organ"]["organ"])
 
 
@@ -69,7 +69,7 @@ def _rows(file):
         return list(csv.DictReader(lines))
 
 
-def test_it_trains_on_from_the_export(trained, tmp_path, capsys):
+def test_training_continues_from_an_export(trained, tmp_path, capsys):
     _, file, out = trained
     arguments = [f"--model.init_weights={out / 'model.safetensors'}", f"--trainer.default_root_dir={tmp_path / 'run'}"]
     command = ["fit", "--config", file, "--config", str(out / "config.yaml"), *arguments, "--trainer.max_epochs=1"]
@@ -95,14 +95,14 @@ def test_the_example_runs(trained, images, which, capsys):
     path = out if which == "export" else folder / "checkpoints/best.ckpt"
     example = runpy.run_path(str(ROOT / "docs/examples/use_a_model.py"))
     example["main"](str(path), str(images / "images/im000.png"))
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for words in (
         "im000.png: 64 x 64 pixels (research use only)",
         "health: well 0.",
         "(calibrated)",
         "organ: organ covers",
     ):
-        assert words in told
+        assert words in printed
 
 
 @pytest.mark.parametrize(
@@ -114,13 +114,13 @@ def test_the_example_runs(trained, images, which, capsys):
         (["--ckpt_path=CKPT", "--output=/proc/none"], "/proc/none"),
     ],
 )
-def test_mistakes_are_told_in_words(trained, arguments, words, capsys):
+def test_a_mistake_is_explained(trained, arguments, words, capsys):
     checkpoint = str(trained[0] / "checkpoints/best.ckpt")
     assert main(["export", *(argument.replace("CKPT", checkpoint) for argument in arguments)]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
 
 
-def test_nothing_of_a_patient_or_a_path_leaves(trained, images):
+def test_an_export_contains_no_patient_and_no_path(trained, images):
     for file in trained[2].iterdir():
         content = file.read_bytes()
         assert b"secret-patient" not in content, file

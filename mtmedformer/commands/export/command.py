@@ -1,4 +1,4 @@
-"""``mtmedformer export``: a checkpoint as a folder to hand on, with weights, description and ONNX graph."""
+"""``mtmedformer export``: write a checkpoint as a folder with weights, description and ONNX graph."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ from mtmedformer.storage.hashing import weights_digest
 Format = Literal["onnx", "safetensors", "both"]
 
 USUAL_SIZE = (256, 256)
-"""Input that a graph is checked with where nothing says how large images were."""
+"""Input size to check a graph with if the size of the training images is not known."""
 
 
 def export(path: str | Path, output: str | Path, format: Format = "both", trusted: bool = False) -> Graph | None:
-    """Write a model as a folder that needs neither its run nor, with ONNX, PyTorch.
+    """Write a model as a folder that does not need its run and, with ONNX, does not need PyTorch.
 
-    ``model.json`` describes it (classes, how images are prepared, calibration), ``model.safetensors`` holds its
-    weights, ``config.yaml`` its ``model`` section, to train on with ``--model.init_weights``, and ``model.onnx`` the
-    graph, which is written only if onnxruntime agrees with PyTorch.
+    ``model.json`` describes it (classes, preparation of images, calibration), ``model.safetensors`` contains its
+    weights, ``config.yaml`` its ``model`` section, to continue training with ``--model.init_weights``, and
+    ``model.onnx`` the graph, which is written only if onnxruntime and PyTorch give the same outputs.
 
     Args:
         path: A checkpoint of ``fit``.
-        output: The folder; made if needed.
+        output: The folder; created if needed.
         format: What to write.
-        trusted: Allow classes that are not this project's.
+        trusted: Allow classes of other projects.
 
     Returns:
-        The graph and how far it is from PyTorch; ``None`` where none was asked for.
+        The graph and its differences from PyTorch; ``None`` for ``safetensors``.
 
     Raises:
-        ConfigError: The checkpoint cannot be used, the folder holds another model, or no graph agrees with PyTorch.
+        ConfigError: The checkpoint cannot be used, the folder contains another model, or no graph agrees with PyTorch.
     """
     stored, folder = read_model(path), Path(output)
     module = build_model(stored, trusted)
@@ -69,14 +69,14 @@ def export(path: str | Path, output: str | Path, format: Format = "both", truste
         state = {name: tensor.contiguous().clone() for name, tensor in stored.weights.items()}
         files[WEIGHTS] = save(state, metadata={"note": f"{NOTE}; model {about['weights']}"})
     if graph is not None:
-        told = {key: about[key] for key in ("note", "software", "weights", "tasks", "preparation", "outputs")}
-        files[GRAPH] = with_metadata(graph.content, told | {"decoding": DECODING})
+        described = {key: about[key] for key in ("note", "software", "weights", "tasks", "preparation", "outputs")}
+        files[GRAPH] = with_metadata(graph.content, described | {"decoding": DECODING})
     _write(folder, files | {ABOUT: (json.dumps(about, indent=1) + "\n").encode()}, about["weights"])
     return graph
 
 
 def describe(module: MultiTaskModule, stored: StoredModel, graph: Graph | None) -> dict[str, Any]:
-    """Return what ``model.json`` says: enough to build the model, to prepare images for it, and to read its answers."""
+    """Return the content of ``model.json``: all that is needed to build the model, prepare images and read outputs."""
     outputs = dict(describe_outputs(graph.outputs, _heads(module))) if graph else {}
     return {
         "note": NOTE,
@@ -86,7 +86,7 @@ def describe(module: MultiTaskModule, stored: StoredModel, graph: Graph | None) 
         "preparation": stored.preparation,
         "calibration": plain(module.calibration),
         "tasks": {name: asdict(task) for name, task in module.tasks.items()},
-        "input": "image: float32 (batch, 1, height, width) in [0, 1], framed as 'preparation' says",
+        "input": "image: float32 (batch, 1, height, width) in [0, 1], framed as in 'preparation'",
         "outputs": outputs,
         "decoding": DECODING if graph else "",
         "size": list(graph.size) if graph and graph.size else None,
@@ -99,12 +99,14 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0; mistakes raise ``UserError``.
     """
-    parser = ToolParser("mtmedformer export", description="Write a trained model as a folder to hand on.")
+    parser = ToolParser("mtmedformer export", description="Write a trained model as a folder of portable files.")
     parser.add_argument("--ckpt_path", required=True, help="checkpoint of a run, such as runs/x/checkpoints/best.ckpt")
-    parser.add_argument("--output", required=True, type=Path, help="folder of the files; made if needed")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the files; created if needed")
     parser.add_argument("--format", choices=("onnx", "safetensors", "both"), default="both")
     parser.add_argument(
-        "--trusted", action="store_true", help="allow classes of your own in the checkpoint; importing runs their code"
+        "--trusted",
+        action="store_true",
+        help="allow classes of other projects; importing runs their code",
     )
     given = parser.parse_args(argv)
     graph = export(given.ckpt_path, given.output, given.format, given.trusted)
@@ -128,8 +130,10 @@ def _show(graph: Graph, console: Console) -> None:
     bound = "any batch and size" if graph.size is None else f"any batch, size {graph.size[0]} × {graph.size[1]} only"
     shapes = ", ".join(" × ".join(map(str, shape)) for shape in graph.shapes)
     for remark in graph.remarks:
-        console.print(f"Tried before: {remark}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"All within {TOLERANCE:g} on images of {shapes}; good for {bound}.", highlight=False)
+        console.print(f"Not used: {remark}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"All differences are within {TOLERANCE:g} on images of {shapes}; valid for {bound}.", highlight=False
+    )
 
 
 def _heads(module: MultiTaskModule) -> dict[str, TaskHead]:
@@ -144,12 +148,12 @@ def _size(module: MultiTaskModule, stored: StoredModel) -> tuple[int, int]:
 
 
 def _write(folder: Path, files: dict[str, bytes], digest: str) -> None:
-    """Write the files, each whole or not at all; what an export of the same model left and this one lacks stays."""
+    """Write the files, each whole or not at all; other files of an earlier export of the same model are kept."""
     try:
         if (folder / ABOUT).is_file():
             earlier = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
             if earlier.get("weights") != digest:
-                raise ConfigError(f"--output {folder}: holds an export of another model; choose another folder")
+                raise ConfigError(f"--output {folder}: contains an export of another model; choose another folder")
         for name, content in files.items():
             with whole(folder / name) as part:
                 part.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Whether a graph says in onnxruntime what the model says in PyTorch, to the last digits that count."""
+"""Check that the outputs of a graph in onnxruntime equal those of the model in PyTorch, within a tolerance."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Model = Callable[[Tensor], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Difference:
-    """How far an output of the graph is from PyTorch's.
+    """The difference of one output of the graph from PyTorch.
 
     Attributes:
         output: Its name.
         shape: Its shape at the largest image tried.
         absolute: Largest absolute difference over all images tried.
-        allowed: Largest share of the allowed difference that occurred; above 1 is too far.
+        allowed: Largest difference as a share of the allowed one; above 1 is too large.
     """
 
     output: str
@@ -41,12 +41,12 @@ class Difference:
 def compare(
     content: bytes, names: Sequence[str], model: Model, shapes: Sequence[tuple[int, ...]], seed: int = 0
 ) -> tuple[Difference, ...]:
-    """Run images through onnxruntime and PyTorch and return how far each output differs at most.
+    """Run images through onnxruntime and PyTorch and return the largest difference of each output.
 
     Args:
         content: The ONNX file.
-        names: Its outputs.
-        model: What gives the same outputs in PyTorch, in that order.
+        names: Names of its outputs.
+        model: Function that gives the same outputs in PyTorch, in that order.
         shapes: Shapes of the images to try.
         seed: Seed of their values.
 
@@ -64,8 +64,8 @@ def compare(
         image = torch.rand(shape, generator=generator)
         with torch.inference_mode():
             expected = [value.numpy() for value in model(image)]
-        found = session.run(list(names), {INPUT: image.numpy()})
-        for name, ours, theirs in zip(names, expected, found, strict=True):
+        actual = session.run(list(names), {INPUT: image.numpy()})
+        for name, ours, theirs in zip(names, expected, actual, strict=True):
             if ours.shape != theirs.shape:
                 raise ConfigError(f"{name} has shape {theirs.shape} instead of {ours.shape}")
             gap = np.abs(ours.astype(np.float64) - theirs)
@@ -78,7 +78,7 @@ def compare(
 
 
 def shapes_to_try(channels: int, size: tuple[int, int], free: bool) -> list[tuple[int, ...]]:
-    """Return shapes to check with: batches of one and more, the training size, a smaller and an odd one."""
+    """Return the shapes to check: batches of one and more, the training size, a smaller and an odd size."""
     if not free:
         return [(1, channels, *size), (3, channels, *size), (2, channels, *size)]
     small, odd = (max(32, size[0] // 2), max(32, size[1] // 2)), (size[0] + 5, size[1] + 39)

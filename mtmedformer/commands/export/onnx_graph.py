@@ -1,4 +1,4 @@
-"""The model as an ONNX graph: every head's answers as named outputs, checked against PyTorch before it is kept."""
+"""Export a model as an ONNX graph with the outputs of every head, and check it against PyTorch."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Graph:
     Attributes:
         content: The ONNX file.
         outputs: Names of its outputs.
-        size: ``(height, width)`` that it is bound to, or ``None`` for any.
-        differences: What the check against PyTorch found.
+        size: ``(height, width)`` of its input, or ``None`` for any size.
+        differences: Differences from PyTorch.
         shapes: Shapes of the images it was checked with.
-        remarks: What was tried before, and why it was given up.
+        remarks: Exports that were tried before, and the reasons why they were not used.
     """
 
     content: bytes
@@ -46,8 +46,8 @@ class Graph:
     remarks: tuple[str, ...] = ()
 
 
-class Answers(nn.Module):
-    """The heads' answers by name, as ``TaskHead.exported`` has them, calibrated.
+class ExportedOutputs(nn.Module):
+    """The calibrated outputs of all heads by name, as from ``TaskHead.exported``.
 
     Args:
         module: The model, in evaluation mode.
@@ -59,12 +59,12 @@ class Answers(nn.Module):
         self.temperatures = {name: one.temperature for name, one in module.calibration.items()}
         height, width = module.encoder.fixed_size or (64, 64)
         with torch.inference_mode():
-            self.names = tuple(self.answers(torch.zeros(1, module.encoder.in_chans, height, width)))
+            self.names = tuple(self.outputs(torch.zeros(1, module.encoder.in_chans, height, width)))
 
-    def answers(self, image: Tensor) -> dict[str, Tensor]:
-        """Return ``<task>`` or ``<task>.<name>`` to a tensor, for ``image`` float (B, C, H, W) in [0, 1]."""
-        size: Any = (image.shape[-2], image.shape[-1])  # no int(): an exporter follows where they go
-        pyramid, found = self.encoder(image), {}
+    def outputs(self, image: Tensor) -> dict[str, Tensor]:
+        """Return a tensor by ``<task>`` or ``<task>.<name>``, for ``image`` float (B, C, H, W) in [0, 1]."""
+        size: Any = (image.shape[-2], image.shape[-1])  # no int(): the exporters trace these values
+        pyramid, named = self.encoder(image), {}
         for task, head in self.heads.items():
             assert isinstance(head, TaskHead)
             outputs, temperature = head(pyramid, size), self.temperatures.get(task)
@@ -72,23 +72,22 @@ class Answers(nn.Module):
             for name, value in head.exported(scaled, size).items():
                 if not isinstance(value, Tensor):
                     raise ConfigError(
-                        f"heads.{task}: {type(head).__name__} predicts no tensors; give it the methods exported and "
-                        "decoded (see TaskHead) to export it"
+                        f"heads.{task}: {type(head).__name__} predicts no tensors; implement its methods exported "
+                        "and decoded (see TaskHead) to export it"
                     )
-                found[f"{task}.{name}" if name else task] = value
-        return found
+                named[f"{task}.{name}" if name else task] = value
+        return named
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Return the answers in the order of ``names``."""
-        return tuple(self.answers(image).values())
+        """Return the outputs in the order of ``names``."""
+        return tuple(self.outputs(image).values())
 
 
 def export_graph(module: MultiTaskModule, size: tuple[int, int], seed: int = 0) -> Graph:
-    """Turn a model into ONNX and check it against PyTorch in onnxruntime.
+    """Export a model to ONNX and check it in onnxruntime against PyTorch.
 
-    The exporter that traces is tried first, because it needs seconds where the one that reasons about every shape
-    needs minutes; that one follows where the trace does not hold for other sizes. A model that neither carries to any
-    size is bound to ``size``, its batch still free.
+    Tracing is tried first, because it takes seconds, and symbolic export takes minutes; the latter follows if the trace
+    is wrong for other sizes. If neither is valid for any size, the graph is exported for ``size``, with a free batch.
 
     Args:
         module: The model, on the CPU, in evaluation mode.
@@ -99,29 +98,29 @@ def export_graph(module: MultiTaskModule, size: tuple[int, int], seed: int = 0) 
         ConfigError: An extra is not installed, or no graph agrees with PyTorch.
     """
     _require()
-    answers, remarks = Answers(module).eval(), list[str]()
-    for way, free in ((_traced, True), (_reasoned, True), (_traced, False), (_reasoned, False)):
+    outputs, remarks = ExportedOutputs(module).eval(), list[str]()
+    for way, free in ((_traced, True), (_symbolic, True), (_traced, False), (_symbolic, False)):
         if free and module.encoder.fixed_size is not None:
             continue
         shapes = shapes_to_try(module.encoder.in_chans, size, free)
         label = f"{way.__name__[1:]}, {'any size' if free else f'{size[0]} × {size[1]}'}"
         try:
             with _plain_attention():
-                content = way(answers, torch.rand(shapes[-1], generator=torch.Generator().manual_seed(seed)), free)
-            differences = compare(content, answers.names, answers, shapes, seed)
-        except Exception as error:  # exporters and runtimes fail in many ways; the next one may not
+                content = way(outputs, torch.rand(shapes[-1], generator=torch.Generator().manual_seed(seed)), free)
+            differences = compare(content, outputs.names, outputs, shapes, seed)
+        except Exception as error:  # exporters and runtimes raise many types of exceptions
             remarks.append(f"{label}: {(str(error).strip() or type(error).__name__).splitlines()[0][:160]}")
             continue
         worst = max(differences, key=lambda one: one.allowed)
         if worst.allowed <= 1:
-            return Graph(content, answers.names, None if free else size, differences, tuple(shapes), tuple(remarks))
+            return Graph(content, outputs.names, None if free else size, differences, tuple(shapes), tuple(remarks))
         remarks.append(f"{label}: {worst.output} differs by {worst.absolute:.1e}")
     raise ConfigError(f"this model has no ONNX graph that agrees with PyTorch ({'; '.join(remarks)})")
 
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Have attention run as its parts, because its fused form has no counterpart in ONNX."""
+    """Run attention unfused, because ONNX has no fused attention."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -132,7 +131,7 @@ def _plain_attention() -> Iterator[None]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep off the screen what torch's C++ writes there: a trace that fails prints all of itself, a megabyte."""
+    """Suppress the output of torch's C++ code, which prints a megabyte for a trace that fails."""
     sys.stdout.flush()
     kept = os.dup(1)
     with Path(os.devnull).open("wb") as nowhere:
@@ -146,7 +145,7 @@ def _silent() -> Iterator[None]:
 
 
 def with_metadata(content: bytes, metadata: Mapping[str, Any]) -> bytes:
-    """Return an ONNX file that says of itself what it is: text as it is, the rest as JSON."""
+    """Return an ONNX file with metadata: text as it is, other values as JSON."""
     import onnx
 
     model = onnx.load_from_string(content)
@@ -157,39 +156,39 @@ def with_metadata(content: bytes, metadata: Mapping[str, Any]) -> bytes:
     return made
 
 
-def _traced(answers: Answers, image: Tensor, free: bool) -> bytes:
-    """Export by following one image through the model."""
-    axes = {name: _axes(name, free) for name in (INPUT, *answers.names)}
+def _traced(outputs: ExportedOutputs, image: Tensor, free: bool) -> bytes:
+    """Export by tracing one image through the model."""
+    axes = {name: _axes(name, free) for name in (INPUT, *outputs.names)}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), _silent(), torch.inference_mode():
         file = Path(folder, "traced.onnx")
-        warnings.simplefilter("ignore")  # that shapes become constants is what the check is for
+        warnings.simplefilter("ignore")  # warnings of shapes that become constants, which the check finds
         torch.onnx.export(
-            answers,
+            outputs,
             (image,),
             file,
             dynamo=False,
             input_names=[INPUT],
-            output_names=list(answers.names),
+            output_names=list(outputs.names),
             dynamic_axes=axes,
             opset_version=OPSET,
         )
         return file.read_bytes()
 
 
-def _reasoned(answers: Answers, image: Tensor, free: bool) -> bytes:
-    """Export by reasoning about the model with sizes as unknowns."""
+def _symbolic(outputs: ExportedOutputs, image: Tensor, free: bool) -> bytes:
+    """Export with symbolic sizes."""
     from torch.export import Dim
 
     sides = {0: Dim.DYNAMIC} | ({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if free else {})
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        program = torch.export.export(answers, (image,), dynamic_shapes={INPUT: sides}, strict=False)
+        program = torch.export.export(outputs, (image,), dynamic_shapes={INPUT: sides}, strict=False)
         made = torch.onnx.export(
             program,
             (image,),
             dynamo=True,
             input_names=[INPUT],
-            output_names=list(answers.names),
+            output_names=list(outputs.names),
             opset_version=OPSET,
             verbose=False,
         )
@@ -209,5 +208,5 @@ def _require() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"export to ONNX needs {error.name}; pip install 'mtmedformer[export]'") from error
-    for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # what they tell on the way, the check at the end decides
+    for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # their messages; the check decides
         logging.getLogger(name).setLevel(logging.ERROR)

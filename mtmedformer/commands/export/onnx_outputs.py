@@ -1,4 +1,4 @@
-"""What the outputs of an exported graph hold, and how they become predictions."""
+"""Describe the outputs of an exported graph, and turn them into predictions."""
 
 from __future__ import annotations
 
@@ -16,35 +16,34 @@ from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
 
 DECODING = (
-    "Outputs <task>.scores and <task>.boxes are those of every place, before boxes that overlap a better one of their "
-    "class are suppressed. "
-    "mtmedformer.commands.export.onnx_outputs.decode(outputs, read_heads(folder), (height, width)) does that as "
-    "the model itself does. Everything else is ready to use."
+    "Outputs <task>.scores and <task>.boxes are those of all positions, before non-maximum suppression. "
+    "mtmedformer.commands.export.onnx_outputs.decode(outputs, read_heads(folder), (height, width)) applies it as the "
+    "model does. All other outputs are ready to use."
 )
 
 
 def decode(outputs: Mapping[str, NDArray[Any]], heads: Mapping[str, TaskHead], size: tuple[int, int]) -> dict[str, Any]:
-    """Turn outputs of the graph into predictions, suppressing boxes that overlap a better one of their class.
+    """Turn outputs of the graph into predictions, with non-maximum suppression of boxes.
 
     Args:
-        outputs: By name, as onnxruntime returns them.
+        outputs: Outputs of onnxruntime by name.
         heads: The heads by task; ``read_heads(folder)`` builds them without weights.
         size: ``(height, width)`` of the images.
 
     Returns:
         Predictions by task, in the formats of ``TaskHead.predict``.
     """
-    found = {}
+    predictions = {}
     for task, head in heads.items():
         mine = {name: value for name, value in outputs.items() if name == task or name.startswith(f"{task}.")}
         tensors = {name[len(task) + 1 :]: torch.from_numpy(np.asarray(value)) for name, value in mine.items()}
-        found[task] = head.decoded(tensors, size)
-    return found
+        predictions[task] = head.decoded(tensors, size)
+    return predictions
 
 
-def describe_outputs(answers: Sequence[str], heads: Mapping[str, TaskHead]) -> Iterator[tuple[str, str]]:
-    """Yield each output's name and what it holds, in words for whoever has the file alone."""
-    for name in answers:
+def describe_outputs(outputs: Sequence[str], heads: Mapping[str, TaskHead]) -> Iterator[tuple[str, str]]:
+    """Yield the name and a description of each output, for users of the ONNX file alone."""
+    for name in outputs:
         task, _, part = name.partition(".")
         kind, classes = heads[task].kind, ", ".join(heads[task].classes)
         if not part and kind == "classification":
@@ -52,18 +51,21 @@ def describe_outputs(answers: Sequence[str], heads: Mapping[str, TaskHead]) -> I
         elif not part:
             yield name, f"(batch, classes, height, width) probabilities of {classes}"
         elif part == "scores":
-            yield name, f"(batch, places, classes) scores of {classes}, before suppression"
+            yield name, f"(batch, positions, classes) scores of {classes}, before non-maximum suppression"
         elif part == "boxes":
-            yield name, "(batch, places, 4) x0, y0, x1, y1 in pixels of the input, from the corner of its first pixel"
+            yield (
+                name,
+                "(batch, positions, 4) x0, y0, x1, y1 in input pixels, from the corner of the first pixel",
+            )
         else:
             yield name, part
 
 
 def read_heads(folder: str | Path, trusted: bool = False) -> dict[str, TaskHead]:
-    """Build the heads of an export, without weights: what ``decode`` needs to read the outputs of its graph.
+    """Build the heads of an export without weights, as ``decode`` needs them.
 
     Raises:
-        ConfigError: ``model.json`` is missing or damaged, or names a class that is not this project's.
+        ConfigError: ``model.json`` is missing or damaged, or names a class of another project.
     """
     file = Path(folder, ABOUT)
     try:

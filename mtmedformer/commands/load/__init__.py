@@ -1,1 +1,1 @@
-"""Load a stored model without running code from its files."""
+"""``mtmedformer.load``: load a trained model without running code from its files, and predict from images."""

@@ -1,11 +1,11 @@
-"""``mtmedformer.load``: a trained model as one object that takes an image and says what it sees. Research use only."""
+"""``mtmedformer.load``: a trained model as one object that predicts from an image. Research use only."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,24 +21,22 @@ from mtmedformer.calibration import TaskCalibration
 from mtmedformer.commands.load.stored_model import PRESET_HOMES, build, build_model, read_model
 from mtmedformer.errors import ConfigError, DataError
 from mtmedformer.inference.results import NOTE, FoundBox, findings
-
-if TYPE_CHECKING:
-    from mtmedformer.module import MultiTaskModule
+from mtmedformer.module import MultiTaskModule
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one image, in pixels of that image. Research use only.
+    """The prediction for one image, in pixels of that image. Research use only.
 
     Attributes:
         size: ``(height, width)`` of the image.
-        spacing: ``(row, column)`` spacing of its pixels in mm, where the file tells.
+        spacing: ``(row, column)`` spacing of its pixels in mm, if the file states it.
         classes: Probability of each class by its name, by classification task.
         boxes: Boxes with ``name``, ``score`` and ``xyxy``, the best first, by detection task.
-        masks: bool (height, width) by class, by segmentation task: at least as likely there as not.
-        uncertainty: By task, the entropy in nats; larger is less sure.
-        calibrated: The tasks whose probabilities a temperature from validation has made honest.
-        note: What these numbers are good for.
+        masks: bool (height, width) by class, by segmentation task: probability of at least 0.5.
+        uncertainty: Entropy in nats by task; larger is less certain.
+        calibrated: Tasks whose probabilities were calibrated with a temperature fitted on validation images.
+        note: The permitted use of these numbers.
     """
 
     size: tuple[int, int]
@@ -52,11 +50,11 @@ class Prediction:
 
 
 class Predictor:
-    """A model and how its images are prepared.
+    """A model and the preparation of its images.
 
     Args:
         module: The model, in evaluation mode.
-        image_size: ``(height, width)`` of its input, or ``None`` where nobody said.
+        image_size: ``(height, width)`` of its input, or ``None`` if it is not known.
         preset: How images are framed.
 
     Attributes:
@@ -70,41 +68,41 @@ class Predictor:
 
     @property
     def tasks(self) -> dict[str, Task]:
-        """What the model answers, with the names of its classes."""
+        """The tasks of the model, with the names of their classes."""
         return self.module.tasks
 
     @property
     def calibration(self) -> dict[str, TaskCalibration]:
-        """Temperatures and thresholds found on validation, by task; empty where the training asked for none."""
+        """Temperatures and thresholds by task, fitted on validation images; empty without a ``Calibrate`` callback."""
         return self.module.calibration
 
     @torch.inference_mode()
     def predict(
         self, image: NDArray[Any] | str | Path, laterality: Literal["L", "R"] | None = None, score: float = 0.05
     ) -> Prediction:
-        """Return what the model says of one image.
+        """Predict from one image.
 
         Args:
-            image: A file (DICOM, PNG, JPEG, TIFF …), or its grey values (H, W), black the lowest: float in [0, 1],
-                uint8, or uint16, which without a value above 4095 (255) is taken for 12 (8) bits, as in files.
-            laterality: ``L`` or ``R`` where a mammogram's side is known and not in the file.
-            score: Boxes below this score are left out.
+            image: A file (DICOM, PNG, JPEG, TIFF …), or grey values (H, W) with 0 as black: float in [0, 1], uint8, or
+                uint16; a uint16 array without a value above 4095 (255) holds 12-bit (8-bit) values, as in files.
+            laterality: ``L`` or ``R``, the side of a mammogram, if it is known and not in the file.
+            score: Minimum score of a box.
 
         Raises:
-            DataError: The image cannot be read, or used.
-            ConfigError: It is not known how images are to be prepared.
+            DataError: The image cannot be read or used.
+            ConfigError: The preparation of the images is not known.
         """
         sample = self._prepared(image, laterality)
         outputs = self.module.predict_whole(sample.image[None].to(self.module.device))
-        meta, found = sample.meta, findings(outputs, 0, sample.meta, self.tasks, score)
+        meta, result = sample.meta, findings(outputs, 0, sample.meta, self.tasks, score)
         calibrated = (name for name, one in self.calibration.items() if one.temperature is not None)
         return Prediction(
             meta.original_size,
             meta.spacing,
-            found.classes,
-            found.boxes,
-            {name: {c: mask.astype(bool) for c, mask in masks.items()} for name, masks in found.masks.items()},
-            found.uncertainty,
+            result.classes,
+            result.boxes,
+            {name: {c: mask.astype(bool) for c, mask in masks.items()} for name, masks in result.masks.items()},
+            result.uncertainty,
             tuple(calibrated),
         )
 
@@ -112,8 +110,8 @@ class Predictor:
         """Return the network's input (1, H, W) in [0, 1], and where it lies in the image."""
         if self.image_size is None:
             raise ConfigError(
-                "it is not known how this model's images were prepared, because no config.yaml of its run lies beside "
-                "it, or its sites differ; say it: load(path, image_size=(HEIGHT, WIDTH), preset=...)"
+                "the preparation of this model's images is not known, because the config.yaml of its run is missing or "
+                "its sites prepare them differently; use load(path, image_size=(HEIGHT, WIDTH), preset=...)"
             )
         preprocessing = Preprocessing(self.preset, self.image_size)
         if isinstance(image, np.ndarray):
@@ -133,19 +131,19 @@ def load(
     preset: Preset | None = None,
     trusted: bool = False,
 ) -> Predictor:
-    """Load a model to predict with, from a checkpoint of ``fit`` or the folder of ``mtmedformer export``.
+    """Load a model from a checkpoint of ``fit`` or the folder of ``mtmedformer export``, to predict.
 
-    No code in the file is run: weights are read as tensors alone, and a class that is not this project's is refused.
+    No code in the file is run: weights are read as tensors only, and classes of other projects are refused.
 
     Args:
         path: The checkpoint or the folder.
-        device: Where it predicts: ``cpu``, ``cuda``.
+        device: Device to predict on: ``cpu``, ``cuda``.
         image_size: ``(height, width)`` of its input, or one number for both; by default that of its training.
         preset: How images are framed; by default that of its training.
-        trusted: Allow classes of your own that the file names; importing them runs their code.
+        trusted: Allow classes of other projects that the file names; importing them runs their code.
 
     Raises:
-        ConfigError: The file is missing, damaged, or asks for what may not be run.
+        ConfigError: The file is missing or damaged, or names a class that is not allowed.
     """
     stored = read_model(path)
     module = build_model(stored, trusted)

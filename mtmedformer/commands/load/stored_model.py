@@ -1,7 +1,7 @@
-"""A model at rest: read from a checkpoint or an export without running anything that is in it, and built again.
+"""Read a model from a checkpoint or an export without running code from the file, and build it.
 
-Weights are tensors and nothing else (``weights_only``, safetensors). A configuration names classes; only this project's
-own encoders, heads, losses and presets are imported for it, unless the reader vouches for the file.
+Weights are read as tensors only (``weights_only``, safetensors). A configuration names classes; only encoders, heads,
+losses and presets of this project are imported, unless the caller trusts the file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mtmedformer.calibration import restored
-from mtmedformer.commands.predict_images import preparation
+from mtmedformer.commands.load.preparation import preparation
 from mtmedformer.errors import ConfigError
 from mtmedformer.module import MultiTaskModule
 
@@ -36,24 +36,24 @@ MODEL_HOMES = (
     "mtmedformer.module",
 )
 PRESET_HOMES = ("datamodules", "datamodules.images.presets")
-"""Packages whose classes a model file may name; a module below one of them counts too, where classes are defined."""
+"""Packages and modules whose classes a model file may name, including the modules below them."""
 
 T = TypeVar("T")
 
 NO_PART = "loss."
-"""Weights of the loss, which takes no part in a prediction."""
+"""Prefix of the weights of the loss, which predictions do not use."""
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What a file says of a model.
+    """A model as read from a file.
 
     Attributes:
         source: The file or folder.
         model: ``class_path`` and ``init_args`` of the module, without its loss and without files to load.
-        weights: Its tensors by name, those of the loss left out.
-        calibration: As ``mtmedformer.calibration.plain`` has it; empty where there is none.
-        preparation: ``image_size`` and ``preset`` of its training; empty where nothing tells.
+        weights: Its tensors by name, without those of the loss.
+        calibration: As from ``mtmedformer.calibration.plain``; empty if there is none.
+        preparation: ``image_size`` and ``preset`` of its training; empty if they are not known.
     """
 
     source: Path
@@ -67,7 +67,7 @@ def read_model(path: str | Path) -> StoredModel:
     """Read a checkpoint, or the folder of an export.
 
     Raises:
-        ConfigError: It is not there, damaged, or holds anything but tensors and plain values.
+        ConfigError: It is missing, damaged, or contains objects other than tensors and plain values.
     """
     path = Path(path)
     if path.is_dir():
@@ -78,25 +78,25 @@ def read_model(path: str | Path) -> StoredModel:
 
 
 def build_model(stored: StoredModel, trusted: bool = False) -> MultiTaskModule:
-    """Build the module and fill it, ready to predict.
+    """Build the module and load its weights, ready to predict.
 
     Args:
-        stored: What was read.
-        trusted: Import whatever classes the file names, which runs their code.
+        stored: The model as read.
+        trusted: Import any class that the file names, which runs its code.
 
     Raises:
-        ConfigError: The file names a class that is not this project's, or weights and configuration do not fit.
+        ConfigError: The file names a class of another project, or weights and configuration do not match.
     """
     module = build(stored.model, MultiTaskModule, MODEL_HOMES, trusted, str(stored.source))
     unused = {name: tensor for name, tensor in module.state_dict().items() if name.startswith(NO_PART)}
     broken = [name for name, tensor in stored.weights.items() if not tensor.float().isfinite().all()]
     if broken:
-        raise ConfigError(f"{stored.source}: {broken[0]} holds NaN or infinite values ({len(broken)} tensors do)")
+        raise ConfigError(f"{stored.source}: {broken[0]} contains NaN or infinite values ({len(broken)} tensors do)")
     try:
-        module.on_load_checkpoint({"state_dict": stored.weights | unused})  # refuses another architecture in words
+        module.on_load_checkpoint({"state_dict": stored.weights | unused})  # explains a different architecture
         module.calibration = restored(stored.calibration)
     except TypeError as error:
-        raise ConfigError(f"{stored.source}: its calibration is of another version ({error})") from error
+        raise ConfigError(f"{stored.source}: its calibration has the format of another version ({error})") from error
     except ConfigError as error:
         raise ConfigError(f"{stored.source}: {str(error).removeprefix('--ckpt_path ')}") from error
     module.load_state_dict(stored.weights | unused)
@@ -106,17 +106,17 @@ def build_model(stored: StoredModel, trusted: bool = False) -> MultiTaskModule:
 def build(
     config: Mapping[str, Any], base: type[T], homes: tuple[str, ...], trusted: bool = False, source: str = "model"
 ) -> T:
-    """Make the object that ``class_path`` and ``init_args`` describe, nested ones first; strings stay strings.
+    """Build the object that ``class_path`` and ``init_args`` describe, nested objects first; strings stay strings.
 
     Args:
         config: The description.
-        base: What the object must be.
+        base: Class of the object.
         homes: Packages whose classes may be named.
-        trusted: Take classes from anywhere.
+        trusted: Allow classes of any package.
         source: The file, for messages.
 
     Raises:
-        ConfigError: A class that may not be named, is not there, or does not take its arguments.
+        ConfigError: A class is not allowed, does not exist, or does not accept its arguments.
     """
 
     def made(value: Any) -> Any:
@@ -132,27 +132,27 @@ def build(
         return [made(one) for one in value] if isinstance(value, list) else value
 
     try:
-        found = made(config)
+        built = made(config)
     except RecursionError as error:
-        raise ConfigError(f"{source}: its configuration is nested without end") from error
-    if not isinstance(found, base):
+        raise ConfigError(f"{source}: its configuration is nested too deeply") from error
+    if not isinstance(built, base):
         raise ConfigError(f"{source}: describes no {base.__name__}")
-    return found
+    return built
 
 
 def _class(path: Any, bases: tuple[type, ...], homes: tuple[str, ...], trusted: bool, source: str) -> type:
-    """Import a class; nothing is imported for a name that is not allowed."""
+    """Import a class; for a name that is not allowed, nothing is imported."""
     module, _, name = path.rpartition(".") if isinstance(path, str) else ("", "", "")
     own = module in homes or module.startswith(tuple(f"{home}." for home in homes[1:]))
     if not (own or trusted):
         raise ConfigError(
             f"{source}: refused, because it names {path!r}, which is not a part of MTMedFormer, and importing a class "
-            "runs its code; where you know the file and the class, say trusted=True (--trusted on the command line)"
+            "runs its code; if you trust the file and the class, use trusted=True (--trusted on the command line)"
         )
     try:
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{source}: names {path!r}, which is not there ({error})") from error
+        raise ConfigError(f"{source}: names {path!r}, which does not exist ({error})") from error
     elsewhere = inspect.isclass(kind) and not kind.__module__.startswith(tuple(f"{home}." for home in homes))
     if not inspect.isclass(kind) or not issubclass(kind, bases) or (elsewhere and not trusted):
         raise ConfigError(f"{source}: refused, because {path!r} is no encoder, head, loss or preset")
@@ -164,16 +164,16 @@ def _read_checkpoint(path: Path) -> StoredModel:
         stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         weights = {name: tensor for name, tensor in stored["state_dict"].items() if not name.startswith(NO_PART)}
         arguments = dict(stored.get("hyper_parameters") or {})
-    except Exception as error:  # any unreadable file ends here, whatever torch makes of it
+    except Exception as error:  # torch raises many types of exceptions for unreadable files
         raise ConfigError(
-            f"{path}: refused, because it is no whole checkpoint or holds objects besides tensors and plain values, "
-            f"and unpickling objects can run any code ({type(error).__name__})"
+            f"{path}: refused, because it is no complete checkpoint or contains objects other than tensors and plain "
+            f"values, and unpickling objects can run any code ({type(error).__name__})"
         ) from error
     class_path = arguments.pop("_class_path", None)
     arguments.pop("_instantiator", None)
     if class_path is None:
         raise ConfigError(
-            f"{path}: does not say how its model is built, because that was done in Python and not by a configuration; "
+            f"{path}: does not describe its model, because it was built in Python and not from a configuration; "
             "build it in Python again and use load_state_dict"
         )
     run = path.parent.parent / "config.yaml"
@@ -183,16 +183,16 @@ def _read_checkpoint(path: Path) -> StoredModel:
         raise ConfigError(f"{run}: is not the config.yaml of a run ({type(error).__name__})") from error
     try:
         prepared = preparation(section)
-    except ConfigError:  # the sites differ; whoever loads the model says which way is meant
+    except ConfigError:  # the sites differ; the caller of load chooses
         prepared = {}
-    model = _at_rest({"class_path": class_path, "init_args": arguments})
+    model = _for_prediction({"class_path": class_path, "init_args": arguments})
     return StoredModel(path, model, weights, dict(stored.get("calibration") or {}), prepared)
 
 
 def _read_export(folder: Path) -> StoredModel:
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        model, calibration, prepared = _at_rest(about["model"]), about["calibration"], about["preparation"]
+        model, calibration, prepared = _for_prediction(about["model"]), about["calibration"], about["preparation"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{folder}: {ABOUT} is missing or damaged ({type(error).__name__}); give the folder that "
@@ -207,8 +207,8 @@ def _read_export(folder: Path) -> StoredModel:
     return StoredModel(folder, model, weights, calibration, prepared)
 
 
-def _at_rest(model: Any) -> dict[str, Any]:
-    """Return a description without what belongs to training: the loss, files to start from, downloads, compilation."""
+def _for_prediction(model: Any) -> dict[str, Any]:
+    """Return a description without the parts for training: the loss, initial weights, downloads, compilation."""
     arguments = dict(model["init_args"])
     arguments |= {"loss": None, "init_weights": None, "compile": None}
     encoder = arguments.get("encoder")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mtmedformer.commands.predict_images import preparation, with_images
+from mtmedformer.commands.load.preparation import preparation
+from mtmedformer.commands.predict_images import with_images
 from mtmedformer.errors import ConfigError
 
 CHEST = {"class_path": "datamodules.ChestPreset", "init_args": {"rotation": 5.0}}

@@ -1,4 +1,4 @@
-"""The ONNX graph says what the model says, for any batch and size, and the folder holds what its description says."""
+"""The ONNX graph has the outputs of the model for any batch and size, and the folder matches its description."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ import mtmedformer
 from mtmedformer.calibration import TaskCalibration, plain
 from mtmedformer.commands.export.command import export
 from mtmedformer.commands.export.onnx_check import TOLERANCE, compare
-from mtmedformer.commands.export.onnx_graph import Answers, _traced, export_graph
+from mtmedformer.commands.export.onnx_graph import ExportedOutputs, _traced, export_graph
 from mtmedformer.commands.export.onnx_outputs import decode, read_heads
 from mtmedformer.commands.load.stored_model import build_model, read_model
 from mtmedformer.errors import ConfigError
@@ -42,7 +42,7 @@ def run(folder, image):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 64, 96), (4, 1, 32, 32), (2, 1, 77, 203), (1, 1, 160, 131)])
-def test_the_graph_says_what_the_model_predicts(handed_on, shape):
+def test_the_graph_has_the_predictions_of_the_model(handed_on, shape):
     file, folder, _ = handed_on
     image = torch.rand(shape, generator=torch.Generator().manual_seed(1))
     module = mtmedformer.load(file).module
@@ -65,7 +65,7 @@ def same_boxes(expected, found):
         assert torch.allclose(ours["boxes"], theirs["boxes"], rtol=0, atol=1e-2)
 
 
-def test_the_check_is_told_and_holds(handed_on):
+def test_the_differences_are_reported_and_small(handed_on):
     _, folder, graph = handed_on
     outputs = {one.output for one in graph.differences}
     assert outputs == set(graph.outputs) == set(json.loads((folder / "model.json").read_text())["outputs"])
@@ -76,11 +76,11 @@ def test_the_check_is_told_and_holds(handed_on):
     assert len({shape[2:] for shape in graph.shapes}) > 1
 
 
-def test_the_check_sees_a_weight_that_moved(handed_on):
+def test_the_check_detects_a_changed_weight(handed_on):
     file, _, graph = handed_on
     module = build_model(read_model(file))
     module.heads["organ"].logits[1].bias.data += 1e-2
-    answers = Answers(module).eval()
+    answers = ExportedOutputs(module).eval()
     seen = {one.output: one.allowed for one in compare(graph.content, answers.names, answers, graph.shapes)}
     assert seen["organ"] > 1
     assert all(allowed <= 1 for name, allowed in seen.items() if name != "organ")
@@ -97,7 +97,7 @@ class Stem(torch.nn.Module):
 
 
 @pytest.mark.slow
-def test_queries_take_the_way_that_reasons():
+def test_queries_are_exported_with_symbolic_sizes():
     """Where a trace does not hold for other sizes, the other exporter does it, and the graph says why."""
     torch.manual_seed(0)
     head = QueryHead(["round", "spiky"], num_queries=6, num_layers=1, num_heads=2)
@@ -118,7 +118,7 @@ def test_a_model_bound_to_a_size_is_exported_for_that_size(monkeypatch):
 
     traced = onnx_graph._traced
     monkeypatch.setattr(onnx_graph, "_traced", lambda answers, image, free: traced(answers, image, free=False))
-    monkeypatch.setattr(onnx_graph, "_reasoned", lambda *args: 1 / 0)
+    monkeypatch.setattr(onnx_graph, "_symbolic", lambda *args: 1 / 0)
     bound = Stem()
     bound.fixed_size = (64, 96)
     module = mtmedformer.MultiTaskModule(bound, {"organ": SegmentationHead(["organ"])}).eval()
@@ -127,19 +127,19 @@ def test_a_model_bound_to_a_size_is_exported_for_that_size(monkeypatch):
     assert {shape[2:] for shape in graph.shapes} == {(64, 96)}
 
 
-def test_no_graph_is_kept_that_disagrees(tmp_path, monkeypatch):
+def test_a_graph_with_other_outputs_is_not_written(tmp_path, monkeypatch):
     from mtmedformer.commands.export import onnx_graph
 
     file = write_checkpoint(tmp_path / "run", description("organ"))
     wrong = export_graph(build_model(read_model(write_checkpoint(tmp_path / "b", description("organ"), 1))), (64, 64))
-    for way in ("_traced", "_reasoned"):
+    for way in ("_traced", "_symbolic"):
         monkeypatch.setattr(onnx_graph, way, lambda *args: wrong.content)
     with pytest.raises(ConfigError, match="organ differs by"):
         export(file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_folder_says_what_it_is(handed_on):
+def test_the_folder_describes_the_model(handed_on):
     file, folder, _ = handed_on
     about = json.loads((folder / "model.json").read_text())
     weights = load_file(folder / "model.safetensors")
@@ -163,7 +163,7 @@ def test_the_folder_says_what_it_is(handed_on):
     ]
 
 
-def test_formats_can_be_had_alone(tmp_path):
+def test_each_format_alone(tmp_path):
     file = write_checkpoint(tmp_path / "run", description("organ"))
     assert export(file, tmp_path / "a", "safetensors") is None
     assert {f.name for f in (tmp_path / "a").iterdir()} == {"model.json", "config.yaml", "model.safetensors"}
@@ -182,7 +182,7 @@ def test_an_export_can_be_exported_again_and_no_other_model_overwrites_it(tmp_pa
         export(write_checkpoint(tmp_path / "b", description("organ"), seed=1), tmp_path / "out", "safetensors")
 
 
-def test_the_model_section_trains_on(handed_on):
+def test_training_continues_from_the_model_section(handed_on):
     """``config.yaml`` is a configuration the command line takes, and the weights fill all of it."""
     from mtmedformer.encoders.pretrained import load_weights
 
@@ -204,12 +204,12 @@ def test_a_trace_that_fails_is_not_printed(capfd):
 
     module = mtmedformer.MultiTaskModule(Stem(), {"organ": Odd(["organ"])}).eval()
     with pytest.raises(Exception, match="upsample_bicubic2d_aa"):
-        _traced(Answers(module).eval(), torch.rand(1, 1, 64, 96), free=True)
+        _traced(ExportedOutputs(module).eval(), torch.rand(1, 1, 64, 96), free=True)
     print("after")
     assert capfd.readouterr().out == "after\n"
 
 
-def test_a_head_without_tensors_says_what_it_lacks(tmp_path):
+def test_a_head_without_tensors_is_refused_with_a_reason(tmp_path):
     class Listed(SegmentationHead):
         def predict(self, outputs, size):
             return list(outputs)

@@ -53,7 +53,7 @@ def same(a, b, tolerance=0.0):
         assert all((mask == b.masks[task][name]).mean() >= 1 - tolerance for name, mask in masks.items())
 
 
-def test_answers_are_typed_and_in_the_pixels_of_the_image(model, picture):
+def test_predictions_are_typed_and_in_pixels_of_the_image(model, picture):
     found = model.predict(picture, score=0.0)
     assert found.size == picture.shape
     assert set(found.classes["health"]) == {"well", "sick"}
@@ -71,7 +71,7 @@ def test_answers_are_typed_and_in_the_pixels_of_the_image(model, picture):
     assert model.tasks["nodules"].classes == ("round", "spiky")
 
 
-def test_an_array_is_what_its_file_is(model, picture, tmp_path):
+def test_an_array_and_its_file_have_the_same_prediction(model, picture, tmp_path):
     Image.fromarray(picture).save(tmp_path / "twelve.png")
     same(model.predict(picture), model.predict(tmp_path / "twelve.png"))
     eight = (picture // 16).astype(np.uint8)
@@ -87,7 +87,7 @@ def test_a_dicom_file_is_read_with_its_spacing(model, tmp_path):
     assert found.masks["organ"]["organ"].shape == (80, 64)
 
 
-def test_it_says_what_the_module_says(model, picture):
+def test_the_predictor_and_the_module_agree(model, picture):
     """By hand: letterbox into 64 x 96, predict, and nothing else."""
     from mtmedformer.geometry import letterbox, warp
 
@@ -102,7 +102,7 @@ def test_it_says_what_the_module_says(model, picture):
     assert found.boxes["nodules"][0].xyxy == pytest.approx(best.clip(0, [130, 70, 130, 70]), abs=1e-3)
 
 
-def test_a_calibration_is_used_and_told(checkpoint, model, picture, tmp_path):
+def test_a_calibration_is_applied_and_reported(checkpoint, model, picture, tmp_path):
     own = mtmedformer.load(write_checkpoint(tmp_path, calibration=plain(CALIBRATION)))
     found, raw = own.predict(picture), model.predict(picture)
     expected = tempered(np.array([list(raw.classes["health"].values())]), 2.5, exclusive=True)[0]
@@ -112,7 +112,7 @@ def test_a_calibration_is_used_and_told(checkpoint, model, picture, tmp_path):
     assert own.calibration["health"].thresholds == {"sick": {"youden": 0.3}}
 
 
-def test_an_export_says_what_its_checkpoint_says(picture, tmp_path):
+def test_an_export_and_its_checkpoint_agree(picture, tmp_path):
     file = write_checkpoint(tmp_path / "run", calibration=plain(CALIBRATION))
     export(file, tmp_path / "out", "safetensors")
     one, other = mtmedformer.load(file), mtmedformer.load(tmp_path / "out")
@@ -150,7 +150,7 @@ def planted(folder, monkeypatch):
     return folder / "imported"
 
 
-def test_a_class_of_somebody_else_is_not_imported(tmp_path, monkeypatch, picture):
+def test_a_class_of_another_project_is_not_imported(tmp_path, monkeypatch, picture):
     imported = planted(tmp_path, monkeypatch)
     model = description()
     model["init_args"]["heads"]["organ"]["class_path"] = "planted_head.Head"
@@ -195,7 +195,7 @@ def test_parts_of_the_project_that_are_no_model_are_refused(path, tmp_path):
         mtmedformer.load(file)
 
 
-def test_a_string_is_never_taken_for_a_class(tmp_path):
+def test_a_string_is_not_used_as_a_class(tmp_path):
     file = write_checkpoint(tmp_path)
     stored = torch.load(file, weights_only=True)
     stored["hyper_parameters"]["heads"]["organ"] = "planted_head.Head"
@@ -204,7 +204,7 @@ def test_a_string_is_never_taken_for_a_class(tmp_path):
         mtmedformer.load(file)
 
 
-def test_what_belongs_to_training_is_left_alone(tmp_path, picture):
+def test_parts_of_training_are_not_used(tmp_path, picture):
     """The loss may be of a class that is not here, and files and downloads to start from are not touched."""
     file = write_checkpoint(tmp_path)
     expected = mtmedformer.load(file).predict(picture)
@@ -230,7 +230,7 @@ def test_dropped_heads_stay_dropped(tmp_path, picture):
     assert (found.classes, found.boxes, set(found.masks)) == ({}, {}, {"organ"})
 
 
-def test_how_images_are_prepared_can_be_said(tmp_path, picture):
+def test_the_preparation_of_images_can_be_given(tmp_path, picture):
     from datamodules import PlainPreset
 
     file = write_checkpoint(tmp_path)

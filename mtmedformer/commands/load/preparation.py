@@ -1,0 +1,35 @@
+"""How the images of a run were prepared, read from the ``data`` section of its ``config.yaml``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mtmedformer.errors import ConfigError
+
+PREPARATION = ("image_size", "preset")
+"""Arguments of a data set that decide how an image is prepared for the network."""
+
+
+def preparation(data: Any) -> dict[str, Any]:
+    """Return how a run prepares images; for a federation, how its data sets do.
+
+    Args:
+        data: The section ``data`` of the ``config.yaml`` of a run.
+
+    Returns:
+        ``image_size`` and ``preset``, as far as the section has them.
+
+    Raises:
+        ConfigError: Two sites prepare images differently.
+    """
+    arguments = data.get("init_args", {}) if isinstance(data, dict) else {}
+    sites = arguments.get("sites")
+    nested = [arguments.get("data"), *(sites.values() if isinstance(sites, dict) else ())]
+    ways = [preparation(one) for one in nested if isinstance(one, dict) and "class_path" in one]
+    ways = ways or [{name: arguments[name] for name in PREPARATION if name in arguments}]
+    if any(way != ways[0] for way in ways):
+        raise ConfigError(
+            "predict --images: the sites of this run prepare images differently; choose one way with "
+            "--data.image_size=[HEIGHT,WIDTH] and --data.preset=datamodules.ChestPreset (or another)"
+        )
+    return ways[0]
