@@ -1,4 +1,4 @@
-"""A module that predicts with samples of the posterior: mean predictions, and how far the samples disagree."""
+"""Predictions from samples of the posterior: their mean, and the disagreement of the samples."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from mtmedformer.metrics.temperature import some_places
 from mtmedformer.module import MultiTaskModule
 
 BOX_SCORE = 0.05
-"""Boxes of the mean model that score less are no findings anybody sees; they have no say in the scale."""
+"""Least score of a box of the mean model that counts in the choice of the scale."""
 
 HIT = 0.3
-"""Overlap from which a box is the lesion, as FROC counts it."""
+"""Least intersection over union of a hit, as in FROC."""
 
 Predictions = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What posterior samples say of a batch.
+    """Predictions of a batch from posterior samples.
 
     Attributes:
         predictions: In the formats of ``TaskHead.predict``, probabilities and scores averaged over the samples. Boxes
             are those of the mean model, with ``entropy`` and ``mutual_information`` (N,) beside their scores.
-        doubts: Entropy and mutual information by task that was sampled, in nats: (B,) of exclusive classes, (B, K) of
-            others, (B, H, W) of exclusive masks, (B, K, H, W) of others; boxes have theirs in the predictions.
+        doubts: Entropy and mutual information by sampled task, in nats: (B,) of exclusive classes, (B, K) of
+            others, (B, H, W) of exclusive masks, (B, K, H, W) of others; those of boxes are in the predictions.
     """
 
     predictions: Predictions
@@ -43,15 +43,15 @@ class Sampled:
 
 
 class SampledModel:
-    """Predicts with the mean of samples, each task at a scale of its own; tasks of scale 0 with the mean model alone.
+    """Predict with the mean of samples, each task at its own scale; tasks of scale 0 use the mean model alone.
 
-    At every scale above 0 the samples' weights are kept, ``samples`` copies of the model.
+    The weights of the samples are kept: ``samples`` copies of the model per distinct scale above 0.
 
     Args:
-        module: The model, which holds the posterior's mean; between calls it always does.
+        module: The model; before and after each call it holds the posterior's mean.
         posterior: The posterior.
         scales: Scale by task.
-        samples: Samples a prediction.
+        samples: Samples per prediction.
         seed: Seed of the samples.
         blocks: Blocks that are sampled; ``None`` samples all.
     """
@@ -82,7 +82,7 @@ class SampledModel:
         """Predict a batch.
 
         Args:
-            predict: How the module predicts images, whatever its weights.
+            predict: Computes the module's predictions of images with its current weights.
             image: float (B, C, H, W) in [0, 1].
         """
         predictions = dict(predict(image))
@@ -104,12 +104,12 @@ class SampledModel:
 
 
 def averaged(task: Task, plain: Any, drawn: Sequence[Any]) -> tuple[Any, Uncertainty | None]:
-    """Return the mean of sampled predictions of a task, and their disagreement (``None`` for boxes, which carry it).
+    """Return the mean of a task's sampled predictions, and their uncertainty (for boxes ``None``: it is in the mean).
 
     Args:
         task: The task.
-        plain: What the mean model predicts.
-        drawn: What each sample predicts.
+        plain: Prediction of the mean model.
+        drawn: Prediction of each sample.
     """
     if task.kind == "detection":
         return [_averaged_boxes(one, [sample[i] for sample in drawn]) for i, one in enumerate(plain)], None
@@ -138,13 +138,13 @@ def _averaged_boxes(plain: Mapping[str, Tensor], drawn: Sequence[Mapping[str, Te
 
 
 class TruthLikelihood:
-    """From a state to the probability it gives to what is so, by task, on a site's labelled validation images.
+    """Compute the probability that a state gives to the true labels, by task, on a site's labelled validation images.
 
-    Classes and masks are judged decision by decision (``mtmedformer.metrics.calibration.decisions``; of a mask the
-    pixels that a temperature is fitted to), boxes of the mean model by whether they hit a lesion.
+    Classes and masks count per decision (``mtmedformer.metrics.calibration.decisions``; of a mask the pixels that a
+    temperature is fitted to), boxes of the mean model by whether they hit a lesion.
 
     Args:
-        module: The model that states are loaded into.
+        module: The model into which states are loaded.
         batches: The site's labelled images.
         mean: The posterior's mean.
     """
@@ -160,7 +160,7 @@ class TruthLikelihood:
                 self._boxes.append({name: predictions[name] for name in boxes})
 
     def __call__(self, state: State) -> dict[str, Tensor]:
-        """Return one probability a label, by task that has any label."""
+        """Return one probability per label, by task that has any label."""
         parts: dict[str, list[Tensor]] = {}
         self._load(state)
         for i, batch in enumerate(self.batches):

@@ -22,19 +22,18 @@ from mtmedformer.losses.weighting import Weighting, stream
 class GradientAggregation(Weighting):
     """Combine the tasks' gradients of the shared parameters instead of their losses, by an aggregator of torchjd.
 
-    One backward pass a task through the encoder. Single device, no AMP gradient scaler, no DDP: its hooks do not see
-    these gradients. A batch that labels one task, and every head, gets plain gradients.
+    One backward pass per task through the encoder. Single device, no AMP gradient scaler, no DDP: its hooks do not
+    cover these gradients. A batch that labels one task, and every head, gets plain gradients.
 
     Args:
         aggregator: Name of a class of ``torchjd.aggregation`` (``UPGrad``, ``PCGrad``, ``MGDA``, ``CAGrad``, ``IMTLG``
             …), or an aggregator.
         options: Arguments of that class, for example ``{c: 0.5}`` for ``CAGrad``.
-        seed: Seed of aggregators that draw (``PCGrad``'s order of tasks); the n-th step depends on the seed and n
-            alone.
+        seed: Seed of random aggregators (``PCGrad``'s order of tasks); step n depends only on the seed and n.
 
     Raises:
-        ConfigError: Unknown name, missing option or package, or an aggregator with a state of its own, which would
-            neither survive a missing task nor a resumed run.
+        ConfigError: Unknown name, missing option or package, or an aggregator with state, which a batch without one of
+            the tasks or a resumed run would break.
     """
 
     aggregates_gradients = True

@@ -118,7 +118,7 @@ def test_local_keys_hold_every_personal_block_and_are_never_merged(make):
 
 
 @over(EVERY)
-def test_sites_that_learnt_nothing_change_nothing(make):
+def test_sites_without_change_change_nothing(make):
     state, schema = toy()
     sites = ["a"] if make is Pooled else ["a", "b", "c"]
     updates = [make_update(site, state, schema, seed=i, size=0.0) for i, site in enumerate(sites)]
@@ -134,7 +134,7 @@ def test_a_round_without_updates_changes_nothing(make):
 
 
 @over(MEANS)
-def test_identical_sites_move_as_one(make):
+def test_identical_sites_move_like_one_site(make):
     state, schema = toy()
     updates = [
         make_update(site, state, schema, seed=7, num_examples=n) for site, n in {"a": 10, "b": 300, "c": 41}.items()
@@ -172,7 +172,7 @@ def test_wrong_order_and_repeated_sites_are_refused(make):
 
 
 @over(EVERY)
-def test_a_task_nobody_labelled_stays_as_it_was(make):
+def test_an_unlabelled_task_stays_unchanged(make):
     state, schema = toy()
     sites = ["a"] if make is Pooled else ["a", "b"]
     merged = merge(make(), state, schema, [make_update(s, state, schema, i, ["finding"]) for i, s in enumerate(sites)])
@@ -183,7 +183,7 @@ def test_a_task_nobody_labelled_stays_as_it_was(make):
 
 
 @over({name: make for name, make in EVERY.items() if name != "bayesian-remember"})
-def test_a_task_nobody_labels_any_more_rests_wherever_the_sites_begin(make):
+def test_a_task_without_further_labels_stays_unchanged_for_every_starting_state(make):
     state, schema = toy()
     aggregator = make()
     sites = ["a"] if make is Pooled else ["a", "b"]
@@ -274,7 +274,7 @@ def rounds(make: Callable[[], Aggregator], restarts: bool) -> tuple[State, Aggre
 
 
 @over(EVERY)
-def test_restarted_is_uninterrupted(make):
+def test_a_restarted_run_equals_an_uninterrupted_one(make):
     straight, one = rounds(make, restarts=False)
     resumed, other = rounds(make, restarts=True)
     same(straight, resumed)
@@ -312,7 +312,7 @@ def test_memory_does_not_grow_with_the_number_of_sites(make):
 
 
 @over(EVERY)
-def test_local_rules_are_pickled_and_fit_the_parameters(make):
+def test_client_objectives_are_pickled_and_fit_the_parameters(make):
     _, aggregator = rounds(make, restarts=False)
     state, _ = toy()
     personal = aggregator.personal.objective if aggregator.personal else None

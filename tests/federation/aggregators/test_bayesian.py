@@ -63,7 +63,7 @@ def test_one_round_of_quadratic_sites_is_the_pooled_optimum():
     assert (averaged - pooled(facts, counts, "w")).abs().max() > 0.1
 
 
-def test_sites_that_differ_by_chance_alone_are_pooled_with_their_absolute_curvature():
+def test_without_variance_between_sites_absolute_curvature_weights_them():
     state, counts, scales = start(), [10, 200, 35], [3.0, 0.2, 40.0]
     made = [quadratic("abc"[i], state, i, n, scales[i], spread=1e-3) for i, n in enumerate(counts)]
     updates, facts = zip(*made, strict=True)
@@ -122,7 +122,7 @@ def test_without_curvature_it_is_fedavg_to_the_last_bit(off, a, weights):
 
 
 @pytest.mark.parametrize("kind", ["element", "row"])
-def test_a_louder_loss_buys_no_weight(kind):
+def test_the_scale_of_a_loss_does_not_change_the_weight_of_a_site(kind):
     state, schema = toy()
     quiet = [make_update(site, state, schema, i, precision=kind) for i, site in enumerate("ab")]
     loud = copy.deepcopy(quiet)
@@ -134,7 +134,7 @@ def test_a_louder_loss_buys_no_weight(kind):
         torch.testing.assert_close(value, other[key], rtol=1e-6, atol=1e-7)
 
 
-def test_the_variance_between_sites_by_hand():
+def test_the_variance_between_sites_equals_a_hand_computed_value():
     # mean (1*1 + 1*2 + 2*4)/4 = 2.75; Q = 1.75² + .75² + 2*1.25² = 6.75; spread 4 - 6/4 = 2.5; (6.75 - 2)/2.5 = 1.9
     changes, precisions = [torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([4.0])], [1.0, 1.0, 2.0]
     assert between_variance(changes, precisions) == pytest.approx(1.9, rel=1e-12)
@@ -144,7 +144,7 @@ def test_the_variance_between_sites_by_hand():
     assert between_variance([torch.ones(3)] * 3, precisions) == 0
 
 
-def test_the_variance_between_sites_is_found_again():
+def test_the_variance_between_sites_is_recovered_from_generated_sites():
     generator = torch.Generator().manual_seed(3)
     noise = [0.5, 1.0, 2.0, 1.0, 0.2, 3.0]  # standard deviation within each site
     changes = [torch.randn(20000, generator=generator) * math.sqrt(0.7 + sd**2) for sd in noise]
@@ -189,7 +189,7 @@ def test_a_factor_is_replaced_and_never_counted_twice():
     torch.testing.assert_close(aggregator.posterior(state, SCHEMA).precision["w"], torch.tensor(10.0))
 
 
-def test_a_repeated_attempt_at_a_round_ages_and_counts_nothing():
+def test_a_repeated_round_changes_neither_ages_nor_counts():
     state = start()
     aggregator = bayes(gamma=0.5)
     first = merge(aggregator, state, SCHEMA, [one_number(s, state, 0.1, 4.0) for s in "ab"])
@@ -200,7 +200,7 @@ def test_a_repeated_attempt_at_a_round_ages_and_counts_nothing():
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("remember", [True, False])
-def test_an_absent_site_is_remembered_as_much_as_asked(gamma, remember):
+def test_an_absent_site_counts_with_the_configured_discount(gamma, remember):
     state = start()
     aggregator = bayes(remember=remember, gamma=gamma)
     state = merge(aggregator, state, SCHEMA, [one_number(s, state, d, 1.0) for s, d in {"a": 1.0, "b": 3.0}.items()])
@@ -211,7 +211,7 @@ def test_an_absent_site_is_remembered_as_much_as_asked(gamma, remember):
     assert torch.equal(merged["v"], state["v"])
 
 
-def test_remembering_changes_nothing_while_every_site_is_there():
+def test_remember_changes_nothing_while_all_sites_take_part():
     state, schema = toy()
     plain, remembering, other = bayes(a=1), bayes(a=1, remember=True), state
     for number in range(3):
@@ -222,7 +222,7 @@ def test_remembering_changes_nothing_while_every_site_is_there():
         assert all(torch.equal(value, other[key]) for key, value in state.items())
 
 
-def test_the_prior_pull_is_fedprox_until_the_server_knows_more():
+def test_beta_equals_fedprox_until_there_is_a_precision():
     state, schema = toy()
     aggregator = bayes(beta=0.3)
     name, moved = "encoder.0.weight", state["encoder.0.weight"] + torch.randn(5, 6)
@@ -238,7 +238,7 @@ def test_the_prior_pull_is_fedprox_until_the_server_knows_more():
     assert bayes().client_objective("a").gradient(name, moved, state[name]) is None
 
 
-def test_sites_are_asked_for_precision_of_the_configured_grain():
+def test_precision_has_the_configured_granularity():
     raw = {"w": torch.rand(6, 4) + 0.01, "v": torch.rand(3) + 0.01}
     shapes = {"element": (6, 4), "row": (6, 1), "tensor": ()}
     for granularity, shape in shapes.items():
@@ -264,7 +264,7 @@ def test_sites_are_asked_for_precision_of_the_configured_grain():
         {"granularity": "head"},
     ],
 )
-def test_numbers_out_of_range_are_named(wrong):
+def test_numbers_out_of_range_raise_an_error_with_their_name(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         bayes(**wrong)
 
@@ -295,7 +295,7 @@ def test_steps_that_agree_add_up():
 
 @pytest.mark.parametrize("b", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("scales, told", [([4.0, 0.25], [4.0, 0.25]), ([1e9, 1e-9], [10.0, 0.1])])
-def test_mean_curvature_counts_to_the_power_asked_for_and_no_more_than_tenfold(b, scales, told):
+def test_mean_curvature_counts_to_the_power_b_clipped_to_tenfold(b, scales, told):
     state, aggregator = start(), bayes(b=b, kappa=0)
     for number, levels in enumerate([[1.0, 1.0], scales]):
         made = [quadratic("ab"[i], state, i, 50, scale, round=number) for i, scale in enumerate(levels)]
@@ -307,7 +307,7 @@ def test_mean_curvature_counts_to_the_power_asked_for_and_no_more_than_tenfold(b
     torch.testing.assert_close(merged["w"], expected.float(), rtol=1e-4, atol=1e-5)
 
 
-def test_the_first_round_knows_no_level_to_be_louder_than():
+def test_the_first_round_ignores_mean_curvature():
     state = start()
     updates = [quadratic("ab"[i], state, i, 50, scale)[0] for i, scale in enumerate([4.0, 0.25])]
     one, other = (merge(bayes(b=b), state, SCHEMA, updates) for b in (0.0, 0.5))

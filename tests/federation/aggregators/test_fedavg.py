@@ -54,7 +54,7 @@ def test_examples_are_counted_per_block():
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, CHUNK // 2 + 5), (CHUNK + 3, 2), (5, 2, 3, 3), (1, 4), (0, 3)])
 @pytest.mark.parametrize("grains", ["tensor", "row", "element", "tensor row element", "element tensor", "row element"])
-def test_running_sums_are_the_weighted_mean_whatever_the_grain(shape, grains):
+def test_running_sums_equal_the_weighted_mean_for_every_granularity(shape, grains):
     generator = torch.Generator().manual_seed(0)
     means, top, bottom = WeightedMeans(), 0.0, 0.0
     for grain in grains.split() * 2:
@@ -82,7 +82,7 @@ def test_sums_take_two_copies_of_the_model_at_most():
         assert means.nbytes() <= 2.01 * 4 * 500 * 400
 
 
-def test_fedbn_leaves_every_norm_at_home():
+def test_fedbn_keeps_every_norm_at_the_site():
     state, schema = toy()
     merged = merge(FedBN(), state, schema, [make_update("a", state, schema, 1), make_update("b", state, schema, 2)])
     assert any(".1." in key for key in schema.norms)
@@ -103,7 +103,7 @@ def descend(aggregator, rounds=4):
     return path, changes
 
 
-def test_fedavgm_is_torchs_sgd_with_momentum_on_the_pseudo_gradient():
+def test_fedavgm_equals_torch_sgd_with_momentum():
     path, changes = descend(FedAvgM(momentum=0.8, lr=0.7))
     parameter = torch.nn.Parameter(torch.tensor(path[0]))
     optimiser = torch.optim.SGD([parameter], lr=0.7, momentum=0.8)
@@ -113,7 +113,7 @@ def test_fedavgm_is_torchs_sgd_with_momentum_on_the_pseudo_gradient():
         np.testing.assert_allclose(weights, parameter.detach().numpy(), atol=2e-6)
 
 
-def test_sites_that_begin_ahead_follow_torchs_nesterov():
+def test_lookahead_equals_torch_nesterov_momentum():
     """Oracle: torch moves where gradients are taken, so its path is that of ``starting_state``."""
     state, schema = toy()
     aggregator = FedAvgM(momentum=0.8, lr=0.7, lookahead=True)
@@ -128,7 +128,7 @@ def test_sites_that_begin_ahead_follow_torchs_nesterov():
         optimiser.step()
 
 
-def test_looking_ahead_takes_a_step_as_long_and_stops_after_the_last_news():
+def test_lookahead_step_has_the_same_length_and_ends_with_the_last_update():
     """The same changes add up to the same weights; only where they were measured differs."""
     state, schema = toy()
     plain, ahead = FedAvgM(0.6), FedAvgM(0.6, lookahead=True)
@@ -142,7 +142,7 @@ def test_looking_ahead_takes_a_step_as_long_and_stops_after_the_last_news():
 
 
 @pytest.mark.parametrize("kind", [FedAdam, FedYogi])
-def test_adaptive_steps_follow_algorithm_2(kind):
+def test_adaptive_steps_equal_algorithm_2_of_the_paper(kind):
     lr, beta1, beta2, tau = 0.05, 0.7, 0.9, 0.02
     path, changes = descend(kind(lr=lr, beta1=beta1, beta2=beta2, tau=tau))
     m, v, w = np.zeros_like(path[0]), np.full_like(path[0], tau**2), path[0]
@@ -153,7 +153,7 @@ def test_adaptive_steps_follow_algorithm_2(kind):
         np.testing.assert_allclose(weights, w, atol=3e-6)
 
 
-def test_server_optimisers_average_running_statistics_plainly():
+def test_server_optimizers_average_running_statistics():
     state, schema = toy()
     updates = [make_update(site, state, schema, i) for i, site in enumerate("ab")]
     plain = merge(FedAvg(), state, schema, updates)
@@ -163,7 +163,7 @@ def test_server_optimisers_average_running_statistics_plainly():
         assert not torch.equal(merged[KEY], plain[KEY])
 
 
-def test_momentum_of_a_task_rests_while_nobody_labels_it():
+def test_momentum_of_a_task_is_unchanged_without_labels():
     state, schema = toy()
     aggregator = FedAvgM()
     first = merge(aggregator, state, schema, [make_update("a", state, schema)])
@@ -173,7 +173,7 @@ def test_momentum_of_a_task_rests_while_nobody_labels_it():
 
 
 @pytest.mark.parametrize("sites", [1, 2, 4, 5, 7])
-def test_robust_centres_are_numpys_and_scipys(sites):
+def test_robust_centres_equal_numpy_and_scipy(sites):
     state, schema = toy()
     updates = [make_update("abcdefg"[i], state, schema, i, num_examples=10**i) for i in range(sites)]
     deltas = numbers(updates)
@@ -190,7 +190,7 @@ def test_robust_centres_are_numpys_and_scipys(sites):
 
 
 @pytest.mark.parametrize("aggregator", [CoordinateMedian(), TrimmedMean(0.2)], ids=["median", "trimmed"])
-def test_one_wild_site_moves_nothing_beyond_the_others(aggregator):
+def test_one_outlier_site_moves_no_weight_beyond_the_others(aggregator):
     state, schema = toy()
     good = [make_update(site, state, schema, i) for i, site in enumerate("abcd")]
     wild = make_update("wild", state, schema, 9, size=1e6, num_examples=10**9)
@@ -200,7 +200,7 @@ def test_one_wild_site_moves_nothing_beyond_the_others(aggregator):
     assert (moved.numpy() >= deltas.min(0) - 1e-6).all()
 
 
-def test_local_merges_nothing_and_pooled_takes_one_site_whole():
+def test_local_merges_nothing_and_pooled_takes_one_update():
     state, schema = toy()
     updates = [make_update(site, state, schema, i) for i, site in enumerate("ab")]
     assert not Local.exchange.merged

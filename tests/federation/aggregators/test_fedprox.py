@@ -35,7 +35,7 @@ def test_the_pull_grows_with_the_distance():
     assert torch.equal(far, 3 * near)  # of the un-squared norm it would be the same
 
 
-def test_no_pull_asks_for_nothing():
+def test_zero_strength_adds_no_gradient():
     assert FedProx(0.0).client_objective("a").gradient("w", torch.ones(2), torch.zeros(2)) is None
     assert Ditto(0.0).personal.objective.gradient("w", torch.ones(2), torch.zeros(2)) is None
 

@@ -38,7 +38,7 @@ def test_fisher_merging_weighs_by_examples_and_absolute_curvature():
     torch.testing.assert_close(merged(FisherMerging(SquaredGradients())), weighted(CURVATURES))
 
 
-def test_a_louder_site_wins_in_fisher_merging():
+def test_the_site_with_the_larger_loss_dominates_fisher_merging():
     quiet = merged(FisherMerging(SquaredGradients()))
     loud = {**CURVATURES, "a": CURVATURES["a"] * 1e6}
     with pytest.MonkeyPatch.context() as patch:
@@ -48,7 +48,7 @@ def test_a_louder_site_wins_in_fisher_merging():
     assert (quiet - taken).abs().max() > 0.1
 
 
-def test_inverse_variance_weighs_the_other_way_round():
+def test_inverse_variance_weights_sites_the_opposite_way():
     torch.testing.assert_close(merged(InverseVariance()), weighted({s: 1 / c for s, c in CURVATURES.items()}))
 
 

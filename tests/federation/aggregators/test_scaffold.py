@@ -58,7 +58,7 @@ def test_a_renewed_control_is_the_mean_gradient_of_the_round():
     torch.testing.assert_close(objective.gradient("w", state["w"], state["w"]), mean - controls["b"]["w"])
 
 
-def test_an_absent_site_keeps_its_control_and_a_new_one_starts_from_nothing():
+def test_absent_sites_keep_their_control_and_new_sites_start_at_zero():
     aggregator, state = Scaffold(), {"w": torch.zeros(2)}
     both = [train(aggregator, site, state, 0)[0] for site in "ab"]
     state = merge(aggregator, state, SCHEMA, both)
@@ -80,7 +80,7 @@ def test_controls_belong_to_the_blocks_a_site_trained():
     assert torch.equal(saved["common"]["heads.lungs.weight"], saved["controls"]["b"]["heads.lungs.weight"])
 
 
-def test_a_site_that_took_no_step_renews_nothing():
+def test_a_site_without_steps_renews_no_control():
     objective = Scaffold().client_objective("a")
     objective.gradient("w", torch.ones(2), torch.zeros(2))
     assert objective.extra({"w": torch.ones(2)}, {"w": torch.zeros(2)}, 0, LR) == {}

@@ -115,7 +115,7 @@ def orders_move(order):
     return bool((order != torch.arange(len(order))).any())
 
 
-def test_trained_and_shuffled_weights_come_home_to_every_bit_with_their_precision(pvt):
+def test_trained_and_shuffled_weights_are_restored_bit_for_bit_with_their_precision(pvt):
     groups, start = permutation_groups(pvt), copied(pvt)
     site = trained(start, 5)
     generator = torch.Generator().manual_seed(6)
@@ -140,7 +140,7 @@ def test_every_hidden_unit_and_head_of_the_encoders_belongs_to_a_group(pvt):
     assert not any(".sr." in key or "norm" in key or "patch_embed" in key for key in keys), "the residual side"
 
 
-def test_what_is_not_known_is_left_alone():
+def test_unknown_layers_are_not_permuted():
     class Wrapped(nn.Linear):
         pass
 
@@ -208,7 +208,7 @@ def test_a_shuffled_site_changes_nothing_in_the_merge(pvt, make):
     same(merged(("site0", "site2"), order=-1), expected)
 
 
-def test_unaligned_shuffles_would_have_spoilt_the_average():
+def test_unaligned_shuffles_degrade_the_average():
     """The control of the control: what alignment repairs is worth repairing."""
     model = build("mtmedformer_tiny")
     groups, picture, start = permutation_groups(model), image(model), copied(model)
@@ -250,7 +250,7 @@ def test_curvature_measured_on_a_shuffled_model_is_the_same_once_aligned():
         torch.testing.assert_close(back.precision[key], value, rtol=1e-3, atol=1e-5 * float(value.max()))
 
 
-def test_moments_of_the_optimiser_move_along():
+def test_moments_of_the_optimizer_are_permuted_too():
     model, twin = build("mtmedformer_tiny"), build("mtmedformer_tiny")
     groups = permutation_groups(model)
     orders = shuffle(twin, groups, 1)
@@ -339,7 +339,7 @@ def test_the_score_is_its_definition(kind):
         np.testing.assert_allclose(found, brute(group, state, reference, known), rtol=1e-4, atol=1e-5)
 
 
-def test_the_short_look_claims_only_what_the_long_one_confirms():
+def test_the_partial_distance_agrees_with_the_full_one_when_settled():
     """From near to far: the short look claims the identity only where it is the best matching."""
     generator = torch.Generator().manual_seed(0)
     group, claims = PermutationGroup("mlp", 12, (Part("w"), Part("b"))), 0
@@ -381,7 +381,7 @@ def test_weights_that_are_not_finite_and_identical_units_stay():
     assert align({"w": torch.ones(4, 3)}, reference, (group,), {"w": torch.zeros(4, 3)}).permutations == {}
 
 
-def test_independent_starts_are_measured_and_nothing_is_promised(capsys):
+def test_alignment_of_independent_starts_is_measured_only(capsys):
     one, other = build("mtmedformer_tiny", 0), build("mtmedformer_tiny", 1)
     groups = permutation_groups(one)
     start, site = copied(one), copied(other)

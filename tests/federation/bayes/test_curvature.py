@@ -27,7 +27,7 @@ def observed(curvature, gradients, batch_size=None):
     return curvature.finish(module, loader)
 
 
-def test_the_running_mean_is_adams_second_moment_without_bias():
+def test_the_running_mean_equals_adams_corrected_second_moment():
     torch.manual_seed(0)
     gradients = [torch.randn(2, 3) for _ in range(7)]
     module = Two()
@@ -48,7 +48,7 @@ def test_a_step_that_did_not_reach_a_parameter_does_not_count():
     assert "b.weight" not in mixed, "never reached: nothing is known, not 'known to be flat'"
 
 
-def test_the_batch_size_makes_it_a_curvature_a_sample():
+def test_the_batch_size_scales_to_curvature_per_sample():
     gradient = [{"a.weight": torch.full((2, 3), 2.0)}]
     assert torch.allclose(observed(SquaredGradients(), gradient, batch_size=8)["a.weight"], torch.full((2, 3), 32.0))
 
@@ -63,7 +63,7 @@ def test_constant_gradients_give_their_square_and_a_fresh_copy_starts_empty():
     assert again.decay == 0.9
 
 
-def test_no_curvature_says_nothing():
+def test_no_curvature_returns_nothing():
     assert observed(NoCurvature(), [{"a.bias": torch.ones(2)}]) == {}
 
 
@@ -78,7 +78,7 @@ def test_granularity_gives_the_shape_and_the_mean_is_kept_apart(granularity, sha
     assert scale["w"] == pytest.approx(float(curvature["w"].mean()))
 
 
-def test_a_louder_loss_changes_the_scale_alone():
+def test_the_scale_of_the_loss_changes_only_the_mean_curvature():
     curvature = {"w": torch.rand(5, 7), "b": torch.rand(5)}
     louder = {name: value * 1000 for name, value in curvature.items()}
     for granularity in ("element", "row", "tensor"):

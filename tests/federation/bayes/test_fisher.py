@@ -186,7 +186,7 @@ def test_processes_of_one_site_add_up(module):
         torch.testing.assert_close(alone[key], together[key])
 
 
-def test_what_it_cannot_do_is_said(module):
+def test_modules_without_heads_and_missing_loaders_raise(module):
     with pytest.raises(ConfigError, match="samples"):
         Fisher(samples=0)
     with pytest.raises(ConfigError, match="MultiTaskModule"):
@@ -195,7 +195,7 @@ def test_what_it_cannot_do_is_said(module):
         Fisher().finish(module, None)
 
 
-def test_it_works_where_a_site_calls_it_at_the_end_of_training(module):
+def test_fisher_runs_at_the_end_of_training(module):
     class AtTheEnd(L.Callback):
         def on_train_end(self, trainer, pl_module):
             self.found = Fisher(samples=3).finish(pl_module, trainer.train_dataloader)

@@ -31,7 +31,7 @@ def run(parameters, loss, steps, **settings):
     return optimizer, seen
 
 
-def test_three_steps_by_hand():
+def test_three_steps_equal_hand_computed_values():
     """Plain numbers, written out from algorithm 1 of the paper, against the tensors of the optimiser."""
     lr, b1, b2, ess, h0, decay = 0.2, 0.9, 0.95, 50.0, 0.4, 0.01
     w = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
@@ -94,7 +94,7 @@ def test_curvature_plus_damping_never_reaches_zero():
     assert w.isfinite().all()
 
 
-def test_between_steps_the_parameters_are_the_mean_and_one_without_gradient_rests():
+def test_between_steps_parameters_hold_the_mean_and_those_without_gradient_stay():
     used, idle = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
     optimizer, seen = run([used, idle], lambda: (used**2).sum() + 0 * 1, 0)
     drawn = []
@@ -152,7 +152,7 @@ def test_it_resumes_to_the_same_bits_and_seeds_differ():
     assert not torch.equal(straight, other)
 
 
-def test_groups_may_be_spared_from_decay_but_not_from_damping():
+def test_groups_can_disable_decay_but_not_damping():
     kept, pulled = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = OnlineNewton([{"params": [kept], "weight_decay": 0.0}, {"params": [pulled]}], weight_decay=0.5)
 
@@ -181,7 +181,7 @@ def test_settings_out_of_range_are_refused(settings, key):
         OnlineNewton([nn.Parameter(torch.ones(1))], **settings)
 
 
-def test_without_a_closure_it_says_what_to_change():
+def test_a_step_without_closure_raises_with_the_fix():
     with pytest.raises(ConfigError, match="16-mixed"):
         OnlineNewton([nn.Parameter(torch.ones(1))]).step()
 
@@ -193,7 +193,7 @@ class Trained(nn.Module):
         self.trainer = type("Trainer", (), {"optimizers": [make(self.parameters())]})()
 
 
-def test_the_curvature_is_the_optimisers_and_only_of_what_was_trained():
+def test_the_curvature_is_the_optimizers_for_trained_parameters_only():
     module = Trained(OnlineNewton)
     (optimizer,) = module.trainer.optimizers
     for _ in range(3):
@@ -208,7 +208,7 @@ def test_the_curvature_is_the_optimisers_and_only_of_what_was_trained():
     assert torch.equal(found["used.weight"], optimizer.state[module.used.weight]["hessian"].clamp(min=0))
 
 
-def test_the_curvature_of_another_optimiser_is_refused():
+def test_the_curvature_of_another_optimizer_is_refused():
     with pytest.raises(ConfigError, match="OnlineNewton"):
         NewtonCurvature().finish(module := Trained(torch.optim.SGD), trainer=module.trainer)
 

@@ -65,7 +65,7 @@ def test_a_posterior_goes_through_a_file(posterior, tmp_path):
             Posterior.load(tmp_path / "broken")
 
 
-def test_the_memory_keeps_a_row_a_matrix_and_nothing_personal():
+def test_the_memory_keeps_one_number_per_row_and_nothing_personal():
     state, schema = toy()
     memory = SiteMemory()
     memory.replace(make_update("a", state, schema), state, schema)
@@ -94,7 +94,7 @@ def test_posterior_precision_is_examples_times_curvature_summed_over_the_owners(
     torch.testing.assert_close(memory.precision(0.9)["w"], torch.tensor([15.0 + 2.0, 45.0 + 2.0]))
 
 
-def test_entropies_are_scipys():
+def test_entropies_equal_scipy():
     p = torch.softmax(torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0)), 1).double()
     torch.testing.assert_close(entropy(p, 1), torch.tensor(scipy.stats.entropy(p.numpy(), axis=1)))
     both = torch.stack([p, 1 - p])
@@ -102,7 +102,7 @@ def test_entropies_are_scipys():
     assert entropy(torch.tensor([0.0, 1.0])).tolist() == [0, 0]
 
 
-def test_mutual_information_is_what_samples_disagree_about():
+def test_mutual_information_measures_disagreement_of_samples():
     torn = torch.tensor([[1.0, 0.5, 0.2], [0.0, 0.5, 0.2]])  # two samples, three pixels
     found = uncertainty(torn)
     torch.testing.assert_close(found.mean, torch.tensor([0.5, 0.5, 0.2]))
@@ -117,7 +117,7 @@ def test_mutual_information_is_what_samples_disagree_about():
     torch.testing.assert_close(found.per_image()[0], found.entropy.mean((1, 2)))
 
 
-def test_boxes_are_scored_by_what_each_sample_sees_there():
+def test_boxes_are_scored_by_overlapping_boxes_of_each_sample():
     boxes, labels = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]]), torch.tensor([0, 1])
     near = torch.tensor([[1.0, 0, 10, 10], [20, 20, 30, 30], [0, 0, 10, 9]])
     sampled = [
@@ -177,7 +177,7 @@ def test_sampling_is_refused_where_the_mean_model_does_better():
     assert "largest" in tune_scale({"a": [4.0, 3.0, 2.0, 1.0]}, {"a": 1}, GRID).message
 
 
-def test_a_gain_that_is_none_is_refused_where_one_is_asked_for():
+def test_a_gain_below_least_gain_is_refused():
     sums, counts = {"a": [100.0, 99.5, 98.0, 120.0]}, {"a": 100}
     assert tune_scale(sums, counts, GRID).scale == 1.0
     assert tune_scale(sums, counts, GRID, least_gain=0.02).scale == 1.0
@@ -187,7 +187,7 @@ def test_a_gain_that_is_none_is_refused_where_one_is_asked_for():
     assert "asked for" not in tune_scale({"a": [1.0, 2.0, 3.0, 4.0]}, counts, GRID, least_gain=0.03).message
 
 
-def test_sums_that_cannot_be_compared_are_named():
+def test_sums_that_cannot_be_compared_raise():
     with pytest.raises(ConfigError, match="lack 0"):
         tune_scale({"a": [1.0]}, {"a": 1}, [0.5])
     with pytest.raises(ConfigError, match="site b"):

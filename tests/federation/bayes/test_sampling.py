@@ -38,7 +38,7 @@ def same(a, b):
 
 
 @torch.no_grad()
-def test_at_scale_0_it_is_the_mean_model_to_the_bit(module, posterior, batches):
+def test_scale_0_equals_the_mean_model_bit_for_bit(module, posterior, batches):
     plain = module.predict_whole(batches[0].image)
     found = SampledModel(module, posterior, dict.fromkeys(module.tasks, 0.0))(module.predict_whole, batches[0].image)
     assert found.doubts == {}
@@ -122,7 +122,7 @@ def test_the_likelihood_of_the_truth_is_that_of_torch(module, posterior, batches
     module.load_state_dict(posterior.mean)
 
 
-def test_a_site_shares_sums_that_are_those_of_one_task_at_a_time(posterior):
+def test_sums_of_several_tasks_equal_those_of_single_tasks(posterior):
     true = (torch.rand(50, generator=torch.Generator().manual_seed(0)) < 0.3).float()
     key = "heads.health.classifier.2.bias"
     assert key in posterior.mean

@@ -131,7 +131,7 @@ def test_images_of_one_patient_are_clipped_together():
     assert private.releases == 1
 
 
-def test_the_noise_has_the_stated_width_and_reaches_what_no_label_did():
+def test_the_noise_has_the_stated_width_for_unlabelled_heads_too():
     module, batch = quiet(), batch_of(n=4, tasks=("right",))
     exact, _ = gradients(module, batch, ExamplePrivacy(0.5, 1e-15))
     drawn, heads = [], []
@@ -195,14 +195,14 @@ def private(clip=1e6, noise=1e-15, **more):
 @pytest.mark.parametrize(
     "settings", [{}, {"accumulate_grad_batches": 3}, {"max_epochs": 2}, {"gradient_clip_val": 0.1}]
 )
-def test_with_no_clip_and_no_noise_a_round_is_as_it_was(settings):
+def test_without_clip_and_noise_a_round_is_unchanged(settings):
     plain, found = trained(**settings), trained(private(), **settings)
     for key, value in deltas(plain).items():
         torch.testing.assert_close(deltas(found)[key], value, atol=1e-6, rtol=1e-4)
     assert found.state.steps == plain.state.steps
 
 
-def test_what_was_counted_stays_at_the_site_and_the_labels_still_say_which_blocks_leave():
+def test_counts_are_not_sent_and_labels_decide_which_blocks_are():
     result = trained(private(1.0, 1.0), data=ToySite(tasks=("right",)))
     assert {name: block.num_examples for name, block in result.update.blocks.items()} == {
         "encoder": 1,
@@ -212,7 +212,7 @@ def test_what_was_counted_stays_at_the_site_and_the_labels_still_say_which_block
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_epsilon_counts_how_often_one_patient_can_have_taken_part(epochs):
+def test_epsilon_counts_the_batches_of_one_patient(epochs):
     policy, memory = private(1.0, 1.5), None
     for round in range(2):
         result = trained(policy, memory=memory, round=round, max_epochs=epochs)
@@ -339,6 +339,6 @@ def test_gradient_aggregation_and_several_processes_a_site_are_refused():
 @pytest.mark.parametrize(
     "values", [dict([pair]) for pair in itertools.product(["clip", "noise_multiplier"], [0.0, -1.0, float("nan")])]
 )
-def test_settings_that_cannot_be_are_refused(values):
+def test_settings_out_of_range_are_refused(values):
     with pytest.raises(ConfigError, match=rf"privacy\.examples\.{next(iter(values))} is"):
         ExamplePrivacy(**values)

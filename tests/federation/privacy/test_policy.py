@@ -68,7 +68,7 @@ def test_a_long_update_is_scaled_down_to_the_clip_and_a_short_one_left(size):
     assert torch.equal(flat(made), before), "what was given is not changed"
 
 
-def test_an_update_that_is_not_finite_does_not_leave():
+def test_an_update_that_is_not_finite_is_not_sent():
     made = update()
     made.blocks["encoder"].delta["encoder.0.bias"][2] = float("nan")
     with pytest.raises(DataError, match="north: the change of the weights is not finite"):
@@ -91,7 +91,7 @@ def test_the_noise_is_gaussian_of_the_stated_width():
     assert float(drawn.std()) == pytest.approx(1.0, abs=0.03)
 
 
-def test_the_noise_sits_on_the_clipped_update():
+def test_noise_is_added_to_the_clipped_update():
     policy, everything = PrivacyPolicy(clip=0.5, noise_multiplier=2.0, seed=7), frozenset(toy()[0])
     clipped = flat(apply(PrivacyPolicy(clip=0.5), update(size=5.0))[0])
     noised = flat(apply(policy, update(size=5.0), trained=everything)[0])
@@ -100,7 +100,7 @@ def test_the_noise_sits_on_the_clipped_update():
     torch.testing.assert_close(noised - quiet, clipped, atol=1e-6, rtol=1e-5)
 
 
-def test_noise_differs_by_round_site_weight_and_key_and_returns_with_them():
+def test_noise_depends_on_round_site_weight_and_key_only():
     policy = PrivacyPolicy(clip=1.0, noise_multiplier=1.0, seed=7)
     one = noise_of(policy)
     assert torch.equal(one, noise_of(policy))
@@ -125,7 +125,7 @@ def test_without_a_seed_the_key_is_drawn_once_and_stays_with_the_site():
     assert apply(policy)[1].key != memory.key
 
 
-def test_under_noise_nothing_else_that_was_computed_from_images_leaves():
+def test_with_noise_nothing_else_computed_from_images_is_sent():
     full, _, _ = apply(PrivacyPolicy())
     assert full.samples
     assert full.counters
@@ -144,7 +144,7 @@ def test_under_noise_nothing_else_that_was_computed_from_images_leaves():
     assert refusal(sent, 0, sent.base, toy()[1]) is None
 
 
-def test_weights_that_are_not_trained_are_not_sent_under_noise():
+def test_frozen_weights_are_not_sent_with_noise():
     frozen = TRAINED - {"encoder.0.weight"}
     policy = PrivacyPolicy(clip=1.0, noise_multiplier=1.0, seed=0)
     assert "encoder.0.weight" not in apply(policy, trained=frozen)[0].blocks["encoder"].delta
@@ -176,7 +176,7 @@ def test_epsilon_bounds_the_closed_form_of_one_gaussian_release_from_above():
         assert 0 < exact <= 1e-5
 
 
-def test_one_release_without_noise_is_the_end_of_the_guarantee():
+def test_one_release_without_noise_ends_the_guarantee():
     policy = PrivacyPolicy(clip=1.0, noise_multiplier=1.0, seed=0)
     _, memory, _ = apply(PrivacyPolicy(clip=1.0))
     report = apply(policy, update(round=1), memory)[2]
@@ -185,7 +185,7 @@ def test_one_release_without_noise_is_the_end_of_the_guarantee():
     assert apply(PrivacyPolicy(clip=1.0))[2].site is None
 
 
-def test_other_noise_later_on_is_counted_as_it_is():
+def test_changed_noise_is_counted_with_its_own_multiplier():
     _, memory, _ = apply(PrivacyPolicy(clip=1.0, noise_multiplier=1.0, seed=0))
     _, memory, report = apply(PrivacyPolicy(clip=1.0, noise_multiplier=2.0, seed=0), update(round=1), memory)
     accountant = RDPAccountant()
@@ -250,7 +250,7 @@ def test_bytes_are_counted_as_sent_and_the_file_gives_float32_back(tmp_path, rou
 
 
 @pytest.mark.parametrize("rounding", ["fp16", "int8"])
-def test_with_error_feedback_the_sum_of_what_was_sent_follows_the_sum_of_what_was_meant(rounding):
+def test_error_feedback_keeps_the_sum_of_sent_changes_close_to_the_exact_sum(rounding):
     policy, memory = PrivacyPolicy(rounding=rounding), PrivacyMemory()
     meant, sent, forgetful = torch.zeros(0), torch.zeros(0), torch.zeros(0)
     for r in range(60):
@@ -281,7 +281,7 @@ def test_rounding_works_on_the_noised_change_alone():
 # --- what may leave ---------------------------------------------------------------------------------------------------
 
 
-def test_blocks_that_may_not_leave_do_not():
+def test_excluded_blocks_are_not_sent():
     made = update()
     made.extra = {"heads.lungs.weight": torch.ones(3, 5), "encoder.0.weight": torch.ones(5, 6), "else": torch.ones(1)}
     sent, _, report = apply(PrivacyPolicy(blocks=["encoder"]), made)
@@ -300,7 +300,7 @@ def test_precision_may_be_kept_without_noise_and_is_refused_with_it():
         PrivacyPolicy(clip=1.0, noise_multiplier=1.0, precision=True)
 
 
-def test_the_hash_is_of_every_bit_that_leaves():
+def test_the_hash_covers_every_bit_sent():
     sent, _, report = apply(PrivacyPolicy())
     assert len(report.sha256) == 64
     for change in (
@@ -313,7 +313,7 @@ def test_the_hash_is_of_every_bit_that_leaves():
         assert sha256(other) != report.sha256
 
 
-def test_the_report_is_json_and_tells_names_norms_and_bytes():
+def test_the_report_is_json_with_names_norms_and_bytes():
     _, _, report = apply(PrivacyPolicy(clip=0.1, noise_multiplier=1.0, rounding="int8", seed=0))
     told = json.loads(json.dumps(report.plain(), allow_nan=False))
     assert told["names"] == report.names
@@ -339,7 +339,7 @@ def test_the_report_is_json_and_tells_names_norms_and_bytes():
         ({"blocks": []}, "privacy.blocks is empty"),
     ],
 )
-def test_values_that_cannot_be_are_refused(values, words):
+def test_values_out_of_range_are_refused(values, words):
     with pytest.raises(ConfigError, match=words):
         PrivacyPolicy(**values)
 
@@ -351,7 +351,7 @@ def test_noise_without_opacus_is_refused_with_the_way_to_install_it(monkeypatch)
     PrivacyPolicy(clip=1.0, rounding="int8")
 
 
-def test_sites_are_called_by_their_names():
+def test_policies_are_assigned_by_site_name():
     one, other = PrivacyPolicy(clip=1.0), PrivacyPolicy(clip=2.0)
     assert policies_by_site(None, ["a", "b"], FedAvg()) == {}
     assert policies_by_site(one, ["a", "b"], FedAvg()) == {"a": one, "b": one}
@@ -360,7 +360,7 @@ def test_sites_are_called_by_their_names():
         policies_by_site({"z": one}, ["a", "b"], FedAvg())
 
 
-def test_a_site_that_must_not_send_its_counts_is_not_drowned_by_those_that_do():
+def test_sites_without_counts_beside_sites_with_counts_are_refused():
     guarded = PrivacyPolicy(**NOISE)
     for aggregator in (FedAvg(), BayesianAggregator()):
         with pytest.raises(ConfigError, match="b would weigh as one image"):
@@ -388,7 +388,7 @@ class Plain(nn.Module):
         (NOISE, Toy, FedAvg, r"encoder.2 is a BatchNorm1d"),
     ],
 )
-def test_what_the_policy_cannot_hold_for_is_refused(policy, module, aggregator, words):
+def test_models_and_aggregators_outside_the_policy_are_refused(policy, module, aggregator, words):
     built = module()
     with pytest.raises(ConfigError, match=words):
         PrivacyPolicy(**policy).check(built, schema_of(built), aggregator())
@@ -398,6 +398,6 @@ def test_what_the_policy_cannot_hold_for_is_refused(policy, module, aggregator, 
     "policy, module, aggregator",
     [(NOISE, Plain, BayesianAggregator), (NOISE, Toy, FedBN), ({"clip": 1.0}, Toy, Scaffold)],
 )
-def test_what_it_can_hold_for_is_not(policy, module, aggregator):
+def test_supported_models_and_aggregators_pass(policy, module, aggregator):
     built = module()
     PrivacyPolicy(**policy).check(built, schema_of(built), aggregator())

@@ -74,13 +74,13 @@ def test_sites_that_drop_out_are_left_out_of_the_sum(gone):
         torch.testing.assert_close(found[name], plain[name], atol=5 * 2.0**-33, rtol=0)
 
 
-def test_a_site_that_delivers_and_then_is_silent_still_counts():
+def test_a_site_that_delivers_and_then_drops_out_still_counts():
     values = numbers("abcde")
     found, plain = summed(values, delivered=list("abcd"), answered=list("bcd")), total(values, list("abcd"))
     torch.testing.assert_close(found["w"], plain["w"], atol=5 * 2.0**-33, rtol=0)
 
 
-def test_too_few_answers_lose_the_sum_and_show_nothing():
+def test_too_few_answers_lose_the_sum_and_reveal_nothing():
     values = numbers("abcde")
     with pytest.raises(RuntimeError, match="2 sites answered, 3 are required"):
         summed(values, answered=["a", "b"])
@@ -88,7 +88,7 @@ def test_too_few_answers_lose_the_sum_and_show_nothing():
         summed(values, delivered=["a", "b"], answered=["a", "b"])
 
 
-def test_a_single_summand_is_noise_to_the_server():
+def test_a_single_masked_summand_is_uniform_noise():
     """All ones, 20 000 times: masked, each byte and the whole are uniform, and unlike in another session."""
     ones = {"w": torch.ones(20_000)}
     seeds = {pair: secrets.token_bytes(KEY_BYTES) for pair in itertools.combinations("abc", 2)}
@@ -103,7 +103,7 @@ def test_a_single_summand_is_noise_to_the_server():
     assert stats.kstest(plain / 2.0**64, "uniform").pvalue < 1e-12, "the test does see what is not masked"
 
 
-def test_without_the_self_mask_a_late_update_would_be_bare():
+def test_without_the_self_mask_a_late_update_would_be_revealed():
     """The server took b for dropped, undid its pairwise masks, and then b's update arrives."""
     values = numbers("abc")
     party = members("abc", threshold=2)
@@ -119,7 +119,7 @@ def test_without_the_self_mask_a_late_update_would_be_bare():
     torch.testing.assert_close(decode(unmasked, (7, 5)).float(), values["b"]["w"], atol=1e-9, rtol=0)
 
 
-def test_a_site_gives_either_seed_away_and_only_once():
+def test_a_site_reveals_one_kind_of_seed_and_only_once():
     party = members("abc")
     delivered = party["a"].reveal(["a", "b"])
     assert {sender: sorted(names) for sender, names in delivered.items()} == {
@@ -134,7 +134,7 @@ def test_a_site_gives_either_seed_away_and_only_once():
         party["b"].mask({"w": torch.ones(2)})
 
 
-def test_what_is_shared_out_says_nothing_of_the_seeds_that_stay():
+def test_shares_do_not_reveal_the_permanent_seeds():
     seeds = {pair: secrets.token_bytes(KEY_BYTES) for pair in itertools.combinations("abc", 2)}
     party = members("abc", threshold=2, seeds=seeds)
     shares = [party[site].reveal(["a", "b"]) for site in "ab"]
@@ -144,7 +144,7 @@ def test_what_is_shared_out_says_nothing_of_the_seeds_that_stay():
     assert members("abc", "round 2", seeds=seeds)["a"]._pairs["c"] != session
 
 
-def test_shares_give_the_secret_back_and_fewer_are_uniform():
+def test_threshold_shares_restore_the_secret_and_fewer_are_uniform():
     secret = secrets.token_bytes(KEY_BYTES)
     cut = split(secret, 5, 3)
     for chosen in itertools.combinations(range(5), 3):
@@ -169,7 +169,7 @@ def test_numbers_that_do_not_fit_are_refused(value):
         encode(torch.tensor([0.0, value]), 3)
 
 
-def test_the_keystream_is_shake256_and_its_normals_are_normal():
+def test_the_random_stream_is_shake256_and_its_normals_are_normal():
     first = int.from_bytes(hashlib.shake_256(bytes(KEY_BYTES) + b"label").digest(8), "little")
     assert words(bytes(KEY_BYTES), "label", 1).tolist() == [first]
     assert words(bytes(KEY_BYTES), "label", 2).tolist() == words(bytes(KEY_BYTES), "label", 5).tolist()[:2]
@@ -210,7 +210,7 @@ def test_the_merge_needs_only_sums(name):
     assert not torch.equal(merged["encoder.0.weight"], state["encoder.0.weight"])
 
 
-def test_a_task_nobody_labelled_stays_and_who_labelled_one_does_not_show():
+def test_an_unlabelled_task_stays_and_owners_are_not_revealed():
     state, schema = toy()
     updates = [make_update(site, state, schema, i, tasks=("lungs",)) for i, site in enumerate("abc")]
     terms = {u.site: summands(BayesianAggregator(), u, schema) for u in updates}
@@ -232,7 +232,7 @@ def test_a_task_nobody_labelled_stays_and_who_labelled_one_does_not_show():
         BayesianAggregator(b=0.5),
     ],
 )
-def test_what_looks_at_single_updates_is_refused(aggregator):
+def test_aggregators_that_need_single_updates_are_refused(aggregator):
     state, schema = toy()
     with pytest.raises(ConfigError, match="single updates"):
         summands(aggregator, make_update("a", state, schema), schema)
