@@ -166,6 +166,16 @@ def test_every_option_of_a_table_of_your_own_is_documented():
     assert not missing, f"docs/your_own_data.md has no row for {', '.join(sorted(missing))}"
 
 
+def test_the_table_of_aggregators_names_their_files():
+    text = (ROOT / "docs/federation/index.md").read_text()
+    rows = re.findall(r"^\| (`\w+.*?) \| `(\w+\.py)` \|", text, re.MULTILINE)
+    assert rows
+    for names, file in rows:
+        source = (ROOT / "federation/aggregators" / file).read_text()
+        for name in re.findall(r"`(\w+)", names):
+            assert f"class {name}(" in source, f"{name} is not in {file}"
+
+
 def test_every_page_is_in_the_navigation():
     navigation = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text())
     pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.is_relative_to(ROOT / "docs")}
