@@ -7,55 +7,39 @@ one costs is stated at each protocol.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor, nn
-    from torch.nn.parameter import Parameter
+    from torch import Tensor
 
     from mtmedformer.batch import Task
 
 # --- model -----------------------------------------------------------------------------------------------------------
 
 
-@runtime_checkable
-class Encoder(Protocol):
-    """A ``torch.nn.Module`` that turns an image into a feature pyramid; the type of ``MultiTaskModule.encoder``.
+class PredictingModule(Protocol):
+    """A trained module as a ``PredictionStrategy`` uses it.
 
     Attributes:
-        name: Short name for reports and tags, for example ``pvt_v2_b0``.
-        channels: Channels of every level.
-        strides: Stride of each level in pixels, finest first.
+        tasks: Tasks by name.
+        calibration: Calibration by task; ``temperature`` is ``None`` where there is none.
     """
 
-    name: str
-    channels: int
-    strides: tuple[int, ...]
+    @property
+    def tasks(self) -> dict[str, Task]: ...  # noqa: D102
 
-    def __call__(self, image: Tensor) -> list[Tensor]:
-        """Return the levels, finest first: (B, channels, ceil(H / s), ceil(W / s)) for an image (B, C, H, W)."""
+    calibration: Any
+
+    def predict(self, image: Tensor, raw: bool = False) -> dict[str, Any]:
+        """Return the predictions of one forward pass by task."""
         ...
 
-    def layer_depths(self) -> dict[str, int]:
-        """Return the depth of each parameter by name, 0 nearest to the image; empty without layers."""
-        ...
 
-    def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that must not decay, for example position embeddings."""
-        ...
-
-    # Members of torch.nn.Module that MultiTaskModule uses.
-    def parameters(self, recurse: bool = ...) -> Iterator[Parameter]: ...  # noqa: D102
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]: ...  # noqa: D102
-    def to(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
-    def compile(self, *args: Any, **kwargs: Any) -> None: ...  # noqa: D102
-
-
-class Predictor(Protocol):
+class PredictionStrategy(Protocol):
     """How ``test`` and ``predict`` compute the predictions of an image: directly, by tiles, from posterior samples.
 
     ``MultiTaskModule.predictor`` holds one; a callback may set another before prediction starts.
@@ -67,11 +51,11 @@ class Predictor(Protocol):
     @property
     def settings(self) -> Mapping[str, Any]: ...  # noqa: D102
 
-    def predict(self, module: Any, image: Tensor, raw: bool = False) -> dict[str, Any]:
+    def predict(self, module: PredictingModule, image: Tensor, raw: bool = False) -> dict[str, Any]:
         """Return the predictions by task.
 
         Args:
-            module: The ``MultiTaskModule``; its method ``predict`` computes the predictions of one forward pass.
+            module: The module; its method ``predict`` computes the predictions of one forward pass.
             image: float (B, C, H, W) in [0, 1].
             raw: Add the predictions without calibration as ``raw/<task>``.
         """

@@ -24,7 +24,38 @@ from mtmedformer.geometry import boxes_in_original
 from mtmedformer.inference.results import NOTE, UNCERTAINTY, inside_original
 from mtmedformer.module import MultiTaskModule
 from mtmedformer.plots.heatmaps import HeatMap, maps_figure
+from mtmedformer.protocols import PredictingModule, PredictionStrategy
 from mtmedformer.storage.atomic_write import whole
+
+
+class PosteriorPredictor:
+    """Averages the predictions of another predictor over samples of the weights.
+
+    Args:
+        inner: Predicts with the weights the module has at the time.
+        settings: Number of samples and scale by task.
+
+    Attributes:
+        model: The samples, once the weights are loaded.
+        sampled: Predictions and uncertainties of the last batch.
+    """
+
+    def __init__(self, inner: PredictionStrategy, settings: dict[str, Any]) -> None:
+        self.inner, self.sampling = inner, settings
+        self.model: SampledModel | None = None
+        self.sampled: Sampled | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that change predictions."""
+        return dict(self.inner.settings) | {"sampling": self.sampling}
+
+    def predict(self, module: PredictingModule, image: Tensor, raw: bool = False) -> dict[str, Any]:
+        """Return the mean predictions by task; see ``mtmedformer.protocols.PredictionStrategy``."""
+        if self.model is None:
+            raise RuntimeError("the posterior is sampled once the test or prediction has started")
+        self.sampled = self.model(lambda part: self.inner.predict(module, part, raw), image)
+        return self.sampled.predictions
 
 
 class PosteriorPrediction(Callback):
@@ -47,10 +78,8 @@ class PosteriorPrediction(Callback):
         if samples < 1:
             raise ConfigError(f"PosteriorPrediction.samples={samples} must be at least 1")
         self.samples, self.maps, self.file, self.root = samples, maps, posterior, folder
-        self.sampled: Sampled | None = None
-        """What the samples said of the last batch."""
         self._posterior: Posterior | None = None
-        self._replaced: MultiTaskModule | None = None
+        self._predictor: PosteriorPredictor | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the posterior.
@@ -72,7 +101,9 @@ class PosteriorPrediction(Callback):
         if not any(one["scale"] for one in tasks.values()):
             said = "; ".join(f"{name}: {one['message']}" for name, one in tasks.items()) or "it was never tuned"
             raise ConfigError(f"PosteriorPrediction: {file.name} is of no use: {said}. Predict without this callback.")
-        pl_module.sampling = {"samples": self.samples, "scales": {name: one["scale"] for name, one in tasks.items()}}
+        settings = {"samples": self.samples, "scales": {name: one["scale"] for name, one in tasks.items()}}
+        self._predictor = PosteriorPredictor(pl_module.predictor, settings)
+        pl_module.predictor = self._predictor
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put samples in the place of the mean model."""
@@ -86,10 +117,11 @@ class PosteriorPrediction(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *args: Any
     ) -> None:
         """Write the uncertainty of a batch's boxes and, where asked for, pixels."""
-        assert self.sampled is not None
-        assert self._replaced is not None
-        tasks = self._replaced.tasks
-        doubts = [image_doubts(self.sampled, tasks, i, meta) for i, meta in enumerate(batch.meta)]
+        assert isinstance(pl_module, MultiTaskModule)
+        assert self._predictor is not None
+        assert self._predictor.sampled is not None
+        tasks, sampled = pl_module.tasks, self._predictor.sampled
+        doubts = [image_doubts(sampled, tasks, i, meta) for i, meta in enumerate(batch.meta)]
         outputs[UNCERTAINTY] = {
             name: {key: torch.tensor([one[name][key] for one in doubts]) for key in measures}
             for name, measures in (doubts[0] if doubts else {}).items()
@@ -97,8 +129,8 @@ class PosteriorPrediction(Callback):
         folder = PredictionFolder(predictions_root(trainer, self.root))
         for i, meta in enumerate(batch.meta):
             with whole(folder.path("uncertainty", meta.id, ".json")) as file:
-                file.write_text(json.dumps(_facts(self.sampled, tasks, i, meta), indent=1) + "\n")
-            maps = _maps(self.sampled, tasks, i) if self.maps else {}
+                file.write_text(json.dumps(_facts(sampled, tasks, i, meta), indent=1) + "\n")
+            maps = _maps(sampled, tasks, i) if self.maps else {}
             if maps:
                 grey = batch.image[i].float().mean(dim=0).cpu().numpy()
                 footer = "entropy: all doubt; mutual information: the part that the samples disagree about"
@@ -106,11 +138,10 @@ class PosteriorPrediction(Callback):
                     maps_figure(grey, maps, meta, footer).savefig(file, dpi=110, format="png")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the module its own way of predicting back."""
-        if self._replaced is not None:
-            del self._replaced.predict_whole
-            self._replaced.sampling = None
-            self._replaced = None
+        """Give the module its previous predictor back."""
+        if self._predictor is not None and isinstance(pl_module, MultiTaskModule):
+            pl_module.predictor = self._predictor.inner
+            self._predictor = None
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, MultiTaskModule)
@@ -127,15 +158,10 @@ class PosteriorPrediction(Callback):
             for name, one in tuning["tasks"].items():
                 print_line(trainer, f"{name}: {one['message']}")
         scales = {name: float(one["scale"]) for name, one in tuning["tasks"].items()}
-        model = SampledModel(pl_module, posterior, scales, self.samples, tuning["seed"], tuning["blocks"])
-        plain = pl_module.predict_whole
-
-        def predict_whole(image: Tensor, raw: bool = False) -> dict[str, Any]:
-            self.sampled = model(lambda part: plain(part, raw=raw), image)
-            return self.sampled.predictions
-
-        pl_module.predict_whole = predict_whole  # type: ignore[method-assign]
-        self._replaced = pl_module
+        assert self._predictor is not None
+        self._predictor.model = SampledModel(
+            pl_module, posterior, scales, self.samples, tuning["seed"], tuning["blocks"]
+        )
 
 
 def image_doubts(sampled: Sampled, tasks: Mapping[str, Task], i: int, meta: Meta) -> dict[str, dict[str, float]]:

@@ -19,6 +19,7 @@ from callbacks.prediction.prediction_folder import PredictionFolder, predictions
 from mtmedformer.batch import Batch, Task
 from mtmedformer.calibration import plain
 from mtmedformer.inference.results import NOTE, findings
+from mtmedformer.module import MultiTaskModule
 from mtmedformer.protocols import CalibratedModel, OriginalImages, ResumablePrediction
 from mtmedformer.storage.hashing import weights_digest
 
@@ -156,7 +157,7 @@ class PredictionWriter(Callback):
         self, writer: ImageWriter, pl_module: LightningModule, data: Any, calibration: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return model and settings; predictions are continued only with the same ones."""
-        ways = {key: getattr(pl_module, key, None) for key in ("tile", "overlap", "flip_tta", "sampling")}
+        ways = dict(pl_module.predictor.settings) if isinstance(pl_module, MultiTaskModule) else {}
         own = {
             "score": self.score,
             "threshold": {f"{task}: {c}": value for (task, c), value in writer.box_thresholds.items()},

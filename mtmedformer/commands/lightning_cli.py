@@ -21,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, instant
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
+from torch.optim import Optimizer
 
 import callbacks
 import datamodules
@@ -30,6 +31,8 @@ from mtmedformer.commands.checkpoint_config import difference, existing_checkpoi
 from mtmedformer.commands.messages import parser_message
 from mtmedformer.commands.predict_images import with_images
 from mtmedformer.errors import ConfigError
+from mtmedformer.module import MultiTaskModule
+from mtmedformer.storage.constructor_arguments import hyperparameters
 
 
 def main(argv: list[str]) -> int:
@@ -98,10 +101,13 @@ class CommandLine(LightningCLI):
                 },
                 subclass_mode_model=True,
                 subclass_mode_data=True,
+                auto_configure_optimizers=False,
             )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the ``federation`` key, which turns ``fit`` into rounds; the other subcommands take and ignore it."""
+        """Add ``federation``, which turns ``fit`` into rounds, and the sections ``optimizer`` and ``lr_scheduler``."""
+        parser.add_optimizer_args((Optimizer,))
+        parser.add_lr_scheduler_args()
         parser.add_subclass_arguments(callbacks.Federation, "federation", required=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -112,13 +118,27 @@ class CommandLine(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint's hyperparameters silently override the command line."""
 
-    def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
-        """Hand the optimizer and lr_scheduler keys to the module, which knows its parameter groups."""
-        optimizer, scheduler = (self._get(self.config_init, key) for key in ("optimizer", "lr_scheduler"))
-        if optimizer:
-            self.model.optimizer_factory = lambda parameters: instantiate_class((parameters,), optimizer)
-        if scheduler:
-            self.model.scheduler_factory = lambda opt: instantiate_class(opt, scheduler)
+    def after_instantiate_classes(self) -> None:
+        """Set the module's optimizer and schedule from the top-level sections, and how it was configured.
+
+        Raises:
+            ConfigError: There is such a section, but the module configures its optimizer itself.
+        """
+        config = self.config[self.subcommand]
+        if not isinstance(self.model, MultiTaskModule):
+            if config.get("optimizer") or config.get("lr_scheduler"):
+                raise ConfigError(
+                    f"optimizer: {type(self.model).__name__} configures its optimizer itself; remove the sections "
+                    "optimizer and lr_scheduler"
+                )
+            return
+        if optimizer := config.get("optimizer"):
+            self.model.optimizer = lambda parameters: instantiate_class((parameters,), optimizer)
+        if scheduler := config.get("lr_scheduler"):
+            self.model.lr_scheduler = lambda opt: instantiate_class(opt, scheduler)
+        model = self.config_dump["model"]
+        arguments = {k: v for k, v in model["init_args"].items() if k not in MultiTaskModule.not_recorded}
+        self.model.save_hyperparameters(hyperparameters(model["class_path"], arguments), logger=False)
 
     def before_instantiate_classes(self) -> None:
         """Resolve ``--ckpt_path``, choose the run folder and set the defaults that depend on the subcommand."""

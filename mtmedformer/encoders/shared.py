@@ -10,17 +10,18 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models import group_parameters, load_pretrained
-from timm.optim._param_groups import auto_group_layers
-from torch import Tensor, nn
+from timm.optim import auto_group_layers  # type: ignore[attr-defined]
+from torch import Tensor
 
 from mtmedformer.encoders import tiny  # noqa: F401  (registers mtmedformer_tiny with timm)
+from mtmedformer.encoders.base import Encoder
 from mtmedformer.encoders.neck import LEVELS, Neck
 from mtmedformer.encoders.pretrained import LoadReport, load_weights
 from mtmedformer.errors import ConfigError
 
 
-class SharedEncoder(nn.Module):
-    """Turns an image into five feature maps of one width, strides 4 to 64, for every head to read.
+class SharedEncoder(Encoder):
+    """Turns an image into five feature maps of one width, strides 4 to 64.
 
     The body is a timm model cut before its classifier, the neck a feature pyramid network with GroupNorm. The image is
     padded with black at the right and bottom to whole strides and the maps are cut back. Plain vision transformers get

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+
+from mtmedformer.encoders.base import Encoder
+from mtmedformer.storage.constructor_arguments import RecordsArguments
 
 if TYPE_CHECKING:
     from mtmedformer.batch import Kind, Target, Task
     from mtmedformer.metrics.base import TaskMetrics
 
 
-class TaskHead(nn.Module, ABC):
+class TaskHead(RecordsArguments, nn.Module, ABC):
     """A decoder of one task. It knows no other head and no data set.
 
     A head is constructed from its options alone (so that YAML can describe it) and gets its layers in ``build``, which
@@ -125,3 +131,23 @@ class TaskHead(nn.Module, ABC):
         from mtmedformer.batch import Task
 
         return Task(name, self.kind, self.classes, getattr(self, "multi_label", False))
+
+
+def build_heads(heads: Mapping[str, TaskHead], encoder: Encoder) -> nn.ModuleDict:
+    """Build the layers of every head for an encoder and return the heads by name.
+
+    Each head draws its weights from a random stream of its own, so that it starts from the same weights whichever other
+    heads there are.
+    """
+    base = int(torch.randint(2**31, ()))
+    for name, head in heads.items():
+        with _seeded_by(base, name):
+            head.build(encoder.channels, encoder.strides)
+    return nn.ModuleDict(heads)
+
+
+@contextmanager
+def _seeded_by(base: int, name: str) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(base + zlib.crc32(name.encode()))
+        yield

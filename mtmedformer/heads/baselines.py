@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtmedformer.batch import DetectionTarget, Target
-from mtmedformer.encoders.shared import SharedEncoder
+from mtmedformer.encoders.base import Encoder
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
 from mtmedformer.heads.segmentation import SegmentationHead
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LARGEST_STRIDE = 32
 
 
-class NoEncoder(SharedEncoder):
+class NoEncoder(Encoder):
     """Hands the image on as the only level of the pyramid, for a head that brings a network of its own.
 
     Args:
@@ -34,8 +34,9 @@ class NoEncoder(SharedEncoder):
     """
 
     def __init__(self, in_chans: int = 1) -> None:
-        nn.Module.__init__(self)
-        self.name, self.in_chans, self.channels, self.strides = "none", in_chans, in_chans, (1,)  # type: ignore[assignment]
+        super().__init__()
+        self.name, self.in_chans, self.fixed_size = "none", in_chans, None
+        self.channels, self.strides = in_chans, (1,)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Return the image."""

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from mtmedformer.errors import ConfigError
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""Layers whose output for an image depends on the other images of the batch."""
+
 
 def pick_levels(strides: Sequence[int], wanted: Sequence[int]) -> list[int]:
     """Return where in ``strides`` each wanted stride is.
@@ -39,3 +42,8 @@ def enlarge(x: Tensor, factor: float, size: Sequence[int]) -> Tensor:
 def group_norm(channels: int) -> nn.GroupNorm:
     """Return a GroupNorm of 8 groups, or of the largest smaller number that divides ``channels``."""
     return nn.GroupNorm(math.gcd(8, channels), channels)
+
+
+def mixes_images(head: nn.Module) -> bool:
+    """Return whether the output for an image depends on the other images of the batch (BatchNorm)."""
+    return any(isinstance(layer, BATCH_NORMS) for layer in head.modules())

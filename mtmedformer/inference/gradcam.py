@@ -12,7 +12,7 @@ from mtmedformer.heads.base import TaskHead
 from mtmedformer.heads.layers import enlarge
 
 if TYPE_CHECKING:
-    from mtmedformer.module import MultiTaskModule
+    from mtmedformer.network import MultiTaskNetwork
 
 
 def attention_map(head: TaskHead, outputs: Any, size: tuple[int, int]) -> Tensor | None:
@@ -36,7 +36,7 @@ def attention_map(head: TaskHead, outputs: Any, size: tuple[int, int]) -> Tensor
     return _relative(enlarge(attention[:, None].float(), stride, size)[:, 0])
 
 
-def grad_cam(module: MultiTaskModule, image: Tensor, task: str, label: int) -> Tensor:
+def grad_cam(module: MultiTaskNetwork, image: Tensor, task: str, label: int) -> Tensor:
     r"""Return what speaks for a class, place by place.
 
     Gradient times activation, summed over the channels of every level $A^l$ of the pyramid,

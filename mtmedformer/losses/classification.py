@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from mtmedformer.errors import ConfigError, DataError
+from mtmedformer.storage.constructor_arguments import RecordsArguments
 
 
-class ClassLoss(nn.Module, ABC):
+class ClassLoss(RecordsArguments, nn.Module, ABC):
     """A loss of class logits against labels that may be unknown.
 
     Args:

@@ -14,8 +14,10 @@ from torchvision.ops import (
     sigmoid_focal_loss,
 )
 
+from mtmedformer.storage.constructor_arguments import RecordsArguments
 
-class BoxLoss(nn.Module, ABC):
+
+class BoxLoss(RecordsArguments, nn.Module, ABC):
     """A loss of predicted boxes against the true ones.
 
     Args:

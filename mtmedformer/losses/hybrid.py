@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from mtmedformer.errors import ConfigError
 from mtmedformer.losses.gradient_aggregation import GradientAggregation
 from mtmedformer.losses.weighting import FixedWeighting, Weighting
+from mtmedformer.storage.constructor_arguments import RecordsArguments
 
 
-class HybridLoss(nn.Module):
+class HybridLoss(RecordsArguments, nn.Module):
     r"""Add the task losses as $\sum_t w_t\, f_t(L_t)$ over the tasks that the batch labels.
 
     $w_t$ are the user's weights and $f$ the weighting strategy. A task that is absent, or has weight 0, changes neither

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from mtmedformer.losses.classification import exclusive_cross_entropy, known_mean
+from mtmedformer.storage.constructor_arguments import RecordsArguments
 
 
-class MaskLoss(nn.Module, ABC):
+class MaskLoss(RecordsArguments, nn.Module, ABC):
     """A loss of mask logits against masks that may be known in part.
 
     Args:

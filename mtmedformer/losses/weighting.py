@@ -18,9 +18,10 @@ from torch.optim.adam import adam
 from torchjd.scalarization import UW
 
 from mtmedformer.errors import ConfigError
+from mtmedformer.storage.constructor_arguments import RecordsArguments
 
 
-class Weighting(nn.Module, ABC):
+class Weighting(RecordsArguments, nn.Module, ABC):
     """Turns the losses of a batch into weighted terms; ``HybridLoss`` multiplies them by the user's weights and adds.
 
     Attributes:

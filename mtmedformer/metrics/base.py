@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
-from torchmetrics import Metric
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from mtmedformer.batch import Meta
@@ -169,9 +170,7 @@ class TaskMetrics(Metric):
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Hold the rows of all processes within the context; every process has to enter it."""
-        with self.sync_context(
-            dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
-        ):
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
             yield
 
     def seen(self) -> Images:
@@ -186,6 +185,61 @@ class TaskMetrics(Metric):
             sites=tuple(lines[row][2] for row in rows),
             views=tuple(lines[row][3] for row in rows),
         )
+
+
+class MetricsByTask(nn.ModuleDict):
+    """The metrics of every task for one split.
+
+    Args:
+        metrics: A fresh metric per task, by its name.
+    """
+
+    def __init__(self, metrics: Mapping[str, TaskMetrics]) -> None:
+        super().__init__(metrics)
+
+    def of(self, name: str) -> TaskMetrics:
+        """Return the metric of a task."""
+        return cast("TaskMetrics", self[name])
+
+    def reset(self) -> None:
+        """Forget all images."""
+        for name in self:
+            self.of(name).reset()
+
+    def compute(self) -> tuple[dict[str, dict[str, float]], float]:
+        """Return the values of each task by name, and the mean of the primary ones that are known (NaN if none is)."""
+        values = {name: {key: float(value) for key, value in self.of(name).compute().items()} for name in self}
+        return values, known_mean(one.get(self.of(name).primary, math.nan) for name, one in values.items())
+
+
+class TaskMeans(nn.ModuleDict):
+    """The mean of one number per task, weighted by labelled images.
+
+    Args:
+        tasks: Names of the tasks.
+    """
+
+    def __init__(self, tasks: Iterable[str]) -> None:
+        super().__init__({name: MeanMetric() for name in tasks})
+
+    def of(self, name: str) -> MeanMetric:
+        """Return the mean of a task."""
+        return cast("MeanMetric", self[name])
+
+    def reset(self) -> None:
+        """Forget all values."""
+        for name in self:
+            self.of(name).reset()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the mean of each task; NaN without a value."""
+        return {name: self.of(name).compute() for name in self}
+
+
+def known_mean(values: Iterable[float]) -> float:
+    """Return the mean of the values that are not NaN; NaN where there is none."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def gather_on_cpu(tensor: Tensor, group: Any = None) -> list[Tensor]:

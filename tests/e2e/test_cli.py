@@ -189,7 +189,9 @@ def test_a_model_is_tested_on_data_that_know_some_of_its_tasks(trained, tmp_path
         best = str(folder / "checkpoints/best.ckpt")
         assert main(["test", "--config", config, "--ckpt_path", best, where, *arguments]) == 0
         found[name] = json.loads((tmp_path / name / "test_metrics.json").read_text())
-        assert ("Not judged, since these data have no labels for it: health, nodules" in caplog.text) == bool(arguments)
+        assert ("Not evaluated, because the data have no labels for it: health, nodules" in caplog.text) == bool(
+            arguments
+        )
     assert found["some"]["test/organ/dice"] == found["all"]["test/organ/dice"]
     judged = {key.split("/")[1] for key, value in found["some"].items() if value is not None and "/n_" not in key}
     assert judged - {"score", "loss"} == {"organ"}
@@ -281,6 +283,7 @@ def test_single_task_and_cnn_baselines_are_one_flag_away(images, tmp_path):
         ],
         ["--model.layer_decay=0.8", "--model.encoder.grad_checkpointing=true"],
         ["--data.sampler=sqrt"],
+        ["--model.optimizer=SGD", "--model.optimizer.lr=0.01", "--model.lr_scheduler=WarmupCosine"],
         ["--model.compile=aot_eager", "--data.sampler=shuffle"],
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import mtmedformer
 from mtmedformer import (
     ClassificationHead,
     ConfigError,
@@ -18,6 +19,7 @@ from mtmedformer import (
     WarmupCosine,
 )
 from mtmedformer.batch import IGNORE, Batch, ClassificationTarget, DetectionTarget, Meta, SegmentationTarget
+from mtmedformer.inference.predictor import TiledPredictor
 from mtmedformer.losses import FixedWeighting
 
 SIZE = 64
@@ -115,7 +117,7 @@ def masked(data, tasks):
 
 def test_an_unlabelled_task_leaves_its_head_exactly_where_it_was():
     module = model()
-    module.optimizer_factory = lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.5)
+    module.optimizer = lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.5)
     before = copy.deepcopy(module.heads["nodules"].state_dict())
     data = [batch({"health": [True] * 2, "nodules": [False] * 2, "organ": [True] * 2}, seed) for seed in range(3)]
     trainer().fit(module, DataLoader(data, batch_size=None))
@@ -193,7 +195,7 @@ def test_predicting_in_windows_of_the_whole_image_changes_nothing():
     image = torch.rand(1, 1, SIZE, SIZE)
     with torch.no_grad():
         whole = module.predict_whole(image)
-        module.tile = (SIZE, SIZE)
+        module.predictor = TiledPredictor(tile=(SIZE, SIZE))
         tiled = module.predict_whole(image)
     torch.testing.assert_close(whole["organ"], tiled["organ"], rtol=0, atol=1e-6)
     torch.testing.assert_close(whole["health"], tiled["health"], rtol=0, atol=1e-6)
@@ -228,3 +230,45 @@ def test_a_trained_module_can_be_copied():
     data = batch({"health": [True] * 2, "nodules": [True] * 2, "organ": [True] * 2})
     trainer().fit(module, train_dataloaders=DataLoader([data], batch_size=None))
     assert copy.deepcopy(module).state_dict().keys() == module.state_dict().keys()
+
+
+def test_optimizer_and_schedule_are_constructor_arguments():
+    module = model(
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.3),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5),
+    )
+    fitting = trainer(max_epochs=2)
+    data = [batch({"health": [True] * 2, "nodules": [True] * 2, "organ": [True] * 2})]
+    fitting.fit(module, DataLoader(data, batch_size=None))
+    (optimizer,) = fitting.optimizers
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.075}
+
+
+def test_a_checkpoint_of_a_module_built_in_python_can_be_loaded(tmp_path):
+    module = model(loss=None, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1), tile=(48, 48))
+    data = [batch({"health": [True] * 2, "nodules": [True] * 2, "organ": [True] * 2})]
+    fitting = trainer()
+    fitting.fit(module, DataLoader(data, batch_size=None))
+    fitting.save_checkpoint(tmp_path / "model.ckpt")
+
+    stored = torch.load(tmp_path / "model.ckpt", weights_only=True)["hyper_parameters"]
+    assert (
+        stored["encoder"]["init_args"] | {"name": "mtmedformer_tiny", "channels": 16} == stored["encoder"]["init_args"]
+    )
+    loaded = mtmedformer.load(tmp_path / "model.ckpt").module
+    rebuilt = MultiTaskModule.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    for other in (loaded, rebuilt):
+        assert other.predictor.settings == module.predictor.settings
+        own = {key: value for key, value in module.state_dict().items() if not key.startswith("loss.")}
+        assert all(torch.equal(value, other.state_dict()[key]) for key, value in own.items())
+
+
+def test_a_part_that_cannot_be_described_is_not_recorded():
+    class OwnHead(SegmentationHead):
+        def __init__(self, classes, rule):
+            super().__init__(classes)
+            self.rule = rule
+
+    module = MultiTaskModule(SharedEncoder("mtmedformer_tiny", channels=16), {"organ": OwnHead(["organ"], object())})
+    assert dict(module.hparams) == {}

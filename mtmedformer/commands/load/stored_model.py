@@ -30,7 +30,7 @@ ABOUT, WEIGHTS, GRAPH, CONFIG = "model.json", "model.safetensors", "model.onnx",
 
 MODEL_HOMES = (
     "mtmedformer",
-    "mtmedformer.encoders.shared",
+    "mtmedformer.encoders",
     "mtmedformer.heads",
     "mtmedformer.losses",
     "mtmedformer.module",

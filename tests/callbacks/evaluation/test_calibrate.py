@@ -21,6 +21,7 @@ from mtmedformer import (
 )
 from mtmedformer.batch import Boxes, Meta, Sample, collate
 from mtmedformer.calibration import TaskCalibration
+from mtmedformer.inference.predictor import TiledPredictor
 from mtmedformer.metrics.calibration import CalibrationMetrics
 from mtmedformer.metrics.temperature import TemperatureSums
 from mtmedformer.thresholds import class_performance
@@ -225,11 +226,11 @@ def test_windows_and_mirrors_are_calibrated_too(fitted):
     _, module, _ = fitted
     whole = twin(module).eval()
     tiled = twin(module).eval()
-    tiled.tile, tiled.flip_tta = (SIZE, SIZE), False
+    tiled.predictor = TiledPredictor((SIZE, SIZE))
     image = next(iter(loader(module))).image
     both = tiled.predict_whole(image, raw=True)
     torch.testing.assert_close(both["organ"], whole.predict(image)["organ"])
-    tiled.tile, tiled.flip_tta = (24, 24), True
+    tiled.predictor = TiledPredictor((24, 24), flip_tta=True)
     both = tiled.predict_whole(image, raw=True)
     assert {"raw/health", "raw/signs", "raw/organ"} <= both.keys()
     tiled.calibration = {}

@@ -15,6 +15,7 @@ from federation.bayes.posterior import Posterior
 from federation.bayes.sampling import TruthLikelihood
 from federation.bayes.uncertainty import likelihood_sums, tune_scale
 from mtmedformer.errors import ConfigError
+from mtmedformer.inference.predictor import TiledPredictor
 from tests.fixtures.square_sites import SquareSite, square_model
 
 
@@ -164,8 +165,7 @@ def test_predict_tells_how_unsure_it_is_per_image_box_and_pixel(fitted, tmp_path
     pictures = list((tmp_path / "drawn/uncertainty").glob("*.png"))
     assert len(pictures) == 8
     assert Image.open(pictures[0]).size[0] > 300
-    assert module.sampling is None
-    assert "predict_whole" not in vars(module)
+    assert module.predictor == TiledPredictor()  # its own again
 
 
 def test_predictions_by_sampling_are_not_mixed_with_others(fitted, tmp_path):

@@ -1,0 +1,131 @@
+"""The network: one shared encoder and any number of task heads, with their predictions and losses."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from mtmedformer.batch import Batch, Target, Task
+from mtmedformer.calibration import TaskCalibration
+from mtmedformer.encoders.base import Encoder
+from mtmedformer.errors import ConfigError
+from mtmedformer.heads.base import TaskHead, build_heads
+from mtmedformer.heads.layers import mixes_images
+from mtmedformer.protocols import PredictionStrategy
+
+
+class MultiTaskNetwork(L.LightningModule):
+    """Computes outputs, predictions and losses of all tasks from one pass of the encoder.
+
+    Args:
+        encoder: The shared encoder; its pyramid feeds every head.
+        heads: Task heads by task name.
+        tasks: Keep only the heads of these names; ``None`` keeps all.
+        predictor: How whole images are predicted.
+        channels_last: Use the channels-last memory format.
+
+    Attributes:
+        predictor: How ``test`` and ``predict`` predict an image; a callback may set another one.
+        calibration: Temperatures and thresholds by task, stored in the checkpoint.
+
+    Raises:
+        ConfigError: When there is no head, or ``tasks`` names a task that has none.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        heads: dict[str, TaskHead],
+        tasks: list[str] | None,
+        predictor: PredictionStrategy,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.heads = build_heads(_chosen(heads, tasks), encoder)
+        self.predictor = predictor
+        self.channels_last = channels_last
+        self.calibration: dict[str, TaskCalibration] = {}
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """The tasks of this model by name."""
+        return {name: head.task(name) for name, head in self._heads().items()}
+
+    def forward(self, image: Tensor) -> dict[str, Any]:
+        """Return each head's raw outputs for ``image`` float (B, C, H, W) in [0, 1]."""
+        pyramid = self._pyramid(image)
+        return {name: head(pyramid, image_size(image)) for name, head in self._heads().items()}
+
+    def predict(self, image: Tensor, raw: bool = False) -> dict[str, Any]:
+        """Return each head's predictions (see ``TaskHead.predict``) for ``image`` float (B, C, H, W) in [0, 1].
+
+        Probabilities are calibrated where ``calibration`` has a temperature for the task; ``raw`` adds the
+        uncalibrated ones as ``raw/<task>``.
+        """
+        outputs = self(image)
+        predictions = {}
+        for name, head in self._heads().items():
+            temperature = self.calibration[name].temperature if name in self.calibration else None
+            scaled = outputs[name] if temperature is None else head.scaled(outputs[name], temperature)
+            predictions[name] = head.predict(scaled, image_size(image))
+            if raw and temperature is not None:
+                predictions[f"raw/{name}"] = head.predict(outputs[name], image_size(image))
+        return predictions
+
+    def predict_whole(self, image: Tensor, raw: bool = False) -> dict[str, Any]:
+        """Return predictions as ``predict`` does, computed by ``predictor`` (in windows, from samples …)."""
+        return self.predictor.predict(self, image, raw)
+
+    def labelled(self, batch: Batch) -> tuple[dict[str, Any], dict[str, Target]]:
+        """Return each head's raw outputs and target for the images labelled for it; its loss reads no others.
+
+        A head without a labelled image reads the first image, so that its parameters get a zero gradient; a head with
+        BatchNorm reads all images.
+        """
+        pyramid, size = self._pyramid(batch.image), image_size(batch.image)
+        outputs, targets = {}, {}
+        for name, head in self._heads().items():
+            target, levels = batch.targets[name], pyramid
+            rows = target.present.nonzero().flatten()
+            if len(rows) < len(batch) and not mixes_images(head):
+                rows = rows if len(rows) else rows.new_zeros(1)
+                target, levels = target[rows], [level[rows] for level in pyramid]
+            outputs[name], targets[name] = head(levels, size), target
+        return outputs, targets
+
+    def task_losses(
+        self, outputs: dict[str, Any], targets: dict[str, Target]
+    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, int]]:
+        """Return, by task, the loss, its named terms and the number of labelled samples."""
+        terms = {name: head.loss(outputs[name], targets[name]) for name, head in self._heads().items()}
+        losses = {name: torch.stack(list(t.values())).sum() for name, t in terms.items()}
+        return losses, terms, {name: int(targets[name].present.sum()) for name in losses}
+
+    def _pyramid(self, image: Tensor) -> list[Tensor]:
+        if self.channels_last:
+            image = image.contiguous(memory_format=torch.channels_last)
+        pyramid: list[Tensor] = self.encoder(image)
+        return pyramid
+
+    def _heads(self) -> dict[str, TaskHead]:
+        return cast("dict[str, TaskHead]", dict(self.heads.items()))
+
+
+def image_size(image: Tensor) -> tuple[int, int]:
+    """Return ``(H, W)`` of an image (…, H, W)."""
+    return int(image.shape[-2]), int(image.shape[-1])
+
+
+def _chosen(heads: dict[str, TaskHead], tasks: list[str] | None) -> dict[str, TaskHead]:
+    if not heads:
+        raise ConfigError(
+            "model.heads is empty; name at least one, for example {lungs: {class_path: SegmentationHead}}"
+        )
+    unknown = sorted(set(tasks or []) - set(heads))
+    if unknown:
+        raise ConfigError(f"model.tasks={tasks}: no head is called {', '.join(unknown)}; heads are {', '.join(heads)}")
+    return {name: head for name, head in heads.items() if tasks is None or name in tasks}
