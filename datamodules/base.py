@@ -106,7 +106,7 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         predict_split: Literal["train", "val", "test", "all"] = "test",
     ) -> None:
         super().__init__()
-        self.image_size = _height_width(image_size)
+        self.image_size = height_width(image_size)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -291,16 +291,22 @@ def log_warning(message: str) -> None:
     log.warning(message)
 
 
-def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
+def height_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return ``image_size`` as ``(height, width)`` in pixels.
+
+    Raises:
+        ConfigError: It is neither one number nor two, or a side is below 16 pixels.
+    """
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2:
         raise ConfigError(f"data.init_args.image_size is {size}; give one number or [height, width]")
+    if min(sides) < 16:
+        raise ConfigError(f"data.init_args.image_size is {size}; it must be at least 16")
     return (sides[0], sides[1])
 
 
 def _check_arguments(data: MedicalDataModule) -> None:
     for name, value, least in (
-        ("image_size", min(data.image_size), 16),
         ("batch_size", data.batch_size, 1),
         ("num_workers", data.num_workers, 0),
         ("limit", data.limit, 1),

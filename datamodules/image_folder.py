@@ -16,7 +16,7 @@ from pydicom import dcmread
 from pydicom.uid import UID
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.base import log_warning
+from datamodules.base import height_width, log_warning
 from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import IMAGE, Issue
 from datamodules.images.dicom import is_dicom
@@ -67,15 +67,13 @@ class ImageFolderDataModule(Originals, L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.images = images
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.image_size = height_width(image_size)
         self.preset = preset
         self.batch_size = batch_size
         self.num_workers = num_workers
-        if len(self.image_size) != 2 or min(self.image_size) < 16:
-            raise ConfigError(f"data.init_args.image_size is {image_size}; give [height, width], at least 16 each")
         if batch_size < 1 or num_workers < 0:
             raise ConfigError(f"data: batch_size={batch_size} must be at least 1 and num_workers={num_workers} 0")
-        self.preprocessing = Preprocessing(preset or PlainPreset(), (self.image_size[0], self.image_size[1]))
+        self.preprocessing = Preprocessing(preset or PlainPreset(), self.image_size)
         self.records: list[Record] = []
         self.failures: list[Issue] = []
         self._finished: Callable[[Mapping[str, Path]], Collection[str]] = lambda files: ()

@@ -71,7 +71,7 @@ class Film:
 class CBISDDSMDataModule(MedicalDataModule):
     """CBIS-DDSM: scanned film mammograms with a contour, a pathology and a BI-RADS per lesion; no normal images.
 
-    Expected below ``root``, as TCIA's downloader writes it (the Kaggle mirror's ``csv`` and ``jpeg`` folders too)::
+    Expected below ``root``, as TCIA's downloader writes it (the Kaggle mirror's ``csv`` and ``jpeg`` folders too):
 
         mass_case_description_train_set.csv   calc_case_description_test_set.csv   (and the other two)
         Mass-Training_P_00001_LEFT_CC/…/*.dcm          a mammogram

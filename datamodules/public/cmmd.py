@@ -31,7 +31,7 @@ HEADER = ["PatientID", "ImageLaterality", "Laterality", "ViewPosition", "ViewCod
 class CMMDDataModule(MedicalDataModule):
     """CMMD: digital mammograms with a biopsy-proven pathology per breast; no boxes, masks or normal breasts.
 
-    Expected below ``root``, as TCIA's downloader writes it::
+    Expected below ``root``, as TCIA's downloader writes it:
 
         CMMD_clinicaldata_revision.xlsx (or .csv)
         CMMD/D1-0001/…/*.dcm

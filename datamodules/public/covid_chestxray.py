@@ -30,7 +30,7 @@ V7_LUNG = (255,)
 class CovidChestXrayDataModule(MedicalDataModule):
     """covid-chestxray-dataset: radiographs from publications with a hierarchy of findings and some lung masks.
 
-    Expected below ``root``: a checkout of the repository::
+    Expected below ``root``: a checkout of the repository:
 
         metadata.csv
         images/*.{jpg,jpeg,png}

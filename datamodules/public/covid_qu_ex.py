@@ -30,7 +30,7 @@ SUBJECT = re.compile(r"^(sub-[A-Za-z0-9]+)")
 class CovidQuExDataModule(MedicalDataModule):
     """COVID-QU-Ex: chest radiographs with a class and a lung mask each, and infection masks on 2,913 of them.
 
-    Expected below ``root`` (the archive repeats each tree's folder name)::
+    Expected below ``root`` (the archive repeats each tree's folder name):
 
         Lung Segmentation Data/Lung Segmentation Data/{Train,Val,Test}/{COVID-19,Non-COVID,Normal}/
             images/*.png   lung masks/*.png

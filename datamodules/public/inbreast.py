@@ -50,7 +50,7 @@ class Region(NamedTuple):
 class INbreastDataModule(MedicalDataModule):
     """INbreast: digital mammograms of 115 women with BI-RADS, density and exact contours.
 
-    Expected below ``root``::
+    Expected below ``root``:
 
         INbreast.csv                              separated by semicolons
         AllDICOMs/<file>_<patient>_MG_R_CC_ANON.dcm

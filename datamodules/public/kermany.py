@@ -25,7 +25,7 @@ CAUSES = {"bacteria": "bacterial_pneumonia", "virus": "viral_pneumonia"}
 class KermanyDataModule(MedicalDataModule):
     """Kermany's paediatric chest radiographs: normal, bacterial or viral pneumonia; no boxes, no masks.
 
-    Expected below ``root``, from Mendeley Data or the Kaggle mirror, whose file names differ::
+    Expected below ``root``, from Mendeley Data or the Kaggle mirror, whose file names differ:
 
         train/{NORMAL,PNEUMONIA}/*.jpeg   test/{NORMAL,PNEUMONIA}/*.jpeg   val/… (mirror only)
 

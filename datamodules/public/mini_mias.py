@@ -42,7 +42,7 @@ class InfoRow(NamedTuple):
 class MiniMIASDataModule(MedicalDataModule):
     """mini-MIAS: 322 film mammograms (MLO), 1024 × 1024 pixels, with a circle around each abnormality.
 
-    Expected below ``root``::
+    Expected below ``root``:
 
         Info.txt (or README)
         mdb001.pgm … mdb322.pgm

@@ -27,7 +27,7 @@ SUBJECT = re.compile(r"^(sub-[A-Za-z0-9]+)")
 class QaTaCov19DataModule(MedicalDataModule):
     """QaTa-COV19-v2: COVID-19 chest radiographs with infection masks; every image is positive.
 
-    Expected below ``root``::
+    Expected below ``root``:
 
         Train Set/Images/*.png   Train Set/Ground-truths/mask_*.png
         Test Set/Images/*.png    Test Set/Ground-truths/mask_*.png

@@ -30,7 +30,7 @@ SIDE = 1024.0
 class RSNAPneumoniaDataModule(MedicalDataModule):
     """RSNA Pneumonia Detection Challenge 2018: chest radiographs with boxes around lung opacities.
 
-    Expected below ``root``::
+    Expected below ``root``:
 
         stage_2_train_labels.csv (or .zip)              boxes in pixels
         stage_2_train_images/<patientId>.dcm

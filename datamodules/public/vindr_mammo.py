@@ -45,7 +45,7 @@ SPLITS: dict[str, Split] = {"training": "train", "test": "test"}
 class VinDrMammoDataModule(MedicalDataModule):
     """VinDr-Mammo: 5,000 digital mammography exams with BI-RADS, density and boxes; no masks, no pathology.
 
-    BI-RADS is the readers' assessment, not a diagnosis. Expected below ``root``::
+    BI-RADS is the readers' assessment, not a diagnosis. Expected below ``root``:
 
         breast-level_annotations.csv   finding_annotations.csv   metadata.csv (optional: scanners)
         images/<study_id>/<image_id>.dicom
