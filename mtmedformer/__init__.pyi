@@ -7,7 +7,7 @@ from .errors import DataError as DataError
 from .errors import UserError as UserError
 from .heads import ClassificationHead as ClassificationHead
 from .heads import DetectionHead as DetectionHead
-from .heads import QueryHead as QueryHead
+from .heads import DETRHead as DETRHead
 from .heads import SegmentationHead as SegmentationHead
 from .losses import HybridLoss as HybridLoss
 from .module import MultiTaskModule as MultiTaskModule

@@ -3,7 +3,7 @@
 from mtmedformer.heads.base import TaskHead
 from mtmedformer.heads.classification import ClassificationHead
 from mtmedformer.heads.detection import DetectionHead
-from mtmedformer.heads.detr import QueryHead
+from mtmedformer.heads.detr import DETRHead
 from mtmedformer.heads.segmentation import SegmentationHead
 
-__all__ = ["ClassificationHead", "DetectionHead", "QueryHead", "SegmentationHead", "TaskHead"]
+__all__ = ["ClassificationHead", "DETRHead", "DetectionHead", "SegmentationHead", "TaskHead"]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class QueryOutputs:
+class DETROutputs:
     """What each of Q queries says after each of D decoder layers; the last layer is the prediction.
 
     Attributes:
@@ -43,7 +43,7 @@ class QueryOutputs:
     size: tuple[int, int]
 
 
-class QueryHead(TaskHead):
+class DETRHead(TaskHead):
     """DETR: queries attend to the pyramid's tokens, each answers with one box or "no object"; no suppression needed.
 
     Experimental: a set predictor converges slowly, wants much data and is weak on tiny lesions; prefer
@@ -117,7 +117,7 @@ class QueryHead(TaskHead):
             nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4)
         )
 
-    def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> QueryOutputs:
+    def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> DETROutputs:
         """Return what every query says after every layer; see ``TaskHead.forward``."""
         memory = torch.cat(
             [
@@ -133,9 +133,9 @@ class QueryHead(TaskHead):
             x = layer(x, memory)
             states.append(self.final(x))
         state = torch.stack(states, dim=1)
-        return QueryOutputs(self.to_class(state), self.to_box(state).float().sigmoid(), size)
+        return DETROutputs(self.to_class(state), self.to_box(state).float().sigmoid(), size)
 
-    def loss(self, outputs: QueryOutputs, target: Target) -> dict[str, Tensor]:
+    def loss(self, outputs: DETROutputs, target: Target) -> dict[str, Tensor]:
         """Return the weighted DETR terms over labelled images; see ``TaskHead.loss``.
 
         ``classification`` is a weighted mean over queries, ``l1`` and ``giou`` are means over the boxes of the batch.
@@ -148,11 +148,11 @@ class QueryHead(TaskHead):
             layers = [self._layer_loss(logits[:, d], boxes[:, d], true, target.labels) for d in range(logits.shape[1])]
             return {name: torch.stack([layer[name] for layer in layers]).mean() for name in layers[0]}
 
-    def predict(self, outputs: QueryOutputs, size: tuple[int, int]) -> list[dict[str, Tensor]]:
+    def predict(self, outputs: DETROutputs, size: tuple[int, int]) -> list[dict[str, Tensor]]:
         """Return each query's likeliest class and box, best first, within the image; see ``TaskHead.predict``."""
         return self.decoded(self.exported(outputs, size), size)
 
-    def exported(self, outputs: QueryOutputs, size: tuple[int, int]) -> dict[str, Tensor]:
+    def exported(self, outputs: DETROutputs, size: tuple[int, int]) -> dict[str, Tensor]:
         """Return ``scores`` (B, Q, K) and ``boxes`` (B, Q, 4) of every query; see ``TaskHead.exported``."""
         corners = box_convert(outputs.boxes[:, -1].float(), "cxcywh", "xyxy")
         pixels = torch.stack([corners[..., ::2] * size[1], corners[..., 1::2] * size[0]], dim=-1).flatten(-2)
@@ -170,7 +170,7 @@ class QueryHead(TaskHead):
             predictions.append({"boxes": box[order], "scores": score[order], "labels": label[order]})
         return predictions
 
-    def class_score(self, outputs: QueryOutputs, label: int) -> Tensor:
+    def class_score(self, outputs: DETROutputs, label: int) -> Tensor:
         """Return the log-probability of the query that is surest of the class; see ``TaskHead.class_score``."""
         return outputs.logits[:, -1].float().log_softmax(-1)[..., label].amax(1)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mtmedformer.batch import IGNORE, ClassificationTarget, DetectionTarget, SegmentationTarget, Target
-from mtmedformer.heads import ClassificationHead, DetectionHead, QueryHead, SegmentationHead, TaskHead
+from mtmedformer.heads import ClassificationHead, DetectionHead, DETRHead, SegmentationHead, TaskHead
 from mtmedformer.losses import (
     Asymmetric,
     BinaryCrossEntropy,
@@ -101,7 +101,7 @@ CASES = {
     ),
     "boxes": Case(lambda: DetectionHead(AB, num_convs=1), box_lists, 50, 5e-3),
     "boxes-options": Case(lambda: DetectionHead(AB, width=16, box_loss=CIoU(2.0)), box_lists, 50, 5e-3),
-    "queries": Case(lambda: QueryHead(AB, num_queries=6), box_lists, 80, 2e-3),
+    "queries": Case(lambda: DETRHead(AB, num_queries=6), box_lists, 80, 2e-3),
     "mask": Case(lambda: SegmentationHead(("a",)), masks(1, False)),
     "masks": Case(lambda: SegmentationHead(AB, multi_label=True), masks(2, False)),
     "masks-terms": Case(

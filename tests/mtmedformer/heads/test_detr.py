@@ -9,15 +9,15 @@ from torchvision.ops import box_convert, generalized_box_iou
 
 from mtmedformer.batch import DetectionTarget
 from mtmedformer.errors import ConfigError
-from mtmedformer.heads import QueryHead
-from mtmedformer.heads.detr import QueryOutputs, position_encoding
+from mtmedformer.heads import DETRHead
+from mtmedformer.heads.detr import DETROutputs, position_encoding
 
 SIZE = (100, 200)
 
 
-def head(**options) -> QueryHead:
+def head(**options) -> DETRHead:
     torch.manual_seed(0)
-    made = QueryHead(("a", "b"), num_queries=5, **options)
+    made = DETRHead(("a", "b"), num_queries=5, **options)
     made.build(16, (4, 8, 16, 32, 64))
     return made
 
@@ -62,7 +62,7 @@ def test_losses_are_detrs(rng):
     true, labels = [shares(2, rng), torch.zeros(0, 4)], [torch.tensor([1, 0]), torch.zeros(0, dtype=torch.int64)]
     target = DetectionTarget([pixels(t) for t in true], labels, torch.tensor([True, True]))
     h = head()
-    terms = h.loss(QueryOutputs(logits, boxes, SIZE), target)
+    terms = h.loss(DETROutputs(logits, boxes, SIZE), target)
 
     query, box = h.match(logits[0, 0], boxes[0, 0], true[0], labels[0])
     wanted = torch.full((2, 5), 2)
@@ -79,8 +79,8 @@ def test_every_decoder_layer_is_trained_and_counts_alike(rng):
     h, one = head(), shares(5, rng)[None, None]
     logits = torch.randn(1, 1, 5, 3, generator=rng)
     target = DetectionTarget([pixels(shares(2, rng))], [torch.tensor([1, 0])], torch.tensor([True]))
-    single = h.loss(QueryOutputs(logits, one, SIZE), target)
-    twice = h.loss(QueryOutputs(logits.repeat(1, 2, 1, 1), one.repeat(1, 2, 1, 1), SIZE), target)
+    single = h.loss(DETROutputs(logits, one, SIZE), target)
+    twice = h.loss(DETROutputs(logits.repeat(1, 2, 1, 1), one.repeat(1, 2, 1, 1), SIZE), target)
     for name in single:
         torch.testing.assert_close(single[name], twice[name])
 
@@ -88,7 +88,7 @@ def test_every_decoder_layer_is_trained_and_counts_alike(rng):
 def test_order_of_the_boxes_does_not_matter(rng):
     logits, boxes = torch.randn(1, 2, 5, 3, generator=rng), shares(10, rng).view(1, 2, 5, 4)
     true, labels = pixels(shares(4, rng)), torch.tensor([0, 1, 1, 0])
-    outputs, order = QueryOutputs(logits, boxes, SIZE), torch.tensor([3, 1, 0, 2])
+    outputs, order = DETROutputs(logits, boxes, SIZE), torch.tensor([3, 1, 0, 2])
     a = head().loss(outputs, DetectionTarget([true], [labels], torch.tensor([True])))
     b = head().loss(outputs, DetectionTarget([true[order]], [labels[order]], torch.tensor([True])))
     for name in a:
@@ -96,7 +96,7 @@ def test_order_of_the_boxes_does_not_matter(rng):
 
 
 def test_more_boxes_than_queries_still_train(rng):
-    outputs = QueryOutputs(torch.randn(1, 1, 5, 3, generator=rng), shares(5, rng)[None, None], SIZE)
+    outputs = DETROutputs(torch.randn(1, 1, 5, 3, generator=rng), shares(5, rng)[None, None], SIZE)
     target = DetectionTarget([pixels(shares(9, rng))], [torch.zeros(9, dtype=torch.int64)], torch.tensor([True]))
     assert all(torch.isfinite(t) for t in head().loss(outputs, target).values())
 
@@ -107,7 +107,7 @@ def test_predictions_are_the_last_layers_boxes_in_pixels():
     logits[0, 1, 3] = torch.tensor([-9.0, 9.0, -9.0])
     boxes = torch.full((1, 2, 5, 4), 0.1)
     boxes[0, 1, 3] = torch.tensor([0.5, 0.5, 0.2, 0.4])
-    (found,) = head().predict(QueryOutputs(logits, boxes, SIZE), SIZE)
+    (found,) = head().predict(DETROutputs(logits, boxes, SIZE), SIZE)
     torch.testing.assert_close(found["boxes"], torch.tensor([[80.0, 30.0, 120.0, 70.0]]))
     assert found["labels"].tolist() == [1]
     assert found["scores"].item() > 0.99

@@ -13,7 +13,7 @@ from torchvision.models.detection.fcos import FCOS
 
 from mtmedformer.batch import IGNORE, SegmentationTarget
 from mtmedformer.errors import ConfigError
-from mtmedformer.heads import ClassificationHead, DetectionHead, QueryHead, SegmentationHead, TaskHead
+from mtmedformer.heads import ClassificationHead, DetectionHead, DETRHead, SegmentationHead, TaskHead
 from mtmedformer.heads.detection import DetectionOutputs
 from mtmedformer.heads.layers import enlarge
 from mtmedformer.losses import CIoU, CrossEntropy, Dice, MaskCrossEntropy
@@ -65,7 +65,7 @@ def test_heads_are_built_from_yaml():
         class_path: SegmentationHead
         init_args: {classes: [left, right], terms: {bce: MaskCrossEntropy, dice: {class_path: Dice}}, strides: [4, 8]}
       queries:
-        class_path: mtmedformer.heads.QueryHead
+        class_path: mtmedformer.heads.DETRHead
         init_args: {classes: [mass], num_queries: 3}
     """
     heads = parser.instantiate_classes(parser.parse_object(yaml.safe_load(text))).heads
@@ -75,7 +75,7 @@ def test_heads_are_built_from_yaml():
     assert isinstance(heads["lungs"].terms["bce"], MaskCrossEntropy)
     assert isinstance(heads["lungs"].terms["dice"], Dice)
     assert heads["lungs"].strides == (4, 8)
-    assert isinstance(heads["queries"], QueryHead)
+    assert isinstance(heads["queries"], DETRHead)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from mtmedformer import (
     ClassificationHead,
     ConfigError,
     DetectionHead,
+    DETRHead,
     MultiTaskModule,
-    QueryHead,
     SegmentationHead,
     SharedEncoder,
 )
@@ -66,7 +66,7 @@ def test_maps_of_every_head_lie_in_the_inputs_frame_and_in_the_unit_interval(siz
     module = model(
         classes=ClassificationHead(["a", "b"]),
         boxes=DetectionHead(["a", "b"]),
-        queries=QueryHead(["a", "b"]),
+        queries=DETRHead(["a", "b"]),
         mask=SegmentationHead(["a"]),
         masks=SegmentationHead(["a", "b"]),
     )

@@ -19,7 +19,7 @@ from mtmedformer.commands.export.onnx_graph import ExportedOutputs, _traced, exp
 from mtmedformer.commands.export.onnx_outputs import decode, read_heads
 from mtmedformer.commands.load.stored_model import build_model, read_model
 from mtmedformer.errors import ConfigError
-from mtmedformer.heads import QueryHead, SegmentationHead
+from mtmedformer.heads import DETRHead, SegmentationHead
 from mtmedformer.storage.hashing import weights_digest
 from tests.fixtures.stored_models import HEADS, description, write_checkpoint
 
@@ -100,7 +100,7 @@ class Stem(torch.nn.Module):
 def test_queries_are_exported_with_symbolic_sizes():
     """Where a trace does not hold for other sizes, the other exporter does it, and the graph says why."""
     torch.manual_seed(0)
-    head = QueryHead(["round", "spiky"], num_queries=6, num_layers=1, num_heads=2)
+    head = DETRHead(["round", "spiky"], num_queries=6, num_layers=1, num_heads=2)
     module = mtmedformer.MultiTaskModule(Stem(), {"found": head}).eval()
     graph = export_graph(module, (64, 96))
     assert graph.size is None
