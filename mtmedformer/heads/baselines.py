@@ -51,7 +51,7 @@ class NoEncoder(Encoder):
         return set()
 
 
-class OutsideSegmentation(SegmentationHead):
+class LibrarySegmentation(SegmentationHead):
     """A network of segmentation_models_pytorch, trained by this project's losses from random weights.
 
     Args:
@@ -99,7 +99,7 @@ class OutsideSegmentation(SegmentationHead):
         return logits[..., : size[0], : size[1]]
 
 
-class OutsideDetection(TaskHead):
+class LibraryDetection(TaskHead):
     """A detector of torchvision, trained by its own losses from random weights at the images' own size.
 
     Args:

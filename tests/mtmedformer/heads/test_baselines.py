@@ -6,7 +6,7 @@ import torch
 from mtmedformer import MultiTaskModule, SharedEncoder
 from mtmedformer.batch import DetectionTarget, SegmentationTarget
 from mtmedformer.errors import ConfigError
-from mtmedformer.heads.baselines import NoEncoder, OutsideDetection, OutsideSegmentation
+from mtmedformer.heads.baselines import LibraryDetection, LibrarySegmentation, NoEncoder
 
 SIZE = (70, 90)
 
@@ -30,7 +30,7 @@ def _seed():
 
 @pytest.mark.parametrize("architecture", ["unet", "fpn"])
 def test_an_outside_network_learns_masks_of_any_size(architecture):
-    module = MultiTaskModule(NoEncoder(), {"m": OutsideSegmentation(["x"], architecture=architecture)})
+    module = MultiTaskModule(NoEncoder(), {"m": LibrarySegmentation(["x"], architecture=architecture)})
     image, target = masks()
     optimizer = torch.optim.Adam(module.parameters(), 1e-2)
     losses = []
@@ -46,7 +46,7 @@ def test_an_outside_network_learns_masks_of_any_size(architecture):
 @pytest.fixture(scope="module")
 def detector():
     torch.manual_seed(0)
-    return MultiTaskModule(NoEncoder(), {"b": OutsideDetection(["x"])})
+    return MultiTaskModule(NoEncoder(), {"b": LibraryDetection(["x"])})
 
 
 def test_an_outside_detector_gives_its_losses_in_either_mode_and_boxes_within_the_image(detector):
@@ -108,10 +108,10 @@ def test_a_batch_without_boxes_is_learnt_from_when_the_first_stage_proposes_noth
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: MultiTaskModule(NoEncoder(), {"m": OutsideSegmentation(["x"], architecture="unnet")}), "unnet"),
-        (lambda: MultiTaskModule(NoEncoder(), {"b": OutsideDetection(["x"], architecture="yolo")}), "yolo"),
+        (lambda: MultiTaskModule(NoEncoder(), {"m": LibrarySegmentation(["x"], architecture="unnet")}), "unnet"),
+        (lambda: MultiTaskModule(NoEncoder(), {"b": LibraryDetection(["x"], architecture="yolo")}), "yolo"),
         (
-            lambda: MultiTaskModule(SharedEncoder("mtmedformer_tiny", channels=16), {"b": OutsideDetection(["x"])}),
+            lambda: MultiTaskModule(SharedEncoder("mtmedformer_tiny", channels=16), {"b": LibraryDetection(["x"])}),
             "NoEncoder",
         ),
     ],
