@@ -15,7 +15,7 @@ from callbacks.prediction.prediction_folder import PredictionFolder
 from mtmedformer.batch import Meta, Task
 from mtmedformer.errors import DataError
 from mtmedformer.geometry import Bytes, Floats
-from mtmedformer.inference.results import NOTE, Findings, FoundBox
+from mtmedformer.inference.results import NOTE, FoundBox, ImageResult
 from mtmedformer.plots.predictions import prediction_figure, preview_from_input, preview_of
 from mtmedformer.storage.atomic_write import whole
 from mtmedformer.storage.hashing import file_digest
@@ -61,7 +61,7 @@ class ImageWriter:
     overlays: bool
     dicom: DicomObjects | None
 
-    def write(self, result: Findings, image: Floats, source: ImageSource | None) -> None:
+    def write(self, result: ImageResult, image: Floats, source: ImageSource | None) -> None:
         """Write all files of an image, the JSON last.
 
         Args:
@@ -88,7 +88,7 @@ class ImageWriter:
             entry |= {"failed": "; ".join(p[0] for p in problems), "detail": "; ".join(p[1] for p in problems)}
         self.folder.finish(result.meta.id, entry)
 
-    def _masks(self, result: Findings) -> dict[str, dict[str, Json]]:
+    def _masks(self, result: ImageResult) -> dict[str, dict[str, Json]]:
         description = PngImagePlugin.PngInfo()
         description.add_text("Description", f"MTMedFormer {self.model}, {NOTE}")
         entries: dict[str, dict[str, Json]] = {}
@@ -100,7 +100,7 @@ class ImageWriter:
                 entries.setdefault(task, {})[c] = {"file": self._relative(file), **_area(mask, result.meta)}
         return entries
 
-    def _dicom(self, objects: DicomObjects, result: Findings, source: Path) -> list[str]:
+    def _dicom(self, objects: DicomObjects, result: ImageResult, source: Path) -> list[str]:
         files = []
         for kind, dataset in objects.build(source, result).items():
             file = self.folder.path("dicom", result.meta.id, f".{kind}.dcm")
@@ -109,7 +109,7 @@ class ImageWriter:
             files.append(self._relative(file))
         return files
 
-    def _overlay(self, result: Findings, image: Floats, source: ImageSource | None, digest: str) -> str:
+    def _overlay(self, result: ImageResult, image: Floats, source: ImageSource | None, digest: str) -> str:
         shown = preview_of(source.read(source.file)) if source else preview_from_input(image, result.meta)
         footer = f"MTMedFormer {self.model}" + (f" · image {digest}" if digest else "")
         figure = prediction_figure(shown, result, self.tasks, self.box_thresholds, footer)
@@ -122,7 +122,7 @@ class ImageWriter:
     def _relative(self, file: Path) -> str:
         return file.relative_to(self.folder.root).as_posix()
 
-    def _entry(self, result: Findings, source: ImageSource | None, digest: str) -> Json:
+    def _entry(self, result: ImageResult, source: ImageSource | None, digest: str) -> Json:
         meta, stat = result.meta, source.file.stat() if source else None
         return {
             "image": meta.id,
@@ -140,7 +140,7 @@ class ImageWriter:
             "row": self._row(result, digest),
         }
 
-    def _row(self, result: Findings, digest: str) -> Json:
+    def _row(self, result: ImageResult, digest: str) -> Json:
         """Return the row of the image in the CSV, with columns in the order of tasks and classes."""
         meta = result.meta
         row: Json = {"image": meta.id, "site": meta.site, "view": meta.view or "", "laterality": meta.laterality or ""}

@@ -18,7 +18,7 @@ from callbacks.prediction.image_writer import ImageSource, ImageWriter
 from callbacks.prediction.prediction_folder import PredictionFolder, predictions_root
 from mtmedformer.batch import Batch, Task
 from mtmedformer.calibration import plain
-from mtmedformer.inference.results import NOTE, findings
+from mtmedformer.inference.results import NOTE, image_result
 from mtmedformer.module import MultiTaskModule
 from mtmedformer.protocols import CalibratedModel, OriginalImages, ResumablePrediction
 from mtmedformer.storage.hashing import weights_digest
@@ -94,7 +94,7 @@ class PredictionWriter(Callback):
         """Write the predictions of a batch, and list the images that could not be read so far."""
         assert self._writer is not None
         for i, meta in enumerate(batch.meta):
-            result = findings(outputs, i, meta, self._tasks, self.score)
+            result = image_result(outputs, i, meta, self._tasks, self.score)
             image = batch.image[i].float().mean(dim=0).cpu().numpy()
             self._writer.write(result, image, self._source(trainer, meta.id))
         self._list_failures(trainer)

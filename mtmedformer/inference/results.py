@@ -40,7 +40,7 @@ class FoundBox:
 
 
 @dataclass(frozen=True)
-class Findings:
+class ImageResult:
     """Everything a model says of one image.
 
     Attributes:
@@ -58,9 +58,9 @@ class Findings:
     uncertainty: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def findings(
+def image_result(
     predictions: Mapping[str, Any], i: int, meta: Meta, tasks: Mapping[str, Task], score: float = 0.05
-) -> Findings:
+) -> ImageResult:
     """Take image ``i`` out of a batch's predictions and bring it back to its original frame.
 
     Args:
@@ -71,7 +71,7 @@ def findings(
         tasks: The tasks to take.
         score: Boxes below this score are left out.
     """
-    found = Findings(meta, uncertainty=entropies(predictions, i, meta, tasks))
+    found = ImageResult(meta, uncertainty=entropies(predictions, i, meta, tasks))
     for name, task in tasks.items():
         if task.kind == "classification":
             found.classes[name] = dict(zip(task.classes, predictions[name][i].float().tolist(), strict=True))

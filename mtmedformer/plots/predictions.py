@@ -14,7 +14,7 @@ from matplotlib.patheffects import withStroke
 
 from mtmedformer.batch import Meta, Task
 from mtmedformer.geometry import Bytes, Floats, Frame, compose, invert, warp
-from mtmedformer.inference.results import NOTE, Findings, FoundBox
+from mtmedformer.inference.results import NOTE, FoundBox, ImageResult
 from mtmedformer.plots.style import class_colours
 
 LONGEST = 1400
@@ -45,7 +45,7 @@ def preview_from_input(image: Floats, meta: Meta) -> Floats:
 
 def prediction_figure(
     preview: Floats,
-    result: Findings,
+    result: ImageResult,
     tasks: Mapping[str, Task],
     score_thresholds: Mapping[tuple[str, str], float],
     footer: str = "",
@@ -120,7 +120,7 @@ def image_caption(meta: Meta, spacing: bool = False) -> str:
 
 
 def _summary_lines(
-    result: Findings, tasks: Mapping[str, Task], score_thresholds: Mapping[tuple[str, str], float]
+    result: ImageResult, tasks: Mapping[str, Task], score_thresholds: Mapping[tuple[str, str], float]
 ) -> list[str]:
     """Return one line per task: probabilities, numbers of boxes, areas."""
     lines = []
@@ -151,7 +151,7 @@ def _area(mask: Bytes, meta: Meta) -> str:
 
 
 def _draw(
-    axis: Axes, result: Findings, colours: Classes, score_thresholds: Mapping[tuple[str, str], float], scale: float
+    axis: Axes, result: ImageResult, colours: Classes, score_thresholds: Mapping[tuple[str, str], float], scale: float
 ) -> None:
     width, height = axis.get_xlim()[1], axis.get_ylim()[0]
     size = (round(height), round(width))

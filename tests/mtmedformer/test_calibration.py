@@ -16,7 +16,7 @@ from mtmedformer.batch import IGNORE, ClassificationTarget, Meta, SegmentationTa
 from mtmedformer.calibration import TaskCalibration, fit_temperature, plain, reliability, restored, tempered
 from mtmedformer.metrics.calibration import CalibrationMetrics, decisions
 from mtmedformer.metrics.classification import ClassificationMetrics
-from mtmedformer.metrics.froc import Findings
+from mtmedformer.metrics.froc import ImageResult
 from mtmedformer.metrics.temperature import LOG_TEMPERATURES, TemperatureSums, likelihood_curve, truth_of
 from mtmedformer.thresholds import OperatingPoint, box_performance, box_threshold, class_performance, class_threshold
 
@@ -309,7 +309,7 @@ def test_a_threshold_is_no_score_that_occurs_so_rounding_moves_nothing():
 
 
 def test_box_thresholds_reach_what_was_asked():
-    findings = Findings(
+    findings = ImageResult(
         lesion_image=np.array([0, 0, 1, 3]),
         lesion_score=np.array([0.9, 0.6, 0.3, -np.inf]),
         alarm_image=np.array([0, 1, 2, 2, 3]),

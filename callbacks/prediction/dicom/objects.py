@@ -17,7 +17,7 @@ from callbacks.prediction.dicom.model_identity import ModelIdentity, source_head
 from callbacks.prediction.dicom.segmentation import segmentation
 from callbacks.prediction.dicom.structured_report import structured_report
 from mtmedformer.errors import DataError
-from mtmedformer.inference.results import Findings
+from mtmedformer.inference.results import ImageResult
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class DicomObjects:
     model: ModelIdentity
     box_thresholds: Mapping[tuple[str, str], float]
 
-    def build(self, source: Path, result: Findings) -> dict[str, Dataset]:
+    def build(self, source: Path, result: ImageResult) -> dict[str, Dataset]:
         """Build the segmentation (``seg``, where the model has masks) and the structured report (``sr``) of an image.
 
         Args:

@@ -12,10 +12,10 @@ from pydicom.sr.codedict import codes
 import mtmedformer
 from callbacks.prediction.dicom.codes import category
 from callbacks.prediction.dicom.model_identity import NAME, ModelIdentity
-from mtmedformer.inference.results import Findings
+from mtmedformer.inference.results import ImageResult
 
 
-def segmentation(header: Dataset, result: Findings, model: ModelIdentity) -> Dataset:
+def segmentation(header: Dataset, result: ImageResult, model: ModelIdentity) -> Dataset:
     """Build a segmentation with one segment per class, in the order of tasks and classes, empty segments included.
 
     Args:

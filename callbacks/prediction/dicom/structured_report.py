@@ -13,14 +13,14 @@ from pydicom.sr.coding import Code
 
 import mtmedformer
 from callbacks.prediction.dicom.model_identity import NAME, ModelIdentity
-from mtmedformer.inference.results import Findings, FoundBox
+from mtmedformer.inference.results import FoundBox, ImageResult
 
 PIXELS = Code("{pixels}", "UCUM", "pixels")
 
 
 def structured_report(
     header: Dataset,
-    result: Findings,
+    result: ImageResult,
     masks: Dataset | None,
     model: ModelIdentity,
     box_thresholds: Mapping[tuple[str, str], float],
@@ -67,7 +67,7 @@ def structured_report(
 class _MeasurementGroups:
     """Builds the measurement groups of one image."""
 
-    def __init__(self, header: Dataset, result: Findings, model: ModelIdentity) -> None:
+    def __init__(self, header: Dataset, result: ImageResult, model: ModelIdentity) -> None:
         self.header, self.result, self.model = header, result, model
         self.algorithm = hd.sr.AlgorithmIdentification(
             name=NAME,

@@ -20,7 +20,7 @@ from mtmedformer.batch import Sample, Task
 from mtmedformer.calibration import TaskCalibration
 from mtmedformer.commands.load.stored_model import PRESET_HOMES, build, build_model, read_model
 from mtmedformer.errors import ConfigError, DataError
-from mtmedformer.inference.results import NOTE, FoundBox, findings
+from mtmedformer.inference.results import NOTE, FoundBox, image_result
 from mtmedformer.module import MultiTaskModule
 
 
@@ -94,7 +94,7 @@ class Predictor:
         """
         sample = self._prepared(image, laterality)
         outputs = self.module.predict_whole(sample.image[None].to(self.module.device))
-        meta, result = sample.meta, findings(outputs, 0, sample.meta, self.tasks, score)
+        meta, result = sample.meta, image_result(outputs, 0, sample.meta, self.tasks, score)
         calibrated = (name for name, one in self.calibration.items() if one.temperature is not None)
         return Prediction(
             meta.original_size,

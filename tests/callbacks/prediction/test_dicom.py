@@ -18,7 +18,7 @@ from callbacks.prediction.dicom.model_identity import ModelIdentity
 from callbacks.prediction.dicom.objects import DicomObjects
 from mtmedformer.batch import Meta
 from mtmedformer.errors import DataError
-from mtmedformer.inference.results import Findings, FoundBox
+from mtmedformer.inference.results import FoundBox, ImageResult
 from tests.fixtures.dicom_files import film, write_dicom
 from tests.fixtures.real_data import real
 
@@ -40,12 +40,12 @@ def source(folder: Path, **attributes) -> Path:
     return write_dicom(folder / "film.dcm", film(60, 48), bits=12, **REFERENCES, **attributes)
 
 
-def result_of(file: Path, spacing=(0.2, 0.1)) -> Findings:
+def result_of(file: Path, spacing=(0.2, 0.1)) -> ImageResult:
     """Return a result with a mask, an empty mask, and boxes of a high and a low score."""
     header = dcmread(file, stop_before_pixels=True)
     mask = np.zeros((header.Rows, header.Columns), np.uint8)
     mask[10:30, 5:25] = 1
-    return Findings(
+    return ImageResult(
         Meta("film.dcm", "p", original_size=mask.shape, spacing=spacing),
         classes={"health": {"normal": 0.3, "an odd class with a long name": 0.7}},
         boxes={"lesions": [FoundBox("nodule", 0.9, (1.5, 2.5, 10, 20)), FoundBox("odd thing", 0.2, (1, 2, 8, 9))]},
@@ -136,7 +136,7 @@ def test_areas_are_in_pixels_where_the_spacing_is_unknown(tmp_path):
 def test_model_without_masks_gives_only_a_report(tmp_path):
     file = source(tmp_path)
     result = result_of(file)
-    made = OBJECTS.build(file, Findings(result.meta, result.classes, result.boxes))
+    made = OBJECTS.build(file, ImageResult(result.meta, result.classes, result.boxes))
     assert list(made) == ["sr"]
     assert errors_of(saved(made, tmp_path)["sr"]) == set()
 

@@ -9,7 +9,7 @@ import torch
 from datamodules.images.presets import BreastPreset
 from mtmedformer.batch import Meta, Task
 from mtmedformer.geometry import boxes_in_original, letterbox, mask_in_original, warp
-from mtmedformer.inference.results import Findings, FoundBox, entropies, findings
+from mtmedformer.inference.results import FoundBox, ImageResult, entropies, image_result
 from mtmedformer.plots.predictions import LONGEST, prediction_figure, preview_from_input, preview_of
 from mtmedformer.storage.hashing import file_digest, weights_digest
 
@@ -43,8 +43,8 @@ def predictions() -> dict:
     }
 
 
-def test_findings_are_in_the_original_frame():
-    found = findings(predictions(), 0, meta(), TASKS)
+def test_results_are_in_the_original_frame():
+    found = image_result(predictions(), 0, meta(), TASKS)
     assert found.classes["signs"] == {"x": 0.5, "y": 1.0}
     mask = np.zeros((40, 20), np.uint8)
     mask[8:20, 2:14] = 1  # twice the input's size, less the letterbox's 5 columns
@@ -95,7 +95,7 @@ def test_boxes_travel_exactly_under_mirroring():
 
 
 def test_a_picture_shows_the_original_and_names_everything():
-    found = findings(predictions(), 0, meta(), TASKS)
+    found = image_result(predictions(), 0, meta(), TASKS)
     image = np.random.default_rng(0).random((40, 20)).astype(np.float32)
     figure = prediction_figure(
         preview_of(image), found, TASKS, {("spots", "nodule"): 0.4, ("spots", "mass"): 0.4}, "me"
@@ -124,7 +124,7 @@ def test_a_large_image_is_shown_reduced_and_whole():
 
 def test_nothing_found_is_drawn_too():
     tasks = {"spots": TASKS["spots"]}
-    found = Findings(meta(), boxes={"spots": [FoundBox("mass", 0.1, (0, 0, 5, 5))]})
+    found = ImageResult(meta(), boxes={"spots": [FoundBox("mass", 0.1, (0, 0, 5, 5))]})
     figure = prediction_figure(
         np.zeros((40, 20), np.float32), found, tasks, {("spots", "mass"): 0.4, ("spots", "nodule"): 0.4}
     )
