@@ -29,14 +29,14 @@ class DetectionOutputs:
     Attributes:
         logits: (B, A, K) class logits.
         distances: (B, A, 4) to the left, top, right and bottom side, in strides of the location's level, not negative.
-        centrality: (B, A) logits of how central the location lies in its box.
+        centerness: (B, A) logits of how central the location lies in its box.
         anchors: float32 (A, 4) xyxy: the square of one stride around each location, finest level first.
         per_level: Locations of each level.
     """
 
     logits: Tensor
     distances: Tensor
-    centrality: Tensor
+    centerness: Tensor
     anchors: Tensor
     per_level: list[int]
 
@@ -107,19 +107,19 @@ class DetectionHead(TaskHead):
         self.strides = tuple(strides)
         width = self.width or channels
         self.entry = nn.Sequential(nn.Conv2d(channels, width, 1), group_norm(width))
-        self.scores = FCOSClassificationHead(width, 1, len(self.classes), self.num_convs, norm_layer=group_norm)
-        self.sides = FCOSRegressionHead(width, 1, self.num_convs, norm_layer=group_norm)
+        self.cls_head = FCOSClassificationHead(width, 1, len(self.classes), self.num_convs, norm_layer=group_norm)
+        self.bbox_reg = FCOSRegressionHead(width, 1, self.num_convs, norm_layer=group_norm)
         # Distances are a ReLU: started at zero, half of them would be dead; 4 strides is the middle of a level's range.
-        nn.init.constant_(self.sides.bbox_reg.bias, 4.0)
+        nn.init.constant_(self.bbox_reg.bbox_reg.bias, 4.0)
 
     def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> DetectionOutputs:
         """Return what every location says; see ``TaskHead.forward``."""
         features = [self.entry(level) for level in pyramid]
-        distances, centrality = self.sides(features)
+        distances, centerness = self.bbox_reg(features)
         return DetectionOutputs(
-            self.scores(features),
+            self.cls_head(features),
             distances,
-            centrality.squeeze(2),
+            centerness.squeeze(2),
             torch.cat([_anchors(level, stride) for level, stride in zip(pyramid, self.strides, strict=True)]),
             [level.shape[-2] * level.shape[-1] for level in pyramid],
         )
@@ -136,7 +136,7 @@ class DetectionHead(TaskHead):
             losses = fcos_loss(
                 outputs.logits[rows].float(),
                 outputs.distances[rows].float(),
-                outputs.centrality[rows].float(),
+                outputs.centerness[rows].float(),
                 outputs.anchors,
                 outputs.per_level,
                 target.boxes,
@@ -161,7 +161,7 @@ class DetectionHead(TaskHead):
 
     def exported(self, outputs: DetectionOutputs, size: tuple[int, int]) -> dict[str, Tensor]:
         """Return ``scores`` (B, A, K) and ``boxes`` (B, A, 4) of every location, nothing suppressed yet."""
-        scores = (outputs.logits.float().sigmoid() * outputs.centrality.float().sigmoid().unsqueeze(2)).sqrt()
+        scores = (outputs.logits.float().sigmoid() * outputs.centerness.float().sigmoid().unsqueeze(2)).sqrt()
         return {
             "scores": scores,
             "boxes": clip_boxes_to_image(decode_boxes(outputs.distances.float(), outputs.anchors), size),

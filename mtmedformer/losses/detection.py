@@ -125,7 +125,7 @@ def grow_boxes(boxes: Tensor, least: float) -> Tensor:
 def fcos_loss(
     logits: Tensor,
     distances: Tensor,
-    centrality: Tensor,
+    centerness_logits: Tensor,
     anchors: Tensor,
     per_level: list[int],
     boxes: list[Tensor],
@@ -143,7 +143,7 @@ def fcos_loss(
     Args:
         logits: float32 (N, A, K) class logits.
         distances: float32 (N, A, 4) to left, top, right, bottom, in strides, not negative.
-        centrality: float32 (N, A) centerness logits.
+        centerness_logits: float32 (N, A) centerness logits.
         anchors: float32 (A, 4), see ``match_boxes``.
         per_level: Locations of each level.
         boxes: (M, 4) xyxy pixels for each image; M = 0 makes all of the image background.
@@ -170,7 +170,9 @@ def fcos_loss(
     true, where = torch.cat(matched), anchors.expand(len(logits), -1, -1)[foreground]
     count = max(1, len(true))
     predicted = decode_boxes(distances, anchors)[foreground]
-    central = F.binary_cross_entropy_with_logits(centrality[foreground], centerness(true, where), reduction="sum")
+    central = F.binary_cross_entropy_with_logits(
+        centerness_logits[foreground], centerness(true, where), reduction="sum"
+    )
     return {
         "classification": sigmoid_focal_loss(logits, truth, alpha, gamma, reduction="sum") / count,
         "box": box_loss(predicted, true).sum() / count,

@@ -107,7 +107,7 @@ def test_a_mirrored_pyramid_gives_the_mirrored_answer_where_layers_are_pointwise
         if isinstance(module, torch.nn.Conv2d):
             module.weight.data = (module.weight.data + module.weight.data.flip(3)) / 2
     if isinstance(head, DetectionHead):  # left and right distances are channels 0 and 2
-        w, b = head.sides.bbox_reg.weight.data, head.sides.bbox_reg.bias.data
+        w, b = head.bbox_reg.bbox_reg.weight.data, head.bbox_reg.bbox_reg.bias.data
         w[2], b[2] = w[0], b[0]
         head.score_threshold = 0.0
     features = pyramid(size)
@@ -196,7 +196,7 @@ def silent(size: tuple[int, int], classes: int = 2) -> DetectionOutputs:
     head = build(DetectionHead(("a", "b")[:classes]))
     outputs = head(pyramid(size, 1), size)
     outputs.logits = torch.full_like(outputs.logits, -20.0)
-    outputs.centrality = torch.full_like(outputs.centrality, logit(0.81))
+    outputs.centerness = torch.full_like(outputs.centerness, logit(0.81))
     outputs.distances = torch.ones_like(outputs.distances)
     return outputs
 
@@ -257,7 +257,7 @@ def test_predictions_are_torchvisions():
     split = {
         "cls_logits": outputs.logits.split(outputs.per_level, 1),
         "bbox_regression": outputs.distances.split(outputs.per_level, 1),
-        "bbox_ctrness": outputs.centrality.unsqueeze(2).split(outputs.per_level, 1),
+        "bbox_ctrness": outputs.centerness.unsqueeze(2).split(outputs.per_level, 1),
     }
     anchors = [list(outputs.anchors.split(outputs.per_level))] * 2
     expected = FCOS.postprocess_detections(oracle, split, anchors, [size] * 2)
