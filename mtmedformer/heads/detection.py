@@ -56,11 +56,6 @@ class DetectionHead(TaskHead):
         max_detections: Boxes kept an image.
         candidates: Boxes kept a level before suppression.
         box_loss: Loss of the boxes; ``None`` is ``GIoU()``.
-        classification_weight: Factor of the focal loss of the classes.
-        centerness_weight: Factor of the centerness loss.
-        center_radius: A location trains as foreground only this many strides from the centre of its box.
-        focal_alpha: Weight of positives in the focal loss, in [0, 1].
-        focal_gamma: Exponent of the focal loss.
 
     Reference:
         Tian et al., FCOS: a simple and strong anchor-free object detector, TPAMI 2020.
@@ -78,11 +73,6 @@ class DetectionHead(TaskHead):
         max_detections: int = 100,
         candidates: int = 1000,
         box_loss: BoxLoss | None = None,
-        classification_weight: float = 1.0,
-        centerness_weight: float = 1.0,
-        center_radius: float = 1.5,
-        focal_alpha: float = 0.25,
-        focal_gamma: float = 2.0,
     ) -> None:
         super().__init__(classes)
         if not 0 < nms_threshold <= 1 or not 0 <= score_threshold <= 1:
@@ -96,11 +86,6 @@ class DetectionHead(TaskHead):
         self.max_detections = max_detections
         self.candidates = candidates
         self.box_loss = box_loss or GIoU()
-        self.classification_weight = classification_weight
-        self.centerness_weight = centerness_weight
-        self.center_radius = center_radius
-        self.focal_alpha = focal_alpha
-        self.focal_gamma = focal_gamma
 
     def build(self, channels: int, strides: Sequence[int]) -> None:
         """Create the layers; see ``TaskHead.build``."""
@@ -142,14 +127,11 @@ class DetectionHead(TaskHead):
                 target.boxes,
                 target.labels,
                 self.box_loss,
-                self.center_radius,
-                self.focal_alpha,
-                self.focal_gamma,
             )
         return {
-            "classification": self.classification_weight * losses["classification"],
+            "classification": losses["classification"],
             "box": self.box_loss.weight * losses["box"],
-            "centerness": self.centerness_weight * losses["centerness"],
+            "centerness": losses["centerness"],
         }
 
     def predict(self, outputs: DetectionOutputs, size: tuple[int, int]) -> list[dict[str, Tensor]]:

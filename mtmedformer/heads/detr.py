@@ -27,6 +27,9 @@ from mtmedformer.heads.layers import pick_levels
 if TYPE_CHECKING:
     from mtmedformer.metrics.base import TaskMetrics
 
+NO_OBJECT_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 0.1, 5.0, 2.0
+"""Weights of the paper: of "no object" in the cross-entropy, of the L1 distance and the generalised IoU of boxes."""
+
 
 @dataclass
 class DETROutputs:
@@ -59,10 +62,6 @@ class DETRHead(TaskHead):
         strides: Strides of the pyramid levels attended to.
         dropout: Dropout of the decoder, in [0, 1).
         score_threshold: Boxes with a lower score are dropped, in [0, 1].
-        no_object_weight: Weight of "no object" in the cross-entropy.
-        classification_weight: Factor of the class terms in matching and loss.
-        l1_weight: Factor of the L1 distance of boxes (as shares of the image) in matching and loss.
-        giou_weight: Factor of the generalised IoU in matching and loss.
 
     Reference:
         Carion et al., End-to-end object detection with transformers, ECCV 2020, sections 3.1 and A.2.
@@ -80,10 +79,6 @@ class DETRHead(TaskHead):
         strides: tuple[int, ...] = (16, 32),
         dropout: float = 0.0,
         score_threshold: float = 0.01,
-        no_object_weight: float = 0.1,
-        classification_weight: float = 1.0,
-        l1_weight: float = 5.0,
-        giou_weight: float = 2.0,
     ) -> None:
         super().__init__(classes)
         self.num_queries = num_queries
@@ -93,10 +88,6 @@ class DETRHead(TaskHead):
         self.strides = tuple(strides)
         self.dropout = dropout
         self.score_threshold = score_threshold
-        self.no_object_weight = no_object_weight
-        self.classification_weight = classification_weight
-        self.l1_weight = l1_weight
-        self.giou_weight = giou_weight
 
     def build(self, channels: int, strides: Sequence[int]) -> None:
         """Create the layers; see ``TaskHead.build``."""
@@ -191,14 +182,14 @@ class DETRHead(TaskHead):
             matched.append(true[i][box])
         p, t = torch.cat(predicted), torch.cat(matched)
         weights = logits.new_ones(logits.shape[2])
-        weights[-1] = self.no_object_weight
+        weights[-1] = NO_OBJECT_WEIGHT
         entropy = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weights, reduction="sum")
         iou = generalized_box_iou_loss(box_convert(p, "cxcywh", "xyxy"), box_convert(t, "cxcywh", "xyxy"))
         count = max(1, sum(len(b) for b in true))
         return {
-            "classification": self.classification_weight * entropy / weights[wanted].sum().clamp_min(1e-12),
-            "l1": self.l1_weight * (p - t).abs().sum() / count,
-            "giou": self.giou_weight * iou.sum() / count,
+            "classification": entropy / weights[wanted].sum().clamp_min(1e-12),
+            "l1": L1_WEIGHT * (p - t).abs().sum() / count,
+            "giou": GIOU_WEIGHT * iou.sum() / count,
         }
 
     @torch.no_grad()
@@ -214,10 +205,10 @@ class DETRHead(TaskHead):
         Returns:
             int64 indices of the paired queries and of their boxes, both (min(Q, M),).
         """
-        cost = -self.classification_weight * logits.softmax(-1)[:, labels]
-        cost = cost + self.l1_weight * torch.cdist(boxes, true, p=1)
+        cost = -logits.softmax(-1)[:, labels]
+        cost = cost + L1_WEIGHT * torch.cdist(boxes, true, p=1)
         corners, true_corners = box_convert(boxes, "cxcywh", "xyxy"), box_convert(true, "cxcywh", "xyxy")
-        cost = cost - self.giou_weight * generalized_box_iou(corners, true_corners)
+        cost = cost - GIOU_WEIGHT * generalized_box_iou(corners, true_corners)
         query, box = linear_sum_assignment(cost.cpu().numpy())
         return torch.as_tensor(query, device=logits.device), torch.as_tensor(box, device=logits.device)
 
