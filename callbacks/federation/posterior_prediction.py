@@ -25,7 +25,7 @@ from mtmedformer.inference.results import NOTE, UNCERTAINTY, inside_original
 from mtmedformer.module import MultiTaskModule
 from mtmedformer.plots.heatmaps import HeatMap, maps_figure
 from mtmedformer.protocols import PredictingModule, PredictionStrategy
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 
 
 class PosteriorPredictor:
@@ -128,13 +128,13 @@ class PosteriorPrediction(Callback):
         }
         folder = PredictionFolder(predictions_root(trainer, self.root))
         for i, meta in enumerate(batch.meta):
-            with whole(folder.path("uncertainty", meta.id, ".json")) as file:
+            with atomic_write(folder.path("uncertainty", meta.id, ".json")) as file:
                 file.write_text(json.dumps(_facts(sampled, tasks, i, meta), indent=1) + "\n")
             maps = _maps(sampled, tasks, i) if self.maps else {}
             if maps:
                 grey = batch.image[i].float().mean(dim=0).cpu().numpy()
                 footer = "entropy: all doubt; mutual information: the part that the samples disagree about"
-                with whole(folder.path("uncertainty", meta.id, ".png")) as file:
+                with atomic_write(folder.path("uncertainty", meta.id, ".png")) as file:
                     maps_figure(grey, maps, meta, footer).savefig(file, dpi=110, format="png")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -13,7 +13,7 @@ from federation.exchange.schema import State
 from federation.partition import Holding, picture
 from federation.site_loaders import Site
 from mtmedformer.protocols import QuarantiningData
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 
 
 def write_sites(holdings: Sequence[Holding], sites: Mapping[str, Site], run: Path) -> None:
@@ -28,7 +28,7 @@ def write_sites(holdings: Sequence[Holding], sites: Mapping[str, Site], run: Pat
 
 def write_model(run: Path, name: str, state: State) -> None:
     """Write a site's own model atomically; it loads with ``model.init_weights``."""
-    with whole(_folder(run, name) / "model.safetensors") as part:
+    with atomic_write(_folder(run, name) / "model.safetensors") as part:
         save_file({key: value.contiguous().clone() for key, value in state.items()}, part)
 
 

@@ -15,7 +15,7 @@ from mtmedformer.heads.base import TaskHead
 from mtmedformer.inference.gradcam import attention_map, grad_cam
 from mtmedformer.module import MultiTaskModule
 from mtmedformer.plots.heatmaps import HeatMap, maps_figure
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 
 
 class Explanations(Callback):
@@ -64,7 +64,7 @@ class Explanations(Callback):
             if drawn:
                 grey = batch.image[i].float().mean(dim=0).cpu().numpy()
                 footer = "each map is scaled to its own maximum in this image"
-                with whole(folder.path("explanations", meta.id, ".png")) as file:
+                with atomic_write(folder.path("explanations", meta.id, ".png")) as file:
                     maps_figure(grey, drawn, meta, footer).savefig(file, dpi=110, format="png")
 
     def maps(self, module: MultiTaskModule, image: Tensor) -> dict[str, Tensor]:

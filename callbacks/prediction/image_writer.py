@@ -17,7 +17,7 @@ from mtmedformer.errors import DataError
 from mtmedformer.geometry import Bytes, Floats
 from mtmedformer.inference.results import NOTE, FoundBox, ImageResult
 from mtmedformer.plots.predictions import prediction_figure, preview_from_input, preview_of
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 from mtmedformer.storage.hashing import file_digest
 
 Json = dict[str, Any]
@@ -95,7 +95,7 @@ class ImageWriter:
         for task, masks in result.masks.items():
             for c, mask in masks.items():
                 file = self.folder.path(f"masks/{task}", result.meta.id, f"_{c}.png")
-                with whole(file) as part:
+                with atomic_write(file) as part:
                     Image.fromarray(mask * np.uint8(255)).save(part, format="PNG", pnginfo=description)
                 entries.setdefault(task, {})[c] = {"file": self._relative(file), **_area(mask, result.meta)}
         return entries
@@ -104,7 +104,7 @@ class ImageWriter:
         files = []
         for kind, dataset in objects.build(source, result).items():
             file = self.folder.path("dicom", result.meta.id, f".{kind}.dcm")
-            with whole(file) as part:
+            with atomic_write(file) as part:
                 dataset.save_as(part)
             files.append(self._relative(file))
         return files
@@ -114,7 +114,7 @@ class ImageWriter:
         footer = f"MTMedFormer {self.model}" + (f" · image {digest}" if digest else "")
         figure = prediction_figure(shown, result, self.tasks, self.box_thresholds, footer)
         file = self.folder.path("overlays", result.meta.id, ".png")
-        with whole(file) as part:
+        with atomic_write(file) as part:
             figure.savefig(part, format="png", dpi=160, metadata={"Description": NOTE})
         figure.clear()  # breaks reference cycles, which would keep images in memory until the next garbage collection
         return self._relative(file)

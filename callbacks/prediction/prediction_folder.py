@@ -16,7 +16,7 @@ from typing import Any
 from mtmedformer.errors import ConfigError
 from mtmedformer.inference.results import ABOUT, NOTE
 from mtmedformer.protocols import WritesPredictions
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 from mtmedformer.storage.hashing import file_digest
 
 Json = dict[str, Any]
@@ -77,7 +77,7 @@ class PredictionFolder:
                 entry = _read(marker)
                 if not resume or entry is None or "failed" in entry:
                     self._remove(marker, entry or {})
-        with whole(file) as part:
+        with atomic_write(file) as part:
             part.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     def finished(self, files: Mapping[str, Path]) -> set[str]:
@@ -86,7 +86,7 @@ class PredictionFolder:
 
     def finish(self, image: str, entry: Json) -> None:
         """Write the JSON of an image; call it after all its other files are written."""
-        with whole(self.path(IMAGES, image, ".json")) as part:
+        with atomic_write(self.path(IMAGES, image, ".json")) as part:
             part.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
 
     def entries(self) -> Iterator[Json]:
@@ -108,14 +108,14 @@ class PredictionFolder:
         columns: dict[str, None] = {}
         for entry in self.entries():
             columns |= dict.fromkeys(entry.get("row", {}))
-        with whole(self.root / "predictions.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
+        with atomic_write(self.root / "predictions.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(columns))
             writer.writeheader()
             writer.writerows(entry["row"] for entry in self.entries() if "row" in entry)
-        with whole(self.root / "boxes.json") as part:
+        with atomic_write(self.root / "boxes.json") as part:
             self._write_coco(part, tasks)
         failed = [entry for entry in self.entries() if "failed" in entry]
-        with whole(self.root / "failed.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
+        with atomic_write(self.root / "failed.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
             rows.writerow(["image", "reason", "detail", "note"])
             rows.writerows([e["image"], e["failed"], e.get("detail", ""), NOTE] for e in failed)

@@ -18,7 +18,7 @@ from mtmedformer.metrics.base import TaskMetrics
 from mtmedformer.metrics.calibration import CalibrationMetrics, Reliability
 from mtmedformer.metrics.detection import DetectionMetrics
 from mtmedformer.module import MultiTaskModule
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 from mtmedformer.thresholds import box_performance, class_performance
 
 
@@ -141,7 +141,7 @@ class ReliabilityReport(Callback):
             self._write(Path(self.folder or trainer.default_root_dir, "reliability.json"))
 
     def _write(self, file: Path) -> None:
-        with whole(file) as part:
+        with atomic_write(file) as part:
             entries = {name: reliability.to_json() for name, reliability in self.tasks.items()}
             part.write_text(json.dumps(entries, indent=1) + "\n")
         scaled = {name: reliability for name, reliability in self.tasks.items() if reliability.raw_errors}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -15,7 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.run.lightning_internals import load_loader_states
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 
 
 class ResumePoint(Callback):
@@ -47,7 +46,7 @@ class ResumePoint(Callback):
             if trainer.global_step == 0:
                 trainer.save_checkpoint(self.file, weights_only=False)
             elif trainer.ckpt_path and trainer.is_global_zero and not self.file.exists():  # resumed in a new run folder
-                with whole(self.file) as part:
+                with atomic_write(self.file) as part:
                     shutil.copyfile(trainer.ckpt_path, part)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
@@ -123,15 +122,5 @@ class AtomicCheckpoints(TorchCheckpointIO):
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        file = Path(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.partial")
-        try:
-            with partial.open("wb") as stream:
-                torch.save(checkpoint, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(partial, file)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with atomic_write(Path(path)) as part, part.open("wb") as stream:  # a stream: no file name in the archive
+            torch.save(checkpoint, stream)

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from mtmedformer.errors import ConfigError
 from mtmedformer.protocols import QuarantiningData
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 
 RUN_DIR = "MTMEDFORMER_RUN_DIR"
 """Environment variable with the run folder, for the processes that the first process of a run launches."""
@@ -157,7 +157,7 @@ class RunStart(AtStart):
         if isinstance(self.folder, RunFolder):
             self.folder.create()
         folder = self.folder.path if isinstance(self.folder, RunFolder) else self.folder
-        with whole(folder / self.filename) as part:
+        with atomic_write(folder / self.filename) as part:
             part.write_text(yaml.safe_dump(self.config, sort_keys=False), encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 
 
 class RunLogger(Logger):
@@ -69,7 +69,7 @@ class RunLogger(Logger):
         """Write the rows that are in the file again, with the columns of a new row added."""
         rows = _rows(self.file)
         self._columns = sorted({*self._columns, *row, *(name for earlier in rows for name in earlier)})
-        with whole(self.file) as part, part.open("w", newline="", encoding="utf-8") as stream:
+        with atomic_write(self.file) as part, part.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, self._columns)
             writer.writeheader()
             writer.writerows(rows)

@@ -26,7 +26,7 @@ from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import Issue
 from datamodules.records import Record
 from mtmedformer.errors import DataError
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Cache:
             self.memory[key] = entry
             return
         try:
-            with whole(self.path(key)) as part:
+            with atomic_write(self.path(key)) as part:
                 save_entry(entry, part)
         except OSError as error:
             raise self._refusal(error) from error

@@ -18,7 +18,7 @@ from torch import Tensor
 from federation.exchange.schema import Schema, State
 from federation.exchange.update import BlockUpdate, Update
 from mtmedformer.errors import ConfigError, DataError
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 
 FLOOR = 1e-6  # least precision, relative to the mean of the tensor: avoids 0/0, the other sites determine the value
 LEAST_CURVATURE = 1e-12  # curvature of a tensor without any gradient
@@ -214,7 +214,7 @@ class Posterior:
         tensors = {f"{kind}|{key}": value for kind, state in states.items() for key, value in state.items()}
         facts = {"blocks": self.blocks, "sites": self.sites, "tuning": self.tuning}
         plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        with whole(file) as part:
+        with atomic_write(file) as part:
             save_file(plain, part, metadata={"posterior": json.dumps(facts)})
 
     @classmethod

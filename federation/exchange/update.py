@@ -16,7 +16,7 @@ from torch import Tensor
 
 from federation.exchange.quantization import Rounding, decoded, encoded
 from mtmedformer.errors import DataError
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 
 FACTS = ("site", "round", "base", "schema", "metrics", "samples", "steps", "seconds", "rounding")
 """What the header of an update says besides its blocks."""
@@ -101,7 +101,7 @@ class Update:
 def save_update(update: Update, file: Path) -> None:
     """Write an update as safetensors, whole or not at all."""
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in update.tensors().items()}
-    with whole(file) as part:
+    with atomic_write(file) as part:
         save_file(tensors, part, metadata={"update": json.dumps(update.header())})
 
 

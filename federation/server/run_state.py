@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from mtmedformer.errors import DataError
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 
 Status = Literal["running", "degraded", "failed", "finished"]
 EXIT_CODES: dict[Status, int] = {"running": 0, "finished": 0, "failed": 1, "degraded": 3}
@@ -54,7 +54,7 @@ def write_state(folder: Path, state: Status, reason: str, round: int, rounds: in
     own = os.getpid()
     run = RunState(state, reason, round, rounds, ended, own, _started(own), socket.gethostname())
     try:
-        with whole(folder / "run_state.json") as part:
+        with atomic_write(folder / "run_state.json") as part:
             part.write_text(json.dumps(asdict(run), indent=1) + "\n")
     except OSError as error:  # a full disk must not hide why the run ends
         print(f"run_state.json: cannot be written ({error.strerror}); the run is {state}: {reason}", file=sys.stderr)

@@ -27,7 +27,7 @@ from mtmedformer.metrics.classification import ClassificationMetrics
 from mtmedformer.metrics.detection import DetectionMetrics
 from mtmedformer.metrics.referral import ReferralMetrics
 from mtmedformer.metrics.segmentation import SegmentationMetrics
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 
 KINDS = (CalibrationMetrics, ClassificationMetrics, DetectionMetrics, ReferralMetrics, SegmentationMetrics)
 """Kinds of metric that a file may name; those of other packages are found once they have been imported."""
@@ -88,7 +88,7 @@ def save_rows(metrics: Mapping[str, TaskMetrics], file: Path, salt: str) -> None
         arrays |= {f"{task}|table|{n}": metric.table(n).numpy() for n in metric.no_rows if n != "images"}
         about[task] = {"class_path": _path(type(metric)), "init_args": _arguments(metric)}
     arrays["about"] = np.array(json.dumps(about))
-    with whole(file) as part, part.open("wb") as out:
+    with atomic_write(file) as part, part.open("wb") as out:
         np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
 
 

@@ -19,7 +19,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from mtmedformer.plots.style import INK, STYLE
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 
 CSS = """
 :root { color-scheme: light dark; --ink: #20242a; --soft: #5d6671; --paper: #ffffff; --line: #dfe3e8; --wash: #f5f7f9;
@@ -129,7 +129,7 @@ def page(title: str, subtitle: str, sections: Sequence[tuple[str, Html]], summar
 
 def write_page(file: Path, text: str) -> None:
     """Write a page atomically."""
-    with whole(file) as part:
+    with atomic_write(file) as part:
         part.write_text(text, encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Write files atomically: a reader sees the old file or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -9,20 +9,31 @@ from pathlib import Path
 
 
 @contextmanager
-def whole(file: Path) -> Iterator[Path]:
-    """Yield a path beside ``file`` to write to; it takes the place of ``file`` once the block has ended well.
+def atomic_write(file: Path) -> Iterator[Path]:
+    """Yield a path beside ``file`` to write to; it replaces ``file`` once the block has ended without an exception.
 
-    The folder is made where it is missing. After an exception what was written so far is removed, and what was there
-    before is still there. A process that is killed leaves a hidden ``.<name>.<process>.part`` behind, which nothing
-    reads.
+    The new content and its name are on the disk (fsync) when this returns, so that a power failure cannot leave an
+    empty file. A missing folder is created. After an exception the partial file is removed and the old file is still
+    there. A killed process leaves a hidden ``.<name>.<process>.part`` behind, which nothing reads.
 
     Args:
-        file: The file that is to be there in the end.
+        file: The file to write.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name[-80:]}.{os.getpid()}.part")
     try:
         yield part
+        _flush(part, os.O_RDWR)
         os.replace(part, file)
+        if os.name == "posix":  # other systems do not open folders
+            _flush(file.parent, os.O_RDONLY)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _flush(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -12,7 +12,7 @@ from typing import Any
 from mtmedformer.commands.compare.statistics import Estimate, Summary, Verdict
 from mtmedformer.commands.compare.study import Average, Checkpoint
 from mtmedformer.commands.compare.trainings import Models, Split, write_json
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 
 NAN = float("nan")
 
@@ -173,7 +173,7 @@ def write_json_report(comparison: Comparison, file: Path) -> None:
 def write_csv(comparison: Comparison, file: Path) -> None:
     """Write one row per metric and variant: value, worst site, difference from the reference, verdict."""
     rows = [_csv_row(comparison, metric, name) for metric, one in comparison.metrics.items() for name in one.values]
-    with whole(file) as part, part.open("w", newline="") as lines:
+    with atomic_write(file) as part, part.open("w", newline="") as lines:
         writer = csv.DictWriter(lines, _COLUMNS)
         writer.writeheader()
         writer.writerows(map(_plain, rows))

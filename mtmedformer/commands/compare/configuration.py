@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from mtmedformer.commands.compare.study import Study, Variant
 from mtmedformer.commands.lightning_cli import CommandLine
 from mtmedformer.errors import ConfigError
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 
 WITHOUT_EFFECT = {
     "default_root_dir",
@@ -93,7 +93,7 @@ def parse_value(text: str) -> Any:
 
 def write_config(config: dict[str, Any], file: Path) -> None:
     """Write a configuration file, whole or not at all."""
-    with whole(file) as part:
+    with atomic_write(file) as part:
         part.write_text(yaml.safe_dump(config, sort_keys=False))
 
 

@@ -17,7 +17,7 @@ from mtmedformer.commands.compare.code_version import code_version
 from mtmedformer.commands.compare.configuration import data_sets, relevant_keys, resolved, write_config
 from mtmedformer.commands.compare.study import Study
 from mtmedformer.errors import ConfigError
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 
 Split = Literal["test", "val"]
 Models = Literal["global", "own"]
@@ -243,5 +243,5 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def write_json(value: Any, file: Path) -> None:
     """Write a JSON file, whole or not at all."""
-    with whole(file) as part:
+    with atomic_write(file) as part:
         part.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")

@@ -32,7 +32,7 @@ from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
 from mtmedformer.inference.results import NOTE
 from mtmedformer.module import MultiTaskModule
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 from mtmedformer.storage.hashing import weights_digest
 
 Format = Literal["onnx", "safetensors", "both"]
@@ -155,7 +155,7 @@ def _write(folder: Path, files: dict[str, bytes], digest: str) -> None:
             if earlier.get("weights") != digest:
                 raise ConfigError(f"--output {folder}: contains an export of another model; choose another folder")
         for name, content in files.items():
-            with whole(folder / name) as part:
+            with atomic_write(folder / name) as part:
                 part.write_bytes(content)
     except OSError as error:
         raise ConfigError(f"--output {folder}: {error.strerror or error}; choose a folder to write in") from error

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from mtmedformer.commands.sweep.trials import TrialResult
 from mtmedformer.errors import ConfigError
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 
 PRIMARY = re.compile(r"val/[^/]+/(auroc|map50|dice)")
 """The metrics whose mean is ``val/score``, one per task."""
@@ -70,7 +70,7 @@ def write_csv(rows: Sequence[TrialResult], front: set[int], file: Path) -> None:
     """Write every trial: its value, parameters, metrics, and whether it lies on the Pareto front."""
     parameters = list({key: None for row in rows for key in row.parameters})
     metrics = sorted({name for row in rows for name in row.metrics})
-    with whole(file) as part, part.open("w", newline="") as lines:
+    with atomic_write(file) as part, part.open("w", newline="") as lines:
         writer = csv.writer(lines)
         writer.writerow(["trial", "value", "front", "epoch", "seconds", *parameters, *metrics, "failed"])
         for row in rows:

@@ -18,7 +18,7 @@ import torch
 
 from mtmedformer.commands.child_runs import DONE, GRACE, failure_text, start
 from mtmedformer.processes import stop_all
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 
 RESULT = "result.json"
 """File with the result of a trial, in its folder."""
@@ -140,7 +140,7 @@ def read_result(trial: RunningTrial, metric: str, maximise: bool) -> TrialResult
 
 def save_result(result: TrialResult, folder: Path) -> None:
     """Write the result of a trial into its folder."""
-    with whole(folder / RESULT) as part:
+    with atomic_write(folder / RESULT) as part:
         part.write_text(json.dumps(asdict(result), indent=1) + "\n")
 
 

@@ -1,14 +1,16 @@
 """Files that are written whole or not at all."""
 
+import os
+
 import pytest
 
-from mtmedformer.storage.atomic_write import whole
+from mtmedformer.storage.atomic_write import atomic_write
 
 
 def test_what_was_written_takes_the_place_of_the_old_file(tmp_path):
     file = tmp_path / "facts.json"
     file.write_text("old")
-    with whole(file) as part:
+    with atomic_write(file) as part:
         part.write_text("new")
         assert file.read_text() == "old", "nothing is in its place before all is written"
     assert file.read_text() == "new"
@@ -16,7 +18,7 @@ def test_what_was_written_takes_the_place_of_the_old_file(tmp_path):
 
 
 def test_missing_folders_are_made(tmp_path):
-    with whole(tmp_path / "a/b/facts.json") as part:
+    with atomic_write(tmp_path / "a/b/facts.json") as part:
         part.write_text("new")
     assert (tmp_path / "a/b/facts.json").read_text() == "new"
 
@@ -25,7 +27,7 @@ def test_missing_folders_are_made(tmp_path):
 @pytest.mark.parametrize("written", [True, False])
 def test_an_exception_leaves_the_old_file_and_no_partial_one(tmp_path, error, written):
     def write() -> None:
-        with whole(file) as part:
+        with atomic_write(file) as part:
             if written:
                 part.write_text("half")
             raise error("full")
@@ -40,12 +42,20 @@ def test_an_exception_leaves_the_old_file_and_no_partial_one(tmp_path, error, wr
 
 def test_a_file_that_cannot_take_its_place_leaves_no_partial_one(tmp_path):
     (tmp_path / "facts.json").mkdir()
-    with pytest.raises(OSError), whole(tmp_path / "facts.json") as part:
+    with pytest.raises(OSError), atomic_write(tmp_path / "facts.json") as part:
         part.write_text("new")
     assert list(tmp_path.iterdir()) == [tmp_path / "facts.json"]
 
 
 def test_long_names(tmp_path):
-    with whole(tmp_path / ("x" * 250 + ".txt")) as part:
+    with atomic_write(tmp_path / ("x" * 250 + ".txt")) as part:
         part.write_text("new")
     assert [len(file.name) for file in tmp_path.iterdir()] == [254]
+
+
+def test_content_and_name_are_flushed_to_the_disk(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_ino))
+    with atomic_write(tmp_path / "facts.json") as part:
+        part.write_text("new")
+    assert flushed == [(tmp_path / "facts.json").stat().st_ino, tmp_path.stat().st_ino]
