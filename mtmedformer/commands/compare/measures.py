@@ -17,7 +17,7 @@ SHARE = 0.95
 
 
 @dataclass(frozen=True)
-class Curve:
+class ValidationCurve:
     """A metric on validation images over the epochs (or rounds) of a training.
 
     Attributes:
@@ -37,7 +37,7 @@ class Curve:
         return next((i + 1 for i, value in enumerate(self.values) if value >= target), None)
 
 
-def curve_of(training: Training, metric: str) -> Curve:
+def curve_of(training: Training, metric: str) -> ValidationCurve:
     """Return the validation curve of a metric: the mean over sites where the sites were logged.
 
     Args:
@@ -60,7 +60,7 @@ def curve_of(training: Training, metric: str) -> Curve:
         known = [value for value in logged if value == value]
         if known and row.get("epoch", "").isdigit():
             values[int(row["epoch"])] = sum(known) / len(known)
-    return Curve([values.get(epoch, math.nan) for epoch in range(max(values, default=-1) + 1)])
+    return ValidationCurve([values.get(epoch, math.nan) for epoch in range(max(values, default=-1) + 1)])
 
 
 def costs_of(training: Training, metric: str, yardstick: Training | None, higher_is_better: bool) -> Costs:

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 import numpy as np
 from numpy.typing import NDArray
 
-from mtmedformer.commands.compare.statistics import Floats, Panel, draw_patients
+from mtmedformer.commands.compare.statistics import Floats, MetricPanel, draw_patients
 from mtmedformer.commands.compare.study import Study, is_own, metric_words
 from mtmedformer.commands.compare.trainings import Split, Training
 from mtmedformer.errors import ConfigError
@@ -74,7 +74,7 @@ class Panels:
             self._rows[key] = self._rows[same] if shared else load_rows(files)
         return self._rows[key]
 
-    def panel(self, variant: str, metric: str) -> Panel:
+    def panel(self, variant: str, metric: str) -> MetricPanel:
         """Return the panel of one metric of one variant.
 
         Raises:
@@ -93,7 +93,7 @@ class Panels:
             if self.study.average == "images":
                 whole[:, i] = self._mean(variant, run, metric, rows, "")
         mean = {"whole": whole[0], "whole_resampled": whole[1:]} if self.study.average == "images" else {}
-        return Panel(runs, self.sites, len(patients), values[0], values[1:], **mean)
+        return MetricPanel(runs, self.sites, len(patients), values[0], values[1:], **mean)
 
     def _tasks_of(self, metric: str, rows: Rows) -> list[tuple[str, str]]:
         """Return the tasks and their metrics that the name of a metric covers."""

@@ -20,7 +20,7 @@ from mtmedformer.commands.compare.comparison import (
 )
 from mtmedformer.commands.compare.measures import costs_of, same_start
 from mtmedformer.commands.compare.panels import Panels, paired
-from mtmedformer.commands.compare.statistics import Estimate, Panel, Summary, estimate, holm, per_run, verdict
+from mtmedformer.commands.compare.statistics import Estimate, MetricPanel, Summary, estimate, holm, per_run, verdict
 from mtmedformer.commands.compare.study import Study, metric_words
 from mtmedformer.commands.compare.trainings import Models, Split, Training
 from mtmedformer.errors import ConfigError
@@ -109,7 +109,7 @@ def _metric(study: Study, metric: str, names: Sequence[str], panels: Panels) -> 
     return MetricComparison(higher, values, differences, _tested(pairs, higher))
 
 
-def _value(panel: Panel, metric: str) -> VariantValue:
+def _value(panel: MetricPanel, metric: str) -> VariantValue:
     higher, ends = higher_is_better(metric), limits(metric)
     known = np.asarray(~np.isnan(panel.value).any(axis=0))
     by_site = {site: float(panel.value[:, j].mean()) for j, site in enumerate(panel.sites) if known[j]}

@@ -34,7 +34,7 @@ Verdict = Literal["better", "worse", "no difference shown", "not determined"]
 
 
 @dataclass(frozen=True)
-class Panel:
+class MetricPanel:
     """One metric of one variant, on the data and on resamples of patients; NaN where it is undefined.
 
     Attributes:
@@ -55,12 +55,12 @@ class Panel:
     whole: Floats | None = None
     whole_resampled: Floats | None = None
 
-    def of(self, runs: Sequence[str]) -> Panel:
+    def of(self, runs: Sequence[str]) -> MetricPanel:
         """Return the panel of some of the runs, in the given order."""
         rows = [self.runs.index(run) for run in runs]
         whole = None if self.whole is None else self.whole[rows]
         resampled = None if self.whole_resampled is None else self.whole_resampled[:, rows]
-        return Panel(
+        return MetricPanel(
             tuple(runs), self.sites, self.patients, self.value[rows], self.resampled[:, rows], whole, resampled
         )
 
@@ -86,6 +86,9 @@ class Estimate:
     error: float = float("nan")
     freedom: float = float("nan")
     from_runs: float = float("nan")
+
+
+_Evaluate = Callable[[Floats, "MetricPanel | None"], Floats]
 
 
 def draw_patients(sites: Mapping[str, Sequence[str]], replicates: int, seed: int) -> dict[str, NDArray[np.int32]]:
@@ -119,8 +122,8 @@ def draw_runs(runs: int, replicates: int, seed: int) -> Floats:
 
 
 def estimate(
-    panel: Panel,
-    reference: Panel | None = None,
+    panel: MetricPanel,
+    reference: MetricPanel | None = None,
     of: Summary = "mean",
     higher_is_better: bool = True,
     seed: int = 0,
@@ -163,10 +166,10 @@ def _minus(parts: Sequence[Floats]) -> Floats:
     return parts[0] if len(parts) == 1 else parts[0] - parts[1]
 
 
-def _summary(panel: Panel, known: NDArray[np.bool_], of: str, higher: bool) -> Callable[[Floats, Panel | None], Floats]:
+def _summary(panel: MetricPanel, known: NDArray[np.bool_], of: str, higher: bool) -> _Evaluate:
     """Return the function of run weights (R, runs) that evaluates a panel, resampled or not."""
 
-    def evaluate(weights: Floats, resampled: Panel | None) -> Floats:
+    def evaluate(weights: Floats, resampled: MetricPanel | None) -> Floats:
         if of == "mean" and panel.whole is not None:
             values = panel.whole[None] if resampled is None else resampled.whole_resampled
             return _weighted(weights[:, :, None], np.asarray(values)[:, :, None])[:, 0]
@@ -196,7 +199,7 @@ def _over_sites(sites: Floats, of: str, higher: bool) -> Floats:
     return result
 
 
-def per_run(panel: Panel, known: NDArray[np.bool_], of: str, higher: bool) -> Floats:
+def per_run(panel: MetricPanel, known: NDArray[np.bool_], of: str, higher: bool) -> Floats:
     """Return the value of each run: the mean or the worst of the known sites, or the mean over all images."""
     if of == "mean" and panel.whole is not None:
         return panel.whole

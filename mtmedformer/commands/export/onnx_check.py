@@ -22,7 +22,7 @@ Model = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
-class Difference:
+class OutputDifference:
     """The difference of one output of the graph from PyTorch.
 
     Attributes:
@@ -40,7 +40,7 @@ class Difference:
 
 def compare(
     content: bytes, names: Sequence[str], model: Model, shapes: Sequence[tuple[int, ...]], seed: int = 0
-) -> tuple[Difference, ...]:
+) -> tuple[OutputDifference, ...]:
     """Run images through onnxruntime and PyTorch and return the largest difference of each output.
 
     Args:
@@ -59,7 +59,7 @@ def compare(
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(seed)
-    worst: dict[str, Difference] = {}
+    worst: dict[str, OutputDifference] = {}
     for shape in shapes:
         image = torch.rand(shape, generator=generator)
         with torch.inference_mode():
@@ -70,8 +70,8 @@ def compare(
                 raise ConfigError(f"{name} has shape {theirs.shape} instead of {ours.shape}")
             gap = np.abs(ours.astype(np.float64) - theirs)
             share = float((gap / (TOLERANCE * np.maximum(1, np.abs(ours)))).max(initial=0))
-            before = worst.get(name, Difference(name, (), 0.0, 0.0))
-            worst[name] = Difference(
+            before = worst.get(name, OutputDifference(name, (), 0.0, 0.0))
+            worst[name] = OutputDifference(
                 name, ours.shape, max(before.absolute, float(gap.max(initial=0))), max(before.allowed, share)
             )
     return tuple(worst.values())

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
-from mtmedformer.commands.export.onnx_check import INPUT, Difference, compare, shapes_to_try
+from mtmedformer.commands.export.onnx_check import INPUT, OutputDifference, compare, shapes_to_try
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
 from mtmedformer.module import MultiTaskModule
@@ -41,7 +42,7 @@ class Graph:
     content: bytes
     outputs: tuple[str, ...]
     size: tuple[int, int] | None
-    differences: tuple[Difference, ...]
+    differences: tuple[OutputDifference, ...]
     shapes: tuple[tuple[int, ...], ...]
     remarks: tuple[str, ...] = ()
 
@@ -177,8 +178,6 @@ def _traced(outputs: ExportedOutputs, image: Tensor, free: bool) -> bytes:
 
 def _symbolic(outputs: ExportedOutputs, image: Tensor, free: bool) -> bytes:
     """Export with symbolic sizes."""
-    from torch.export import Dim
-
     sides = {0: Dim.DYNAMIC} | ({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if free else {})
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")

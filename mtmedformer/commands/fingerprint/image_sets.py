@@ -59,7 +59,7 @@ def read_sites(data: FederatedDataModule) -> dict[str, ImageSet]:
         DataError: As ``MedicalDataModule.setup``.
     """
     data.setup(None)
-    found = {}
+    sites = {}
     for name, site in data.sites.items():
         source = site.source
         if not isinstance(source, MedicalDataModule):
@@ -72,5 +72,5 @@ def read_sites(data: FederatedDataModule) -> dict[str, ImageSet]:
             replace(f, record=replace(f.record, site=name, id=prefix + f.record.id, patient=prefix + f.record.patient))
             for f in images.facts
         ]
-        found[name] = replace(images, facts=facts)
-    return found
+        sites[name] = replace(images, facts=facts)
+    return sites

@@ -20,11 +20,11 @@ MOST_SITES = 12
 """Sites drawn; further ones are left out of the picture, not of the tables and the JSON file."""
 
 
-def draw(found: Fingerprint, facts: Sequence[ImageStatistics], file: Path) -> None:
+def draw(summary: Fingerprint, facts: Sequence[ImageStatistics], file: Path) -> None:
     """Draw the fingerprint into a PNG: labels by site, classes, sizes, structures, grey values, shortcuts.
 
     Args:
-        found: The fingerprint.
+        summary: The fingerprint.
         facts: The images it was made from.
         file: Where to write.
     """
@@ -32,25 +32,25 @@ def draw(found: Fingerprint, facts: Sequence[ImageStatistics], file: Path) -> No
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(rect=(0.005, 0.075, 0.99, 0.86), h_pad=0.09, w_pad=0.06)  # type: ignore[call-arg, union-attr]
     panels = figure.subplots(2, 3)
-    _draw_labels(panels[0, 0], found)
-    _draw_classes(panels[0, 1], found)
-    _draw_structures(panels[0, 2], found)
-    _draw_sizes(panels[1, 0], found, facts)
-    _draw_grey(panels[1, 1], found)
-    _draw_shortcuts(panels[1, 2], found)
+    _draw_labels(panels[0, 0], summary)
+    _draw_classes(panels[0, 1], summary)
+    _draw_structures(panels[0, 2], summary)
+    _draw_sizes(panels[1, 0], summary, facts)
+    _draw_grey(panels[1, 1], summary)
+    _draw_shortcuts(panels[1, 2], summary)
     for panel in panels.flat:
         panel.title.set_fontweight("bold")
         panel.title.set_fontsize(11)
         panel.tick_params(labelsize=8.5)
         panel.spines[["top", "right"]].set_visible(False)
-    splits = " · ".join(f"{s} {n.images} images / {n.patients} patients" for s, n in found.splits.items())
-    figure.text(0.012, 0.972, found.dataset, fontsize=17, weight="bold", color=INK, va="center")
+    splits = " · ".join(f"{s} {n.images} images / {n.patients} patients" for s, n in summary.splits.items())
+    figure.text(0.012, 0.972, summary.dataset, fontsize=17, weight="bold", color=INK, va="center")
     figure.text(
-        0.988, 0.972, f"{found.images} images · {found.patients} patients · {len(found.labelled)} site(s)",
+        0.988, 0.972, f"{summary.images} images · {summary.patients} patients · {len(summary.labelled)} site(s)",
         fontsize=13, ha="right", va="center", color=INK,
     )  # fmt: skip
     figure.text(0.988, 0.945, splits, fontsize=10, ha="right", va="center", color=INK)
-    wish = found.suggestion
+    wish = summary.suggestion
     figure.text(
         0.012, 0.052,
         f"Suggested: image_size [{wish.image_size[0]}, {wish.image_size[1]}] · sampler {wish.sampler} · detection from "
@@ -58,19 +58,19 @@ def draw(found: Fingerprint, facts: Sequence[ImageStatistics], file: Path) -> No
         fontsize=12, weight="bold", color=COLOURS["test"], va="center",
     )  # fmt: skip
     figure.text(
-        0.012, 0.022, f"Leak check: {found.leaks.summary()}", fontsize=11, va="center",
-        color=WARN if found.leaks.across_splits else INK, weight="bold" if found.leaks.across_splits else "normal",
+        0.012, 0.022, f"Leak check: {summary.leaks.summary()}", fontsize=11, va="center",
+        color=WARN if summary.leaks.across_splits else INK, weight="bold" if summary.leaks.across_splits else "normal",
     )  # fmt: skip
     figure.savefig(file, dpi=110)
 
 
-def _draw_labels(panel: Axes, found: Fingerprint) -> None:
+def _draw_labels(panel: Axes, summary: Fingerprint) -> None:
     """Draw how many images of each site are labelled for each task, as a heat map of shares with the counts in it."""
-    sites, tasks = list(found.labelled)[:MOST_SITES], list(found.tasks)
+    sites, tasks = list(summary.labelled)[:MOST_SITES], list(summary.tasks)
     counts = np.zeros((len(sites), len(tasks)), int)
     hits = np.zeros_like(counts)
     for i, site in enumerate(sites):
-        for cells in found.labelled[site].values():
+        for cells in summary.labelled[site].values():
             for name, count in cells.items():
                 counts[i, tasks.index(name)] += count.labelled
                 hits[i, tasks.index(name)] += count.positive
@@ -83,13 +83,13 @@ def _draw_labels(panel: Axes, found: Fingerprint) -> None:
         )  # fmt: skip
     panel.set_xticks(range(len(tasks)), tasks)
     panel.set_yticks(range(len(sites)), sites)
-    more = len(found.labelled) - len(sites)
+    more = len(summary.labelled) - len(sites)
     panel.set_title("Labelled images by site and task" + (f" ({more} more sites)" if more else ""))
 
 
-def _draw_classes(panel: Axes, found: Fingerprint) -> None:
+def _draw_classes(panel: Axes, summary: Fingerprint) -> None:
     """Draw images per class as bars, one colour a split."""
-    rows = [(task, label, n) for task, classes in found.classes.items() for label, n in classes.items()]
+    rows = [(task, label, n) for task, classes in summary.classes.items() for label, n in classes.items()]
     left = np.zeros(len(rows))
     for split in SPLITS:
         width = np.array([n[split] for _, _, n in rows], float)
@@ -106,9 +106,9 @@ def _draw_classes(panel: Axes, found: Fingerprint) -> None:
     panel.set_title("Images with each class, box or mask")
 
 
-def _draw_structures(panel: Axes, found: Fingerprint) -> None:
+def _draw_structures(panel: Axes, summary: Fingerprint) -> None:
     """Draw the range of sizes at the suggested input against the strides of the network."""
-    rows = [(t, label, row) for t, classes in found.structures.items() for label, row in classes.items()]
+    rows = [(t, label, row) for t, classes in summary.structures.items() for label, row in classes.items()]
     for i, (_, _, row) in enumerate(rows):
         q = row.suggested_px
         panel.plot([q["5"], q["95"]], [i, i], color=COLOURS["train"], lw=2, alpha=0.5, solid_capstyle="round")
@@ -124,14 +124,14 @@ def _draw_structures(panel: Axes, found: Fingerprint) -> None:
         panel.xaxis.set_major_formatter(ScalarFormatter())
         panel.set_ylim(len(rows) - 0.4, -0.6)
     panel.set_yticks(range(len(rows)), [f"{task}: {label}" for task, label, _ in rows])
-    height, width = found.suggestion.image_size
+    height, width = summary.suggestion.image_size
     panel.set_xlabel(f"√area in pixels of a {height} x {width} input", fontsize=9)
     panel.set_title("Sizes (5–95 %, quartiles, median) and strides")
 
 
-def _draw_sizes(panel: Axes, found: Fingerprint, facts: Sequence[ImageStatistics]) -> None:
+def _draw_sizes(panel: Axes, summary: Fingerprint, facts: Sequence[ImageStatistics]) -> None:
     """Draw width against height of the original images, one colour a site."""
-    sites = list(found.labelled)[:MOST_SITES]
+    sites = list(summary.labelled)[:MOST_SITES]
     for k, site in enumerate(sites):
         sizes = np.array([f.size for f in facts if f.record.site == site], float).reshape(-1, 2)
         panel.scatter(sizes[:, 1], sizes[:, 0], s=16, alpha=0.45, color=f"C{k % 10}", label=site, edgecolors="none")
@@ -142,28 +142,28 @@ def _draw_sizes(panel: Axes, found: Fingerprint, facts: Sequence[ImageStatistics
         panel.legend(frameon=False, fontsize=8.5, loc="lower left")
     panel.set_xlabel("width in pixels", fontsize=9)
     panel.set_ylabel("height in pixels", fontsize=9)
-    spacing = f"spacing {found.spacing_mm['50']:.3g} mm" if found.spacing_mm else "spacing unknown"
+    spacing = f"spacing {summary.spacing_mm['50']:.3g} mm" if summary.spacing_mm else "spacing unknown"
     panel.set_title(f"Original sizes ({spacing})")
 
 
-def _draw_grey(panel: Axes, found: Fingerprint) -> None:
+def _draw_grey(panel: Axes, summary: Fingerprint) -> None:
     """Draw the grey values of each site; sites that differ here differ in scanner or processing."""
     tallest = 0.0
-    for k, (site, row) in enumerate(list(found.intensity.items())[:MOST_SITES]):
+    for k, (site, row) in enumerate(list(summary.intensity.items())[:MOST_SITES]):
         density = np.array(row.histogram) * len(row.histogram)
         panel.stairs(density, np.linspace(0, 1, len(density) + 1), color=f"C{k % 10}", lw=1.6, label=site)
         tallest = max(tallest, float(np.sort(density)[-3]))
     panel.set(xlim=(0, 1), ylim=(0, tallest * 1.25))  # the black of the background may rise above it
     panel.set_xlabel("grey value", fontsize=9)
     panel.set_yticks([])
-    if len(found.intensity) > 1:
+    if len(summary.intensity) > 1:
         panel.legend(frameon=False, fontsize=8.5)
     panel.set_title("Grey values by site")
 
 
-def _draw_shortcuts(panel: Axes, found: Fingerprint) -> None:
+def _draw_shortcuts(panel: Axes, summary: Fingerprint) -> None:
     """Draw how well findings can be told without the image."""
-    rows = found.shortcuts[:10]
+    rows = summary.shortcuts[:10]
     colours = [WARN if s.warning else "#bbbbbb" for s in rows]
     panel.barh(range(len(rows)), [max(s.auc - 0.5, 0) for s in rows], left=0.5, color=colours, height=0.72)
     for i, s in enumerate(rows):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mtmedformer.commands.compare.statistics import Panel, draw_patients, draw_runs, estimate, holm, verdict
+from mtmedformer.commands.compare.statistics import MetricPanel, draw_patients, draw_runs, estimate, holm, verdict
 
 REPLICATES = 4000
 
@@ -19,7 +19,7 @@ def panel(values, replicates=REPLICATES, seed=0):
     resampled = np.stack([drawn[s] @ values[s].T / drawn[s].sum(axis=1, keepdims=True) for s in sites], axis=2)
     patients = sum(values[s].shape[1] for s in sites)
     runs = tuple(f"seed{i}" for i in range(len(mean)))
-    return Panel(runs, tuple(sites), patients, mean, resampled)
+    return MetricPanel(runs, tuple(sites), patients, mean, resampled)
 
 
 def test_one_run_at_one_site_is_the_paired_t_test():
@@ -61,7 +61,7 @@ def test_sites_count_the_same_whatever_their_size():
 
 def test_means_over_images_count_every_image():
     values = panel({"large": np.full((1, 90), 0.9), "small": np.full((1, 10), 0.5)})
-    whole = Panel(
+    whole = MetricPanel(
         values.runs, values.sites, 100, values.value, values.resampled, np.array([0.86]), np.full((REPLICATES, 1), 0.86)
     )
     assert estimate(whole).value == pytest.approx(0.86)
