@@ -1,1 +1,1 @@
-"""Callbacks that present results and change none: tables, overlays, HTML reports, the model card."""
+"""Callbacks that present results: tables, overlays, HTML reports, the model card. They change no training."""

@@ -1,4 +1,4 @@
-"""Versions and machine: what a report says so that somebody else can repeat a run."""
+"""Versions of software and hardware, which are needed to repeat a run."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ PACKAGES = {
     "MONAI": "monai",
     "NumPy": "numpy",
 }
-"""What is named, and what it is called among the packages."""
+"""Names in the report and names of the distributions."""
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that matter for a repeat of a run, the system and the accelerator."""
-    found = {"Python": platform.python_version()}
+    """Return the versions of Python and of the main packages, the system and the accelerator."""
+    names = {"Python": platform.python_version()}
     for name, package in PACKAGES.items():
         try:
-            found[name] = version(package)
+            names[name] = version(package)
         except PackageNotFoundError:  # used from a folder, without an installation
-            found[name] = "unknown"
+            names[name] = "unknown"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return found | {"system": f"{platform.system()} {platform.machine()}, {device}"}
+    return names | {"system": f"{platform.system()} {platform.machine()}, {device}"}

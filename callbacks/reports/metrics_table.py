@@ -1,4 +1,4 @@
-"""A table of metrics a person can read, at the end of fit and of test, and ``test_metrics.json``."""
+"""Tables of metrics on the screen after ``fit``, ``validate`` and ``test``, and ``test_metrics.json``."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from rich.table import Table
 from mtmedformer.metrics.base import TaskMetrics
 
 HIDDEN = ("sensitivity_at_", "map75", "n_")
-"""Metrics that are logged and written but would crowd the table on screen."""
+"""Beginnings of the names of metrics that are logged and written, but not shown on the screen."""
 
 HEADLINES = ("auroc", "balanced_accuracy", "map50", "froc", "dice", "hd95")
-"""Metrics that the table by site and view shows."""
+"""Metrics of the table by site and view."""
 
 
 class MetricsTable(Callback):
-    """Prints each task's metrics after ``fit`` (the best epoch) and after ``validate``.
+    """Prints the metrics of each task after ``fit`` (of the best epoch) and after ``validate``.
 
     Args:
-        monitor: The metric that says which epoch is best; higher is better.
+        monitor: Metric that selects the best epoch; higher is better.
     """
 
     def __init__(self, monitor: str = "val/score") -> None:
@@ -32,7 +32,7 @@ class MetricsTable(Callback):
         self._epoch = 0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the best epoch's metrics; under ``validate`` print them."""
+        """Keep the metrics of the best epoch; in ``validate`` print them."""
         if trainer.sanity_checking:
             return
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
@@ -43,22 +43,22 @@ class MetricsTable(Callback):
             self._best, self._epoch = metrics, trainer.current_epoch + 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the best epoch's metrics and where everything lies."""
-        if self._best and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+        """Print the metrics of the best epoch and the run folder."""
+        if self._best and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             print_metrics(self._best, "val", f"Validation, best epoch ({self._epoch} of {trainer.current_epoch})")
             Console().print(f"Run folder: {trainer.default_root_dir}")
 
     def state_dict(self) -> dict[str, object]:
-        """Return the best epoch so far, so that a resumed run remembers it."""
+        """Return the best epoch so far, for a resumed run."""
         return {"best": self._best, "epoch": self._epoch}
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Take up the best epoch of the interrupted run."""
+        """Restore the best epoch of the interrupted run."""
         self._best, self._epoch = dict(state_dict["best"]), int(state_dict["epoch"])  # type: ignore[call-overload]
 
 
 class MetricsReport(Callback):
-    """After ``test``: patient-level intervals, values per site and view, a table, and ``test_metrics.json``.
+    """Prints metrics after ``test`` with intervals over patients, by site and view, and writes ``test_metrics.json``.
 
     Args:
         folder: The run folder.
@@ -69,17 +69,17 @@ class MetricsReport(Callback):
     def __init__(self, folder: str | None = None, replicates: int = 1000, seed: int = 0) -> None:
         self.folder, self.replicates, self.seed = folder, replicates, seed
         self.values: dict[str, float] = {}
-        """What the file holds, once a test has ended."""
+        """Content of the file, after a test."""
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute the report on every process, print and write it on the first."""
+        """Compute the values on every process; print and write them on the first one."""
         report: dict[str, float] = {}
         metrics = {k: m for k, m in pl_module.test_metrics.items() if isinstance(m, TaskMetrics)}  # type: ignore[operator, union-attr]
         for task, metric in metrics.items():
             values = metric.report(replicates=self.replicates, seed=self.seed)
             report.update({f"test/{task}/{key}": value for key, value in values.items()})
         self.values = report
-        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             file = Path(self.folder or trainer.default_root_dir, "test_metrics.json")
             file.parent.mkdir(parents=True, exist_ok=True)
             finite = {key: None if math.isnan(value) else value for key, value in report.items()}  # JSON has no NaN
@@ -89,10 +89,10 @@ class MetricsReport(Callback):
 
 
 def print_metrics(metrics: dict[str, float], split: str, title: str) -> None:
-    """Print a table a task: a row a metric; a column for all classes, its interval, and a column a class.
+    """Print one table per task: one row per metric; columns for all classes, the interval, and each class.
 
-    Where there are values by site and view, a second table has a row for each of them. A task without a labelled image
-    has a line that says so.
+    A second table has the values by site and view, where there are any. A task without a labelled image has a line
+    instead of a table.
 
     Args:
         metrics: Values by ``<split>/<task>/<metric>[/<class> or /site=<site> or /view=<view>]``, with intervals under
@@ -105,7 +105,7 @@ def print_metrics(metrics: dict[str, float], split: str, title: str) -> None:
     for task in dict.fromkeys(k.split("/")[1] for k in metrics if k.count("/") > 1):
         values = {k.split("/", 2)[2]: v for k, v in metrics.items() if k.startswith(f"{split}/{task}/")}
         if values.get("n_images") == 0:
-            console.print(f"[bold]{task}[/bold]: no image is labelled for it, so it was not measured")
+            console.print(f"[bold]{task}[/bold]: no image has a label for it; not measured")
             continue
         console.print(_task_table(task, {k: v for k, v in values.items() if "=" not in k}))
         groups = _groups(values)
@@ -134,7 +134,7 @@ def _task_table(task: str, values: dict[str, float]) -> Table:
 
 
 def _groups(values: dict[str, float]) -> list[str]:
-    """Return the sites and views there is more than one of."""
+    """Return sites and views, where there are at least two of a kind."""
     groups = list(dict.fromkeys(k.split("/", 1)[1] for k in values if "=" in k and k.count("/") == 1))
     kinds = [group.split("=")[0] for group in groups]
     return [group for group in groups if kinds.count(group.split("=")[0]) > 1]

@@ -1,4 +1,4 @@
-"""Pictures of predictions beside truth, into the run folder, into W&B and into TensorBoard."""
+"""Pictures of predictions and truth during training, in the run folder, in W&B and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mtmedformer.plots.overlays import overlay_figure
 
 
 class Overlays(Callback):
-    """Draws the first validation images with truth and predictions after every few validations.
+    """Draws validation images with truth and predictions every few epochs.
 
     Args:
-        folder: The run folder; pictures go to ``overlays/`` in it. ``None`` is the trainer's ``default_root_dir``.
-        images: How many images a picture shows; 0 turns the callback off.
-        every_n_epochs: Draw after every so many epochs, and after the last one.
+        folder: The run folder; pictures are in ``overlays/``. ``None`` is the trainer's ``default_root_dir``.
+        images: Images per picture; 0 turns the callback off.
+        every_n_epochs: Epochs between two pictures; the last epoch always has one.
         score: Boxes below this score are not drawn.
     """
 
@@ -35,7 +35,7 @@ class Overlays(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *args: Any
     ) -> None:
-        """Keep the images that show most: many labelled tasks, something there, and each site once before any twice."""
+        """Keep the images with the most labelled tasks and findings, from as many sites as possible."""
         if not self._due(trainer) or batch_idx >= 32:
             return
         sites = [kept.meta[0].site for _, kept in self._kept]
@@ -45,7 +45,7 @@ class Overlays(Callback):
         self._kept = sorted(self._kept, key=lambda item: -item[0])[: self.images]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the kept images."""
+        """Draw the selected images."""
         images, self._kept = [batch for _, batch in self._kept], []
         if not images or not trainer.is_global_zero:
             return
@@ -65,7 +65,7 @@ class Overlays(Callback):
         return bool(
             self.images
             and not trainer.sanity_checking
-            and not getattr(trainer, "fast_dev_run", False)
+            and not trainer.fast_dev_run  # type: ignore[attr-defined]
             and (last or (trainer.current_epoch + 1) % self.every_n_epochs == 0)
         )
 
@@ -82,7 +82,7 @@ class Overlays(Callback):
 
 
 def _points(batch: Batch, i: int) -> float:
-    """Return how much image ``i`` has to show: labelled tasks, and among them those with something there."""
+    """Rate image ``i`` by its labelled tasks, with extra points for boxes and masks."""
     points = 0.0
     for target in batch.targets.values():
         if bool(target.present[i]):
@@ -101,7 +101,7 @@ def _to_wandb(
     tasks: dict[str, Task],
     score: float,
 ) -> None:
-    import wandb
+    import wandb  # here, because it is an optional dependency
 
     pictures = []
     for batch, predicted in zip(images, predictions, strict=True):
@@ -114,10 +114,12 @@ def _to_wandb(
                 if bool(target.present[0]):
                     masks[f"{name}_truth"] = _wandb_mask(target.masks[0] == 1, names)
             elif isinstance(target, DetectionTarget):
-                found = predicted[name][0]
-                kept = found["scores"] >= score
-                found = {key: found[key][kept] for key in ("boxes", "labels", "scores")}
-                boxes[f"{name}_prediction"] = _wandb_boxes(found["boxes"], found["labels"], names, found["scores"])
+                detected = predicted[name][0]
+                kept = detected["scores"] >= score
+                detected = {key: detected[key][kept] for key in ("boxes", "labels", "scores")}
+                boxes[f"{name}_prediction"] = _wandb_boxes(
+                    detected["boxes"], detected["labels"], names, detected["scores"]
+                )
                 if bool(target.present[0]):
                     boxes[f"{name}_truth"] = _wandb_boxes(target.boxes[0], target.labels[0], names, None)
         grey = (batch.image[0].float().mean(dim=0).clamp(0, 1) * 255).byte().cpu().numpy()
@@ -126,7 +128,7 @@ def _to_wandb(
 
 
 def _wandb_mask(channels: torch.Tensor, names: dict[int, str]) -> dict[str, Any]:
-    """Flatten channels (K, H, W) into one label map; where classes overlap the later one is shown."""
+    """Flatten channels (K, H, W) into one label map; where classes overlap, the last one is shown."""
     flat = torch.zeros(channels.shape[-2:], dtype=torch.uint8)
     for k, channel in enumerate(channels.cpu(), start=1):
         flat[channel.bool()] = k

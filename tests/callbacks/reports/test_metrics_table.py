@@ -1,4 +1,4 @@
-"""What is printed and written for a person: tables, predictions in the original frame."""
+"""Printed tables, and predictions mapped back to original pixels."""
 
 import math
 
@@ -25,7 +25,7 @@ VALUES = {
 }
 
 
-def test_a_table_fits_a_terminal_and_says_what_is_unknown(capsys, monkeypatch):
+def test_table_fits_a_terminal_and_shows_unknown_values(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     print_metrics(VALUES, "test", "Test")
     out = capsys.readouterr().out
@@ -33,7 +33,7 @@ def test_a_table_fits_a_terminal_and_says_what_is_unknown(capsys, monkeypatch):
     for word in ("lungs", "0.910", "0.880 to 0.930", "site north", "12", "–", "score"):
         assert word in out
     assert "nan" not in out
-    assert "view PA" not in out, "one view is no comparison"
+    assert "view PA" not in out, "a single view is not compared"
 
 
 def meta(frame, shape):
@@ -43,7 +43,7 @@ def meta(frame, shape):
 @pytest.mark.parametrize(
     "preset", [PlainPreset(), BreastPreset(crop=False, flip_to="L")], ids=lambda p: type(p).__name__
 )
-def test_masks_and_boxes_return_to_where_they_were(preset):
+def test_masks_and_boxes_return_to_their_original_position(preset):
     height, width = 120, 90
     image = np.zeros((height, width), np.float32)
     image[:, 45:] = 0.4  # a breast against the right edge, so that a flip happens
@@ -63,20 +63,20 @@ def test_boxes_outside_the_image_are_clipped_to_it():
     np.testing.assert_array_equal(boxes, [[0, 0, 30, 10]])
 
 
-def test_a_table_by_site_has_no_column_of_counts_nobody_counted(capsys):
+def test_table_by_site_has_no_column_of_unknown_counts(capsys):
     known = {"val/lungs/dice": 0.8, "val/lungs/dice/site=a": 0.9, "val/lungs/dice/site=b": 0.7}
     print_metrics(known, "val", "Validation")
-    told = capsys.readouterr().out
-    assert "site a" in told
-    assert "images" not in told
-    assert "nan" not in told
+    out = capsys.readouterr().out
+    assert "site a" in out
+    assert "images" not in out
+    assert "nan" not in out
     print_metrics(known | {"val/lungs/n_images/site=a": 3.0}, "val", "Validation")
     assert "images" in capsys.readouterr().out
 
 
-def test_a_task_that_no_image_is_labelled_for_has_a_line_and_no_empty_table(capsys):
+def test_task_without_labels_has_a_line_and_no_table(capsys):
     print_metrics({**VALUES, "test/lesions/n_images": 0, "test/lesions/map50": math.nan}, "test", "Test")
-    told = capsys.readouterr().out
-    assert "lesions: no image is labelled for it" in told
-    assert "map50" not in told
-    assert "dice" in told
+    out = capsys.readouterr().out
+    assert "lesions: no image has a label for it" in out
+    assert "map50" not in out
+    assert "dice" in out
