@@ -46,7 +46,7 @@ def test_the_command_prints_its_check(trained, tmp_path, capsys):
 
 
 def test_python_and_the_command_line_predict_the_same(trained, images, tmp_path):
-    """The checkpoint, the export and ``mtmedformer predict`` say the same of the same file, in its own frame."""
+    """The checkpoint, the export and ``mtmedformer predict`` give the same results for one file, in its own pixels."""
     folder, _, out = trained
     film = images / "images/im003.png"
     Image.fromarray(np.tile(np.asarray(Image.open(film)), (1, 2))).save(tmp_path / "wide.png")

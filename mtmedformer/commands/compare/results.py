@@ -158,7 +158,7 @@ def _summary(study: Study, name: str, done: Sequence[Training], split: Split) ->
 
 
 def _costs(study: Study, name: str, done: Sequence[Training]) -> Costs:
-    """Return the mean costs of a variant's trainings; ``None`` where some training does not know them."""
+    """Return the mean costs of a variant's trainings; ``None`` where the cost of some training is not known."""
     higher = higher_is_better(study.metrics[0])
     yardsticks = {training.run: training for training in done if training.variant == study.yardstick}
     costs = [costs_of(one, study.metrics[0], yardsticks.get(one.run), higher) for one in done if one.variant == name]

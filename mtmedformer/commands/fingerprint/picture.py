@@ -162,7 +162,7 @@ def _draw_grey(panel: Axes, summary: Fingerprint) -> None:
 
 
 def _draw_shortcuts(panel: Axes, summary: Fingerprint) -> None:
-    """Draw how well findings can be told without the image."""
+    """Draw how well findings can be predicted without the image."""
     rows = summary.shortcuts[:10]
     colours = [WARN if s.warning else "#bbbbbb" for s in rows]
     panel.barh(range(len(rows)), [max(s.auc - 0.5, 0) for s in rows], left=0.5, color=colours, height=0.72)

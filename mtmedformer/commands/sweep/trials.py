@@ -145,7 +145,7 @@ def save_result(result: TrialResult, folder: Path) -> None:
 
 
 def load_result(folder: Path, number: int, value: float | None, parameters: dict[str, Any]) -> TrialResult:
-    """Return the stored result of a trial; without its file, what the study knows of it."""
+    """Return the stored result of a trial; without its file, value and parameters only."""
     if not (folder / RESULT).is_file():
         return TrialResult(number, value, reason="" if value is not None else "failed", parameters=parameters)
     stored = json.loads((folder / RESULT).read_text())

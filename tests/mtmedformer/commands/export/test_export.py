@@ -98,7 +98,7 @@ class Stem(torch.nn.Module):
 
 @pytest.mark.slow
 def test_queries_are_exported_with_symbolic_sizes():
-    """Where a trace does not hold for other sizes, the other exporter does it, and the graph says why."""
+    """If a trace is wrong for other sizes, the other exporter is used, and the graph has a remark."""
     torch.manual_seed(0)
     head = DETRHead(["round", "spiky"], num_queries=6, num_layers=1, num_heads=2)
     module = mtmedformer.MultiTaskModule(Stem(), {"found": head}).eval()

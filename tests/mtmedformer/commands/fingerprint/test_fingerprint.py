@@ -272,7 +272,7 @@ def test_shortcut_auc_of_one_binary_property_is_that_of_its_indicator():
     assert found["view"].auc == pytest.approx(roc_auc_score(ill, bedside), abs=0.02)
     assert found["view"].warning
     assert found["view"].positives == ill.sum()
-    assert "site" not in found  # one site only: nothing to tell
+    assert "site" not in found  # one site only: nothing to compare
 
 
 def test_no_shortcut_where_the_property_is_chance_even_with_a_value_per_patient():

@@ -1,4 +1,4 @@
-"""``mtmedformer.load``: what it says of an image, in the image's own pixels, and what it will not run."""
+"""``mtmedformer.load``: predictions in pixels of the image, and files that are refused."""
 
 import pickle
 import sys
@@ -140,7 +140,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
 
 def planted(folder, monkeypatch):
-    """Put a module on the path that tells when it is imported, with a head that works."""
+    """Put a module on the path that writes a file when it is imported, with a working head."""
     (folder / "planted_head.py").write_text(
         f"import pathlib\npathlib.Path({str(folder / 'imported')!r}).touch()\n"
         "from mtmedformer.heads import SegmentationHead\n\n\nclass Head(SegmentationHead):\n    pass\n"
@@ -155,7 +155,7 @@ def test_a_class_of_another_project_is_not_imported(tmp_path, monkeypatch, pictu
     model = description()
     model["init_args"]["heads"]["organ"]["class_path"] = "planted_head.Head"
     file = write_checkpoint(tmp_path / "run", model)
-    assert imported.exists(), "written by whoever has the class"
+    assert imported.exists(), "the trusted class was imported"
     imported.unlink()
     sys.modules.pop("planted_head")
     with pytest.raises(ConfigError, match=r"planted_head\.Head.*trusted=True"):

@@ -1,16 +1,13 @@
-"""Sweep files, the choice of trials, their results and reports; nothing is trained here."""
+"""The choice of trials of a sweep, their results and reports; nothing is trained here."""
 
 import csv
-import math
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import matplotlib.image as mpimg
-import optuna
 import pytest
-import yaml
 
 from mtmedformer.commands import child_runs
 from mtmedformer.commands.main import main as command_line
@@ -28,90 +25,7 @@ from mtmedformer.commands.sweep.trials import (
     save_result,
 )
 from mtmedformer.errors import ConfigError
-
-COMMAND = ["${env}", "${program}", "fit", "--config", "x.yaml", "${args}"]
-PARAMETERS = {
-    "model.lr": {"distribution": "log_uniform_values", "min": 0.001, "max": 1},
-    "model.depth": {"min": 1, "max": 3},
-    "model.kind": {"values": ["a", "b"]},
-    "model.fixed": {"value": 7},
-}
-
-
-def write(folder, **changes):
-    content = {
-        "program": "mtmedformer",
-        "method": "random",
-        "metric": {"name": "val/score", "goal": "maximize"},
-        "run_cap": 4,
-        "parameters": PARAMETERS,
-        "command": COMMAND,
-    } | changes
-    file = folder / "sweep.yaml"
-    file.write_text(yaml.safe_dump(content, sort_keys=False))
-    return file
-
-
-def test_ranges_are_those_of_wandb(tmp_path):
-    specs = {
-        "a": {"min": 0.5, "max": 2.0},
-        "b": {"min": 1, "max": 5},
-        "c": {"distribution": "log_uniform_values", "min": 0.01, "max": 10},
-        "d": {"distribution": "log_uniform", "min": -2, "max": 1},
-        "e": {"distribution": "q_uniform", "min": 0, "max": 1, "q": 0.25},
-        "f": {"values": [1, "x", None, True]},
-        "g": {"distribution": "uniform", "min": 0, "max": 1},
-    }
-    space = read_sweep(write(tmp_path, parameters=specs)).space
-    assert space["a"] == optuna.distributions.FloatDistribution(0.5, 2.0)
-    assert space["b"] == optuna.distributions.IntDistribution(1, 5)
-    assert space["c"] == optuna.distributions.FloatDistribution(0.01, 10, log=True)
-    assert (space["d"].low, space["d"].high, space["d"].log) == (math.exp(-2), math.exp(1), True)
-    assert space["e"].step == 0.25
-    assert space["f"].choices == (1, "x", None, True)
-    assert space["g"] == optuna.distributions.FloatDistribution(0, 1)
-
-
-def test_the_command_line_of_a_trial(tmp_path):
-    sweep = read_sweep(write(tmp_path))
-    assert sweep.arguments({"model.lr": 1e-05, "model.kind": "b"}) == [
-        "fit",
-        "--config",
-        "x.yaml",
-        "--model.fixed=7",
-        "--model.lr=1e-05",
-        "--model.kind=b",
-    ]
-
-
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        ({"method": "genetic"}, "bayes, grid or random"),
-        ({"metric": {"name": "val/score"}}, "goal: maximize"),
-        ({"metric": None}, "metric is None"),
-        ({"parameters": None}, "needs parameters"),
-        ({"parameters": {"model": {"parameters": {"lr": {"value": 1}}}}}, "with dots"),
-        ({"parameters": {"a": {"values": [[1, 2]]}}}, "write a list as text"),
-        ({"parameters": {"a": {"min": 2, "max": 1}}}, "min below max"),
-        ({"parameters": {"a": 3}}, "parameters.a: 3"),
-        ({"parameters": {"a": {"distribution": "beta", "min": 0, "max": 1}}}, "distribution beta"),
-        ({"parameters": {"a": {"distribution": "log_uniform_values", "min": 0, "max": 1}}}, "from 0 to 1"),
-        ({"method": "grid"}, "a grid needs values: for every parameter, and model.lr"),
-        ({"command": ["${program}", "fit", "${args}", "--config", "x"]}, "last"),
-        ({"command": None}, "must be a list"),
-    ],
-)
-def test_a_mistake_in_a_file_is_explained(tmp_path, changes, words):
-    with pytest.raises(ConfigError) as error:
-        read_sweep(write(tmp_path, **changes))
-    assert words in str(error.value)
-    assert "sweep.yaml" in str(error.value)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"none\.yaml"):
-        read_sweep(tmp_path / "none.yaml")
+from tests.fixtures.sweep_files import write
 
 
 def chosen(sweep, folder, count, stop_after=None, value=lambda p: p["model.lr"]):
