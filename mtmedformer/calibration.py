@@ -1,29 +1,21 @@
-"""Probabilities that mean what they say, and thresholds that were asked for, kept with the weights they are fit to."""
+"""Calibration of a trained model: one temperature per task, and one threshold per class and operating point."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.interpolate import CubicHermiteSpline
 from scipy.optimize import minimize_scalar
 
-from mtmedformer.metrics.calibration import CalibrationMetrics, Reliability, reliability
-from mtmedformer.metrics.curves import Floats
-from mtmedformer.metrics.temperature import LOG_TEMPERATURES
-
-__all__ = [
-    "CalibrationMetrics",
-    "Reliability",
-    "TaskCalibration",
-    "fit_temperature",
-    "plain",
-    "reliability",
-    "restored",
-    "tempered",
-]
+from mtmedformer.errors import ConfigError
+from mtmedformer.metrics.calibration import LOG_TEMPERATURES
+from mtmedformer.metrics.curves import Floats, counts_above, operating_points
+from mtmedformer.metrics.froc import Findings
 
 PRIOR = 0.5
 """Standard deviation of log temperature before any image is seen: a temperature beyond 1/e or e takes many of them."""
@@ -31,14 +23,14 @@ PRIOR = 0.5
 
 @dataclass(frozen=True)
 class TaskCalibration:
-    """What validation said of one task, for the weights it is stored with.
+    """Temperature and thresholds of one task, fitted on validation images.
 
     Attributes:
-        images: Labelled validation images behind it.
-        temperature: What logits are divided by; ``None`` where scores are left as they are (boxes).
-        nll_raw: Negative log-likelihood a decision before scaling, in nats; ``None`` where there is no temperature.
+        images: Number of labelled validation images.
+        temperature: Divisor of the logits; ``None`` where scores are not calibrated (boxes).
+        nll_raw: Negative log-likelihood per decision before scaling, in nats; ``None`` without a temperature.
         nll: The same after scaling.
-        thresholds: By class and operating point the least (calibrated) probability or box score that counts as found.
+        thresholds: By class and operating point, the least (calibrated) probability or box score that is positive.
     """
 
     images: int
@@ -102,3 +94,127 @@ def tempered(probabilities: Floats, temperature: float, exclusive: bool) -> Floa
             return shared
         scaled: Floats = 1 / (1 + np.exp((np.log1p(-p) - np.log(p)) / temperature))
     return scaled
+
+
+VALUED = ("sensitivity", "specificity", "fp_per_image")
+PLAIN = ("youden", "f1")
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A wish such as ``sensitivity=0.9``, ``specificity=0.95``, ``youden``, ``f1`` or ``fp_per_image=1``.
+
+    Attributes:
+        name: ``sensitivity``, ``specificity``, ``fp_per_image``, ``youden`` or ``f1``.
+        value: What is asked for; ``None`` for the two that are a maximum.
+    """
+
+    name: str
+    value: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> OperatingPoint:
+        """Read an operating point from the configuration.
+
+        Raises:
+            ConfigError: It is none, or its value is out of range.
+        """
+        name, _, value = text.replace(" ", "").partition("=")
+        try:
+            number = float(value) if value else None
+        except ValueError:
+            number = math.nan
+        wanted = name in VALUED
+        if name not in (*VALUED, *PLAIN) or (number is None) == wanted:
+            raise ConfigError(
+                f"operating_points: {text!r} is none; choose from sensitivity=0.9, specificity=0.95, youden, f1, "
+                "fp_per_image=1"
+            )
+        if number is not None and not (0 < number <= (math.inf if name == "fp_per_image" else 1)):
+            limit = "above 0" if name == "fp_per_image" else "in (0, 1]"
+            raise ConfigError(f"operating_points: the value of {text!r} must be {limit}")
+        return cls(name, number)
+
+    def __str__(self) -> str:
+        return self.name if self.value is None else f"{self.name}={self.value:g}"
+
+
+def class_threshold(scores: Floats, truth: NDArray[np.bool_], point: OperatingPoint) -> float | None:
+    """Return the least score that counts as found, halfway between two scores that occur.
+
+    Of the thresholds that reach a stated sensitivity the highest is taken, of those that reach a stated specificity the
+    lowest; of equal maxima (``youden``, ``f1``) the highest.
+
+    Args:
+        scores: (n,) probabilities of one class.
+        truth: (n,) whether the class is there.
+        point: What is asked for.
+
+    Returns:
+        The threshold; ``None`` where both labels do not occur, or the point is one of boxes.
+    """
+    if truth.all() or not truth.any() or point.name == "fp_per_image":
+        return None
+    order, ends = operating_points(scores)
+    weights = np.ones((1, len(scores)))[:, order]
+    tp = counts_above(weights * truth[order], ends)[0]
+    fp = counts_above(weights * ~truth[order], ends)[0]
+    sensitivity, specificity = tp / tp[-1], 1 - fp / fp[-1]
+    wishes: dict[str, Callable[[], int]] = {
+        "sensitivity": lambda: int(np.flatnonzero(sensitivity >= (point.value or 0) - 1e-9)[0]),
+        "specificity": lambda: int(np.flatnonzero(specificity >= (point.value or 0) - 1e-9)[-1]),
+        "youden": lambda: int(np.argmax(np.round(sensitivity + specificity, 9))),
+        "f1": lambda: int(np.argmax(np.round(2 * tp / (tp + fp + tp[-1]), 9))),
+    }
+    return _between(scores[order][ends], wishes[point.name]())
+
+
+def box_threshold(findings: Findings, images: int, point: OperatingPoint) -> float | None:
+    """Return the least box score that counts as found.
+
+    Args:
+        findings: Lesions and false alarms of one class.
+        images: Labelled images, with and without lesions.
+        point: ``f1`` (the best), ``fp_per_image`` (the lowest threshold with no more) or ``sensitivity`` (the highest
+            that reaches it); others are none of boxes.
+
+    Returns:
+        The threshold; ``None`` where it does not apply, no lesion is there, or no threshold reaches it.
+    """
+    lesions, alarms = findings.lesion_score, findings.alarm_score
+    ranked = np.unique(np.concatenate([lesions[np.isfinite(lesions)], alarms]))[::-1]
+    if not len(lesions) or not len(ranked) or point.name not in ("f1", "fp_per_image", "sensitivity"):
+        return None
+    tp = np.array([0, *(np.count_nonzero(lesions >= score) for score in ranked)])
+    fp = np.array([0, *(np.count_nonzero(alarms >= score) for score in ranked)])
+    if point.name == "f1":
+        return _between(ranked, int(np.argmax(np.round(2 * tp / (tp + fp + len(lesions)), 9))))
+    if point.name == "sensitivity":
+        reached = np.flatnonzero(tp >= (point.value or 0) * len(lesions) - 1e-9)
+        return _between(ranked, int(reached[0])) if len(reached) else None
+    return _between(ranked, int(np.flatnonzero(fp <= (point.value or 0) * images + 1e-9)[-1]))
+
+
+def _between(ranked: Floats, taken: int) -> float:
+    """Return the threshold that takes so many of the distinct scores, highest first: rounding cannot move one over."""
+    above = float(ranked[taken - 1]) if taken else 1.0 + 1e-6  # so that a score of 1 may be left out too
+    below = float(ranked[taken]) if taken < len(ranked) else 0.0
+    return (above + below) / 2
+
+
+def class_performance(scores: Floats, truth: NDArray[np.bool_], threshold: float) -> dict[str, float]:
+    """Return sensitivity and specificity of ``scores >= threshold``, NaN where no such image is there."""
+    found = scores >= threshold
+    return {
+        "sensitivity": float(found[truth].mean()) if truth.any() else math.nan,
+        "specificity": float((~found)[~truth].mean()) if not truth.all() else math.nan,
+    }
+
+
+def box_performance(findings: Findings, images: int, threshold: float) -> dict[str, float]:
+    """Return the share of lesions found and the false alarms an image of boxes that score at least the threshold."""
+    lesions = findings.lesion_score
+    return {
+        "sensitivity": float((lesions >= threshold).mean()) if len(lesions) else math.nan,
+        "fp_per_image": float((findings.alarm_score >= threshold).sum()) / images if images else math.nan,
+    }

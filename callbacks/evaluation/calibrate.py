@@ -8,16 +8,22 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mtmedformer.batch import Batch
-from mtmedformer.calibration import TaskCalibration, fit_temperature, tempered
+from mtmedformer.calibration import (
+    OperatingPoint,
+    TaskCalibration,
+    box_threshold,
+    class_threshold,
+    fit_temperature,
+    tempered,
+)
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
 from mtmedformer.metrics.base import TaskMetrics
+from mtmedformer.metrics.calibration import LOG_TEMPERATURES, TemperatureSums
 from mtmedformer.metrics.classification import ClassificationMetrics
 from mtmedformer.metrics.curves import Floats
 from mtmedformer.metrics.detection import DetectionMetrics
-from mtmedformer.metrics.temperature import LOG_TEMPERATURES, TemperatureSums
 from mtmedformer.module import MultiTaskModule
-from mtmedformer.thresholds import OperatingPoint, box_threshold, class_threshold
 
 POINTS = ("sensitivity=0.9", "youden", "f1", "fp_per_image=1")
 

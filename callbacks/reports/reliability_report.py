@@ -14,12 +14,12 @@ from rich.table import Table
 
 from callbacks.evaluation.calibrate import labelled_scores
 from mtmedformer.batch import Batch
+from mtmedformer.calibration import box_performance, class_performance
 from mtmedformer.metrics.base import TaskMetrics
 from mtmedformer.metrics.calibration import CalibrationMetrics, Reliability
 from mtmedformer.metrics.detection import DetectionMetrics
 from mtmedformer.module import MultiTaskModule
 from mtmedformer.storage.atomic_write import atomic_write
-from mtmedformer.thresholds import box_performance, class_performance
 
 
 @dataclass(frozen=True)

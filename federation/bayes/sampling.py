@@ -13,9 +13,8 @@ from federation.bayes.posterior import Posterior
 from federation.bayes.uncertainty import Uncertainty, box_probabilities, uncertainty
 from federation.exchange.schema import State
 from mtmedformer.batch import Batch, DetectionTarget, Target, Task
-from mtmedformer.metrics.calibration import decisions
+from mtmedformer.metrics.calibration import decisions, some_places
 from mtmedformer.metrics.matching import hits
-from mtmedformer.metrics.temperature import some_places
 from mtmedformer.module import MultiTaskModule
 
 BOX_SCORE = 0.05

@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 from federation.bayes.posterior import Posterior
 from federation.exchange.schema import State
 from mtmedformer.errors import ConfigError
-from mtmedformer.metrics.entropy import entropy
+from mtmedformer.metrics.base import entropy
 
 LEAST_LOG = 100.0
 """Least log likelihood is minus this value, as in torch's binary cross-entropy."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtmedformer.batch import Meta, Task
 from mtmedformer.geometry import Bytes, boxes_in_original, mask_in_original
-from mtmedformer.metrics.entropy import entropy
+from mtmedformer.metrics.base import entropy
 
 NOTE = "research use only"
 """Stands on everything that is written of a prediction."""

@@ -11,14 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtmedformer.batch import DetectionTarget, Meta
-from mtmedformer.metrics import coco, rsna
+from mtmedformer.metrics import coco
 from mtmedformer.metrics.base import Evaluate, Floats, TaskMetrics
 from mtmedformer.metrics.curves import mean_known, weighted_mean
 from mtmedformer.metrics.froc import Findings, sensitivities
 from mtmedformer.metrics.matching import box_iou, hits, match
 
-THRESHOLDS = np.concatenate([rsna.THRESHOLDS, coco.THRESHOLDS])
-RSNA, COCO = slice(len(rsna.THRESHOLDS)), slice(len(rsna.THRESHOLDS), None)
+RSNA_THRESHOLDS = np.linspace(0.4, 0.75, 8)
+"""IoU thresholds 0.40, 0.45 … 0.75 of the RSNA pneumonia detection challenge (Kaggle, 2018)."""
+
+THRESHOLDS = np.concatenate([RSNA_THRESHOLDS, coco.THRESHOLDS])
+RSNA, COCO = slice(len(RSNA_THRESHOLDS)), slice(len(RSNA_THRESHOLDS), None)
 
 
 class DetectionMetrics(TaskMetrics):
@@ -138,7 +141,7 @@ class DetectionMetrics(TaskMetrics):
         """Match the predictions of one class: per image found (N, 6) by falling score, true (M, 5)."""
         tp = [match(box_iou(f[:, :4], t[:, :4]), THRESHOLDS) for f, t in zip(found, true, strict=True)]
         submitted = [m[f[:, 4] >= self.score_threshold][:, RSNA] for m, f in zip(tp, found, strict=True)]
-        kaggle = np.array([rsna.rsna_score(m, len(t)) for m, t in zip(submitted, true, strict=True)], dtype=np.float64)
+        kaggle = np.array([rsna_score(m, len(t)) for m, t in zip(submitted, true, strict=True)], dtype=np.float64)
         positive = np.array([len(t) for t in true], dtype=np.float64)
         ranked = _rank(found, [m[:, COCO] for m in tp], positive)
         findings = self._findings(found, true)
@@ -183,3 +186,19 @@ def _average(precisions: Floats) -> dict[str, Floats]:
     """Name the averages over (R, T) IoU thresholds."""
     at50, at75 = (int(np.flatnonzero(np.isclose(coco.THRESHOLDS, t))[0]) for t in (0.5, 0.75))
     return {"map": precisions.mean(axis=1), "map50": precisions[:, at50], "map75": precisions[:, at75]}
+
+
+def rsna_score(hit: NDArray[np.bool_], true: int) -> float:
+    """Return the RSNA challenge's score of one image, the mean of TP / (TP + FP + FN) over the IoU thresholds.
+
+    Args:
+        hit: (N, T) whether each submitted box is a true positive at each threshold.
+        true: Number of true boxes.
+
+    Returns:
+        In [0, 1]; 0 where there are boxes but no true ones; NaN (the image is skipped) where there is neither.
+    """
+    if not true and not len(hit):
+        return float("nan")
+    tp = hit.sum(axis=0)
+    return float((tp / (len(hit) + true - tp)).mean())

@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtmedformer.batch import IGNORE, Meta, SegmentationTarget, Task
-from mtmedformer.metrics.base import Evaluate, Floats, TaskMetrics
+from mtmedformer.metrics.base import Evaluate, Floats, TaskMetrics, entropy
 from mtmedformer.metrics.curves import ratio
-from mtmedformer.metrics.entropy import entropy
 from mtmedformer.metrics.segmentation import binarise, overlap
 
 COVERAGE = 0.8

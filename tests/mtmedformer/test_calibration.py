@@ -13,12 +13,29 @@ from torchmetrics.classification import BinaryCalibrationError, MulticlassCalibr
 
 from mtmedformer import ClassificationHead, ConfigError, DetectionHead, SegmentationHead
 from mtmedformer.batch import IGNORE, ClassificationTarget, Meta, SegmentationTarget, Task
-from mtmedformer.calibration import TaskCalibration, fit_temperature, plain, reliability, restored, tempered
-from mtmedformer.metrics.calibration import CalibrationMetrics, decisions
+from mtmedformer.calibration import (
+    OperatingPoint,
+    TaskCalibration,
+    box_performance,
+    box_threshold,
+    class_performance,
+    class_threshold,
+    fit_temperature,
+    plain,
+    restored,
+    tempered,
+)
+from mtmedformer.metrics.calibration import (
+    LOG_TEMPERATURES,
+    CalibrationMetrics,
+    TemperatureSums,
+    decisions,
+    likelihood_curve,
+    reliability,
+    truth_of,
+)
 from mtmedformer.metrics.classification import ClassificationMetrics
-from mtmedformer.metrics.froc import ImageResult
-from mtmedformer.metrics.temperature import LOG_TEMPERATURES, TemperatureSums, likelihood_curve, truth_of
-from mtmedformer.thresholds import OperatingPoint, box_performance, box_threshold, class_performance, class_threshold
+from mtmedformer.metrics.froc import Findings
 
 EXCLUSIVE = Task("finding", "classification", ("a", "b", "c"))
 SEVERAL = Task("findings", "classification", ("a", "b"), multi_label=True)
@@ -309,7 +326,7 @@ def test_a_threshold_is_no_score_that_occurs_so_rounding_moves_nothing():
 
 
 def test_box_thresholds_reach_what_was_asked():
-    findings = ImageResult(
+    findings = Findings(
         lesion_image=np.array([0, 0, 1, 3]),
         lesion_score=np.array([0.9, 0.6, 0.3, -np.inf]),
         alarm_image=np.array([0, 1, 2, 2, 3]),

@@ -20,11 +20,9 @@ from mtmedformer import (
     SharedEncoder,
 )
 from mtmedformer.batch import Boxes, Meta, Sample, collate
-from mtmedformer.calibration import TaskCalibration
+from mtmedformer.calibration import TaskCalibration, class_performance
 from mtmedformer.inference.predictor import TiledPredictor
-from mtmedformer.metrics.calibration import CalibrationMetrics
-from mtmedformer.metrics.temperature import TemperatureSums
-from mtmedformer.thresholds import class_performance
+from mtmedformer.metrics.calibration import CalibrationMetrics, TemperatureSums
 
 SIZE = 32
 

@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 
 from mtmedformer.batch import ClassificationTarget, DetectionTarget, Meta, SegmentationTarget
 from mtmedformer.metrics import ClassificationMetrics, DetectionMetrics, SegmentationMetrics, TaskMetrics
-from mtmedformer.metrics.bootstrap import interval, patient_weights
+from mtmedformer.metrics.base import interval, patient_weights
 
 N = 24
 
