@@ -95,7 +95,7 @@ class TrimmedMean(FedAvg):
         return KeptValues(self._trimmed)
 
     def _trimmed(self, ordered: Tensor) -> Tensor:
-        cut = int(self.trim * len(ordered) + 1e-9)  # .1 of 30 is 3, whatever binary fractions say
+        cut = int(self.trim * len(ordered) + 1e-9)  # .1 of 30 is 3 in spite of binary rounding
         return ordered[cut : len(ordered) - cut].mean(0)
 
 

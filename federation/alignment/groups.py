@@ -80,13 +80,13 @@ def permutation_groups(module: nn.Module) -> PermutationGroups:
         >>> [(group.name, group.units) for group in permutation_groups(nn.Sequential(Mlp(4, 8)))]
         [('0', 8)]
     """
-    found = []
+    groups = []
     for name, layer in module.named_modules():
         read = _READERS.get(type(layer))
         group = read(name, layer) if read is not None else None
         if group is not None and group.units > 1:
-            found.append(group)
-    return tuple(found)
+            groups.append(group)
+    return tuple(groups)
 
 
 def _leaves(prefix: str, layer: nn.Module | None, offset: int = 0, width: int = 1) -> tuple[Part, ...]:

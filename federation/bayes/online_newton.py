@@ -175,13 +175,13 @@ class NewtonCurvature(Curvature):
                 "aggregator.curvature: NewtonCurvature reads the curvature of the optimizer OnlineNewton, but the "
                 "sites use another one; set optimizer to federation.OnlineNewton, or use SquaredGradients"
             )
-        found = {}
+        curvature = {}
         for name, parameter in module.named_parameters():
             for optimizer in optimizers:
                 state = optimizer.state.get(parameter)
                 if state and state["step"] > 0:
-                    found[name] = state["hessian"].detach().float().clamp(min=0).cpu()
-        return found
+                    curvature[name] = state["hessian"].detach().float().clamp(min=0).cpu()
+        return curvature
 
 
 def _sigma(hessian: Tensor, group: dict[str, Any]) -> Tensor:

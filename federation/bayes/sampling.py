@@ -114,25 +114,25 @@ def averaged(task: Task, plain: Any, drawn: Sequence[Any]) -> tuple[Any, Uncerta
         return [_averaged_boxes(one, [sample[i] for sample in drawn]) for i, one in enumerate(plain)], None
     samples = torch.stack([sample.float() for sample in drawn])
     if task.multi_label or len(task.classes) == 1:
-        found = uncertainty(samples)
-        return found.mean, found
+        averages = uncertainty(samples)
+        return averages.mean, averages
     if task.kind == "segmentation":
         samples = torch.cat([(1 - samples.sum(2, keepdim=True)).clamp_min(0), samples], dim=2)
-    found = uncertainty(samples, classes=2)
-    return (found.mean[:, 1:] if task.kind == "segmentation" else found.mean), found
+    averages = uncertainty(samples, classes=2)
+    return (averages.mean[:, 1:] if task.kind == "segmentation" else averages.mean), averages
 
 
 def _averaged_boxes(plain: Mapping[str, Tensor], drawn: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    found = uncertainty(
+    averages = uncertainty(
         box_probabilities(plain["boxes"], plain["labels"], [(s["boxes"], s["labels"], s["scores"]) for s in drawn])
     )
-    order = found.mean.argsort(descending=True, stable=True)
+    order = averages.mean.argsort(descending=True, stable=True)
     return {
         "boxes": plain["boxes"][order],
-        "scores": found.mean[order],
+        "scores": averages.mean[order],
         "labels": plain["labels"][order],
-        "entropy": found.entropy[order],
-        "mutual_information": found.mutual_information[order],
+        "entropy": averages.entropy[order],
+        "mutual_information": averages.mutual_information[order],
     }
 
 

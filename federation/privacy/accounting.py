@@ -141,8 +141,8 @@ def epsilon(releases: Releases, delta: float, distance: float = 1.0) -> float | 
         *RDPAccountant.DEFAULT_ALPHAS,
         *STEEPER,
     ]  # beyond its own orders, for very much or very little noise
-    found = float(accountant.get_epsilon(delta, alphas=orders))
-    return found if math.isfinite(found) else None
+    value = float(accountant.get_epsilon(delta, alphas=orders))
+    return value if math.isfinite(value) else None
 
 
 def require_accountant() -> None:

@@ -1,4 +1,4 @@
-"""What every aggregator owes, whatever it does inside."""
+"""The contract of every aggregator."""
 
 import copy
 import io

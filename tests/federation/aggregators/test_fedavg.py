@@ -1,4 +1,4 @@
-"""Averages, server optimisers, robust centres and the two ends, each against an independent calculation."""
+"""Averages, server optimizers, robust centres and reference points, each against an independent calculation."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Pulls towards the global weights: their gradients against numerical ones, and where they lead."""
+"""Proximal terms: their gradients against numerical ones, and the optimum they lead to."""
 
 import pytest
 import torch

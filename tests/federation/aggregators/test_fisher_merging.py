@@ -1,4 +1,4 @@
-"""Plain Fisher merging and its opposite sign, against closed forms."""
+"""Fisher merging and inverse variance, against closed forms."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Curvature from a site's own gradients, and what is left of it once it is on one scale."""
+"""Curvature from a site's own gradients, and its normalisation."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_a_step_that_did_not_reach_a_parameter_does_not_count():
     reached = observed(SquaredGradients(0.5), [{"a.weight": one}])
     mixed = observed(SquaredGradients(0.5), [{"a.weight": one}, {"a.weight": zero, "b.weight": zero}, {}])
     assert torch.equal(mixed["a.weight"], reached["a.weight"])
-    assert "b.weight" not in mixed, "never reached: nothing is known, not 'known to be flat'"
+    assert "b.weight" not in mixed, "without a gradient the curvature is unknown, not zero"
 
 
 def test_the_batch_size_scales_to_curvature_per_sample():

@@ -1,4 +1,4 @@
-"""Fisher information: against closed forms, for labelled tasks only, and without a trace on the module."""
+"""Fisher information: against closed forms, for labelled tasks only, and the module stays unchanged."""
 
 import copy
 

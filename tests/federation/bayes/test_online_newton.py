@@ -1,4 +1,4 @@
-"""Variational online Newton: its equations step by step, and the posterior it must find on a quadratic."""
+"""Variational online Newton: its equations step by step, and the known posterior of a quadratic."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Samples of the posterior, uncertainty from them, and the refusal where they do not help."""
+"""Samples of the posterior, uncertainty from them, and the refusal where sampling is not better."""
 
 import math
 

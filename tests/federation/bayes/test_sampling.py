@@ -1,4 +1,4 @@
-"""Predictions by samples of the posterior: the mean model at scale 0 to the bit, the maths of uncertainty above it."""
+"""Predictions by samples of the posterior: the mean model at scale 0, averages above it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""DP-SGD within a site, against gradients taken one patient at a time and Opacus called directly."""
+"""DP-SGD within a site, against gradients per patient and Opacus called directly."""
 
 import copy
 import itertools

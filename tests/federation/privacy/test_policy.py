@@ -1,4 +1,4 @@
-"""What leaves a site: clipped, noised, held back, rounded, counted, and told of."""
+"""Privacy policies: selection, clipping, noise, rounding, accounting and the report of an update."""
 
 import copy
 import json
@@ -65,7 +65,7 @@ def test_a_long_update_is_scaled_down_to_the_clip_and_a_short_one_left(size):
         assert float(flat(sent).double().norm()) == pytest.approx(2.0, rel=1e-6)
         torch.testing.assert_close(flat(sent), (before.double() * 2 / norm).float())
     assert report.clipped == pytest.approx(min(norm, 2.0))
-    assert torch.equal(flat(made), before), "what was given is not changed"
+    assert torch.equal(flat(made), before), "the argument is not changed"
 
 
 def test_an_update_that_is_not_finite_is_not_sent():
@@ -139,7 +139,7 @@ def test_with_noise_nothing_else_computed_from_images_is_sent():
     assert {name: block.num_examples for name, block in sent.blocks.items()} == dict.fromkeys(made.blocks, 1)
     assert not any(block.precision or block.scale for block in sent.blocks.values())
     assert {key for block in sent.blocks.values() for key in block.delta} == {k for k in TRAINED if k[:4] != "loss"}
-    assert report.norm is None, "the norm of what was clipped is not told either"
+    assert report.norm is None, "the norm after clipping is not reported either"
     assert report.clipped is None
     assert refusal(sent, 0, sent.base, toy()[1]) is None
 

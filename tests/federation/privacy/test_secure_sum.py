@@ -1,4 +1,4 @@
-"""Masked sums: the total comes out, a summand does not, and the Bayesian merge needs nothing else."""
+"""Secure sums: only the total is revealed, and the Bayesian merge needs nothing else."""
 
 import hashlib
 import itertools
@@ -100,7 +100,7 @@ def test_a_single_masked_summand_is_uniform_noise():
         assert stats.chisquare(counts).pvalue > 1e-7
     assert abs(np.corrcoef(first / 2.0**64, second / 2.0**64)[0, 1]) < 0.04
     plain = encode(ones["w"], 3)
-    assert stats.kstest(plain / 2.0**64, "uniform").pvalue < 1e-12, "the test does see what is not masked"
+    assert stats.kstest(plain / 2.0**64, "uniform").pvalue < 1e-12, "the test detects values without a mask"
 
 
 def test_without_the_self_mask_a_late_update_would_be_revealed():
