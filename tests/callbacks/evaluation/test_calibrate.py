@@ -39,7 +39,7 @@ def model(**options):
 
 
 def loader(module, n=24, seed=0, batch_size=4, size=SIZE):
-    """Images with a bright square that is the organ, the nodule and the sickness; every third image lacks a label."""
+    """Images with a bright square as organ, nodule and sign of disease; every third image lacks a label."""
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for i in range(n):
@@ -125,7 +125,7 @@ def test_each_checkpoint_holds_the_calibration_of_its_own_weights(fitted):
     assert module.calibration["health"].temperature == temperatures[-1]
 
 
-def test_weights_that_moved_on_have_no_calibration(fitted):
+def test_weights_changed_since_validation_have_no_calibration(fitted):
     folder, _, _ = fitted
     for file in folder.glob("step*.ckpt"):
         checkpoint = torch.load(file, weights_only=True)
@@ -133,13 +133,13 @@ def test_weights_that_moved_on_have_no_calibration(fitted):
     assert list(folder.glob("step*.ckpt"))
 
 
-def test_the_state_dict_knows_nothing_of_it(fitted):
+def test_state_dict_does_not_contain_the_calibration(fitted):
     folder, module, _ = fitted
     assert module.state_dict().keys() == model().state_dict().keys()
     assert stored(folder, "epoch=0.ckpt")["state_dict"].keys() == model().state_dict().keys()
 
 
-def test_temperature_and_gain_are_logged(fitted):
+def test_temperature_and_calibrated_likelihood_are_logged(fitted):
     _, module, logged = fitted
     for name in ("health", "signs", "organ"):
         assert float(logged[f"val/{name}/temperature"]) == pytest.approx(module.calibration[name].temperature)
@@ -151,15 +151,15 @@ def test_temperature_and_gain_are_logged(fitted):
 def test_thresholds_reach_their_sensitivity_on_the_calibrated_probabilities(fitted):
     _, module, _ = fitted
     calibrated = twin(module).eval()
-    found, truth = {"health": [], "signs": []}, {"health": [], "signs": []}
+    probabilities, truth = {"health": [], "signs": []}, {"health": [], "signs": []}
     for batch in loader(module, seed=1):
         with torch.no_grad():
             predictions = calibrated.predict(batch.image)
-        for name in found:
-            found[name].append(predictions[name][batch.targets[name].present])
+        for name in probabilities:
+            probabilities[name].append(predictions[name][batch.targets[name].present])
             truth[name].append(batch.targets[name].labels[batch.targets[name].present])
-    for name in found:
-        p, y = torch.cat(found[name]).numpy(), torch.cat(truth[name]).numpy()
+    for name in probabilities:
+        p, y = torch.cat(probabilities[name]).numpy(), torch.cat(truth[name]).numpy()
         for k, label in enumerate(module.heads[name].classes):
             known = ~np.isnan(y[:, k])
             points = module.calibration[name].thresholds[label]
@@ -199,7 +199,7 @@ def test_test_reports_raw_and_calibrated_from_one_pass(fitted, capsys):
     assert "temperature" in capsys.readouterr().out
 
 
-def test_ranking_is_untouched_and_absence_changes_no_bit(fitted):
+def test_calibration_keeps_the_ranking_and_its_absence_changes_no_bit(fitted):
     folder, module, _ = fitted
     plain = twin(module)
     plain.calibration = {}
@@ -220,7 +220,7 @@ def test_ranking_is_untouched_and_absence_changes_no_bit(fitted):
     assert predictions.keys() == plain.heads.keys()
 
 
-def test_windows_and_mirrors_are_calibrated_too(fitted):
+def test_tiled_and_flipped_predictions_are_calibrated(fitted):
     _, module, _ = fitted
     whole = twin(module).eval()
     tiled = twin(module).eval()
@@ -235,7 +235,7 @@ def test_windows_and_mirrors_are_calibrated_too(fitted):
     torch.testing.assert_close(tiled.predict_whole(image)["organ"], both["raw/organ"])
 
 
-def test_test_takes_the_checkpoints_calibration_and_a_resumed_fit_does_not(fitted, tmp_path):
+def test_test_uses_the_calibration_of_the_checkpoint_and_a_resumed_fit_does_not(fitted, tmp_path):
     folder, _, _ = fitted
     file = folder / "epoch=1.ckpt"
     expected = stored(folder, file.name)["calibration"]["health"]["temperature"]
@@ -264,7 +264,7 @@ def test_test_takes_the_checkpoints_calibration_and_a_resumed_fit_does_not(fitte
     assert module.calibration == {}
 
 
-def test_calibrating_changes_no_weight(tmp_path):
+def test_calibration_changes_no_weight(tmp_path):
     bits = []
     for callbacks in ((), (Calibrate(),)):
         L.seed_everything(3, verbose=False)
@@ -274,7 +274,7 @@ def test_calibrating_changes_no_weight(tmp_path):
     assert all(torch.equal(bits[0][key], bits[1][key]) for key in bits[0])
 
 
-def test_a_task_without_validation_labels_is_left_out(tmp_path):
+def test_task_without_validation_labels_is_not_calibrated(tmp_path):
     module = model()
     val = loader(module, n=8, seed=1)
     for sample in val.dataset:
@@ -284,7 +284,7 @@ def test_a_task_without_validation_labels_is_left_out(tmp_path):
     assert "signs" in module.calibration
 
 
-def test_a_module_without_a_place_for_it_is_named(tmp_path):
+def test_error_names_a_module_that_cannot_be_calibrated(tmp_path):
     with pytest.raises(ConfigError, match="BoringModel"):
         trainer(tmp_path, Calibrate()).fit(BoringModel())
     with pytest.raises(ConfigError, match="operating_points"):

@@ -1,4 +1,4 @@
-"""Rows of images on disk: what comes back is what was scored, and nothing of a patient is in the file."""
+"""Results per image on disk: they are read back unchanged, and the file has no patient data."""
 
 import json
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ def filled(site="north", n=6, seed=0):
     labels = nn.functional.one_hot(torch.arange(n) % 2, 2).float()
     classes.update(torch.rand(n, 2, generator=draw).softmax(1), ClassificationTarget(labels, present), meta)
     boxes = DetectionMetrics(["nodule"], fp_rates=(1.0, 2.0))
-    found = [
+    predictions = [
         {
             "boxes": torch.tensor([[0.0, 0, 4, 4 + i % 3]]).repeat(i % 3, 1),
             "scores": torch.rand(i % 3, generator=draw),
@@ -47,7 +47,7 @@ def filled(site="north", n=6, seed=0):
     ]
     true = [torch.tensor([[0.0, 0, 4, 4]]).repeat(i % 2, 1) for i in range(n)]
     target = DetectionTarget(true, [torch.zeros(len(t), dtype=torch.long) for t in true], present)
-    boxes.update(found, target, meta)
+    boxes.update(predictions, target, meta)
     return {"lungs": masks, "finding": classes, "lesions": boxes}
 
 
@@ -55,7 +55,7 @@ def values(evaluate, n):
     return {name: value[0] for name, value in evaluate(np.ones((1, n))).items()}
 
 
-def test_what_comes_back_is_what_was_scored(tmp_path):
+def test_stored_results_are_read_back_unchanged(tmp_path):
     metrics = filled()
     save_rows(metrics, tmp_path / "rows.npz", "salt")
     back = load_rows([tmp_path / "rows.npz"])
@@ -70,7 +70,7 @@ def test_what_comes_back_is_what_was_scored(tmp_path):
     assert back["lesions"].metric.fp_rates == (1.0, 2.0)
 
 
-def test_several_files_are_one_table(tmp_path):
+def test_several_files_are_read_as_one_table(tmp_path):
     together = filled("north")
     files = []
     for site, seed in (("north", 0), ("south", 1)):
@@ -87,7 +87,7 @@ def test_several_files_are_one_table(tmp_path):
         np.testing.assert_equal(values(south, 5), values(together[task].prepare(by_site), 5))
 
 
-def test_an_image_that_was_served_twice_counts_once(tmp_path):
+def test_image_that_was_loaded_twice_counts_once(tmp_path):
     metrics = filled()
     for metric in metrics.values():
         for name in metric.no_rows:
@@ -96,7 +96,7 @@ def test_an_image_that_was_served_twice_counts_once(tmp_path):
     assert all(len(rows.rows) == 5 for rows in load_rows([tmp_path / "rows.npz"]).values())
 
 
-def test_nothing_of_a_patient_is_in_the_file_and_the_salt_decides_the_hashes(tmp_path):
+def test_file_has_no_patient_data_and_the_salt_determines_the_hashes(tmp_path):
     for name, salt in (("a", "one"), ("b", "one"), ("c", "other")):
         save_rows(filled(), tmp_path / f"{name}.npz", salt)
     with np.load(tmp_path / "a.npz") as held:
@@ -111,13 +111,13 @@ def test_nothing_of_a_patient_is_in_the_file_and_the_salt_decides_the_hashes(tmp
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 nonsense", b"\x93NUMPY"])
-def test_what_is_no_file_of_rows_is_told(tmp_path, content):
+def test_invalid_file_is_named_in_the_error(tmp_path, content):
     (tmp_path / "rows.npz").write_bytes(content)
     with pytest.raises(DataError, match=r"rows\.npz"):
         load_rows([tmp_path / "rows.npz"])
 
 
-def test_a_file_cannot_name_code_to_run(tmp_path):
+def test_file_cannot_execute_code(tmp_path):
     about = {"lungs": {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(tmp_path / "ran")]}}}
     np.savez(tmp_path / "rows.npz", about=json.dumps(about))
     with pytest.raises(DataError, match=r"subprocess\.Popen"):
@@ -126,7 +126,7 @@ def test_a_file_cannot_name_code_to_run(tmp_path):
 
 
 class Probabilities(nn.Module):
-    """What the callback needs of a module: two tasks and their metrics."""
+    """A module with two tasks and their metrics, as the callback needs it."""
 
     def __init__(self):
         super().__init__()
@@ -138,7 +138,7 @@ class Probabilities(nn.Module):
         self.test_metrics = nn.ModuleDict({name: metrics[name] for name in self.tasks})
 
 
-def test_the_callback_keeps_probabilities_raw_and_calibrated(tmp_path):
+def test_callback_keeps_raw_and_calibrated_probabilities(tmp_path):
     trainer = SimpleNamespace(is_global_zero=True, fast_dev_run=False, default_root_dir=str(tmp_path))
     module, callback, meta = Probabilities(), PerImageResults(str(tmp_path / "salt")), metas("north", 6)
     target = SegmentationTarget(torch.ones(6, 1, 8, 8, dtype=torch.uint8), torch.ones(6, dtype=torch.bool))
@@ -155,7 +155,7 @@ def test_the_callback_keeps_probabilities_raw_and_calibrated(tmp_path):
     assert values(rows["lungs~raw"].evaluate(), 6)["nll"] == pytest.approx(-np.log(0.5), abs=1e-6)
 
 
-def test_the_start_is_noted_once_and_by_part(tmp_path):
+def test_start_weights_are_recorded_once_per_part(tmp_path):
     trainer = SimpleNamespace(is_global_zero=True, default_root_dir=str(tmp_path))
     torch.manual_seed(0)
     module = nn.ModuleDict(
@@ -168,7 +168,7 @@ def test_the_start_is_noted_once_and_by_part(tmp_path):
 
     start(StartWeights())
     noted = json.loads((tmp_path / "start_weights.json").read_text())
-    assert {part: told["weights"] for part, told in noted.items()} == {"encoder": 9, "heads.a": 4}
+    assert {part: note["weights"] for part, note in noted.items()} == {"encoder": 9, "heads.a": 4}
     with torch.no_grad():
         module["encoder"].weight += 1
     start(StartWeights())

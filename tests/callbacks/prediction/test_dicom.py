@@ -62,9 +62,9 @@ def saved(made, folder: Path) -> dict[str, Path]:
 def errors_of(file: Path) -> set[str]:
     if shutil.which("dciodvfy") is None:
         pytest.skip("dciodvfy (package dicom3tools) is not installed")
-    told = subprocess.run(["dciodvfy", str(file)], capture_output=True, text=True, check=False).stderr
-    assert told.strip(), "dciodvfy says at least what kind of object it is"
-    return {line for line in told.splitlines() if line.startswith("Error")}
+    output = subprocess.run(["dciodvfy", str(file)], capture_output=True, text=True, check=False).stderr
+    assert output.strip(), "dciodvfy prints at least the kind of the object"
+    return {line for line in output.splitlines() if line.startswith("Error")}
 
 
 @pytest.fixture(autouse=True)

@@ -74,7 +74,7 @@ def test_froc_counts_lesions_and_false_alarms():
     metric = DetectionMetrics(["nodule", "mass"])
     boxes = [torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]]), torch.zeros(0, 4)]
     labels = [torch.zeros(2, dtype=torch.long), torch.zeros(0, dtype=torch.long)]
-    found = [
+    predictions = [
         {
             "boxes": torch.tensor([[0.0, 0, 10, 10], [40, 40, 50, 50]]),
             "scores": torch.tensor([0.9, 0.6]),
@@ -82,7 +82,9 @@ def test_froc_counts_lesions_and_false_alarms():
         },
         {"boxes": torch.tensor([[5.0, 5, 9, 9]]), "scores": torch.tensor([0.8]), "labels": torch.tensor([0])},
     ]
-    metric.update(found, DetectionTarget(boxes=boxes, labels=labels, present=torch.ones(2, dtype=torch.bool)), metas(2))
+    metric.update(
+        predictions, DetectionTarget(boxes=boxes, labels=labels, present=torch.ones(2, dtype=torch.bool)), metas(2)
+    )
     curves = task_curves(metric)
     assert curves.counts == {"nodule": 2, "mass": 0}
     assert curves.froc == {"nodule": ([0.0, 0.0, 0.5, 1.0], [0.0, 0.5, 0.5, 0.5])}
@@ -157,15 +159,15 @@ def test_quality_of_boxes():
         present=torch.ones(3, dtype=torch.bool),
     )
 
-    def found(labels, scores):
+    def boxes_of(labels, scores):
         return {"boxes": box.expand(len(labels), 4), "scores": torch.tensor(scores), "labels": torch.tensor(labels)}
 
-    assert prediction_quality(task, [found([1], [0.9])], target, 0) == 1.0
-    assert prediction_quality(task, [found([0], [0.9])], target, 0) == 0.0, "right place, wrong class"
-    assert prediction_quality(task, [found([1, 0], [0.9, 0.8])], target, 0) == pytest.approx(2 / 3)
-    assert prediction_quality(task, [found([1], [0.1])], target, 0) == 0.0, "score too low"
-    assert prediction_quality(task, [None, found([0, 0, 0], [0.9, 0.9, 0.9])], target, 1) == 0.25
-    assert prediction_quality(task, [None, None, found([0], [0.1])], target, 2) is None
+    assert prediction_quality(task, [boxes_of([1], [0.9])], target, 0) == 1.0
+    assert prediction_quality(task, [boxes_of([0], [0.9])], target, 0) == 0.0, "right place, wrong class"
+    assert prediction_quality(task, [boxes_of([1, 0], [0.9, 0.8])], target, 0) == pytest.approx(2 / 3)
+    assert prediction_quality(task, [boxes_of([1], [0.1])], target, 0) == 0.0, "score too low"
+    assert prediction_quality(task, [None, boxes_of([0, 0, 0], [0.9, 0.9, 0.9])], target, 1) == 0.25
+    assert prediction_quality(task, [None, None, boxes_of([0], [0.1])], target, 2) is None
 
 
 def test_worst_median_and_best_are_selected():
