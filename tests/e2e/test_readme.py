@@ -107,6 +107,22 @@ def test_the_example_configuration_trains_on_the_example_table(tmp_path, monkeyp
     assert main([*fit, *small, "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu"]) == 0
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/python_api.md"])
+def test_the_example_in_python_trains(page, tmp_path, monkeypatch):
+    code = next(
+        code for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL) if "fit(" in code
+    )
+    monkeypatch.chdir(tmp_path)
+    small = 'root="phantom", sites={"a": PhantomSite(patients=6), "b": PhantomSite(patients=6)}, size=64, num_workers=0'
+    code = code.replace("import PhantomDataModule", "import PhantomDataModule, PhantomSite")
+    code = code.replace("image_size=128", f"image_size=64, {small}")
+    code = code.replace("max_epochs=12", "fast_dev_run=True, accelerator='cpu', logger=False")
+    space: dict = {}
+    exec(compile(code, page, "exec"), space)
+    (optimizer,) = space["module"].trainer.optimizers
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-3}
+
+
 def test_the_table_of_commands_is_the_command_line():
     table = re.findall(r"^\| `mtmedformer (\w+)`", TEXT, re.MULTILINE)
     assert table == list(COMMANDS)
