@@ -195,6 +195,6 @@ def _draw_box(axis: Axes, box: FoundBox, scale: float, colour: str) -> None:
         textcoords="offset points",
         va="bottom" if top else "top",
         fontsize=7.5,
-        color=colour,
+        color="white",
         path_effects=[withStroke(linewidth=2, foreground="black")],
     )
