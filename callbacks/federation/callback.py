@@ -26,7 +26,7 @@ from federation.alignment.groups import permutation_groups
 from federation.client.lightning_internals import copy_module, keep_metrics_local, note_sigterm_per_process
 from federation.client.site_trainer import SiteTrainer
 from federation.client.train import RoundPlan, SiteState, TrainingInterrupt, state_of
-from federation.exchange.schema import State, schema_of, state_hash
+from federation.exchange.schema import State, schema_of
 from federation.partition import Holding
 from federation.privacy.policy import PrivacyPolicy, policies_by_site
 from federation.server.admission import Policy
@@ -35,6 +35,7 @@ from federation.server.participation import Participation, check_participation, 
 from federation.server.round import Round, RoundResult
 from federation.server.run_state import RunState, Status, write_state
 from mtmedformer.errors import ConfigError, UserError
+from mtmedformer.storage.hashing import state_hash
 
 
 class Federation(L.Callback):

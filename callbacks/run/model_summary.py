@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from mtmedformer.module import MultiTaskModule
+from mtmedformer.storage.hashing import state_hash
 
 
 class PartsSummary(ModelSummary):
@@ -73,11 +73,7 @@ class StartWeights(Callback):
 
 
 def _described(weights: dict[str, Tensor]) -> dict[str, Any]:
-    digest = hashlib.blake2b(digest_size=12)
-    for name, weight in sorted(weights.items()):
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(weight.cpu().contiguous().numpy().tobytes())
-    return {"hash": digest.hexdigest(), "weights": sum(weight.numel() for weight in weights.values())}
+    return {"hash": state_hash(weights)[:24], "weights": sum(weight.numel() for weight in weights.values())}
 
 
 def _size(module: nn.Module) -> int:

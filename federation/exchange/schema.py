@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
@@ -114,17 +113,3 @@ def block_of(key: str) -> str:
     """Return the name of the block that a key of the ``state_dict`` belongs to."""
     parts = key.split(".")
     return ".".join(parts[:2]) if parts[0] == "heads" else parts[0]
-
-
-def state_hash(state: State) -> str:
-    """Return a 32-digit hash of every name, shape, type and bit of a state."""
-    digest = hashlib.blake2b(digest_size=16)
-    for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(
-            value.view(torch.uint8).numpy().tobytes()
-            if value.ndim
-            else value.reshape(1).view(torch.uint8).numpy().tobytes()
-        )
-    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -10,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from federation.exchange.quantization import Rounding, decoded, encoded
 from mtmedformer.errors import DataError
 from mtmedformer.storage.atomic_write import atomic_write
+from mtmedformer.storage.hashing import state_hash
 
 FACTS = ("site", "round", "base", "schema", "metrics", "samples", "steps", "seconds", "rounding")
 """What the header of an update says besides its blocks."""
@@ -145,12 +144,7 @@ def sha256(update: Update) -> str:
 
     Sender and receiver compute the same one, so each can show the other what was sent.
     """
-    digest = hashlib.sha256(json.dumps(update.header(), sort_keys=True).encode())
-    for name, value in sorted(update.tensors().items()):
-        value = value.detach().cpu().contiguous()
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return state_hash(update.tensors(), header=json.dumps(update.header(), sort_keys=True))
 
 
 def norms_of(update: Update) -> dict[str, float]:

@@ -14,18 +14,31 @@ LENGTH = 16
 """Hexadecimal digits a digest is cut to: 64 bits, plenty to tell models and files apart, short enough for a table."""
 
 
+def state_hash(state: Mapping[str, Tensor], header: str = "") -> str:
+    """Return the SHA-256 of every name, dtype, shape and bit of a state, the same on every device and in any order.
+
+    Args:
+        state: Tensors by name.
+        header: Text that is hashed before the tensors.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """Return the first digits of the SHA-256 of a model's weights, the same on every device and in every file format.
+    """Return the first digits of ``state_hash`` of a model.
 
     Args:
         state: A ``state_dict``. The loss's own parameters are left out, because they take no part in a prediction.
     """
-    found = hashlib.sha256()
-    for name in sorted(name for name in state if not name.startswith("loss.")):
-        tensor = state[name].detach().cpu().contiguous()
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:LENGTH]
+    return state_hash({name: tensor for name, tensor in state.items() if not name.startswith("loss.")})[:LENGTH]
 
 
 def file_digest(file: Path) -> str:

@@ -46,7 +46,7 @@ def broken(change):
     state, schema = toy()
     update = make_update("a", state, schema, precision="row")
     change(update)
-    from federation.exchange.schema import state_hash
+    from mtmedformer.storage.hashing import state_hash
 
     return refusal(update, 0, state_hash(state), schema)
 
@@ -90,7 +90,7 @@ def test_an_update_that_cannot_be_used_is_refused_by_name(case):
 @pytest.mark.parametrize("precision", [None, "tensor", "row", "element"])
 def test_a_good_update_is_let_in(precision):
     state, schema = toy()
-    from federation.exchange.schema import state_hash
+    from mtmedformer.storage.hashing import state_hash
 
     assert refusal(make_update("a", state, schema, precision=precision), 0, state_hash(state), schema) is None
 
