@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> ToolParser:
-    parser = ToolParser("mtmedformer compare", description=(main.__doc__ or "").split("\n")[0])
+    parser = ToolParser("mtmedformer compare", description="Train the variants of a study, and compare them.")
     parser.add_argument("--config", type=Path, required=True, help="The study, such as configs/compare/demo.yaml.")
     parser.add_argument("--form", help="Form of the study, such as small or full; the first by default.")
     parser.add_argument("--seeds", metavar="0,1", help="Seeds to run and compare, a part of the study's.")
