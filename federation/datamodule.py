@@ -68,6 +68,10 @@ class FederatedDataModule(L.LightningDataModule):
         self.limit, self.num_workers = limit, num_workers
         self.tasks: dict[str, Task] = {}
         self._sites: dict[str, Site] = {}
+        kept = {name: site for name, site in (sites or {}).items() if only is None or name in only}
+        sources = {"data": data} if data is not None else kept
+        if all(isinstance(source, TaskedData) and source.tasks for source in sources.values()):
+            self._declare(dict(sorted(sources.items())))
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -86,6 +90,18 @@ class FederatedDataModule(L.LightningDataModule):
             ConfigError: When a task has different classes at two sites, or a site name cannot be a folder name.
             DataError: When a site has no training image.
         """
+        self.plan()
+        for site in self._sites.values():
+            with site.logs_named():
+                site.source.setup(stage)  # type: ignore[arg-type]
+        self._declare({name: site.source for name, site in self._sites.items()})
+
+    def plan(self) -> None:
+        """Cut the data into sites and read their records; decode no pixel. Does nothing the second time.
+
+        Raises:
+            ConfigError: As in ``setup``.
+        """
         if not self._sites:
             sources = self._named_sources() if self.named is not None else self._cut()
             chosen = sorted(sources) if self.only is None else sorted(self.only)
@@ -97,9 +113,14 @@ class FederatedDataModule(L.LightningDataModule):
                     raise ConfigError(f"site {name!r}: use letters, digits, '_', '-' and '.' for the name of a site")
             self._sites = {name: Site(name, sources[name], self.tasks) for name in chosen}
         for site in self._sites.values():
-            with site.logs_named():
-                site.source.setup(stage)  # type: ignore[arg-type]
-        declared = {n: site.source.tasks for n, site in self._sites.items() if isinstance(site.source, TaskedData)}
+            if isinstance(site.source, RecordData):
+                with site.logs_named():
+                    site.source.plan()
+        self._declare({name: site.source for name, site in self._sites.items()})
+
+    def _declare(self, sources: dict[str, L.LightningDataModule]) -> None:
+        """Add the tasks that the data sets of the sites have so far."""
+        declared = {name: source.tasks for name, source in sources.items() if isinstance(source, TaskedData)}
         self.tasks.update(_common_tasks(declared))
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -152,10 +152,25 @@ class TaskedData(Protocol):
     """A data module that declares its tasks. Without it the model's heads are not compared with the data.
 
     Attributes:
-        tasks: Tasks by name, complete after ``setup``.
+        tasks: Tasks by name, complete after ``setup``; before, all of them or none.
     """
 
     tasks: dict[str, Task]
+
+
+@runtime_checkable
+class PlannedData(Protocol):
+    """A data module that can read its records before ``setup``, so that a mistake is found before anything is written.
+
+    Attributes:
+        tasks: Tasks by name, complete after ``plan``.
+    """
+
+    tasks: dict[str, Task]
+
+    def plan(self) -> None:
+        """Read the records; decode no pixel. Does nothing the second time."""
+        ...
 
 
 @runtime_checkable

@@ -111,6 +111,7 @@ class Federation(L.Callback):
         self.state: RunState | None = None
         self._merged: State = {}
         self._server: Server | None = None
+        self._started = False
         self._began = 0.0
 
     @property
@@ -126,6 +127,7 @@ class Federation(L.Callback):
         Raises:
             ConfigError: When the data has no sites, or a setting of the Trainer has no effect on a server.
         """
+        self._started = False
         if stage != "fit":
             return
         check_server(trainer, self.placement, self.policy, self.site_trainer)
@@ -143,11 +145,10 @@ class Federation(L.Callback):
         self._symmetries = permutation_groups(pl_module) if self.align and self.aggregator.exchange.merged else ()
         keep_metrics_local(pl_module)  # every process validates all images, so that all decide alike
         self._server = Server(trainer, pl_module)
+        check_participation(self.participation, list(data.sites))
         self.holdings = data.holdings()
         if trainer.is_global_zero:
             show_sites(self.holdings)
-            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                write_sites(self.holdings, data.sites, Path(trainer.default_root_dir))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the server's optimizer, and open the sites' own runs in W&B, once the server's run is known."""
@@ -156,11 +157,13 @@ class Federation(L.Callback):
         self.loggers.open(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the seed of the run, from which every site derives its own."""
+        """Keep the seed of the run, from which every site derives its own; write the first files of the run."""
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**31))
-        names = list(federated_data(trainer).sites)
-        check_participation(self.participation, names)
-        self._write_state(trainer, f"{len(names)} sites")
+        self._started = True
+        sites = federated_data(trainer).sites
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            write_sites(self.holdings, sites, Path(trainer.default_root_dir))
+        self._write_state(trainer, f"{len(sites)} sites")
 
     # --- a round ------------------------------------------------------------------------------------------------------
 
@@ -277,8 +280,8 @@ class Federation(L.Callback):
         reason = str(exception) if isinstance(exception, UserError) else type(exception).__name__
         if isinstance(exception, KeyboardInterrupt | SIGTERMException):
             reason = "interrupted"
-        done = len(self.history) if trainer.state.fn == "fit" else 0
-        self._write_state(trainer, f"{reason}, after {done} rounds", ended=True, failed=True)
+        if self._started:  # a run that fails before leaves no file
+            self._write_state(trainer, f"{reason}, after {len(self.history)} rounds", ended=True, failed=True)
         self._release()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -53,6 +53,8 @@ class FederationReport(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Write the report of the rounds completed so far; the exception is raised in any case."""
+        if not any(isinstance(c, Federation) and c.state is not None for c in trainer.callbacks):  # type: ignore[attr-defined]
+            return  # the run has not started
         stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException)
         reason = str(exception) if isinstance(exception, UserError) else type(exception).__name__
         try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datamodules.base import MedicalDataModule
+from datamodules.loading.catalogue import choose_tasks
 from datamodules.phantom.generate import generate, settings_key
 from datamodules.phantom.sites import CLASSIFICATION, MASKS, SITE_SETS, PhantomSite, check_sites, tasks_of
 from datamodules.public.layout import one_hot, read_table, rows_of
@@ -55,6 +56,7 @@ class PhantomDataModule(MedicalDataModule):
         self.sites = SITE_SETS[sites] if isinstance(sites, str) else sites
         self.size = size
         check_sites(self.sites, size)
+        self.tasks = choose_tasks(tasks_of(self.sites), self.only_tasks)
 
     @property
     def folder(self) -> Path:

@@ -9,7 +9,7 @@ limits, devices, loggers, callbacks.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,7 @@ def with_checkpoint_base(argv: list[str], stack: ExitStack) -> list[str]:
     checkpoint = _value(argv, "--ckpt_path")
     if not argv or argv[0] not in LIGHTNING_COMMANDS or not checkpoint or not Path(checkpoint).is_file():
         return argv
-    try:
-        stored = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
-    except Exception as error:  # any unreadable file ends here, whatever torch makes of it
-        raise ConfigError(
-            f"--ckpt_path={checkpoint}: not a checkpoint that can be read safely ({type(error).__name__})"
-        ) from error
+    stored = read_checkpoint(checkpoint)
     hparams = dict(stored.get("hyper_parameters", {}))
     base: dict[str, Any] = {}
     if "_class_path" in hparams:
@@ -89,16 +84,32 @@ def _value(argv: list[str], option: str) -> str | None:
     return found
 
 
-def difference(run: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+def read_checkpoint(file: str) -> dict[str, Any]:
+    """Return the contents of a checkpoint, read without running any code in it.
+
+    Raises:
+        ConfigError: It is damaged, or contains other objects than tensors and plain values.
+    """
+    try:
+        stored: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:  # torch raises many kinds for an unreadable file
+        raise ConfigError(
+            f"--ckpt_path={file}: not a checkpoint that can be read safely ({type(error).__name__})"
+        ) from error
+    return stored
+
+
+def difference(run: Mapping[str, Any], now: Mapping[str, Any], sections: Collection[str] = COMPARED) -> str | None:
     """Return the first key in which two configurations of ``fit`` train different things, with both values.
 
     Args:
         run: Configuration of the run that the checkpoint is of.
         now: Configuration of this command.
+        sections: The sections to compare.
     """
     trainers = [{f"trainer.{key}": config.get("trainer", {}).get(key) for key in TRAINER_KEYS} for config in (run, now)]
     before, after = (
-        _flat({key: config.get(key) for key in COMPARED}) | trainer
+        _flat({key: config.get(key) for key in sections}) | trainer
         for config, trainer in zip((run, now), trainers, strict=True)
     )
     for key in [*after, *before]:

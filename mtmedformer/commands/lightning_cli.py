@@ -27,11 +27,20 @@ import callbacks
 import datamodules
 import federation
 import mtmedformer
-from mtmedformer.commands.checkpoint_config import difference, existing_checkpoint, run_config, with_checkpoint_base
+from mtmedformer.batch import Task
+from mtmedformer.checks import check_tasks, check_weights
+from mtmedformer.commands.checkpoint_config import (
+    difference,
+    existing_checkpoint,
+    read_checkpoint,
+    run_config,
+    with_checkpoint_base,
+)
 from mtmedformer.commands.messages import parser_message
 from mtmedformer.commands.predict_images import with_images
 from mtmedformer.errors import ConfigError
 from mtmedformer.module import MultiTaskModule
+from mtmedformer.protocols import PlannedData, TaskedData
 from mtmedformer.storage.constructor_arguments import hyperparameters
 
 
@@ -178,12 +187,18 @@ class CommandLine(LightningCLI):
         folder = callbacks.run_folder_of(Path(config.ckpt_path)) if config.ckpt_path else None
         if folder is not None:
             run = run_config(folder)
-            differs = difference(run, self.resolved_config()) if run else None
+            now = self.resolved_config()
+            differs = difference(run, now) if run else None
+            if run and config.optimizer and (changed := difference(run, now, ["optimizer"])):
+                raise ConfigError(
+                    f"{changed}. The optimizer is restored from the checkpoint: keep its settings, or start a new run "
+                    "from the weights with model.init_weights=PATH instead of --ckpt_path."
+                )
             if keyword and differs:
                 raise ConfigError(
                     f"--ckpt_path={keyword} continues the run in {folder}, but {differs}. Keep its configuration, or "
                     f"start a new run from that checkpoint with --ckpt_path={config.ckpt_path}, or from its weights "
-                    "alone with model.init_weights"
+                    "alone with model.init_weights=PATH."
                 )
             if keyword or (run and not differs and callbacks.is_run_folder_of(root, folder)):
                 self.continues = True
@@ -217,6 +232,44 @@ class CommandLine(LightningCLI):
                     arguments[key] = value
         super().instantiate_classes()
         self.config = saved
+
+    def before_fit(self) -> None:
+        """Check data and checkpoint before the Trainer starts."""
+        self._check()
+
+    def before_validate(self) -> None:
+        """Check data and checkpoint before the Trainer starts."""
+        self._check()
+
+    def before_test(self) -> None:
+        """Check data and checkpoint before the Trainer starts."""
+        self._check()
+
+    def before_predict(self) -> None:
+        """Check data and checkpoint before the Trainer starts."""
+        self._check()
+
+    def _check(self) -> None:
+        """Compare model, checkpoint and data, and read the records, before loggers and caches write anything.
+
+        Raises:
+            UserError: They do not fit, or the data cannot be read.
+        """
+        checkpoint = self.config[self.subcommand].get("ckpt_path")
+        if checkpoint and isinstance(self.model, MultiTaskModule):
+            check_weights(self.model.state_dict(), read_checkpoint(checkpoint)["state_dict"])
+        if isinstance(self.datamodule, TaskedData) and self.datamodule.tasks:
+            self._check_tasks(self.datamodule.tasks)
+        if isinstance(self.datamodule, PlannedData):
+            self.datamodule.plan()
+            self._check_tasks(self.datamodule.tasks)
+
+    def _check_tasks(self, tasks: dict[str, Task]) -> None:
+        if isinstance(self.model, MultiTaskModule):
+            own = self.model.tasks
+            if self.subcommand != "fit":  # some heads may be without labels; the module reports them
+                own = {name: task for name, task in own.items() if name in tasks} or own
+            check_tasks(str(self.subcommand), own, tasks)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with the loggers, checkpoints and callbacks that every run needs."""

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"mtmedformer {mtmedformer.__version__}")
         return 0
     if argv[:1] in ([], ["--help"], ["-h"], ["help"]):
-        print(usage())
+        print(usage(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     _quieten()
     try:

@@ -15,7 +15,8 @@ import torch
 import yaml
 from PIL import Image
 
-from mtmedformer.commands.main import main
+import mtmedformer
+from mtmedformer.commands.main import COMMANDS, main
 from tests.fixtures.small_set import small_config, write_config
 
 
@@ -235,6 +236,106 @@ def test_mistakes_are_told_in_one_paragraph(trained, capsys, arguments, words):
     assert len(message) < 1500
 
 
+def tree(*folders: Path) -> dict[Path, bytes | None]:
+    """Return every file below some folders with its bytes, and every folder."""
+    return {p: p.read_bytes() if p.is_file() else None for folder in folders for p in folder.rglob("*")}
+
+
+CLASSES = "--model.heads.organ.init_args.classes=[liver]"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fit", CLASSES],
+        ["fit", "--data.tasks=[organ]"],
+        ["fit", "--data.root=/nowhere"],
+        ["fit", "--trainer.max_epocs=3"],
+        ["fit", "--ckpt_path=last"],
+        ["fit", "--ckpt_path=BEST", "--model.encoder.channels=8"],
+        ["fit", "--ckpt_path=BEST", "--optimizer.lr=0.5"],
+        ["fit", "--trainer.logger=lightning.pytorch.loggers.WandbLogger", CLASSES],
+        ["fit", "--trainer.callbacks+=StartWeights", "--data.root=/nowhere"],
+        ["test", "--ckpt_path=BEST", "--data.root=/nowhere"],
+        ["test", "--ckpt_path=BEST", CLASSES],
+        ["predict", "--ckpt_path=BEST", "--data.root=/nowhere"],
+        ["predict", "--ckpt_path=BEST", CLASSES],
+        ["predict", "--ckpt_path=BEST", "--images", "nothing.png", "--output", "predicted"],
+    ],
+    ids=lambda a: " ".join(a),
+)
+def test_a_command_that_fails_at_the_start_changes_nothing_on_disk(arguments, trained, tmp_path, monkeypatch, capsys):
+    folder, config = trained
+    monkeypatch.chdir(tmp_path)
+    arguments = [a.replace("BEST", str(folder / "checkpoints/best.ckpt")) for a in arguments]
+    if "--images" not in arguments:
+        settings = ["--config", config, "--data.cache_dir=cache", "--trainer.default_root_dir=runs/new"]
+        arguments = [arguments[0], *settings, *arguments[1:]]
+    before = tree(folder.parent, tmp_path)
+    assert main(arguments) == 2
+    assert tree(folder.parent, tmp_path) == before
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_federation_that_fails_at_the_start_changes_nothing_on_disk(tmp_path, monkeypatch):
+    quickstart = str(Path("configs/federation/quickstart.yaml").resolve())
+    monkeypatch.chdir(tmp_path)
+    classes = "--model.heads.lungs.init_args.classes=[liver]"
+    for wrong in (classes, "--federation.participation=[[nobody]]", "--trainer.gradient_clip_val=1"):
+        data = ["--data.data.size=64", "--data.data.image_size=64", "--data.data.num_workers=0"]
+        assert main(["fit", "--config", quickstart, *data, wrong]) == 2
+        assert not tree(tmp_path / "runs"), wrong
+        assert not tree(tmp_path) or wrong != classes, "the phantoms are not generated for a wrong class"
+
+
+def test_resuming_with_another_configuration_leaves_the_run_as_it_is(images, tmp_path, capsys):
+    config = small_config(images, tmp_path, max_epochs=1, limit_train_batches=2)
+    file = write_config(config, tmp_path / "c.yaml")
+    assert main(["fit", "--config", file]) == 0
+    run, other = tmp_path / "run", tmp_path / "other"
+    best = f"--ckpt_path={run / 'checkpoints/best.ckpt'}"
+    more = ["--config", file, "--trainer.max_epochs=2"]
+    before = tree(run)
+
+    assert main(["fit", *more, "--ckpt_path=last", "--data.val_fraction=0.3"]) == 2
+    assert "data.val_fraction=0.3, but the run was trained with 0.15" in " ".join(capsys.readouterr().err.split())
+    assert main(["fit", *more, best, "--data.val_fraction=0.3", f"--trainer.default_root_dir={other}"]) == 0
+    assert main(["fit", *more, best, f"--trainer.default_root_dir={other}"]) == 0
+    assert tree(run) == before
+    assert not (tmp_path / "run-2").exists()
+    for folder in (other, tmp_path / "other-2"):
+        assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
+        assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
+
+    assert main(["fit", *more, best]) == 0, "the same configuration, for more epochs"
+    assert not (tmp_path / "run-2").exists()
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    "argument, suggestion",
+    [
+        ("--data.limitt=3", "data: Option 'limitt' is not accepted; did you mean limit?"),
+        ("--model.heads.organ.init_args.clases=[organ]", "did you mean classes?"),
+        ("--model.encoder.nam=x", "did you mean name?"),
+        ("--optimizer.lrr=3", "did you mean lr?"),
+        ("--trainer.max_epocs=3", "did you mean trainer.max_epochs"),
+    ],
+)
+def test_suggestions_come_from_the_class_at_hand(argument, suggestion, trained, capsys):
+    _, config = trained
+    assert main(["fit", "--config", config, argument]) == 2
+    assert suggestion in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_word_that_only_another_class_accepts_is_not_suggested(trained, capsys):
+    _, config = trained
+    assert main(["fit", "--config", config, "--model.encoder.batch_size=3"]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "Option 'batch_size' is not accepted" in message
+    assert "did you mean" not in message
+
+
 def test_a_checkpoint_that_would_run_code_is_refused(trained, tmp_path, capsys):
     _, config = trained
     import pickle
@@ -313,10 +414,34 @@ def test_wandb_gets_config_metrics_and_overlays(images, tmp_path, monkeypatch):
     assert (tmp_path / "run/metrics.csv").is_file(), "the CSV is written whatever else is"
 
 
-def test_python_m_and_help():
-    out = subprocess.run([sys.executable, "-m", "mtmedformer", "--help"], capture_output=True, text=True, check=True)
-    for word in ("fit", "validate", "test", "predict", "fingerprint"):
-        assert word in out.stdout
+@pytest.mark.parametrize("arguments, code", [(["--help"], 0), (["--version"], 0), ([], 2), (["trian"], 2)])
+def test_every_command_is_listed_without_importing_torch(arguments, code):
+    script = (
+        "import sys; from mtmedformer.commands.main import main; code = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules and 'lightning' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    text = done.stdout if code == 0 else done.stderr
+    if arguments == ["--version"]:
+        assert mtmedformer.__version__ in text
+        return
+    assert all(name in text for name in COMMANDS)
+    if arguments == ["trian"]:
+        assert "'trian'" in text
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_a_help_of_its_own(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert end.value.code == 0
+    assert f"mtmedformer {name}" in capsys.readouterr().out.replace("[options] ", "")
+
+
+def test_python_m_runs_the_command_line():
+    done = subprocess.run([sys.executable, "-m", "mtmedformer", "--help"], capture_output=True, text=True, check=True)
+    assert "fit" in done.stdout
 
 
 class Worse(L.Callback):
