@@ -25,7 +25,7 @@ Kind = Literal["classification", "detection", "segmentation"]
 
 @dataclass(frozen=True)
 class Task:
-    """What a task is called and which classes it knows.
+    """The name, the kind and the classes of a task.
 
     Attributes:
         name: Key of the task in batches, heads, losses and logs, for example ``lungs``.

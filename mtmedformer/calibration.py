@@ -106,7 +106,7 @@ class OperatingPoint:
 
     Attributes:
         name: ``sensitivity``, ``specificity``, ``fp_per_image``, ``youden`` or ``f1``.
-        value: What is asked for; ``None`` for the two that are a maximum.
+        value: The required value; ``None`` for ``youden`` and ``f1``, which are maximised.
     """
 
     name: str
@@ -148,7 +148,7 @@ def class_threshold(scores: Floats, truth: NDArray[np.bool_], point: OperatingPo
     Args:
         scores: (n,) probabilities of one class.
         truth: (n,) whether the class is there.
-        point: What is asked for.
+        point: The operating point.
 
     Returns:
         The threshold; ``None`` where both labels do not occur, or the point is one of boxes.

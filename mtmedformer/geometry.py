@@ -1,7 +1,7 @@
-"""Where the network's input lies in an original image, and how pixels, masks, boxes and points travel between the two.
+"""Affine geometry between the network's input and the original image, for pixels, masks, boxes and points.
 
-Letterbox, breast crop, flip and augmentation are all one affine, so predictions find their way back to the original
-pixels. Coordinates follow the corner convention of `mtmedformer.batch`.
+Letterbox, breast crop, flip and augmentation are one affine, so predictions can be mapped back to the original pixels.
+Coordinates follow the corner convention of `mtmedformer.batch`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""End trainings that run in processes of their own, so that each can save first."""
+"""Stop trainings in child processes, so that each can save a checkpoint first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 def stop_all(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
-    """Pass Ctrl-C on and wait; after a second one, or the grace, end what is left.
+    """Send SIGINT to all processes and wait; kill those left after ``grace`` seconds or a second Ctrl-C.
 
     Args:
         processes: Each started in a session of its own, so that its children end with it.

@@ -1,4 +1,4 @@
-"""Task heads: one file per kind of answer; each decodes the shared pyramid and knows no other head."""
+"""Task heads: one file per kind of task; each decodes the shared pyramid independently of the others."""
 
 from mtmedformer.heads.base import TaskHead
 from mtmedformer.heads.classification import ClassificationHead

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TaskHead(RecordsArguments, nn.Module, ABC):
-    """A decoder of one task. It knows no other head and no data set.
+    """A decoder of one task, independent of other heads and of the data set.
 
     A head is constructed from its options alone (so that YAML can describe it) and gets its layers in ``build``, which
     ``MultiTaskModule`` calls once, before any weight is loaded.
@@ -114,7 +114,8 @@ class TaskHead(RecordsArguments, nn.Module, ABC):
         """Return what a graph that leaves Python computes, from which ``decoded`` makes the predictions.
 
         Tensors by name, their first axis the batch, none of whose shapes depends on what is in the image. By default
-        the predictions themselves, under the empty name; a head whose predictions are no tensor says what comes before.
+        the predictions themselves, under the empty name; a head whose predictions are no tensor
+        returns the tensors they are made from.
         """
         return {"": self.predict(outputs, size)}
 

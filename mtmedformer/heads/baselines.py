@@ -62,7 +62,7 @@ class LibrarySegmentation(SegmentationHead):
         hausdorff: As in ``SegmentationHead``.
 
     Raises:
-        ConfigError: When the library knows no such network.
+        ConfigError: When the library has no such network.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class LibraryDetection(TaskHead):
         )
 
     def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> Tensor:
-        """Return the image: a detector of torchvision needs to know what it is asked for before it looks."""
+        """Return the image; the loss runs the network, because a torchvision detector takes image and target."""
         return pyramid[0].expand(-1, 3, -1, -1)
 
     def loss(self, outputs: Tensor, target: Target) -> dict[str, Tensor]:

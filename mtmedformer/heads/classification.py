@@ -43,7 +43,7 @@ class ClassificationHead(TaskHead):
         strides: Strides of the pyramid levels whose tokens are pooled.
         width: Channels of the tokens; ``None`` is the pyramid's.
         num_heads: Attention heads; divides ``width``.
-        peak: Classify the channels' maxima too; off, the attention map tells all that the classifier saw.
+        peak: Classify the channels' maxima too; without them, the attention map covers everything the classifier reads.
         dropout: Dropout on the pooled features, in [0, 1).
 
     Raises:

@@ -1,4 +1,4 @@
-"""Boxes by FCOS: every location of the pyramid says what it lies in and how far the sides are."""
+"""Boxes by FCOS: every location of the pyramid predicts a class, a box and a centerness."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class DetectionOutputs:
-    """What each of A locations says.
+    """Outputs of each of A locations.
 
     Attributes:
         logits: (B, A, K) class logits.
@@ -98,7 +98,7 @@ class DetectionHead(TaskHead):
         nn.init.constant_(self.bbox_reg.bbox_reg.bias, 4.0)
 
     def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> DetectionOutputs:
-        """Return what every location says; see ``TaskHead.forward``."""
+        """Return the outputs of every location; see ``TaskHead.forward``."""
         features = [self.entry(level) for level in pyramid]
         distances, centerness = self.bbox_reg(features)
         return DetectionOutputs(

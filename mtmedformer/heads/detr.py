@@ -33,7 +33,7 @@ NO_OBJECT_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 0.1, 5.0, 2.0
 
 @dataclass
 class DETROutputs:
-    """What each of Q queries says after each of D decoder layers; the last layer is the prediction.
+    """Outputs of each of Q queries after each of D decoder layers; the last layer is the prediction.
 
     Attributes:
         logits: (B, D, Q, K + 1) class logits; the last class is "no object".
@@ -49,7 +49,7 @@ class DETROutputs:
 class DETRHead(TaskHead):
     """DETR: queries attend to the pyramid's tokens, each answers with one box or "no object"; no suppression needed.
 
-    Experimental: a set predictor converges slowly, wants much data and is weak on tiny lesions; prefer
+    Experimental: a set predictor converges slowly, needs much data and is weak on tiny lesions; prefer
     ``DetectionHead`` unless you study it. Every decoder layer is trained (the terms are means over the layers, so that
     their number does not change the scale). Of more boxes than queries, the ones that match worst go untrained.
 
@@ -109,7 +109,7 @@ class DETRHead(TaskHead):
         )
 
     def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> DETROutputs:
-        """Return what every query says after every layer; see ``TaskHead.forward``."""
+        """Return the outputs of every query after every layer; see ``TaskHead.forward``."""
         memory = torch.cat(
             [
                 norm(project(pyramid[level]).flatten(2).transpose(1, 2))

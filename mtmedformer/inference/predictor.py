@@ -14,7 +14,7 @@ from mtmedformer.protocols import PredictingModule
 
 @dataclass(frozen=True)
 class TiledPredictor:
-    """Predicts in sliding windows, averaged with the left-right mirror where asked; without either, in one pass.
+    """Predicts in sliding windows, averaged with the left-right mirror if configured; without either, in one pass.
 
     Attributes:
         tile: ``(height, width)`` of the window; ``None`` takes every image whole.

@@ -1,4 +1,4 @@
-"""What a model says of one image, in pixels of the original file: probabilities, boxes, masks, and how sure it is."""
+"""The result of one image, in pixels of the original file: probabilities, boxes, masks and uncertainty."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOTE = "research use only"
 """Stands on everything that is written of a prediction."""
 
 ABOUT = "about_predictions.json"
-"""Lies in a folder of predictions and says which model made them, and how; what lies there is never an input."""
+"""File in a folder of predictions that names the model and its settings; such a folder is never read as input."""
 
 UNCERTAINTY = "uncertainty"
 """Key under which predictions may carry ``{task: {measure: (B,) numbers}}`` beside the tasks' own entries."""
@@ -41,7 +41,7 @@ class FoundBox:
 
 @dataclass(frozen=True)
 class ImageResult:
-    """Everything a model says of one image.
+    """All predictions for one image.
 
     Attributes:
         meta: What is known of the image.

@@ -53,7 +53,7 @@ def predict_tiled(
       dropped where another window holds all of it; then, across windows only, boxes that overlap a better box of their
       class are dropped. An object larger than the overlap may come out in pieces.
     - Class probabilities are pooled over windows: ``max`` lets one window with a finding decide (then brought back to
-      a sum of 1 for exclusive classes), ``mean`` asks how much of the image looks so.
+      a sum of 1 for exclusive classes), ``mean`` measures how much of the image shows it.
 
     An image that fits into one window is predicted whole, exactly as without windows. Only ``sw_batch_size`` windows
     are in the model at a time, so that its memory does not depend on the image.

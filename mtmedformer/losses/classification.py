@@ -179,7 +179,7 @@ def possible_classes(labels: Tensor) -> Tensor:
         bool (N, K): the class that is 1 where there is one, else every class that is not known to be 0.
 
     Raises:
-        DataError: A row says of every class that it is not the one.
+        DataError: A row excludes every class.
     """
     positive = labels == 1
     possible = torch.where(positive.any(1, keepdim=True), positive, labels.isnan())

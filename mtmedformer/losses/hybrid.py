@@ -18,7 +18,7 @@ class HybridLoss(RecordsArguments, nn.Module):
     r"""Add the task losses as $\sum_t w_t\, f_t(L_t)$ over the tasks that the batch labels.
 
     $w_t$ are the user's weights and $f$ the weighting strategy. A task that is absent, or has weight 0, changes neither
-    the value nor the strategy's state, and stays connected to the result with a zero gradient (DDP wants every
+    the value nor the strategy's state, and stays connected to the result with a zero gradient (DDP needs every
     parameter to take part). The sum depends on the strategy's state: log the raw losses and monitor those, or metrics.
 
     Args:

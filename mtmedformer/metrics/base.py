@@ -242,7 +242,7 @@ def known_mean(values: Iterable[float]) -> float:
 
 
 def gather_on_cpu(tensor: Tensor, group: Any = None) -> list[Tensor]:
-    """Gather a CPU tensor from all processes, by way of the accelerator where the backend knows no other (NCCL)."""
+    """Gather a CPU tensor from all processes, through the accelerator where the backend requires it (NCCL)."""
     device = torch.accelerator.current_accelerator()
     if device is None or "gloo" in dist.get_backend(group):
         return gather_all_tensors(tensor, group)
@@ -281,7 +281,7 @@ def patient_weights(patients: NDArray[np.int64], replicates: int, seed: int) -> 
         seed: Seed of the draw.
 
     Returns:
-        (R, n) counts; (0, n) with fewer than two patients, where resampling says nothing.
+        (R, n) counts; (0, n) with fewer than two patients, where resampling is meaningless.
     """
     number = int(patients.max()) + 1 if len(patients) else 0
     if number < 2:

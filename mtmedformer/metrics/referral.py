@@ -1,4 +1,4 @@
-"""Whether a model knows where it is wrong: the Dice of the images that remain when it refers those it doubts most."""
+"""Referral: the Dice of the images that remain when the most uncertain ones are referred to a reader."""
 
 from __future__ import annotations
 

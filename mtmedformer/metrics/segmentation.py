@@ -27,7 +27,7 @@ class SegmentationMetrics(TaskMetrics):
     - ``empty_correct``: the share of images without the class in which no pixel was predicted.
     - ``hd95``: 95th percentile of the Hausdorff distance in MONAI's definition (the larger of the two directed
       percentiles; other libraries pool or weight the distances and differ), **in pixels of the network's input**, over
-      images where both masks are non-empty. It says nothing of missed structures: read it beside ``dice``.
+      images where both masks are non-empty. Missed structures do not count: read it beside ``dice``.
 
     A mask is ``probability > threshold`` in multi-label tasks; in single-label tasks each pixel belongs to the most
     probable of the classes and the background, whose probability is what the classes leave of 1.
