@@ -119,31 +119,6 @@ class ClassLabels(Protocol):
     def values(self) -> tuple[float, ...]: ...  # noqa: D102
 
 
-class ImageRecord(Protocol):
-    """One image of a data set before its pixels are read (``datamodules.records.Record``).
-
-    Attributes:
-        id: Name of the image, unique in its data set.
-        patient: Identifier of the patient; images of one patient never cross splits.
-        site: Site (hospital, source) of the image.
-        groups: Further values by which a data set can be cut into sites.
-        truth: Label by task; a task without an entry is unknown.
-    """
-
-    @property
-    def id(self) -> str: ...  # noqa: D102
-    @property
-    def file(self) -> Path: ...  # noqa: D102
-    @property
-    def patient(self) -> str: ...  # noqa: D102
-    @property
-    def site(self) -> str: ...  # noqa: D102
-    @property
-    def groups(self) -> Mapping[str, str]: ...  # noqa: D102
-    @property
-    def truth(self) -> Mapping[str, Any]: ...  # noqa: D102
-
-
 # --- data modules ----------------------------------------------------------------------------------------------------
 
 
@@ -248,14 +223,6 @@ class DescribedData(Protocol):
         ...
 
 
-class QuarantineTable(Protocol):
-    """The list of the items that could not be used."""
-
-    def write(self, folder: Path) -> Any:
-        """Write ``quarantine.csv`` into a folder."""
-        ...
-
-
 @runtime_checkable
 class QuarantiningData(Protocol):
     """A data module that lists the items it could not use.
@@ -340,18 +307,6 @@ class StopsTraining(Protocol):
 
     @property
     def stopping(self) -> bool: ...  # noqa: D102
-
-
-@runtime_checkable
-class HasExitCode(Protocol):
-    """A callback, or error, that decides the exit code of the command; the largest one counts.
-
-    Attributes:
-        exit_code: 0 for success.
-    """
-
-    @property
-    def exit_code(self) -> int: ...  # noqa: D102
 
 
 @runtime_checkable
