@@ -22,20 +22,17 @@ from callbacks.federation.site_trainers import Placement, SiteTrainers, processe
 from callbacks.federation.site_validation import mean_and_worst, metrics_by_site, validate_own
 from federation.aggregators.base import Aggregator
 from federation.aggregators.bayesian import BayesianAggregator
-from federation.alignment.groups import permutation_groups
-from federation.client.lightning_internals import copy_module, keep_metrics_local, note_sigterm_per_process
+from federation.client.lightning_internals import note_sigterm_per_process
 from federation.client.site_trainer import SiteTrainer
-from federation.client.train import RoundPlan, SiteState, TrainingInterrupt, state_of
-from federation.exchange.schema import State, schema_of
+from federation.client.train import SiteState, state_of
+from federation.exchange.schema import State
 from federation.partition import Holding
 from federation.privacy.policy import PrivacyPolicy, policies_by_site
 from federation.server.admission import Policy
 from federation.server.history import RoundRecord, SiteRecord, faults_text
 from federation.server.participation import Participation, check_participation, taking_part
-from federation.server.round import Round, RoundResult
 from federation.server.run_state import RunState, Status, write_state
 from mtmedformer.errors import ConfigError, UserError
-from mtmedformer.storage.hashing import state_hash
 
 
 class Federation(L.Callback):
@@ -103,16 +100,21 @@ class Federation(L.Callback):
                 "or in several processes with placement: per_rank and trainer.devices"
             )
         self.privacy = privacy
-        self._privacy: dict[str, PrivacyPolicy] = {}
         self.sites: dict[str, SiteState] = {}
         self.history: list[RoundRecord] = []
         self.holdings: list[Holding] = []
         self.loggers = SiteLoggers()
         self.state: RunState | None = None
-        self._merged: State = {}
+        self._exported: State = {}
         self._server: Server | None = None
-        self._started = False
         self._began = 0.0
+        self._started = False
+
+    @property
+    def server(self) -> Server:
+        """The server, from ``setup`` to ``teardown``."""
+        assert self._server is not None
+        return self._server
 
     @property
     def exit_code(self) -> int:
@@ -127,38 +129,39 @@ class Federation(L.Callback):
         Raises:
             ConfigError: When the data has no sites, or a setting of the Trainer has no effect on a server.
         """
-        self._started = False
         if stage != "fit":
             return
         check_server(trainer, self.placement, self.policy, self.site_trainer)
         note_sigterm_per_process(trainer)
+        self._exported = {}
+        self._started = False
         warnings.filterwarnings("ignore", r"It is recommended to use `self.log\(.*sync_dist=True")  # equal on all
         data = federated_data(trainer)
-        self._trainers = SiteTrainers(
-            self.site_trainer, trainer, self.loggers, resolve_placement(self.placement, trainer)
-        )
-        self._template = copy_module(pl_module)
-        self._schema = schema_of(pl_module)
-        self._privacy = policies_by_site(self.privacy, list(data.sites), self.aggregator)
-        for privacy in self._privacy.values():
-            privacy.check(pl_module, self._schema, self.aggregator, self._trainers.placement == "ddp")
-        self._symmetries = permutation_groups(pl_module) if self.align and self.aggregator.exchange.merged else ()
-        keep_metrics_local(pl_module)  # every process validates all images, so that all decide alike
-        self._server = Server(trainer, pl_module)
         check_participation(self.participation, list(data.sites))
+        placement = resolve_placement(self.placement, trainer)
+        self._trainers = SiteTrainers(self.site_trainer, trainer, self.loggers, placement)
+        self._server = Server(
+            trainer,
+            pl_module,
+            self.aggregator,
+            self.policy,
+            policies_by_site(self.privacy, list(data.sites), self.aggregator),
+            self._trainers,
+            self.align,
+            self.optimizer_state == "keep",
+        )
         self.holdings = data.holdings()
         if trainer.is_global_zero:
             show_sites(self.holdings)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the server's optimizer, and open the sites' own runs in W&B, once the server's run is known."""
-        assert self._server is not None
-        self._server.start()
+        self.server.start()
         self.loggers.open(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the seed of the run, from which every site derives its own; write the first files of the run."""
-        self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**31))
+        self.server.seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**31))
         self._started = True
         sites = federated_data(trainer).sites
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -175,74 +178,45 @@ class Federation(L.Callback):
         Raises:
             RoundError: When the policy does not let the round count.
         """
-        assert self._server is not None
         self._began = time.perf_counter()
         data, pooled = federated_data(trainer), self.aggregator.data == "pooled"
         sites = {"pooled": data.pooled()} if pooled else data.sites
-        plan = self._plan(trainer, pl_module)
-        names = list(sites) if pooled else taking_part(self.participation, plan.round, list(sites), self._seed)
+        names = list(sites)
+        if not pooled:
+            names = taking_part(self.participation, trainer.current_epoch, names, self.server.seed)
         folder = None if trainer.fast_dev_run else Path(trainer.default_root_dir)  # type: ignore[attr-defined]
-        site_trainer = self.strategy(sites)
-        try:
-            with Round(
-                plan, self.sites, self.aggregator, self.policy, site_trainer, processes_of(trainer), folder
-            ) as current:
-                result = current.run(names, self._trainers.placement == "per_rank", self.sites_at_once)
-        except TrainingInterrupt:
-            raise (SIGTERMException if trainer.received_sigterm else KeyboardInterrupt) from None
+        result = self.server.run_round(names, self.sites, self.strategy(sites), self.sites_at_once, folder)
         self.sites.update(result.states)
         self.history.append(result.record)
-        self._merged = self._server.step.merged = result.merged
-        self._log(trainer, pl_module, result)
-        self._validate_own(trainer, pl_module)
-
-    def strategy(self, sites: dict[str, Any]) -> SiteTrainer:
-        """Return what trains a site of this round; a subclass may put another in its place."""
-        return self._trainers.strategy(sites, self._template, self.aggregator, self.policy.deadline, self._privacy)
-
-    def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> RoundPlan:
-        state = self.aggregator.starting_state(state_of(pl_module))
-        return RoundPlan(
-            round=trainer.current_epoch,
-            rounds=int(trainer.max_epochs or 1),
-            state=state,
-            base=state_hash(state),
-            schema=self._schema,
-            seed=self._seed,
-            keep_optimizer=self.optimizer_state == "keep",
-            distributed=self._trainers.placement == "ddp",
-            symmetries=self._symmetries,
-        )
-
-    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, result: RoundResult) -> None:
-        """Log the training metrics of every admitted site; an isolated process could not log them."""
         for site, metrics in result.logged.items():
             if self._trainers.placement == "isolated" and (logger := self.loggers.get(trainer, site)) is not None:
-                logger.log_metrics(metrics, result.states[site].steps)
-            logged = {f"site/{site}/{key}": value for key, value in metrics.items()}
-            pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
+                logger.log_metrics(metrics, result.states[site].steps)  # the isolated process could not
+            self._log(pl_module, {f"site/{site}/{key}": value for key, value in metrics.items()})
+        if (self.server.sites_have_own_models or self.validate_sites) and not pooled:
+            self._validate_own(trainer, pl_module)
+
+    def strategy(self, sites: dict[str, Any]) -> SiteTrainer:
+        """Return the object that trains a site of this round; a subclass may return another."""
+        template, privacy = self.server.template, self.server.privacy
+        return self._trainers.strategy(sites, template, self.aggregator, self.policy.deadline, privacy)
 
     def _validate_own(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate each site's own model on its own data, where it has one or the configuration asks for it."""
-        own = self._sites_have_own_models
-        if not (own or self.validate_sites) or self.aggregator.data == "pooled":
-            return
-        sites = federated_data(trainer).sites
-        metrics = validate_own(sites, self._template, processes_of(trainer), self.model_of, self._trainers.validation)
+        """Validate each site's own model on its own data."""
+        sites, processes = federated_data(trainer).sites, processes_of(trainer)
+        metrics = validate_own(sites, self.server.template, processes, self.model_of, self._trainers.validation)
         logged = {f"site/{site}/val/{key}": v for site, values in metrics.items() for key, v in values.items()}
-        logged |= mean_and_worst(metrics) if own else {}
-        pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
+        self._log(pl_module, logged | (mean_and_worst(metrics) if self.server.sites_have_own_models else {}))
         for site, values in metrics.items():
             self.history[-1].sites.setdefault(site, SiteRecord()).metrics = values
 
+    @staticmethod
+    def _log(module: L.LightningModule, metrics: dict[str, float]) -> None:
+        module.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=False)
+
     def model_of(self, site: str) -> State:
         """Return the weights that a site uses now: the merged ones, with those that the site keeps to itself."""
-        return self.sites.get(site, SiteState()).weights(self._merged)
-
-    @property
-    def _sites_have_own_models(self) -> bool:
-        own = self.aggregator.personal is not None or not self.aggregator.exchange.global_model
-        return own or any(privacy.blocks is not None for privacy in self._privacy.values())
+        merged = self._exported if self._server is None else self._exported or self._server.merged
+        return self.sites.get(site, SiteState()).weights(merged)
 
     # --- after a round ------------------------------------------------------------------------------------------------
 
@@ -257,8 +231,7 @@ class Federation(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print one line about the round."""
-        assert self._server is not None
-        self._merged = self._server.step.merged = {}
+        self.server.end_round()
         if self.history and trainer.is_global_zero:
             rounds, seconds = int(trainer.max_epochs or 1), time.perf_counter() - self._began
             print_line(trainer, round_line(self.history[-1], rounds, seconds))
@@ -267,9 +240,9 @@ class Federation(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export the sites' own models, where they have any; each loads with ``model.init_weights``."""
         self._write_state(trainer, faults_text(self.history), ended=True)
-        if not self._sites_have_own_models or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not self.server.sites_have_own_models or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self._merged = state_of(pl_module)
+        self._exported = state_of(pl_module)
         for name in federated_data(trainer).sites:
             write_model(Path(trainer.default_root_dir), name, self.model_of(name))
 

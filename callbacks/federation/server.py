@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from federation.client.lightning_internals import ServerLoop
-from federation.exchange.schema import State
+from callbacks.federation.site_trainers import SiteTrainers, processes_of
+from federation.aggregators.base import Aggregator
+from federation.alignment.groups import permutation_groups
+from federation.client.lightning_internals import ServerLoop, copy_module, keep_metrics_local
+from federation.client.site_trainer import SiteTrainer
+from federation.client.train import RoundPlan, SiteState, TrainingInterrupt, state_of
+from federation.exchange.schema import State, schema_of
+from federation.privacy.policy import PrivacyPolicy
+from federation.server.admission import Policy
+from federation.server.round import Round, RoundResult
+from mtmedformer.storage.hashing import state_hash
 
 
 class MergedWeights(torch.optim.Optimizer):
@@ -35,7 +47,7 @@ class MergedWeights(torch.optim.Optimizer):
 
 
 class Server:
-    """Takes the optimizer steps of a Trainer for the duration of a federation.
+    """The server of a federation: it runs the rounds, and takes the optimizer steps of a Trainer.
 
     The module keeps all its methods. It is switched to manual optimization, in which Lightning leaves the steps to
     others, and the Trainer's manual-optimization loop is one that does not call ``training_step``. Its hooks around a
@@ -43,22 +55,108 @@ class Server:
 
     Args:
         trainer: The Trainer that counts rounds.
-        module: Its module.
+        module: Its module, before its first step.
+        aggregator: Merges the updates.
+        policy: Handling of sites that fail.
+        privacy: Privacy policy by site.
+        trainers: Builds the Trainers of the sites.
+        align: Whether the sites' hidden units are aligned to the global model.
+        keep_optimizer: Whether the sites' optimizers keep their moments.
+
+    Attributes:
+        merged: The next global state; empty between rounds.
+        seed: Seed of the run, from which every site derives its own.
     """
 
-    def __init__(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.trainer, self.module = trainer, module
-        self.step = MergedWeights(module)
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        aggregator: Aggregator,
+        policy: Policy,
+        privacy: Mapping[str, PrivacyPolicy],
+        trainers: SiteTrainers,
+        align: bool,
+        keep_optimizer: bool,
+    ) -> None:
+        self.trainer, self.module, self.aggregator, self.policy = trainer, module, aggregator, policy
+        self.privacy, self.trainers, self.keep_optimizer = privacy, trainers, keep_optimizer
+        self.seed = 0
+        self.template = copy_module(module)
+        self.schema = schema_of(module)
+        for own in privacy.values():
+            own.check(module, self.schema, aggregator, trainers.placement == "ddp")
+        self.symmetries = permutation_groups(module) if align and aggregator.exchange.merged else ()
+        keep_metrics_local(module)  # every process validates all images, so that all decide alike
+        self._step = MergedWeights(module)
         self._automatic = module.automatic_optimization
         module.automatic_optimization = False
-        self._loop = ServerLoop(trainer, self.step)
+        self._loop = ServerLoop(trainer, self._step)
+
+    @property
+    def merged(self) -> State:
+        """The next global state; empty between rounds."""
+        return self._step.merged
+
+    @property
+    def sites_have_own_models(self) -> bool:
+        """Whether sites keep weights to themselves, so that their models differ from the global one."""
+        own = self.aggregator.personal is not None or not self.aggregator.exchange.global_model
+        return own or any(privacy.blocks is not None for privacy in self.privacy.values())
 
     def start(self) -> None:
         """Replace the optimizers that the module configured for training on images; call in ``on_fit_start``."""
-        self.trainer.strategy.optimizers = [self.step]
+        self.trainer.strategy.optimizers = [self._step]
         self.trainer.strategy.lr_scheduler_configs = []
+
+    def run_round(
+        self,
+        names: Sequence[str],
+        states: Mapping[str, SiteState],
+        site_trainer: SiteTrainer,
+        sites_at_once: int,
+        folder: Path | None,
+    ) -> RoundResult:
+        """Train some sites from the module's weights, and merge their updates; the Trainer's next step applies them.
+
+        Args:
+            names: The sites, in the order of their names.
+            states: What each site kept from its earlier rounds.
+            site_trainer: Trains one site.
+            sites_at_once: Number of sites that train at the same time, where each has a process of its own.
+            folder: The run folder; ``None`` writes nothing.
+
+        Raises:
+            RoundError: When the policy does not let the round count.
+        """
+        plan, processes = self._plan(), processes_of(self.trainer)
+        try:
+            with Round(plan, states, self.aggregator, self.policy, site_trainer, processes, folder) as current:
+                result = current.run(names, self.trainers.placement == "per_rank", sites_at_once)
+        except TrainingInterrupt:
+            raise (SIGTERMException if self.trainer.received_sigterm else KeyboardInterrupt) from None
+        self._step.merged = result.merged
+        return result
+
+    def end_round(self) -> None:
+        """Free the merged weights, which the module has by now."""
+        self._step.merged = {}
 
     def release(self) -> None:
         """Give the Trainer its own loop back, and the module its kind of optimization."""
         self._loop.release()
         self.module.automatic_optimization = self._automatic
+
+    def _plan(self) -> RoundPlan:
+        state = self.aggregator.starting_state(state_of(self.module))
+        return RoundPlan(
+            round=self.trainer.current_epoch,
+            rounds=int(self.trainer.max_epochs or 1),
+            state=state,
+            base=state_hash(state),
+            schema=self.schema,
+            seed=self.seed,
+            keep_optimizer=self.keep_optimizer,
+            distributed=self.trainers.placement == "ddp",
+            symmetries=self.symmetries,
+        )
