@@ -40,7 +40,7 @@ from mtmedformer.commands.messages import parser_message
 from mtmedformer.commands.predict_images import with_images
 from mtmedformer.errors import ConfigError
 from mtmedformer.module import MultiTaskModule
-from mtmedformer.protocols import PlannedData, TaskedData
+from mtmedformer.protocols import HasExitCode, PlannedData, TaskedData
 from mtmedformer.storage.constructor_arguments import hyperparameters
 
 
@@ -53,7 +53,8 @@ def main(argv: list[str]) -> int:
     check_packages()
     with ExitStack() as stack:
         trainer = CommandLine(with_images(argv, stack)).trainer
-    return max((getattr(callback, "exit_code", 0) for callback in trainer.callbacks), default=0)  # type: ignore[attr-defined]
+    run_callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return max((one.exit_code for one in run_callbacks if isinstance(one, HasExitCode)), default=0)
 
 
 def check_packages() -> None:
@@ -120,7 +121,7 @@ class CommandLine(LightningCLI):
         parser.add_subclass_arguments(callbacks.Federation, "federation", required=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, with what the checkpoint was trained with as the base that the command line overrides."""
+        """Parse, with the configuration of the checkpoint as the base that the command line overrides."""
         with ExitStack() as stack:
             self.config = parser.parse_args(with_checkpoint_base(self.argv, stack))
 

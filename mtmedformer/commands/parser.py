@@ -1,4 +1,4 @@
-"""The parser of the tools beside Lightning's subcommands."""
+"""The argument parser of the commands that are not subcommands of Lightning."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from mtmedformer.errors import ConfigError
 
 
 class ToolParser(argparse.ArgumentParser):
-    """Tells a mistake in one paragraph that begins with the tool's name, as the rest of the command line does."""
+    """Reports an error in one paragraph that begins with the name of the command."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise the mistake as a ``ConfigError``."""
+        """Raise the error as a ``ConfigError``."""
         raise ConfigError(f"{self.prog.split()[-1]}: {message}")

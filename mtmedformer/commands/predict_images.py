@@ -1,4 +1,4 @@
-"""``predict --images … --output …``: short for a data set of plain files, prepared as in training, and for where to."""
+"""``predict --images … --output …``: predict plain files, preprocessed as in training."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class _Parser(argparse.ArgumentParser):
 def with_images(argv: list[str], stack: ExitStack) -> list[str]:
     """Turn ``--images``, ``--output``, ``--dicom`` and ``--overlays`` into a configuration; other arguments stay.
 
-    How images are prepared is taken from ``config.yaml`` of the run the checkpoint lies in. Whatever else is on the
-    command line comes after and wins, ``--data.image_size`` for one.
+    The preprocessing is that of ``config.yaml`` in the run folder of the checkpoint. Other arguments of the command
+    line, for example ``--data.image_size``, override it.
 
     Args:
         argv: The command line, the subcommand first.
-        stack: Keeps the configuration's file until it is closed.
+        stack: Deletes the file of the configuration when it is closed.
 
     Raises:
-        ConfigError: An argument is missing or contradicts another, or it is unknown how images are to be prepared.
+        ConfigError: An argument is missing or contradicts another, or the preprocessing is unknown.
     """
     if argv[:1] != ["predict"]:
         return argv
@@ -72,19 +72,19 @@ def with_images(argv: list[str], stack: ExitStack) -> list[str]:
 
 
 def _preparation(checkpoint: Path, rest: list[str]) -> dict[str, Any]:
-    """Return the preparation of the run a checkpoint lies in, unless the command line says all of it."""
-    said = [name for name in PREPARATION if any(a.split("=")[0].startswith(f"--data.{name}") for a in rest)]
-    if len(said) == len(PREPARATION):
+    """Return the preprocessing of the run of a checkpoint, unless the command line sets all of it."""
+    chosen = [name for name in PREPARATION if any(a.split("=")[0].startswith(f"--data.{name}") for a in rest)]
+    if len(chosen) == len(PREPARATION):
         return {}
     file = checkpoint.parent.parent / "config.yaml"
-    found = preparation(yaml.safe_load(file.read_text(encoding="utf-8")).get("data")) if file.is_file() else {}
-    if "image_size" not in found and "image_size" not in said:
+    stored = preparation(yaml.safe_load(file.read_text(encoding="utf-8")).get("data")) if file.is_file() else {}
+    if "image_size" not in stored and "image_size" not in chosen:
         raise ConfigError(
-            f"predict --images: {file} does not say how images were prepared in training; say it with "
+            f"predict --images: {file} has no preprocessing of the training; set it with "
             "--data.image_size=[HEIGHT,WIDTH] and, for mammograms cropped to the breast, "
             "--data.preset=datamodules.BreastPreset"
         )
-    return {name: value for name, value in found.items() if name not in said or name == "preset"}
+    return {name: value for name, value in stored.items() if name not in chosen or name == "preset"}
 
 
 def _writer(given: argparse.Namespace) -> dict[str, Any]:
