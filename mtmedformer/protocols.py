@@ -318,3 +318,15 @@ class WritesPredictions(Protocol):
     """
 
     predictions_root: str | None
+
+
+@runtime_checkable
+class HasExitCode(Protocol):
+    """A callback that decides the exit code of the command; the largest one counts.
+
+    Attributes:
+        exit_code: 0 for success.
+    """
+
+    @property
+    def exit_code(self) -> int: ...  # noqa: D102
