@@ -140,7 +140,7 @@ def _rounds(folder: Path, options: list[str]) -> float:
 
 
 @alone
-@pytest.mark.skipif(importlib.util.find_spec("flwr") is None, reason="pip install 'mtmedformer[federated-flower]'")
+@pytest.mark.skipif(importlib.util.find_spec("flwr") is None, reason="pip install 'flwr[simulation]>=1.20'")
 def test_against_flowers_simulation(benchmark, tmp_path):
     """The same tiny work, two sites and three rounds of FedAvg, from start to finish in a process of its own."""
     seconds = {}
