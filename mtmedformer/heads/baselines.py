@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from mtmedformer.batch import DetectionTarget, Target
 from mtmedformer.encoders.base import Encoder
@@ -76,8 +77,8 @@ class LibrarySegmentation(SegmentationHead):
         super().__init__(classes, multi_label, strides=(1,), hausdorff=hausdorff)
         self.architecture, self.encoder = architecture, encoder
 
+    @override
     def build(self, channels: int, strides: Sequence[int]) -> None:
-        """Create the network; see ``TaskHead.build``."""
         import segmentation_models_pytorch as smp
 
         _check_alone(strides)
@@ -126,8 +127,8 @@ class LibraryDetection(TaskHead):
         self.architecture = architecture
         self.score_threshold, self.max_detections = score_threshold, max_detections
 
+    @override
     def build(self, channels: int, strides: Sequence[int]) -> None:
-        """Create the network; see ``TaskHead.build``."""
         from torchvision.models import detection, list_models
 
         _check_alone(strides)
@@ -146,8 +147,8 @@ class LibraryDetection(TaskHead):
         """Return the image; the loss runs the network, because a torchvision detector takes image and target."""
         return pyramid[0].expand(-1, 3, -1, -1)
 
+    @override
     def loss(self, outputs: Tensor, target: Target) -> dict[str, Tensor]:
-        """Return the detector's own terms over the labelled images; see ``TaskHead.loss``."""
         assert isinstance(target, DetectionTarget)
         rows, labelled = target.present, target[target.present]
         if not bool(rows.any()):
@@ -161,14 +162,14 @@ class LibraryDetection(TaskHead):
             found: dict[str, Tensor] = self.network(list(outputs[rows].float()), boxes)
         return found
 
+    @override
     def predict(self, outputs: Tensor, size: tuple[int, int]) -> list[dict[str, Tensor]]:
-        """Return each image's boxes; see ``TaskHead.predict``."""
         with torch.autocast(outputs.device.type, enabled=False), self._asked_for(losses=False, image=outputs):
             found = self.network(list(outputs.float()))
         return [{"boxes": f["boxes"], "scores": f["scores"], "labels": f["labels"] - 1} for f in found]
 
+    @override
     def metrics(self) -> TaskMetrics:
-        """Return mAP, FROC and their companions; see ``TaskHead.metrics``."""
         from mtmedformer.metrics import DetectionMetrics
 
         return DetectionMetrics(self.classes)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from mtmedformer.batch import ClassificationTarget, Target
 from mtmedformer.errors import ConfigError
@@ -82,8 +83,8 @@ class ClassificationHead(TaskHead):
         for term in (terms or default).values():
             term.check(len(self.classes), multi_label)
 
+    @override
     def build(self, channels: int, strides: Sequence[int]) -> None:
-        """Create the layers; see ``TaskHead.build``."""
         self.levels = pick_levels(strides, self.strides)
         width = self.width or channels
         if width % self.num_heads:
@@ -97,8 +98,8 @@ class ClassificationHead(TaskHead):
             nn.LayerNorm(features), nn.Dropout(self.dropout), nn.Linear(features, len(self.classes))
         )
 
+    @override
     def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> ClassificationOutputs:
-        """Return logits and attention; see ``TaskHead.forward``."""
         maps = [pyramid[level] for level in self.levels]
         tokens = torch.cat(
             [
@@ -114,32 +115,32 @@ class ClassificationHead(TaskHead):
         features = torch.cat([pooled, tokens.amax(dim=1)], dim=1) if self.peak else pooled
         return ClassificationOutputs(self.classifier(features), self._attention_map(attention.mean(2), maps))
 
+    @override
     def loss(self, outputs: ClassificationOutputs, target: Target) -> dict[str, Tensor]:
-        """Return the weighted terms over labelled images; see ``TaskHead.loss``."""
         assert isinstance(target, ClassificationTarget)
         logits, labels = outputs.logits[target.present].float(), target.labels[target.present].float()
         with torch.autocast(logits.device.type, enabled=False):
             return {name: term.weight * term(logits, labels) for name, term in self.terms.items()}
 
+    @override
     def predict(self, outputs: ClassificationOutputs, size: tuple[int, int]) -> Tensor:
-        """Return float32 (B, K) probabilities, summing to 1 over exclusive classes; see ``TaskHead.predict``."""
         logits = outputs.logits.float()
         return logits.sigmoid() if self.multi_label else logits.softmax(dim=1)
 
+    @override
     def exported(self, outputs: ClassificationOutputs, size: tuple[int, int]) -> dict[str, Tensor]:
-        """Return the probabilities, and ``attention`` beside them; see ``TaskHead.exported``."""
         return {"": self.predict(outputs, size), "attention": outputs.attention.float()}
 
+    @override
     def class_logits(self, outputs: ClassificationOutputs, size: tuple[int, int]) -> Tensor:
-        """Return the logits (B, K); see ``TaskHead.class_logits``."""
         return outputs.logits.float()
 
+    @override
     def scaled(self, outputs: ClassificationOutputs, temperature: float) -> ClassificationOutputs:
-        """Return the outputs with logits divided by a temperature; see ``TaskHead.scaled``."""
         return replace(outputs, logits=outputs.logits.float() / temperature)
 
+    @override
     def metrics(self) -> TaskMetrics:
-        """Return AUROC and its companions; see ``TaskHead.metrics``."""
         from mtmedformer.metrics import ClassificationMetrics
 
         return ClassificationMetrics(self.classes, self.multi_label)

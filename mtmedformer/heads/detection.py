@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSRegressionHead
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
+from typing_extensions import override
 
 from mtmedformer.batch import DetectionTarget, Target
 from mtmedformer.errors import ConfigError
@@ -87,8 +88,8 @@ class DetectionHead(TaskHead):
         self.candidates = candidates
         self.box_loss = box_loss or GIoU()
 
+    @override
     def build(self, channels: int, strides: Sequence[int]) -> None:
-        """Create the layers; see ``TaskHead.build``."""
         self.strides = tuple(strides)
         width = self.width or channels
         self.entry = nn.Sequential(nn.Conv2d(channels, width, 1), group_norm(width))
@@ -97,8 +98,8 @@ class DetectionHead(TaskHead):
         # Distances are a ReLU: started at zero, half of them would be dead; 4 strides is the middle of a level's range.
         nn.init.constant_(self.bbox_reg.bbox_reg.bias, 4.0)
 
+    @override
     def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> DetectionOutputs:
-        """Return the outputs of every location; see ``TaskHead.forward``."""
         features = [self.entry(level) for level in pyramid]
         distances, centerness = self.bbox_reg(features)
         return DetectionOutputs(
@@ -109,8 +110,9 @@ class DetectionHead(TaskHead):
             [level.shape[-2] * level.shape[-1] for level in pyramid],
         )
 
+    @override
     def loss(self, outputs: DetectionOutputs, target: Target) -> dict[str, Tensor]:
-        """Return the weighted FCOS terms over labelled images; see ``TaskHead.loss``.
+        """Return the weighted FCOS terms over labelled images.
 
         A labelled image without boxes is background everywhere. Each term is a sum over the foreground locations of the
         batch divided by their number (at least 1), as in torchvision.
@@ -134,8 +136,9 @@ class DetectionHead(TaskHead):
             "centerness": losses["centerness"],
         }
 
+    @override
     def predict(self, outputs: DetectionOutputs, size: tuple[int, int]) -> list[dict[str, Tensor]]:
-        """Return each image's boxes after suppression, within the image; see ``TaskHead.predict``.
+        """Return each image's boxes after suppression, within the image.
 
         A score is the geometric mean of class probability and centerness.
         """
@@ -149,17 +152,17 @@ class DetectionHead(TaskHead):
             "boxes": clip_boxes_to_image(decode_boxes(outputs.distances.float(), outputs.anchors), size),
         }
 
+    @override
     def decoded(self, exported: dict[str, Tensor], size: tuple[int, int]) -> list[dict[str, Tensor]]:
-        """Return each image's boxes after suppression; see ``TaskHead.decoded``."""
         per_level = [math.ceil(size[0] / s) * math.ceil(size[1] / s) for s in self.strides]
         return [self._select(s, b, per_level) for s, b in zip(exported["scores"], exported["boxes"], strict=True)]
 
+    @override
     def class_score(self, outputs: DetectionOutputs, label: int) -> Tensor:
-        """Return the class logit of the location that is surest of it; see ``TaskHead.class_score``."""
         return outputs.logits[..., label].float().amax(1)
 
+    @override
     def metrics(self) -> TaskMetrics:
-        """Return mAP, FROC and their companions; see ``TaskHead.metrics``."""
         from mtmedformer.metrics import DetectionMetrics
 
         return DetectionMetrics(self.classes)

@@ -18,6 +18,7 @@ from torchvision.ops import (
     generalized_box_iou_loss,
     remove_small_boxes,
 )
+from typing_extensions import override
 
 from mtmedformer.batch import DetectionTarget, Target
 from mtmedformer.errors import ConfigError
@@ -89,8 +90,8 @@ class DETRHead(TaskHead):
         self.dropout = dropout
         self.score_threshold = score_threshold
 
+    @override
     def build(self, channels: int, strides: Sequence[int]) -> None:
-        """Create the layers; see ``TaskHead.build``."""
         self.levels = pick_levels(strides, self.strides)
         width = self.width or channels
         if width % self.num_heads or width % 4:
@@ -108,8 +109,8 @@ class DETRHead(TaskHead):
             nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4)
         )
 
+    @override
     def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> DETROutputs:
-        """Return the outputs of every query after every layer; see ``TaskHead.forward``."""
         memory = torch.cat(
             [
                 norm(project(pyramid[level]).flatten(2).transpose(1, 2))
@@ -126,8 +127,9 @@ class DETRHead(TaskHead):
         state = torch.stack(states, dim=1)
         return DETROutputs(self.to_class(state), self.to_box(state).float().sigmoid(), size)
 
+    @override
     def loss(self, outputs: DETROutputs, target: Target) -> dict[str, Tensor]:
-        """Return the weighted DETR terms over labelled images; see ``TaskHead.loss``.
+        """Return the weighted DETR terms over labelled images.
 
         ``classification`` is a weighted mean over queries, ``l1`` and ``giou`` are means over the boxes of the batch.
         """
@@ -139,19 +141,19 @@ class DETRHead(TaskHead):
             layers = [self._layer_loss(logits[:, d], boxes[:, d], true, target.labels) for d in range(logits.shape[1])]
             return {name: torch.stack([layer[name] for layer in layers]).mean() for name in layers[0]}
 
+    @override
     def predict(self, outputs: DETROutputs, size: tuple[int, int]) -> list[dict[str, Tensor]]:
-        """Return each query's likeliest class and box, best first, within the image; see ``TaskHead.predict``."""
         return self.decoded(self.exported(outputs, size), size)
 
+    @override
     def exported(self, outputs: DETROutputs, size: tuple[int, int]) -> dict[str, Tensor]:
-        """Return ``scores`` (B, Q, K) and ``boxes`` (B, Q, 4) of every query; see ``TaskHead.exported``."""
         corners = box_convert(outputs.boxes[:, -1].float(), "cxcywh", "xyxy")
         pixels = torch.stack([corners[..., ::2] * size[1], corners[..., 1::2] * size[0]], dim=-1).flatten(-2)
         scores = outputs.logits[:, -1].float().softmax(-1)[..., :-1]
         return {"scores": scores, "boxes": clip_boxes_to_image(pixels, size)}
 
+    @override
     def decoded(self, exported: dict[str, Tensor], size: tuple[int, int]) -> list[dict[str, Tensor]]:
-        """Return the boxes worth keeping, best first; see ``TaskHead.decoded``."""
         scores, labels = exported["scores"].max(-1)
         predictions = []
         for score, label, box in zip(scores, labels, exported["boxes"], strict=True):
@@ -161,12 +163,12 @@ class DETRHead(TaskHead):
             predictions.append({"boxes": box[order], "scores": score[order], "labels": label[order]})
         return predictions
 
+    @override
     def class_score(self, outputs: DETROutputs, label: int) -> Tensor:
-        """Return the log-probability of the query that is surest of the class; see ``TaskHead.class_score``."""
         return outputs.logits[:, -1].float().log_softmax(-1)[..., label].amax(1)
 
+    @override
     def metrics(self) -> TaskMetrics:
-        """Return mAP, FROC and their companions; see ``TaskHead.metrics``."""
         from mtmedformer.metrics import DetectionMetrics
 
         return DetectionMetrics(self.classes)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from mtmedformer.batch import IGNORE, SegmentationTarget, Target
 from mtmedformer.errors import ConfigError
@@ -71,8 +72,8 @@ class SegmentationHead(TaskHead):
                     f"terms.{name}: pos_weight has {len(weights)} values for {len(self.classes)} classes; give one each"
                 )
 
+    @override
     def build(self, channels: int, strides: Sequence[int]) -> None:
-        """Create the layers; see ``TaskHead.build``."""
         self.levels = pick_levels(strides, self.strides)
         width = self.width or channels
         self.project = nn.ModuleList(nn.Conv2d(channels, width, 1) for _ in self.levels)
@@ -83,8 +84,8 @@ class SegmentationHead(TaskHead):
             nn.Dropout2d(self.dropout), nn.Conv2d(width, len(self.classes) + (not self.multi_label), 1)
         )
 
+    @override
     def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> Tensor:
-        """Return logits (B, C, h, w) at the finest stride; see ``TaskHead.forward``."""
         grid = pyramid[self.levels[0]].shape[-2:]
         fused = sum(
             enlarge(F.conv2d(pyramid[level], *composed), stride / self.strides[0], grid)
@@ -93,8 +94,9 @@ class SegmentationHead(TaskHead):
         logits: Tensor = self.logits(self.fuse[1:](fused))
         return logits
 
+    @override
     def loss(self, outputs: Tensor, target: Target) -> dict[str, Tensor]:
-        """Return the weighted terms over annotated pixels of labelled images; see ``TaskHead.loss``.
+        """Return the weighted terms over annotated pixels of labelled images.
 
         In a softmax, a pixel of one class is known not to be of the others, annotated or not.
         """
@@ -107,20 +109,20 @@ class SegmentationHead(TaskHead):
             logits = self._to_image(logits, (masks.shape[-2], masks.shape[-1]))
             return {name: term.weight * term(logits, positive, valid) for name, term in self.terms.items()}
 
+    @override
     def predict(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return float32 (B, K, H, W) probabilities without background; see ``TaskHead.predict``."""
         return probabilities(self._to_image(outputs.float(), size), len(self.classes))
 
+    @override
     def class_logits(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return the logits (B, C, H, W) in the image's grid; see ``TaskHead.class_logits``."""
         return self._to_image(outputs.float(), size)
 
+    @override
     def scaled(self, outputs: Tensor, temperature: float) -> Tensor:
-        """Return the logits divided by a temperature; see ``TaskHead.scaled``."""
         return outputs.float() / temperature
 
+    @override
     def metrics(self) -> TaskMetrics:
-        """Return Dice and its companions; see ``TaskHead.metrics``."""
         from mtmedformer.metrics import SegmentationMetrics
 
         return SegmentationMetrics(self.classes, self.multi_label, hausdorff=self.hausdorff)

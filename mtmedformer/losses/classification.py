@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.loss.asymmetric_loss import AsymmetricLossMultiLabel
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
+from typing_extensions import override
 
 from mtmedformer.errors import ConfigError, DataError
 from mtmedformer.storage.constructor_arguments import RecordsArguments
@@ -82,8 +83,8 @@ class CrossEntropy(ClassLoss):
         self.label_smoothing = label_smoothing
         self.gamma = gamma
 
+    @override
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean over rows that exclude at least one class; see ``ClassLoss.forward``."""
         possible = possible_classes(labels)
         return exclusive_cross_entropy(logits, possible, self.class_weights, self.label_smoothing, self.gamma)
 
@@ -105,8 +106,8 @@ class BinaryCrossEntropy(ClassLoss):
         super().__init__(weight, pos_weight)
         self.label_smoothing = label_smoothing
 
+    @override
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean over labels that are not NaN; see ``ClassLoss.forward``."""
         known, labels = ~labels.isnan(), labels.nan_to_num()
         soft = labels * (1 - self.label_smoothing) + 0.5 * self.label_smoothing
         loss = F.binary_cross_entropy_with_logits(logits, soft, pos_weight=self.class_weights, reduction="none")
@@ -132,8 +133,8 @@ class BinaryFocal(ClassLoss):
         self.gamma = gamma
         self.alpha = alpha
 
+    @override
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean over labels that are not NaN; see ``ClassLoss.forward``."""
         loss = sigmoid_focal_loss(logits, labels.nan_to_num(), self.alpha, self.gamma)
         return known_mean(loss, ~labels.isnan())
 
@@ -157,8 +158,8 @@ class Asymmetric(ClassLoss):
         super().__init__(weight)
         self._loss = AsymmetricLossMultiLabel(gamma_neg, gamma_pos, clip, reduction="sum")
 
+    @override
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean over labels that are not NaN; see ``ClassLoss.forward``."""
         known = ~labels.isnan()
         loss: Tensor = self._loss(logits[known], labels[known])
         return loss / known.sum().clamp_min(1)

@@ -13,6 +13,7 @@ from torchvision.ops import (
     generalized_box_iou_loss,
     sigmoid_focal_loss,
 )
+from typing_extensions import override
 
 from mtmedformer.storage.constructor_arguments import RecordsArguments
 
@@ -36,8 +37,8 @@ class BoxLoss(RecordsArguments, nn.Module, ABC):
 class GIoU(BoxLoss):
     """1 minus generalised IoU (Rezatofighi et al., CVPR 2019); in [0, 2]."""
 
+    @override
     def forward(self, predicted: Tensor, true: Tensor) -> Tensor:
-        """Return one loss a pair; see ``BoxLoss.forward``."""
         loss: Tensor = generalized_box_iou_loss(predicted, true)
         return loss
 
@@ -45,8 +46,8 @@ class GIoU(BoxLoss):
 class DIoU(BoxLoss):
     """1 minus IoU plus the normalised distance of the centres (Zheng et al., AAAI 2020)."""
 
+    @override
     def forward(self, predicted: Tensor, true: Tensor) -> Tensor:
-        """Return one loss a pair; see ``BoxLoss.forward``."""
         loss: Tensor = distance_box_iou_loss(predicted, true)
         return loss
 
@@ -54,8 +55,9 @@ class DIoU(BoxLoss):
 class CIoU(BoxLoss):
     """DIoU plus the difference of aspect ratios (Zheng et al., AAAI 2020)."""
 
+    @override
     def forward(self, predicted: Tensor, true: Tensor) -> Tensor:
-        """Return one loss a pair; see ``BoxLoss.forward``. Predicted sides count as 0.01 pixels or more."""
+        """Return one loss a pair. Predicted sides count as 0.01 pixels or more."""
         corner = predicted[:, :2]
         # An empty predicted box has no aspect ratio: 0 / 0 would make the loss NaN.
         sized = torch.cat([corner, torch.maximum(predicted[:, 2:], corner + 0.01)], dim=1)

@@ -17,6 +17,7 @@ from monai.losses.tversky import TverskyLoss
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
+from typing_extensions import override
 
 from mtmedformer.losses.classification import exclusive_cross_entropy, known_mean
 from mtmedformer.storage.constructor_arguments import RecordsArguments
@@ -61,8 +62,8 @@ class MaskCrossEntropy(MaskLoss):
         values = None if pos_weight is None else torch.tensor(pos_weight, dtype=torch.float32)
         self.register_buffer("pos_weight", values, persistent=False)
 
+    @override
     def forward(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """Return the mean over annotated pixels; see ``MaskLoss.forward``."""
         if is_exclusive(logits, target):
             weights = None if self.pos_weight is None else F.pad(self.pos_weight, (1, 0), value=1.0)
             return exclusive_cross_entropy(logits, possible_channels(target, valid), weights)
@@ -88,8 +89,8 @@ class MaskFocal(MaskLoss):
         self.gamma = gamma
         self.alpha = alpha
 
+    @override
     def forward(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """Return the mean over annotated pixels; see ``MaskLoss.forward``."""
         if is_exclusive(logits, target):
             return exclusive_cross_entropy(logits, possible_channels(target, valid), gamma=self.gamma)
         return known_mean(sigmoid_focal_loss(logits, target.float(), self.alpha, self.gamma), valid)
@@ -113,8 +114,8 @@ class Dice(MaskLoss):
         self.batch = batch
         self._loss = DiceLoss(smooth_nr=smooth, smooth_dr=smooth, batch=batch, reduction="none")
 
+    @override
     def forward(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """Return the mean over annotated pairs (or classes); see ``MaskLoss.forward``."""
         return _overlap_mean(self._loss, logits, target, valid, self.batch)
 
 
@@ -151,8 +152,8 @@ class Tversky(MaskLoss):
             alpha=alpha, beta=beta, smooth_nr=smooth, smooth_dr=smooth, batch=batch, reduction="none"
         )
 
+    @override
     def forward(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """Return the mean over annotated pairs (or classes); see ``MaskLoss.forward``."""
         return _overlap_mean(self._loss, logits, target, valid, self.batch, self.gamma)
 
 
@@ -168,8 +169,8 @@ class Lovasz(MaskLoss):
         Berman et al., The Lovász-Softmax loss, CVPR 2018, algorithm 1.
     """
 
+    @override
     def forward(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """Return the mean over annotated pairs; see ``MaskLoss.forward``."""
         if is_exclusive(logits, target):
             errors = (target.float() - probabilities(logits, target.shape[1])).abs()
         else:
@@ -195,8 +196,8 @@ class Boundary(MaskLoss):
     def __init__(self, weight: float = 0.01) -> None:
         super().__init__(weight)
 
+    @override
     def forward(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """Return the mean over annotated pixels; see ``MaskLoss.forward``."""
         distance = [_signed_distance(mask) for mask in (target & valid).flatten(0, 1).cpu().numpy()]
         maps = torch.from_numpy(np.array(distance, dtype=np.float32)).to(logits.device).view(target.shape)
         return known_mean(probabilities(logits, target.shape[1]) * maps, valid)

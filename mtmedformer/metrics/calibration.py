@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import override
 
 from mtmedformer.batch import IGNORE, ClassificationTarget, Meta, SegmentationTarget, Target, Task
 from mtmedformer.metrics.base import Evaluate, Floats, TaskMetrics
@@ -142,8 +143,8 @@ class CalibrationMetrics(TaskMetrics):
             surprise = -likelihood[rows].clamp_min(SMALLEST).log()  # NaN stays NaN
             self.surprise.append(surprise.double().nansum(2).cpu())
 
+    @override
     def prepare(self, rows: NDArray[np.int64]) -> Evaluate:
-        """Select the rows; see ``TaskMetrics.prepare``."""
         sums, surprise = self.table("sums").numpy()[rows], self.table("surprise").numpy()[rows]
         names = self.names
 
@@ -215,8 +216,9 @@ class TemperatureSums(TaskMetrics):
         self.curve.append(curve.cpu())
         self.decisions.append(decisions.cpu())
 
+    @override
     def prepare(self, rows: NDArray[np.int64]) -> Evaluate:
-        """Select the rows; see ``TaskMetrics.prepare``. The value is that at a temperature of 1."""
+        """Select the rows. The value is that at a temperature of 1."""
         curve, decisions = self.table("curve").numpy()[rows], self.table("decisions").numpy()[rows]
         one = len(LOG_TEMPERATURES) // 2
 

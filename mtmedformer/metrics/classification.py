@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import override
 
 from mtmedformer.batch import ClassificationTarget, Meta
 from mtmedformer.metrics.base import Evaluate, Floats, TaskMetrics
@@ -76,8 +77,8 @@ class ClassificationMetrics(TaskMetrics):
             self.probabilities.append(predictions.detach()[rows].float().cpu())
             self.labels.append(target.labels[rows].float().cpu())
 
+    @override
     def prepare(self, rows: NDArray[np.int64]) -> Evaluate:
-        """Sort once; see ``TaskMetrics.prepare``."""
         probabilities = self.table("probabilities").numpy()[rows].astype(np.float64)
         labels = self.table("labels").numpy()[rows].astype(np.float64)
         if not self.multi_label:

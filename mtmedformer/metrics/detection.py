@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import override
 
 from mtmedformer.batch import DetectionTarget, Meta
 from mtmedformer.metrics import coco
@@ -94,8 +95,8 @@ class DetectionMetrics(TaskMetrics):
             values |= {f"{name}/{label}": value for label, value in zip(self.classes, column, strict=True)}
         return values
 
+    @override
     def prepare(self, rows: NDArray[np.int64]) -> Evaluate:
-        """Match once; see ``TaskMetrics.prepare``."""
         found, true = self._split(rows)
         evaluators = [
             self._one_class([f[f[:, 5] == k] for f in found], [t[t[:, 4] == k] for t in true])

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import override
 
 from mtmedformer.batch import IGNORE, Meta, SegmentationTarget, Task
 from mtmedformer.metrics.base import Evaluate, Floats, TaskMetrics, entropy
@@ -56,8 +57,8 @@ class ReferralMetrics(TaskMetrics):
         dice, _, _ = overlap(binarise(p, self.multi_label, self.threshold) & known, masks == 1, known)
         self.scores.append(torch.stack([dice.nanmean(dim=1), doubt(p, self.multi_label)], dim=1).cpu())
 
+    @override
     def prepare(self, rows: NDArray[np.int64]) -> Evaluate:
-        """Select the rows; see ``TaskMetrics.prepare``."""
         scores = self.table("scores").numpy()[rows]
         scored = np.flatnonzero(~np.isnan(scores[:, 0]))
         ranked = scored[np.argsort(scores[scored, 1], kind="stable")]

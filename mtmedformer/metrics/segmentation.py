@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import override
 
 from mtmedformer.batch import IGNORE, Meta, SegmentationTarget
 from mtmedformer.metrics.base import Evaluate, Floats, TaskMetrics
@@ -68,8 +69,8 @@ class SegmentationMetrics(TaskMetrics):
             scores.append(hd95(found, masks == 1))
         self.scores.append(torch.stack(scores, dim=-1).cpu())
 
+    @override
     def prepare(self, rows: NDArray[np.int64]) -> Evaluate:
-        """Select the rows; see ``TaskMetrics.prepare``."""
         scores = self.table("scores").numpy()[rows]
         names, classes = self._columns, self.classes
 
