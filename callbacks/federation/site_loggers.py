@@ -1,4 +1,4 @@
-"""One run in W&B for every site of a federation, in one group with the server's."""
+"""One W&B run per site of a federation, in the same group as the server's run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 
 class SiteLoggers:
-    """Opens a W&B run for each site, where the server has one, and goes on with the same runs after a resume.
+    """Opens one W&B run per site if the server has a W&B logger; after a resume the same runs are continued.
 
-    Two W&B loggers of one process would share the server's run; each site's gets a run object of its own. Under a sweep
-    the process owns one run id only, so there sites are logged in the server's run alone (``site/<site>/…``).
+    ``WandbLogger`` would reuse the server's run in the same process, so each site's logger gets its own run object.
+    A sweep gives the process one run id only, so in a sweep the sites are logged in the server's run (``site/<site>/…``).
     """
 
     def __init__(self) -> None:
@@ -21,13 +21,13 @@ class SiteLoggers:
         self._open: dict[str, WandbLogger] = {}
 
     def open(self, trainer: L.Trainer) -> None:
-        """Note the server's run, on every process."""
+        """Use the id of the server's run as the group of the sites' runs, on every process."""
         server = _server(trainer)
         own = str(server.version) if server is not None and trainer.is_global_zero else None
         self._group = trainer.strategy.broadcast(self._group or own)
 
     def get(self, trainer: L.Trainer, site: str) -> Logger | None:
-        """Return a site's logger on the process that trains it; ``None`` where there is nothing to log to."""
+        """Return the logger of a site, on the process that trains it; ``None`` if the site has no run of its own."""
         server = _server(trainer)
         if server is None or self._group is None or "WANDB_SWEEP_ID" in os.environ:
             return None
@@ -35,8 +35,8 @@ class SiteLoggers:
             import wandb
 
             run = wandb.init(
-                project=server._wandb_init.get("project"),
-                dir=server._wandb_init.get("dir"),
+                project=server.name,  # of a WandbLogger, this is the project
+                dir=server.save_dir,
                 group=self._group,
                 job_type="site",
                 name=site,
@@ -56,11 +56,11 @@ class SiteLoggers:
         self._open = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the group the runs belong to."""
+        """Return the group of the runs."""
         return {"group": self._group}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Log on in the same group."""
+        """Restore the group, so that the same runs are continued."""
         self._group = state["group"]
 
 
