@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.optim import Optimizer
 
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError
@@ -59,19 +59,25 @@ def check_gradient_aggregation(trainer: L.Trainer) -> None:
         )
 
 
-def check_resumed(optimizer: Optimizer, configured: Sequence[tuple[float, float]]) -> None:
-    """Check that a restored optimizer has the configured hyperparameters.
+def check_resumed(stored: Sequence[Mapping[str, Any]], configured: Sequence[Mapping[str, Any]]) -> None:
+    """Check that the optimizer in a checkpoint has the configured hyperparameters.
 
     Args:
-        optimizer: The optimizer, its state restored.
-        configured: Learning rate and weight decay of each parameter group.
+        stored: Parameter groups of the optimizer in the checkpoint.
+        configured: Parameter groups of the model, with ``lr`` and ``weight_decay``.
 
     Raises:
-        ConfigError: Learning rate or weight decay of a group differs.
+        ConfigError: Number of groups, or learning rate or weight decay of a group differs.
     """
-    for group, (lr, decay) in zip(optimizer.param_groups, configured, strict=True):
-        restored = group.get("initial_lr", group["lr"])
-        for key, now, then in (("lr", lr, restored), ("weight_decay", decay, group.get("weight_decay", decay))):
+    if len(stored) != len(configured):
+        raise ConfigError(
+            f"--ckpt_path: its optimizer has {len(stored)} parameter groups, but the configured one has "
+            f"{len(configured)}. Use the configuration it was trained with, or start a new run from its weights with "
+            "model.init_weights=PATH instead of --ckpt_path."
+        )
+    for before, group in zip(stored, configured, strict=True):
+        lr, weight_decay = before.get("initial_lr", before["lr"]), before.get("weight_decay", group["weight_decay"])
+        for key, now, then in (("lr", group["lr"], lr), ("weight_decay", group["weight_decay"], weight_decay)):
             if not math.isclose(float(now), float(then), rel_tol=1e-6):
                 raise ConfigError(
                     f"optimizer.{key}={now:g}, but the run you resume was trained with {then:g}. Keep that value, or "

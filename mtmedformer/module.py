@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -82,7 +83,6 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
         self._stage: str | None = None
         self._labelled_heads: set[str] = set()
         self._seed = 0
-        self._configured: list[tuple[float, float]] = []
         self._task_losses: tuple[dict[str, Tensor], dict[str, int]] = ({}, {})
         self.weights_report = load_weights(self, init_weights) if init_weights else None
         if channels_last:
@@ -135,18 +135,30 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
             checkpoint["calibration"] = plain(self.calibration)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the weights fit; restore their calibration, except to resume training.
+        """Check that the checkpoint fits; restore its calibration, except to resume training.
 
         Raises:
-            ConfigError: Names or shapes of the weights differ.
+            ConfigError: As in ``check_checkpoint``.
         """
-        check_weights(self.state_dict(), checkpoint["state_dict"])
+        self.check_checkpoint(checkpoint, resumed=self._stage == "fit" and self.automatic_optimization)
         self.calibration = {} if self._stage == "fit" else restored(checkpoint.get("calibration", {}))
 
+    def check_checkpoint(self, checkpoint: Mapping[str, Any], resumed: bool) -> None:
+        """Check that a checkpoint fits this model and its configuration, before anything is restored from it.
+
+        Args:
+            checkpoint: The checkpoint as Lightning stores it.
+            resumed: Whether its optimizer is restored too; not at a federation's server.
+
+        Raises:
+            ConfigError: Weights differ in name or shape, or the optimizer in its settings.
+        """
+        check_weights(self.state_dict(), checkpoint["state_dict"])
+        for optimizer in checkpoint.get("optimizer_states", ()) if resumed else ():
+            check_resumed(optimizer["param_groups"], self._configured_groups())
+
     def on_train_start(self) -> None:
-        """Keep the seed of the run; check that a resumed optimizer has the configured hyperparameters."""
-        for optimizer in self.trainer.optimizers if self.automatic_optimization else []:
-            check_resumed(optimizer, self._configured)
+        """Keep the seed of the run."""
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**31))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -226,13 +238,14 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer over ``parameter_groups`` and, where configured, its schedule."""
-        defaults = self.optimizer([{"params": []}]).defaults
-        groups = self.parameter_groups(float(defaults["lr"]), float(defaults.get("weight_decay", 0.0)))
-        self._configured = [(group["lr"], group["weight_decay"]) for group in groups]
-        optimizer = self.optimizer(groups)
+        optimizer = self.optimizer(self._configured_groups())
         if self.lr_scheduler is None:
             return optimizer
         return scheduled(optimizer, self.lr_scheduler(optimizer), self.trainer)
+
+    def _configured_groups(self) -> list[dict[str, Any]]:
+        defaults = self.optimizer([{"params": []}]).defaults
+        return self.parameter_groups(float(defaults["lr"]), float(defaults.get("weight_decay", 0.0)))
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Return the parameter groups of this module; see ``mtmedformer.optim.parameter_groups``."""

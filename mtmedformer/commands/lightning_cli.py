@@ -28,7 +28,7 @@ import datamodules
 import federation
 import mtmedformer
 from mtmedformer.batch import Task
-from mtmedformer.checks import check_tasks, check_weights
+from mtmedformer.checks import check_tasks
 from mtmedformer.commands.checkpoint_config import (
     difference,
     existing_checkpoint,
@@ -258,7 +258,8 @@ class CommandLine(LightningCLI):
         """
         checkpoint = self.config[self.subcommand].get("ckpt_path")
         if checkpoint and isinstance(self.model, MultiTaskModule):
-            check_weights(self.model.state_dict(), read_checkpoint(checkpoint)["state_dict"])
+            resumed = self.subcommand == "fit" and self.config["fit"].get("federation") is None
+            self.model.check_checkpoint(read_checkpoint(checkpoint), resumed)
         if isinstance(self.datamodule, TaskedData) and self.datamodule.tasks:
             self._check_tasks(self.datamodule.tasks)
         if isinstance(self.datamodule, PlannedData):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,6 +255,9 @@ CLASSES = "--model.heads.organ.init_args.classes=[liver]"
         ["fit", "--ckpt_path=last"],
         ["fit", "--ckpt_path=BEST", "--model.encoder.channels=8"],
         ["fit", "--ckpt_path=BEST", "--optimizer.lr=0.5"],
+        ["fit", "--ckpt_path=ALONE", "--optimizer.lr=0.5"],
+        ["fit", "--ckpt_path=ALONE", "--optimizer.weight_decay=0.3"],
+        ["fit", "--ckpt_path=ALONE", "--model.layer_decay=0.5"],
         ["fit", "--trainer.logger=lightning.pytorch.loggers.WandbLogger", CLASSES],
         ["fit", "--trainer.callbacks+=StartWeights", "--data.root=/nowhere"],
         ["test", "--ckpt_path=BEST", "--data.root=/nowhere"],
@@ -267,7 +271,9 @@ CLASSES = "--model.heads.organ.init_args.classes=[liver]"
 def test_a_command_that_fails_at_the_start_changes_nothing_on_disk(arguments, trained, tmp_path, monkeypatch, capsys):
     folder, config = trained
     monkeypatch.chdir(tmp_path)
-    arguments = [a.replace("BEST", str(folder / "checkpoints/best.ckpt")) for a in arguments]
+    best, alone = folder / "checkpoints/best.ckpt", tmp_path / "alone.ckpt"
+    shutil.copy(best, alone)  # without config.yaml beside it
+    arguments = [a.replace("BEST", str(best)).replace("ALONE", str(alone)) for a in arguments]
     if "--images" not in arguments:
         settings = ["--config", config, "--data.cache_dir=cache", "--trainer.default_root_dir=runs/new"]
         arguments = [arguments[0], *settings, *arguments[1:]]
