@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar, TQDMProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, instantiate_class
+from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
@@ -36,6 +36,7 @@ from mtmedformer.commands.checkpoint_config import (
     run_config,
     with_checkpoint_base,
 )
+from mtmedformer.commands.lightning_internals import CLIWithoutCheckpointParsing
 from mtmedformer.commands.messages import parser_message
 from mtmedformer.commands.predict_images import with_images
 from mtmedformer.errors import ConfigError
@@ -79,7 +80,7 @@ class Parser(LightningArgumentParser):
         raise ConfigError(parser_message(message, ex, known)) from ex
 
 
-class CommandLine(LightningCLI):
+class CommandLine(CLIWithoutCheckpointParsing):
     """LightningCLI with run folders and the callbacks that every run needs; the constructor runs the command.
 
     Args:
@@ -124,9 +125,6 @@ class CommandLine(LightningCLI):
         """Parse, with the configuration of the checkpoint as the base that the command line overrides."""
         with ExitStack() as stack:
             self.config = parser.parse_args(with_checkpoint_base(self.argv, stack))
-
-    def _parse_ckpt_path(self) -> None:
-        """Do nothing: Lightning would let the checkpoint's hyperparameters silently override the command line."""
 
     def after_instantiate_classes(self) -> None:
         """Set the module's optimizer and schedule from the top-level sections, and how it was configured.
