@@ -13,7 +13,7 @@ class SiteLoggers:
     """Opens one W&B run per site if the server has a W&B logger; after a resume the same runs are continued.
 
     ``WandbLogger`` would reuse the server's run in the same process, so each site's logger gets its own run object.
-    A sweep gives the process one run id only, so in a sweep the sites are logged in the server's run (``site/<site>/…``).
+    A sweep gives the process one run id only: in a sweep, the sites are logged in the server's run (``site/<site>/…``).
     """
 
     def __init__(self) -> None:
