@@ -17,8 +17,6 @@ from scipy import sparse
 
 from mtmedformer.batch import IGNORE, Meta
 
-cv2.setNumThreads(0)  # DataLoader workers are the parallelism; OpenCV's own threads would fight them
-
 Affine = tuple[float, float, float, float, float, float]
 """``(a, b, c, d, e, f)``: the point ``(x, y)`` goes to ``(a x + b y + c, d x + e y + f)``."""
 
