@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 import lightning as L
@@ -15,7 +16,7 @@ from federation.partition import Holding, Partition
 from federation.site_loaders import LoaderName, NamedDataset, PooledSite, RoundDataset, Site, collate_for
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError
-from mtmedformer.protocols import DescribedData, LimitedData, RecordData, RunsRounds, TaskedData
+from mtmedformer.protocols import DescribedData, LimitedData, NamedSites, RecordData, RunsRounds, TaskedData
 
 
 class FederatedDataModule(L.LightningDataModule):
@@ -77,6 +78,24 @@ class FederatedDataModule(L.LightningDataModule):
     def sites(self) -> dict[str, Site]:
         """The sites in the order of their names, complete after ``setup``."""
         return self._sites
+
+    @property
+    def site_names(self) -> list[str] | None:
+        """Names of the sites; ``None`` if they are in the records and ``plan`` has not read them yet.
+
+        Before ``plan``, it may contain a site of which no record is in use.
+        """
+        if self._sites:
+            return list(self._sites)
+        data: Any = self.data
+        names: Collection[str] | None = self.named
+        if self.partition is not None:
+            names = self.partition.sites
+        elif self.by == "site" and isinstance(data, NamedSites):
+            names = data.sites
+        if names is None:
+            return None
+        return sorted(name for name in names if self.only is None or name in self.only)
 
     def prepare_data(self) -> None:
         """Prepare every site's data."""

@@ -176,6 +176,17 @@ class RecordData(Protocol):
 
 
 @runtime_checkable
+class NamedSites(Protocol):
+    """A data module that has the names of its sites before its records are read.
+
+    Attributes:
+        sites: Sites by name; every site of a record is one of them.
+    """
+
+    sites: Mapping[str, Any]
+
+
+@runtime_checkable
 class LimitedData(Protocol):
     """A data module that a federation can limit for quick trials (``FederatedDataModule.limit``, ``num_workers``).
 

@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from callbacks.federation.checks import check_server, federated_data
+from callbacks.federation.checks import check_data, check_server, federated_data
 from callbacks.federation.console import print_line, round_line, show_sites
 from callbacks.federation.server import Server
 from callbacks.federation.site_files import write_model, write_sites
@@ -25,7 +25,7 @@ from federation.aggregators.bayesian import BayesianAggregator
 from federation.client.lightning_internals import note_sigterm_per_process
 from federation.client.site_trainer import SiteTrainer
 from federation.client.train import SiteState, state_of
-from federation.exchange.schema import State
+from federation.exchange.schema import State, schema_of
 from federation.partition import Holding
 from federation.privacy.policy import PrivacyPolicy, policies_by_site
 from federation.server.admission import Policy
@@ -123,21 +123,40 @@ class Federation(L.Callback):
 
     # --- set up -------------------------------------------------------------------------------------------------------
 
+    def check(self, trainer: L.Trainer, pl_module: L.LightningModule, datamodule: object) -> None:
+        """Check the settings of the federation; the command line does so before any file is written.
+
+        Args:
+            trainer: The Trainer that counts rounds, also before ``fit``.
+            pl_module: Its module.
+            datamodule: Its data; settings that refer to sites are checked once their names are known.
+
+        Raises:
+            ConfigError: The data has no sites, a setting of the Trainer has no effect on a server, a site is unknown,
+                or a privacy policy does not fit.
+        """
+        data = check_data(datamodule)
+        check_server(trainer, self.placement, self.policy, self.site_trainer)
+        check_participation(self.participation, data.site_names)
+        if data.sites:
+            schema, distributed = schema_of(pl_module), self.placement == "ddp" and trainer.world_size > 1
+            for own in policies_by_site(self.privacy, list(data.sites), self.aggregator).values():
+                own.check(pl_module, schema, self.aggregator, distributed)
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Keep an untrained copy of the module for the sites, and make the Trainer the server.
 
         Raises:
-            ConfigError: When the data has no sites, or a setting of the Trainer has no effect on a server.
+            ConfigError: As in ``check``.
         """
         if stage != "fit":
             return
-        check_server(trainer, self.placement, self.policy, self.site_trainer)
+        data = federated_data(trainer)
+        self.check(trainer, pl_module, data)
         note_sigterm_per_process(trainer)
         self._exported = {}
         self._started = False
         warnings.filterwarnings("ignore", r"It is recommended to use `self.log\(.*sync_dist=True")  # equal on all
-        data = federated_data(trainer)
-        check_participation(self.participation, list(data.sites))
         placement = resolve_placement(self.placement, trainer)
         self._trainers = SiteTrainers(self.site_trainer, trainer, self.loggers, placement)
         self._server = Server(

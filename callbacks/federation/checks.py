@@ -18,9 +18,17 @@ def federated_data(trainer: L.Trainer) -> FederatedDataModule:
     """Return the Trainer's data.
 
     Raises:
-        ConfigError: When it has no sites.
+        ConfigError: It has no sites.
     """
-    data = trainer.datamodule  # type: ignore[attr-defined]
+    return check_data(trainer.datamodule)  # type: ignore[attr-defined]
+
+
+def check_data(data: object) -> FederatedDataModule:
+    """Return the data of a federation.
+
+    Raises:
+        ConfigError: It has no sites.
+    """
     if not isinstance(data, FederatedDataModule):
         raise ConfigError(
             f"federation: the data is a {type(data).__name__}; make it a federation.FederatedDataModule with the "
@@ -33,9 +41,8 @@ def check_server(trainer: L.Trainer, placement: str, policy: Policy, site_traine
     """Refuse settings of the Trainer that have no effect on a server.
 
     Raises:
-        ConfigError: When there is one.
+        ConfigError: There is one.
     """
-    federated_data(trainer)
     for name, value, neutral in (
         ("gradient_clip_val", trainer.gradient_clip_val, (None, 0, 0.0)),
         ("accumulate_grad_batches", trainer.accumulate_grad_batches, (1,)),

@@ -58,7 +58,7 @@ class Server:
         module: Its module, before its first step.
         aggregator: Merges the updates.
         policy: Handling of sites that fail.
-        privacy: Privacy policy by site.
+        privacy: Privacy policy by site, already checked.
         trainers: Builds the Trainers of the sites.
         align: Whether the sites' hidden units are aligned to the global model.
         keep_optimizer: Whether the sites' optimizers keep their moments.
@@ -84,8 +84,6 @@ class Server:
         self.seed = 0
         self.template = copy_module(module)
         self.schema = schema_of(module)
-        for own in privacy.values():
-            own.check(module, self.schema, aggregator, trainers.placement == "ddp")
         self.symmetries = permutation_groups(module) if align and aggregator.exchange.merged else ()
         keep_metrics_local(module)  # every process validates all images, so that all decide alike
         self._step = MergedWeights(module)

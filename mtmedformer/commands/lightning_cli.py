@@ -260,9 +260,16 @@ class CommandLine(CLIWithoutCheckpointParsing):
             self.model.check_checkpoint(read_checkpoint(checkpoint), resumed)
         if isinstance(self.datamodule, TaskedData) and self.datamodule.tasks:
             self._check_tasks(self.datamodule.tasks)
+        self._check_federation()  # what needs no record
         if isinstance(self.datamodule, PlannedData):
             self.datamodule.plan()
             self._check_tasks(self.datamodule.tasks)
+            self._check_federation()
+
+    def _check_federation(self) -> None:
+        rounds = self.config_init[self.subcommand].get("federation")
+        if rounds is not None:
+            rounds.check(self.trainer, self.model, self.datamodule)
 
     def _check_tasks(self, tasks: dict[str, Task]) -> None:
         if isinstance(self.model, MultiTaskModule):

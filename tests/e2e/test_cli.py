@@ -283,15 +283,39 @@ def test_a_command_that_fails_at_the_start_changes_nothing_on_disk(arguments, tr
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_federation_that_fails_at_the_start_changes_nothing_on_disk(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--model.heads.lungs.init_args.classes=[liver]",
+        "--federation.participation=[[nobody]]",
+        "--trainer.gradient_clip_val=1",
+        "--trainer.max_epochs=-1",
+        "--federation.site_trainer.max_epochs=0",
+    ],
+)
+def test_a_federation_that_fails_at_the_start_changes_nothing_on_disk(wrong, tmp_path, monkeypatch):
     quickstart = str(Path("configs/federation/quickstart.yaml").resolve())
     monkeypatch.chdir(tmp_path)
-    classes = "--model.heads.lungs.init_args.classes=[liver]"
-    for wrong in (classes, "--federation.participation=[[nobody]]", "--trainer.gradient_clip_val=1"):
-        data = ["--data.data.size=64", "--data.data.image_size=64", "--data.data.num_workers=0"]
-        assert main(["fit", "--config", quickstart, *data, wrong]) == 2
-        assert not tree(tmp_path / "runs"), wrong
-        assert not tree(tmp_path) or wrong != classes, "the phantoms are not generated for a wrong class"
+    data = ["--data.data.size=64", "--data.data.image_size=64", "--data.data.num_workers=0"]
+    assert main(["fit", "--config", quickstart, *data, *wrong.split()]) == 2
+    assert not tree(tmp_path), "no run folder, no cache, no generated phantom"
+
+
+@pytest.mark.parametrize("cut", ["partition: {class_path: federation.EqualShares, init_args: {sites: 2}}", "by: site"])
+def test_an_unknown_site_is_refused_before_anything_is_cached(cut, images, tmp_path, monkeypatch, capsys):
+    config = small_config(images, tmp_path, max_epochs=1)
+    config["data"] = {
+        "class_path": "federation.FederatedDataModule",
+        "init_args": {"data": config["data"], **yaml.safe_load(cut)},
+    }
+    config["federation"] = {"class_path": "callbacks.Federation", "init_args": {"participation": [["nobody"]]}}
+    (tmp_path / "work").mkdir()
+    file = write_config(config, tmp_path / "c.yaml")
+    monkeypatch.chdir(tmp_path / "work")
+    before = tree(tmp_path)
+    assert main(["fit", "--config", file]) == 2
+    assert "no site is called nobody" in capsys.readouterr().err
+    assert tree(tmp_path) == before
 
 
 def test_resuming_with_another_configuration_leaves_the_run_as_it_is(images, tmp_path, capsys):
