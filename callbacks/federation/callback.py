@@ -1,4 +1,4 @@
-"""Turns ``fit`` into a federation: one epoch of the Trainer is one round over all sites."""
+"""Train a federation with ``fit``: one epoch of the Trainer is one round over all sites."""
 
 from __future__ import annotations
 
@@ -63,15 +63,15 @@ class Federation(L.Callback):
         participation: Share of the sites that take part in a round, drawn with the seed (1 for all); or a list of
             rounds, each a list of site names, which is repeated.
         align: Align the order of a site's hidden units and attention heads to that of the global model before its
-            update leaves. In ordinary rounds the order does not change, and the check costs little.
-        validate_sites: Also validate each site's own model on its own data, as ``site/<site>/val/…``. Always done where
-            sites keep weights to themselves (norms, personal models).
+            update is sent. In ordinary rounds the order does not change, and the check costs little.
+        validate_sites: Also validate each site's own model on its own data, as ``site/<site>/val/…``. Always done if
+            some weights are not exchanged (norms, personal models).
         policy: Handling of sites that fail: quorum, deadline, retries, outliers.
-        privacy: What sites do to their updates before they leave: one policy for all, or one per site name; a site
-            without one sends its whole update. See ``docs/privacy.md``.
+        privacy: Privacy policy of the updates: one for all sites, or one per site name; a site without a policy sends
+            its whole update. See ``docs/privacy.md``.
 
     Raises:
-        ConfigError: When a value is out of range.
+        ConfigError: A value is out of range.
     """
 
     runs_rounds = True
@@ -195,7 +195,7 @@ class Federation(L.Callback):
         """Run a round; the optimizer step that follows puts the merged weights in place.
 
         Raises:
-            RoundError: When the policy does not let the round count.
+            RoundError: Too few updates were admitted.
         """
         self._began = time.perf_counter()
         data, pooled = federated_data(trainer), self.aggregator.data == "pooled"
@@ -266,7 +266,7 @@ class Federation(L.Callback):
             write_model(Path(trainer.default_root_dir), name, self.model_of(name))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Write that the run failed and why, in words that contain nothing about a patient; stop being the server."""
+        """Write that the run failed and the reason, without data of a patient; release the Trainer and the module."""
         if self._server is None:
             return
         reason = str(exception) if isinstance(exception, UserError) else type(exception).__name__
@@ -277,7 +277,7 @@ class Federation(L.Callback):
         self._release()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Stop being the server, and close the sites' loggers."""
+        """Release the Trainer and the module, and close the loggers of the sites."""
         self._release()
         self.loggers.close()
 
@@ -301,7 +301,7 @@ class Federation(L.Callback):
     # --- resume -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the sites and the aggregator keep between rounds: tensors and plain containers."""
+        """Return the state of the sites and the aggregator between rounds, as tensors and plain containers."""
         return {
             "sites": {name: state.plain() for name, state in self.sites.items()},
             "aggregator": self.aggregator.state_dict(),

@@ -1,4 +1,4 @@
-"""Predictions from samples of a federation's posterior, and how far the samples disagree."""
+"""Predict with samples of a federation's posterior, and write the uncertainty of the predictions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class PosteriorPredictor:
     """Averages the predictions of another predictor over samples of the weights.
 
     Args:
-        inner: Predicts with the weights the module has at the time.
+        inner: Predicts with the current weights of the module.
         settings: Number of samples and scale by task.
 
     Attributes:
@@ -59,17 +59,17 @@ class PosteriorPredictor:
 
 
 class PosteriorPrediction(Callback):
-    """Lets ``test`` and ``predict`` average over samples of the posterior, and tells how far the samples disagree.
+    """Averages the predictions of ``test`` and ``predict`` over samples of the posterior, and writes their uncertainty.
 
-    Reads the ``posterior.safetensors`` that ``TunePosterior`` wrote for the very weights of ``--ckpt_path``. A task for
-    which tuning refused is predicted by the mean model, to the bit. ``predict`` gets columns for entropy and mutual
-    information (nats), and ``uncertainty/<image>.json`` with both for every box; maps where asked for.
+    Reads the ``posterior.safetensors`` that ``TunePosterior`` wrote for the weights of ``--ckpt_path``. A task for
+    which tuning refused sampling is predicted by the mean model, bit for bit. ``predict`` adds columns with entropy and
+    mutual information (nats), and writes both for every box to ``uncertainty/<image>.json``.
 
     Args:
-        samples: Samples a prediction; each costs a pass of the model, once a distinct scale.
+        samples: Samples per prediction; each is one forward pass for every distinct scale.
         maps: Also draw ``uncertainty/<image>.png``: both for every pixel of the masks.
-        posterior: The file; ``null`` is the run folder's.
-        folder: Folder of the predictions; ``null`` is where the run's predictions go.
+        posterior: The file; ``null`` is that of the run folder.
+        folder: Folder of the predictions; ``null`` is that of the run.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class PosteriorPrediction(Callback):
         """Read the posterior.
 
         Raises:
-            ConfigError: When there is none, or it was refused for every task.
+            ConfigError: There is none, or sampling was refused for every task.
         """
         if stage not in ("test", "predict"):
             return
@@ -99,24 +99,26 @@ class PosteriorPrediction(Callback):
         self._posterior = Posterior.load(file)
         tasks = self._posterior.tuning.get("tasks", {})
         if not any(one["scale"] for one in tasks.values()):
-            said = "; ".join(f"{name}: {one['message']}" for name, one in tasks.items()) or "it was never tuned"
-            raise ConfigError(f"PosteriorPrediction: {file.name} is of no use: {said}. Predict without this callback.")
+            reasons = "; ".join(f"{name}: {one['message']}" for name, one in tasks.items()) or "it was never tuned"
+            raise ConfigError(
+                f"PosteriorPrediction: {file.name} cannot be used: {reasons}. Predict without this callback."
+            )
         settings = {"samples": self.samples, "scales": {name: one["scale"] for name, one in tasks.items()}}
         self._predictor = PosteriorPredictor(pl_module.predictor, settings)
         pl_module.predictor = self._predictor
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put samples in the place of the mean model."""
+        """Replace the mean model by samples."""
         self._start(trainer, pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put samples in the place of the mean model."""
+        """Replace the mean model by samples."""
         self._start(trainer, pl_module)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *args: Any
     ) -> None:
-        """Write the uncertainty of a batch's boxes and, where asked for, pixels."""
+        """Write the uncertainty of the boxes of a batch and, with ``maps``, of its pixels."""
         assert isinstance(pl_module, MultiTaskModule)
         assert self._predictor is not None
         assert self._predictor.sampled is not None
@@ -167,14 +169,14 @@ class PosteriorPrediction(Callback):
 def image_doubts(sampled: Sampled, tasks: Mapping[str, Task], i: int, meta: Meta) -> dict[str, dict[str, float]]:
     """Return entropy and mutual information of one image by task that was sampled, in nats.
 
-    Of masks it is the mean over the pixels that lie in the original image, of classes that may hold together the mean
-    over them, of boxes the mean over those that score at least 0.05, and 0 where there is none.
+    For masks it is the mean over the pixels inside the original image, for independent classes the mean over the
+    classes, for boxes the mean over those with a score of at least 0.05, 0 without such a box.
 
     Args:
-        sampled: What the samples said of its batch.
+        sampled: Predictions and uncertainties of its batch.
         tasks: All tasks.
         i: Number of the image in the batch.
-        meta: What is known of it.
+        meta: Its identity and geometry.
     """
     found: dict[str, dict[str, float]] = {}
     for name, doubt in sampled.doubts.items():
@@ -193,7 +195,7 @@ def image_doubts(sampled: Sampled, tasks: Mapping[str, Task], i: int, meta: Meta
 
 
 def _facts(sampled: Sampled, tasks: Mapping[str, Task], i: int, meta: Meta) -> dict[str, Any]:
-    """Return what ``uncertainty/<image>.json`` holds."""
+    """Return the contents of ``uncertainty/<image>.json``."""
     boxes = []
     for name, task in tasks.items():
         found = sampled.predictions[name][i] if task.kind == "detection" else {}
@@ -216,7 +218,7 @@ def _facts(sampled: Sampled, tasks: Mapping[str, Task], i: int, meta: Meta) -> d
 
 
 def _maps(sampled: Sampled, tasks: Mapping[str, Task], i: int) -> dict[str, HeatMap]:
-    """Return the maps of one image's masks: of each class that may overlap others, or of the whole decision."""
+    """Return the maps of the masks of an image: one per independent class, or one over all exclusive classes."""
     found: dict[str, HeatMap] = {}
     for name, doubt in sampled.doubts.items():
         if tasks[name].kind == "segmentation":

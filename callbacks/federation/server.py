@@ -85,7 +85,7 @@ class Server:
         self.template = copy_module(module)
         self.schema = schema_of(module)
         self.symmetries = permutation_groups(module) if align and aggregator.exchange.merged else ()
-        keep_metrics_local(module)  # every process validates all images, so that all decide alike
+        keep_metrics_local(module)  # every process validates all images, so that all get the same metrics
         self._step = MergedWeights(module)
         self._automatic = module.automatic_optimization
         module.automatic_optimization = False
@@ -98,7 +98,7 @@ class Server:
 
     @property
     def sites_have_own_models(self) -> bool:
-        """Whether sites keep weights to themselves, so that their models differ from the global one."""
+        """Whether some weights are not exchanged, so that the models of the sites differ from the global one."""
         own = self.aggregator.personal is not None or not self.aggregator.exchange.global_model
         return own or any(privacy.blocks is not None for privacy in self.privacy.values())
 
@@ -119,13 +119,13 @@ class Server:
 
         Args:
             names: The sites, in the order of their names.
-            states: What each site kept from its earlier rounds.
+            states: State that each site kept from its earlier rounds.
             site_trainer: Trains one site.
             sites_at_once: Number of sites that train at the same time, where each has a process of its own.
             folder: The run folder; ``None`` writes nothing.
 
         Raises:
-            RoundError: When the policy does not let the round count.
+            RoundError: Too few updates were admitted.
         """
         plan, processes = self._plan(), processes_of(self.trainer)
         try:
@@ -141,7 +141,7 @@ class Server:
         self._step.merged = {}
 
     def release(self) -> None:
-        """Give the Trainer its own loop back, and the module its kind of optimization."""
+        """Restore the loop of the Trainer and the optimization mode of the module."""
         self._loop.release()
         self.module.automatic_optimization = self._automatic
 

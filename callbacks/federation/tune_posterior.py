@@ -1,4 +1,4 @@
-"""Tunes the posterior of a federation for predictions after the last round, from sums that its sites share."""
+"""Tune the posterior of a federation for predictions after the last round, from sums over each site's images."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ from mtmedformer.module import MultiTaskModule
 
 FILE = "posterior.safetensors"
 GRID = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
-"""Squared gradients of batches say little of how far a weight may move: useful scales lie far below 1."""
+"""Default scales; the useful ones are far below 1, because squared gradients of batches underestimate the curvature."""
 
 
 class TunePosterior(Callback):
     """After the last round of a federation, tunes its posterior for predictions and writes ``posterior.safetensors``.
 
-    Each site predicts its own validation images with samples at every scale and shares, by task, nothing but a sum of
-    negative log likelihoods a scale and a count; the server adds them and takes the best scale of each task. Where no
-    scale beats the mean model, sampling is refused for the task. What was decided is printed and kept in the file.
+    Each site predicts its own validation images with samples at every scale. It shares, for each task, only a sum of
+    negative log likelihoods per scale and a count. The server adds the sums and takes the best scale of each task. If
+    no scale is better than the mean model, sampling is refused for the task. The result is printed and written to the
+    file.
 
     Args:
         grid: Scales that are tried; 0, the mean model, must be one.
         samples: Samples averaged at each scale.
         blocks: Blocks that are sampled, for example ``[encoder]``; ``null`` samples all.
-        least_gain: Share by which the negative log likelihood must fall for sampling to be worth its passes; less, as
-            where a scale is so small that nothing changes, is refused.
-        images: Most validation images of a site that are looked at; they are held in memory, a site at a time.
-        checkpoint: Whether the posterior is that of the best round's checkpoint, where there is one, or of the last.
+        least_gain: Least relative decrease of the negative log likelihood; with a smaller one, sampling is refused.
+        images: Largest number of validation images per site; they are kept in memory, one site at a time.
+        checkpoint: ``best``: the posterior of the best checkpoint, if there is one; ``last``: of the last round.
         seed: Seed of the samples.
 
     Raises:
-        ConfigError: When the grid lacks 0 or ``samples`` or ``images`` is no number to count with.
+        ConfigError: The grid has no 0 or a negative scale, or ``samples`` or ``images`` is below 1.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class TunePosterior(Callback):
         if checkpoint not in ("best", "last"):
             raise ConfigError(f"TunePosterior.checkpoint={checkpoint!r}: choose best or last")
         self.tunings: dict[str, Tuning] = {}
-        """What was decided, by task."""
+        """Result of the tuning by task."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what has no posterior.
+        """Check that the run has a posterior.
 
         Raises:
-            ConfigError: When the run is no federation, or its aggregator or module cannot have a posterior.
+            ConfigError: The run is not a federation, or its aggregator or module has no posterior.
         """
         if stage != "fit":
             return
@@ -98,7 +98,7 @@ class TunePosterior(Callback):
             raise ConfigError(f"TunePosterior.blocks: {', '.join(unknown)} unknown; there are {', '.join(names)}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tune, tell and write."""
+        """Tune the posterior, print the result and write the file."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         module = copy_module(pl_module)
@@ -139,19 +139,19 @@ class TunePosterior(Callback):
         """Return the tuning of every task that any site has validation labels for."""
         device = trainer.strategy.root_device
         module.to(device).eval()
-        told: dict[str, dict[str, tuple[list[float], int]]] = {}
+        sums_by_site: dict[str, dict[str, tuple[list[float], int]]] = {}
         for i, (name, site) in enumerate(federated_data(trainer).sites.items()):
             sums: dict[str, tuple[list[float], int]] | None = None
             if i % processes.world == processes.rank:
                 batches = [batch.to(device) for batch in _first(site.val_dataloader(), self.images)]
                 likelihood = TruthLikelihood(module, batches, posterior.mean)
                 sums = likelihood_sums(posterior, likelihood, self.grid, self.samples, self.seed, self.blocks)
-            told[name] = processes.share(sums, i % processes.world)
-        tasks = [task for task in module.tasks if any(task in sums for sums in told.values())]
+            sums_by_site[name] = processes.share(sums, i % processes.world)
+        tasks = [task for task in module.tasks if any(task in sums for sums in sums_by_site.values())]
         return {
             task: tune_scale(
-                {site: sums[task][0] for site, sums in told.items() if task in sums},
-                {site: sums[task][1] for site, sums in told.items() if task in sums},
+                {site: sums[task][0] for site, sums in sums_by_site.items() if task in sums},
+                {site: sums[task][1] for site, sums in sums_by_site.items() if task in sums},
                 self.grid,
                 self.least_gain,
             )
@@ -160,7 +160,7 @@ class TunePosterior(Callback):
 
 
 def _first(loader: Iterable[Batch], images: int) -> Iterator[Batch]:
-    """Yield whole batches until there are so many images."""
+    """Yield complete batches until they have at least ``images`` images."""
     seen = 0
     for batch in loader:
         yield batch
@@ -173,7 +173,7 @@ def _federation(trainer: Trainer) -> Federation:
     """Return the callback that runs the rounds.
 
     Raises:
-        ConfigError: When there is none.
+        ConfigError: There is none.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Federation):

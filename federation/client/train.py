@@ -1,4 +1,4 @@
-"""One site in one round: local training in a Trainer of its own, and the update that leaves the site."""
+"""Train one site for one round in its own Trainer, and build the update that the site sends."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ __all__ = [
 
 @dataclass
 class SiteResult:
-    """What comes of a site's round.
+    """Result of a site's round.
 
     Attributes:
-        update: What the site sends.
-        state: What it keeps.
-        logged: Its training metrics.
-        moved: By group of units, the share that alignment moved, where it moved any.
-        privacy: What its privacy policy says has left, as plain JSON values; empty where it has none.
+        update: The update that is sent to the server.
+        state: State that the site keeps for its next round.
+        logged: Training metrics by name.
+        moved: Share of the units that alignment permuted, by group of units; empty if none was.
+        privacy: Account of what was sent under the privacy policy, as plain JSON values; empty without a policy.
     """
 
     update: Update
@@ -61,21 +61,21 @@ def train_site(
     stop: Callable[[], bool] = lambda: False,
     privacy: PrivacyPolicy | None = None,
 ) -> SiteResult:
-    """Train one site for one round and return its update; nothing it is given is changed.
+    """Train one site for one round and return its update; the arguments are not changed.
 
     Args:
         site: Name of the site.
-        template: The module as it was built, belonging to no Trainer.
+        template: The untrained module, attached to no Trainer.
         datamodule: The site's data, set up; every batch has an entry for each of the module's tasks.
-        plan: What the server says of the round.
-        memory: What the site kept from its earlier rounds.
-        aggregator: Says what the site does differently and what it measures.
+        plan: Number, global weights and settings of the round, equal for all sites.
+        memory: State that the site kept from its earlier rounds.
+        aggregator: Defines the objective of the local training and the curvature that is measured.
         make_trainer: Builds a fresh, configured Trainer.
-        stop: Asked after every batch whether to give the round up.
-        privacy: What the site does to its update before it leaves.
+        stop: Called after every batch; training is abandoned when it returns ``True``.
+        privacy: Privacy policy that is applied to the update; ``None`` sends the whole update.
 
     Raises:
-        TrainingInterrupt: When ``stop`` said so.
+        TrainingInterrupt: ``stop`` returned ``True``.
     """
     began = time.perf_counter()
     local = local_keys(plan.schema, aggregator, privacy)
@@ -122,10 +122,10 @@ def train_site(
     extra = objective.extra(after, start, update.steps, training.mean_rate())
     update.extra = {key: value for key, value in extra.items() if key in sent or key not in start}
     logged = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("train/")}
-    update, kept.privacy, told = outgoing.apply(update, module)
+    update, kept.privacy, account = outgoing.apply(update, module)
     if privacy is not None and privacy.guarantees:  # what training logs is computed from images, and no noise covers it
-        return SiteResult(update, kept, {}, {}, told)
-    return SiteResult(update, kept, logged, training.moved, told)
+        return SiteResult(update, kept, {}, {}, account)
+    return SiteResult(update, kept, logged, training.moved, account)
 
 
 def validate_site(
@@ -139,11 +139,11 @@ def validate_site(
     module.load_state_dict(state)
     with as_single_process(module), quiet_lightning(), seeded("validation"):
         results = make_trainer().validate(module, datamodule=datamodule, verbose=False)
-    return {key.removeprefix("val/"): float(value) for found in results for key, value in found.items()}
+    return {key.removeprefix("val/"): float(value) for metrics in results for key, value in metrics.items()}
 
 
 def local_keys(schema: Schema, aggregator: Aggregator, privacy: PrivacyPolicy | None = None) -> frozenset[str]:
-    """Return the keys that stay at a site: what is not exchanged, and what its privacy policy holds back."""
+    """Return the keys of the weights that are not sent: not exchanged, or excluded by the privacy policy."""
     held = frozenset(key for key in schema.shapes if privacy is not None and not privacy.may_leave(block_of(key)))
     return aggregator.exchange.local_keys(schema) | held
 
@@ -157,7 +157,7 @@ def _fit(
     memory: SiteState,
     key: tuple[object, ...],
 ) -> L.Trainer:
-    """Fit a module in an isolated Trainer that counts on from the site's earlier rounds, and return the Trainer."""
+    """Fit a module in a fresh Trainer whose counters continue from the site's earlier rounds; return the Trainer."""
     continue_from(trainer, memory.epochs, memory.steps)
     trainer.callbacks.append(training)  # type: ignore[attr-defined]
     with seeded(*key), quiet_lightning():
@@ -179,7 +179,7 @@ def _personal(
     make_trainer: Callable[[], L.Trainer],
     stop: Callable[[], bool],
 ) -> State:
-    """Train the site's personal model on from where it stands beside the global one, under an objective of its own."""
+    """Train the site's personal model for one round, under its own objective, and return its weights."""
     module = copy_module(template)
     module.load_state_dict(memory.weights(plan.state))
     start = SiteState(memory.epochs, memory.steps, schedulers=memory.schedulers)
@@ -196,7 +196,7 @@ def _block_updates(
     training: LocalTraining,
     aggregator: Aggregator,
 ) -> dict[str, BlockUpdate]:
-    """Return the blocks that labels reached: change, number of examples, and precision where it was measured."""
+    """Return the change, number of examples and measured precision of every block with labelled examples."""
     measured = {key: value for key, value in training.curvatures.items() if key not in local}
     precision, scale = aggregator.relative(measured) if measured else ({}, {})
     blocks = {}

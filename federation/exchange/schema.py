@@ -1,4 +1,4 @@
-"""Which weights belong together: the shared encoder, each task's decoder, and who owns them."""
+"""The blocks of a model: the shared encoder and the head of each task, and whether a block is exchanged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
-"""A module's ``state_dict``: names to tensors."""
+"""A module's ``state_dict``: tensors by name."""
 
 NORMS = (
     nn.LayerNorm,
@@ -29,7 +29,7 @@ class Block:
     Attributes:
         name: ``encoder``, ``heads.<task>`` or another first-level name of the module.
         keys: ``state_dict`` names of its floating-point tensors, in order.
-        task: The task whose labels reach it; ``None`` where every task's labels do.
+        task: The task whose labels train it; ``None`` if the labels of all tasks do.
         personal: Whether it stays at its site (a loss weighting's state, for example).
     """
 
@@ -41,7 +41,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Schema:
-    """Names, shapes and owners of everything a federation exchanges; equal at every site, or nothing is merged.
+    """Names, shapes and blocks of the weights of a federation; updates of another schema are refused.
 
     Attributes:
         blocks: Every block, in the module's order.
@@ -58,7 +58,11 @@ class Schema:
     counters: tuple[str, ...]
 
     def block(self, name: str) -> Block:
-        """Return a block by name; ``KeyError`` names the ones there are."""
+        """Return a block by name.
+
+        Raises:
+            KeyError: There is no such block.
+        """
         for block in self.blocks:
             if block.name == name:
                 return block
@@ -76,10 +80,10 @@ class Schema:
 
 
 def schema_of(module: nn.Module, personal: Sequence[str] = ("loss",)) -> Schema:
-    """Read a module's blocks off its ``state_dict``.
+    """Return the schema of a module, from its ``state_dict``.
 
     A key ``heads.<task>.…`` belongs to the block ``heads.<task>`` of that task; any other key to the block of its first
-    name. Weights of a task's head are reached by that task's labels only, everything else by all.
+    name. The labels of a task train the weights of its head; the labels of all tasks train all other weights.
 
     Args:
         module: The multi-task module, on any device.

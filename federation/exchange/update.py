@@ -1,4 +1,4 @@
-"""What a site sends to the server after its local training: arrays, counts and metrics, and nothing of a patient."""
+"""The update that a site sends after its local training: arrays, counts and metrics, no data of a patient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mtmedformer.storage.atomic_write import atomic_write
 from mtmedformer.storage.hashing import state_hash
 
 FACTS = ("site", "round", "base", "schema", "metrics", "samples", "steps", "seconds", "rounding")
-"""What the header of an update says besides its blocks."""
+"""Fields of the header of an update, besides its blocks."""
 
 
 @dataclass
@@ -26,14 +26,14 @@ class BlockUpdate:
     """A site's change of one block.
 
     Attributes:
-        num_examples: Labelled training samples whose loss reached the block in this round; a block with 0 is not sent.
+        num_examples: Labelled training samples of this round whose loss depends on the block; never 0.
         delta: By key, the local weights minus the global ones the round began with, float32.
         precision: By key, the relative precision of the weights, mean about 1, strictly positive, of a shape that
-            broadcasts to the weights': a scalar, one number an output row (rows, 1, …), or one an element. Empty where
-            the aggregator asked for none.
-        scale: By key, the mean curvature the relative precision was divided by.
-        step: By key, what a change is divided by before it is rounded (``federation.exchange.quantization``);
-            the change in memory is float32 in any case, and one that fits its step crosses without further loss.
+            broadcasts to that of the weights: a scalar, one number per output row (rows, 1, …), or one per element.
+            Empty if the aggregator does not use it.
+        scale: By key, the mean curvature by which the relative precision was divided.
+        step: By key, the quantization step of the change (``federation.exchange.quantization``). In memory the change
+            is float32; a multiple of the step is transferred without loss.
     """
 
     num_examples: int
@@ -52,14 +52,14 @@ class Update:
         round: Number of the round, from 0.
         base: ``state_hash`` of the global state the round began with.
         schema: ``Schema.digest`` of the model.
-        blocks: Changes by block name; a block without examples, or personal to the site, is absent.
+        blocks: Changes by block name; blocks without examples and personal blocks are absent.
         counters: Integer buffers by name.
         metrics: The site's own validation metrics, ``<task>/<metric>``.
         samples: Labelled training samples by task in this round.
         steps: Optimiser steps taken in this round.
         seconds: Wall time of the local training.
-        extra: Further tensors an aggregator asked for (control variates, for example), by name.
-        rounding: In which form changes that have a step cross the network.
+        extra: Further tensors of the aggregator (control variates, for example), by name.
+        rounding: Rounding of the changes that have a quantization step.
     """
 
     site: str
@@ -76,7 +76,7 @@ class Update:
     rounding: Rounding = "none"
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return every array of the update under a flat name, in the form in which it crosses the network."""
+        """Return every array of the update under a flat name, as it is transferred."""
         flat: dict[str, Tensor] = {}
         for name, block in self.blocks.items():
             for key, value in block.delta.items():
@@ -93,22 +93,22 @@ class Update:
         return {name: getattr(self, name) for name in FACTS} | {"blocks": blocks}
 
     def nbytes(self) -> int:
-        """Return the bytes of its arrays, as they cross the network."""
+        """Return the size of its arrays in bytes, as they are transferred."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
 
 def save_update(update: Update, file: Path) -> None:
-    """Write an update as safetensors, whole or not at all."""
+    """Write an update as safetensors, atomically."""
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in update.tensors().items()}
     with atomic_write(file) as part:
         save_file(tensors, part, metadata={"update": json.dumps(update.header())})
 
 
 def load_update(file: Path) -> Update:
-    """Read an update back; it cannot run code.
+    """Read an update from a file, without running any code in it.
 
     Raises:
-        DataError: When the file is not an update, whatever is wrong with it.
+        DataError: The file is not an update.
     """
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
@@ -140,9 +140,9 @@ def assemble(header: dict[str, Any], tensors: dict[str, Tensor]) -> Update:
 
 
 def sha256(update: Update) -> str:
-    """Return the SHA-256 of all that crosses the network: the header, and every array's name, type, shape and bits.
+    """Return the SHA-256 of the transferred update: its header, and name, type, shape and bytes of every array.
 
-    Sender and receiver compute the same one, so each can show the other what was sent.
+    Sender and receiver compute the same hash, so that both can prove what was sent.
     """
     return state_hash(update.tensors(), header=json.dumps(update.header(), sort_keys=True))
 

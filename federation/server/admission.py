@@ -30,9 +30,8 @@ class Fault:
 
     Attributes:
         site: Name of the site.
-        fault: What happened, without anything about a patient: the kind of the error only, since the site's own message
-            may name files.
-        action: What was done.
+        fault: The kind of the error, without its message, which may contain file names.
+        action: The action of the server.
     """
 
     site: str
@@ -45,17 +44,18 @@ class Policy:
     """How the server handles sites that fail.
 
     Args:
-        quorum: Updates that must be admitted for a round to count: a share of the sites asked, in (0, 1), or a number
-            of sites. A round below it ends the run.
-        deadline: Seconds a site may take for one round; ``null`` waits as long as it takes. It is checked after every
-            batch; under ``placement: isolated`` the process of a site that hangs is killed.
+        quorum: Least number of admitted updates per round: a share of the sites of the round, in (0, 1), or a number of
+            sites. A round with fewer ends the run.
+        deadline: Time limit of a site per round, in seconds; ``null`` is no limit. It is checked after every batch;
+            with ``placement: isolated`` the process of a site that hangs is killed.
         missing: ``continue``: merge the admitted updates; ``fail``: end the run at the first site without one.
         retries: How often the training of a failed site is repeated within the round.
-        outlier: A site whose change of a block lies further from the others' than this many robust standard deviations
-            (of the logarithm of the norm) is left out; ``null`` admits every size. Applied with three or more sites.
+        outlier: Largest distance of a site's change of a block from the median over the sites, in robust standard
+            deviations of the logarithm of its norm; a site above it is left out. ``null`` admits every size. Applied
+            with three or more sites.
 
     Raises:
-        ConfigError: When a value is out of range.
+        ConfigError: A value is out of range.
     """
 
     quorum: float | int = 0.5
@@ -74,34 +74,34 @@ class Policy:
         if self.outlier is not None and self.outlier <= 0:
             raise ConfigError(f"federation.policy.outlier is {self.outlier}; give a number above 0, or null")
 
-    def needed(self, asked: int) -> int:
-        """Return how many updates must be admitted for a number of sites: at least one, at most all."""
+    def needed(self, sites: int) -> int:
+        """Return the least number of admitted updates for a round of so many sites: at least 1, at most all."""
         share = isinstance(self.quorum, float) and self.quorum < 1
-        number = math.ceil(self.quorum * asked - 1e-9) if share else int(self.quorum)
-        return min(max(1, number), asked)
+        number = math.ceil(self.quorum * sites - 1e-9) if share else int(self.quorum)
+        return min(max(1, number), sites)
 
-    def check(self, round: int, asked: int, admitted: int, faults: list[Fault]) -> None:
-        """Check that a round counts.
+    def check(self, round: int, sites: int, admitted: int, faults: list[Fault]) -> None:
+        """Check that a round has enough admitted updates.
 
         Raises:
-            RoundError: When too few updates were admitted, or one site is missing and the policy forbids it.
+            RoundError: Too few updates were admitted, or a site is missing and ``missing`` is ``fail``.
         """
         reasons = "; ".join(f"{fault.site}: {fault.fault}" for fault in faults)
         if faults and self.missing == "fail":
             raise RoundError(f"round {round + 1}: {reasons}; federation.policy.missing=fail ends the run")
-        needed = self.needed(asked)
+        needed = self.needed(sites)
         if admitted < needed:
             raise RoundError(
-                f"round {round + 1}: {admitted} of {asked} sites were admitted and federation.policy.quorum asks for "
-                f"{needed}; {reasons}. Each site's folder under sites/ says more; go on with --ckpt_path=last"
+                f"round {round + 1}: {admitted} of {sites} sites were admitted and federation.policy.quorum requires "
+                f"{needed}; {reasons}. See sites/<site>/faults.log; continue with --ckpt_path=last"
             )
 
 
 def refusal(update: Update, round: int, base: str, schema: Schema) -> str | None:
-    """Return why an update is refused, or ``None`` when it is valid.
+    """Return the reason to refuse an update; ``None`` if it is valid.
 
     Args:
-        update: What a site sent.
+        update: The update of a site.
         round: Number of the current round, from 0.
         base: ``state_hash`` of the global weights the round began with.
         schema: Schema of the server's model.
@@ -157,8 +157,8 @@ def outliers(norms: Mapping[str, Mapping[str, float]], limit: float | None) -> d
     """Return the sites whose change of some block is far larger than the others', each with the reason.
 
     The distance is that of the logarithm of the norm from the median over the sites, in robust standard deviations
-    (1.4826 times the median absolute deviation, Hampel 1974), which are taken to be a third at least: with a limit of 6
-    nothing below e² = 7.4 times the median is refused. Small changes are always admitted.
+    (1.4826 times the median absolute deviation, Hampel 1974). It is at least 1/3: with a limit of 6, no change
+    below e² = 7.4 times the median is refused. Small changes are always admitted.
 
     Args:
         norms: By site and block, the L2 norm of the change.

@@ -1,4 +1,4 @@
-"""Measure how far the sites' updates diverge in a round, and each site's weight in the merge; for the report only."""
+"""Measure how far the updates of the sites differ in a round, and the weight of each site; for the report only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SiteDrift:
     """How one site's update compares with the merged one.
 
     Attributes:
-        cosine: Cosine of its change to the merged change over all that it sent; ``None`` where nothing was merged.
+        cosine: Cosine of its change to the merged change over all weights it sent; ``None`` if nothing was merged.
         share: By block, the site's mean weight in the merge: the sites that sent the block sum to 1. Empty where the
             merge has no weights.
     """
@@ -93,7 +93,7 @@ class Drift:
         return drifts
 
     def shares(self, key: str) -> dict[str, Tensor]:
-        """Return each site's part in the merge of a tensor, at the kept elements; they sum to 1 over the sites."""
+        """Return the weight of each site in the merge of a tensor, at the kept elements; their sum is 1."""
         weights = {site: self._final(key, weight) for site, weight in self._weights[key].items()}
         total = sum(weights.values(), torch.zeros(()))
         return {site: weight / total for site, weight in weights.items()}
@@ -104,7 +104,7 @@ class Drift:
         return torch.randint(count, (self.most,), generator=torch.Generator().manual_seed(count))
 
     def _weight(self, block: BlockUpdate, key: str) -> Tensor | None:
-        """Return what a tensor weighs when it arrives; its absolute precision where sites are then found to differ."""
+        """Return the weight of a tensor of an update; with ``between``, its absolute precision."""
         if self._differ:
             known = key in self.schema.parameters and self.aggregator.exchange.precision
             scale = max(block.scale.get(key, 1.0), LEAST_CURVATURE) if known else 1.0
@@ -114,7 +114,7 @@ class Drift:
         return None
 
     def _final(self, key: str, weight: Tensor) -> Tensor:
-        """Return what a tensor weighed in the end: where sites differ, no precision counts beyond their variance."""
+        """Return the final weight of a tensor; with ``between``, the variance between sites limits it."""
         if not self._differ:
             return weight
         assert isinstance(self.aggregator, BayesianAggregator)

@@ -24,7 +24,7 @@ class SiteRecord:
         blocks: By block that was sent, ``num_examples``, and ``scale`` and ``step`` by key (see ``BlockUpdate``).
         norms: L2 norm of the change by block.
         bytes: Size of the update's arrays.
-        moved: By group of units, the share that alignment moved, where it moved any.
+        moved: Share of the units that alignment permuted, by group of units; empty if none was.
         privacy: Account of the site's privacy policy; empty without one.
         cosine: Cosine of the site's change to the merged one; ``None`` where nothing was merged.
         share: By block, the site's mean weight in the merge, in [0, 1]; empty where the merge has no weights.
@@ -67,7 +67,7 @@ class RoundRecord:
     Attributes:
         round: Number of the round, from 0.
         sites: Record of every admitted site, by name.
-        faults: Sites that delivered nothing usable.
+        faults: Sites without an admitted update.
         seconds: Wall time of training and merging.
         validation: Metrics of the global model after the round, by their logged names.
     """
@@ -79,12 +79,12 @@ class RoundRecord:
     validation: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as plain containers, as a checkpoint or a JSON file holds it."""
+        """Return the record as plain containers, for a checkpoint or a JSON file."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RoundRecord:
-        """Return the record of ``to_dict``."""
+        """Return the record from the result of ``to_dict``."""
         sites = {name: SiteRecord(**site) for name, site in values["sites"].items()}
         return cls(**{**values, "sites": sites, "faults": [Fault(**fault) for fault in values["faults"]]})
 

@@ -19,7 +19,7 @@ def check_participation(participation: Participation, names: Sequence[str] | Non
         names: All sites, once they are known.
 
     Raises:
-        ConfigError: When the share is out of range, the schedule is empty, or it names an unknown site.
+        ConfigError: The share is out of range, the schedule is empty, or it has an unknown site.
     """
     if not isinstance(participation, list):
         if not 0 < participation <= 1:
@@ -36,7 +36,7 @@ def taking_part(participation: Participation, round: int, names: Sequence[str], 
     """Return the sites that take part in a round, in the order of their names; at least one.
 
     Args:
-        participation: Share of the sites, drawn anew every round; or a schedule, which is repeated.
+        participation: Share of the sites, drawn in every round; or a schedule, which is repeated.
         round: Number of the round, from 0.
         names: All sites.
         seed: Seed of the run.

@@ -34,9 +34,9 @@ class SiteOutcome:
 
     Attributes:
         site: Name of the site.
-        fault: Why it delivered nothing usable, or ``None``.
+        fault: The reason if its update is not used, or ``None``.
         config_error: Message of a configuration error, which ends the run.
-        state: What the site keeps.
+        state: State that the site keeps for its next round.
         logged: Its training metrics.
         record: Its entry in the history.
     """
@@ -55,7 +55,7 @@ class RoundResult:
 
     Attributes:
         merged: The next global state.
-        states: What each site that trained keeps, by name.
+        states: State of each site that trained, by name.
         logged: Training metrics of every admitted site, by name.
         record: The round's entry in the history.
     """
@@ -67,21 +67,21 @@ class RoundResult:
 
 
 class Round:
-    """One round: it owns the plan, the sites' states and the aggregator, and leads from them to the merged state.
+    """One round: trains the sites from the global state, admits their updates and merges them.
 
-    Updates wait on disk, so that memory holds one at a time. The result does not depend on the number of processes or
-    on the order in which sites finish: updates are merged in the order of the site names. Use it as a context manager,
-    which removes the waiting updates.
+    Updates are kept on disk, and one at a time is read into memory. The result does not depend on the number of
+    processes or on the order in which sites finish: updates are merged in the order of the site names. Use it as a
+    context manager, which deletes the updates.
 
     Args:
         plan: The round's number, global weights and settings, equal for all sites.
-        states: What each site kept from its earlier rounds, by name; not changed.
+        states: State that each site kept from its earlier rounds, by name; not changed.
         aggregator: Merges the updates.
-        policy: What is done about sites that fail.
+        policy: Handling of sites that fail.
         trainer: Trains one site.
         processes: The processes that share the work.
-        folder: The run folder: updates wait in ``updates/``, faults are logged in ``sites/<site>/faults.log``; ``None``
-            writes neither.
+        folder: The run folder: updates are kept in ``updates/``, faults are logged in ``sites/<site>/faults.log``;
+            ``None`` writes neither.
     """
 
     def __init__(
@@ -119,9 +119,9 @@ class Round:
             at_once: Number of sites that train at the same time, where each has a process of its own.
 
         Raises:
-            ConfigError: When a site cannot train because of the configuration.
-            RoundError: When the policy does not let the round count.
-            TrainingInterrupt: When the run is to stop.
+            ConfigError: A site cannot train because of the configuration.
+            RoundError: Too few updates were admitted.
+            TrainingInterrupt: The run was stopped.
         """
         began = time.perf_counter()
         owners = {site: i % self.processes.world if divide else 0 for i, site in enumerate(sites)}
@@ -185,7 +185,7 @@ class Round:
                 file.unlink(missing_ok=True)
 
     def _kept(self, outcomes: Mapping[str, SiteOutcome]) -> dict[str, SiteState]:
-        """Return what the sites keep; a refused update has left its site, so that the privacy account counts it."""
+        """Return the new states of the sites. A refused update was sent too, so it counts for the privacy account."""
         kept = {}
         for site, outcome in outcomes.items():
             if outcome.state is not None:
@@ -230,7 +230,7 @@ class Round:
         return self._waiting / f"{site}.safetensors"
 
     def _log_fault(self, site: str, text: str) -> None:
-        """Append to the site's own log, which may name files and stays at the site."""
+        """Append to the log of the site, which may contain file names and is not sent."""
         if self.folder is None:
             return
         folder = self.folder / "sites" / site
@@ -240,7 +240,7 @@ class Round:
 
 
 def _fault_of(error: Exception) -> str:
-    """Return the kind of an error in words that contain nothing about a patient."""
+    """Return the kind of an error, without its message, which may contain data of a patient."""
     if isinstance(error, SiteTimeoutError):
         return "not done by the deadline"
     if isinstance(error, SiteCrashError):

@@ -1,4 +1,4 @@
-"""The state of a federation in a file, which is also right about a process that was killed."""
+"""The state of a federation in ``run_state.json``; a killed process is recognized when the file is read."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ EXIT_CODES: dict[Status, int] = {"running": 0, "finished": 0, "failed": 1, "degr
 
 @dataclass(frozen=True)
 class RunState:
-    """What ``run_state.json`` says.
+    """Contents of ``run_state.json``.
 
     Attributes:
-        state: ``running``: with every site; ``degraded``: a site asked in the last round was not admitted (while it
-            runs, and at its end); ``failed``: it ended before its last round; ``finished``: all rounds, with every site
-            in the last one.
-        reason: Why, in a sentence that holds nothing of a patient.
-        round: Whole rounds done.
-        rounds: Rounds asked for.
-        ended: Whether the process was done with the run.
-        process: Number of the server's process.
-        started: When that process started, in the system's own units: its number may be given out anew.
-        host: Name of its machine.
+        state: ``running``: all sites took part in the last round; ``degraded``: a site of the last round was not
+            admitted (during the run, and at its end); ``failed``: the run ended before its last round; ``finished``:
+            all rounds are complete, the last one with all its sites.
+        reason: One sentence, without data of a patient.
+        round: Number of complete rounds.
+        rounds: Configured number of rounds.
+        ended: Whether the run has ended.
+        process: Process id of the server.
+        started: Start time of that process in clock ticks, because the system may reuse a process id.
+        host: Name of its computer.
     """
 
     state: Status
@@ -50,7 +50,7 @@ class RunState:
 
 
 def write_state(folder: Path, state: Status, reason: str, round: int, rounds: int, ended: bool = False) -> RunState:
-    """Write ``run_state.json``, whole or not at all, and return what it says."""
+    """Write ``run_state.json`` atomically and return the state."""
     own = os.getpid()
     run = RunState(state, reason, round, rounds, ended, own, _started(own), socket.gethostname())
     try:
@@ -65,7 +65,7 @@ def read_state(folder: Path) -> RunState | None:
     """Return a run's state; ``failed`` if its process was killed; ``None`` without a state file.
 
     Raises:
-        DataError: When the file cannot be read.
+        DataError: The file cannot be read.
     """
     file = folder / "run_state.json"
     if not file.is_file():
@@ -82,7 +82,7 @@ def read_state(folder: Path) -> RunState | None:
 
 
 def _started(process: int) -> int:
-    """Return when a process started, in clock ticks since the machine did (proc(5), field 22); 0 where unknown."""
+    """Return the start time of a process, in clock ticks since boot (proc(5), field 22); 0 if unknown."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:

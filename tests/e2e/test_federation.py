@@ -98,7 +98,7 @@ def test_fit_runs_rounds_and_counts_them(trained):
         assert (folder / name).is_file(), name
     last = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     assert last["epoch"] == 2
-    assert last["global_step"] == 3, "one server step a round"
+    assert last["global_step"] == 3, "one server step per round"
     rows = rows_of(folder / "metrics.csv")
     assert len([r for r in rows if r.get("val/score")]) == 3
     logged = set().union(*(row.keys() for row in rows))
@@ -110,7 +110,7 @@ def test_fit_runs_rounds_and_counts_them(trained):
         "site/south/train/loss_epoch",
         "site/north/train/nodules/loss",
     } <= logged
-    assert "site/south/train/nodules/loss" not in logged, "the south labels no boxes"
+    assert "site/south/train/nodules/loss" not in logged, "the site south has no boxes"
 
 
 def test_the_matrix_of_sites_and_tasks_is_written(trained):
@@ -121,13 +121,13 @@ def test_the_matrix_of_sites_and_tasks_is_written(trained):
     assert north["labels"]["nodules"] == north["images"] > 0
 
 
-def test_the_site_without_a_task_sends_nothing_of_its_head(trained):
+def test_a_site_without_labels_of_a_task_does_not_send_its_head(trained):
     folder, _ = trained
     state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["Federation"]
-    for told in state["history"]:
-        assert set(told["sites"]["south"]["blocks"]) == {"encoder", "heads.health", "heads.organ"}
-        assert set(told["sites"]["north"]["blocks"]) == {"encoder", "heads.health", "heads.organ", "heads.nodules"}
-    assert "loss" not in told["sites"]["north"]["blocks"], "the loss weights stay home"
+    for record in state["history"]:
+        assert set(record["sites"]["south"]["blocks"]) == {"encoder", "heads.health", "heads.organ"}
+        assert set(record["sites"]["north"]["blocks"]) == {"encoder", "heads.health", "heads.organ", "heads.nodules"}
+    assert "loss" not in record["sites"]["north"]["blocks"], "the loss weights are not sent"
 
 
 def test_a_federated_checkpoint_is_a_plain_one(trained, capsys):
@@ -152,7 +152,7 @@ def test_nothing_of_a_patient_is_in_the_run_folder(trained):
 
 
 @pytest.mark.parametrize("step", [3, 12], ids=["in the first round", "in the second"])
-def test_ctrl_c_within_a_site_then_resume_is_as_if_nothing_happened(images, trained, tmp_path, step):
+def test_a_run_resumed_after_ctrl_c_within_a_site_equals_an_uninterrupted_one(images, trained, tmp_path, step):
     whole, _ = trained
     config = federated(images, tmp_path, rounds=3)
     file = write_config(config, tmp_path / "config.yaml")
@@ -167,19 +167,19 @@ def test_ctrl_c_within_a_site_then_resume_is_as_if_nothing_happened(images, trai
     assert len([r for r in rows_of(tmp_path / "run/metrics.csv") if r.get("val/score")]) == 3
 
 
-def test_the_exit_code_and_the_state_tell_of_a_site_that_stayed_away(images, tmp_path, capsys):
+def test_a_missing_site_changes_the_exit_code_and_the_state(images, tmp_path, capsys):
     file = write_config(federated(images, tmp_path, rounds=2), tmp_path / "config.yaml")
     switch = tmp_path / "switch"
     switch.touch()
     assert main(["fit", "--config", file, fail_at("south", switch)]) == 3
-    told = capsys.readouterr()
-    assert "without south (raised RuntimeError)" in told.out
-    said = json.loads((tmp_path / "run/run_state.json").read_text())
-    assert (said["state"], said["round"]) == ("degraded", 2)
+    printed = capsys.readouterr()
+    assert "without south (raised RuntimeError)" in printed.out
+    state = json.loads((tmp_path / "run/run_state.json").read_text())
+    assert (state["state"], state["round"]) == ("degraded", 2)
     assert main(["fit", "--config", file, fail_at("south", switch), "--federation.policy.quorum=2"]) == 1
-    told = capsys.readouterr()
-    assert "1 of 2 sites were admitted and federation.policy.quorum asks for 2" in " ".join(told.err.split())
-    assert "secret-patient" not in told.out + told.err
+    printed = capsys.readouterr()
+    assert "1 of 2 sites were admitted and federation.policy.quorum requires 2" in " ".join(printed.err.split())
+    assert "secret-patient" not in printed.out + printed.err
     assert json.loads((tmp_path / "run-2/run_state.json").read_text())["state"] == "failed"
     switch.unlink()
     assert main(["fit", "--config", file, "--ckpt_path=last"]) == 0, "the site is back"
@@ -204,7 +204,7 @@ def one_thread(images: Path, folder: Path, rounds: int = 2, **federation: object
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_bits_of_one_and_so_does_a_resume_from_two_to_one(images, tmp_path):
+def test_two_processes_and_a_resume_with_one_give_the_same_bits(images, tmp_path):
     alone = launch(one_thread(images, tmp_path / "one"), tmp_path / "one")
     config = one_thread(images, tmp_path / "two")
     both = launch(config, tmp_path / "two", processes=2)
@@ -225,7 +225,7 @@ def test_two_processes_give_the_bits_of_one_and_so_does_a_resume_from_two_to_one
 
 
 @pytest.mark.slow
-def test_isolated_sites_two_at_once_give_the_bits_of_sites_in_turn(images, trained, tmp_path):
+def test_two_isolated_sites_at_once_give_the_same_bits_as_one_after_the_other(images, trained, tmp_path):
     whole, _ = trained
     config = one_thread(images, tmp_path / "apart", rounds=3, placement="isolated", sites_at_once=2)
     assert same(whole / "checkpoints/last.ckpt", launch(config, tmp_path / "apart"))
@@ -233,7 +233,7 @@ def test_isolated_sites_two_at_once_give_the_bits_of_sites_in_turn(images, train
 
 
 @pytest.mark.slow
-def test_each_site_on_all_processes_is_the_same_every_time(images, tmp_path):
+def test_placement_ddp_is_reproducible(images, tmp_path):
     runs = []
     for name in ("a", "b"):
         config = one_thread(images, tmp_path / name, rounds=1, placement="ddp")
@@ -287,7 +287,7 @@ def test_sigterm_within_a_site_ends_every_process_soon_and_the_run_can_be_resume
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_ends_the_run_soon_and_it_goes_on_to_the_same_bits(images, trained, tmp_path):
+def test_a_killed_process_ends_the_run_and_the_resumed_run_has_the_same_bits(images, trained, tmp_path):
     whole, _ = trained
     config = federated(images, tmp_path, rounds=3)
     code = (
@@ -317,14 +317,14 @@ def test_a_process_that_is_killed_ends_the_run_soon_and_it_goes_on_to_the_same_b
     while (left := subprocess.run(search, capture_output=True, text=True).stdout) and time.monotonic() - began < 250:
         time.sleep(0.2)
     assert left == "", "no process is left behind"
-    said = read_state(tmp_path / "run")
-    assert said.state == "failed", said
+    state = read_state(tmp_path / "run")
+    assert state.state == "failed", state
     assert main(["fit", "--config", file, "--ckpt_path=last"]) == 0
     assert same(whole / "checkpoints/last.ckpt", tmp_path / "run/checkpoints/last.ckpt")
 
 
 @pytest.mark.slow
-def test_one_process_may_not_pose_as_two(images, tmp_path):
+def test_placement_sequential_with_two_devices_is_refused(images, tmp_path):
     config = one_thread(images, tmp_path / "a", rounds=1, placement="sequential")
     file = write_config(config, tmp_path / "config.yaml")
     command = [sys.executable, "-m", "mtmedformer", "fit", "--config", file, "--trainer.devices=2"]
@@ -338,7 +338,7 @@ def wandb_logger(folder: Path) -> dict:
     return {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": settings}
 
 
-def test_wandb_has_a_run_for_the_server_and_one_for_each_site(images, tmp_path, monkeypatch):
+def test_wandb_has_a_run_for_the_server_and_one_per_site(images, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     started = []
@@ -375,7 +375,7 @@ def test_wandb_has_a_run_for_the_server_and_one_for_each_site(images, tmp_path, 
     wandb.run.finish()
 
 
-def test_under_a_sweep_there_is_one_run(images, tmp_path, monkeypatch):
+def test_a_sweep_has_one_wandb_run_per_trial(images, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
@@ -407,7 +407,7 @@ def test_under_a_sweep_there_is_one_run(images, tmp_path, monkeypatch):
         (["--trainer.gradient_clip_val=1"], ["federation.site_trainer.gradient_clip_val"]),
     ],
 )
-def test_mistakes_are_told_in_one_paragraph(trained, capsys, arguments, words):
+def test_mistakes_are_reported_in_one_paragraph(trained, capsys, arguments, words):
     _, config = trained
     assert main(["fit", "--config", config, *arguments]) == 2
     message = " ".join(capsys.readouterr().err.split())
@@ -443,7 +443,7 @@ CONFIGS = sorted(Path("configs/federation").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
-def test_every_configuration_says_how_to_run_it_and_is_short(file):
+def test_every_configuration_is_short_and_begins_with_its_command(file):
     lines = file.read_text().splitlines()
     assert lines[0].startswith("# mtmedformer fit --config configs/federation/")
     assert str(file) in lines[0]
@@ -468,15 +468,15 @@ def test_generated_configurations_run(name, tmp_path, monkeypatch, capsys):
     assert main(["fit", "--config", config, *SMALL, "--data.data.limit=48", "--data.data.size=64"]) == 0
     assert "Sites, and what each has labelled" in capsys.readouterr().out
     run = tmp_path / yaml.safe_load(Path(config).read_text())["trainer"]["default_root_dir"]
-    told = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["Federation"]["history"][0][
+    records = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["Federation"]["history"][0][
         "sites"
     ]
     if name == "two_organs":
-        assert {"heads.finding", "heads.pathology"} <= {b for site in told.values() for b in site["blocks"]}
-        assert not any({"heads.finding", "heads.pathology"} <= set(site["blocks"]) for site in told.values())
+        assert {"heads.finding", "heads.pathology"} <= {b for site in records.values() for b in site["blocks"]}
+        assert not any({"heads.finding", "heads.pathology"} <= set(site["blocks"]) for site in records.values())
     else:
-        assert "heads.lesions" not in told["south"]["blocks"]
-        assert "heads.lungs" not in told["east"]["blocks"]
+        assert "heads.lesions" not in records["south"]["blocks"]
+        assert "heads.lungs" not in records["east"]["blocks"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Who is let into a round, how many must come, and what the state of a run says."""
+"""Admission of updates to a round, the quorum, and the state file of a run."""
 
 import json
 import os
@@ -16,25 +16,25 @@ from tests.fixtures.toy_federation import make_update, toy
 
 
 @pytest.mark.parametrize(
-    "quorum, asked, needed",
+    "quorum, sites, needed",
     [(0.5, 4, 2), (0.5, 5, 3), (0.1, 5, 1), (1, 5, 1), (3, 5, 3), (9, 5, 5), (0.5, 1, 1), (1.0, 4, 1)],
 )
-def test_the_quorum_is_a_share_or_a_number_of_the_sites_asked(quorum, asked, needed):
-    assert Policy(quorum=quorum).needed(asked) == needed
+def test_the_quorum_is_a_share_or_a_number_of_sites(quorum, sites, needed):
+    assert Policy(quorum=quorum).needed(sites) == needed
 
 
 @pytest.mark.parametrize(
     "settings", [{"quorum": 0}, {"quorum": 1.5}, {"deadline": 0}, {"retries": -1}, {"outlier": 0.0}]
 )
-def test_a_policy_that_cannot_be_is_refused(settings):
+def test_a_policy_out_of_range_is_refused(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         Policy(**settings)
 
 
-def test_a_round_below_its_quorum_ends_the_run_and_says_who_was_missing():
+def test_a_round_below_its_quorum_ends_the_run_and_names_the_missing_sites():
     faults = [Fault("south", "out of memory")]
     Policy(quorum=1).check(0, 2, 1, faults)
-    with pytest.raises(RoundError, match=r"round 3: 1 of 2 .*quorum asks for 2; south: out of memory"):
+    with pytest.raises(RoundError, match=r"round 3: 1 of 2 .*quorum requires 2; south: out of memory"):
         Policy(quorum=2).check(2, 2, 1, faults)
     with pytest.raises(RoundError, match="missing=fail"):
         Policy(missing="fail").check(0, 2, 1, faults)
@@ -80,7 +80,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_update_that_cannot_be_used_is_refused_by_name(case):
+def test_an_invalid_update_is_refused_with_the_reason(case):
     change, words = CASES[case]
     import re
 
@@ -88,7 +88,7 @@ def test_an_update_that_cannot_be_used_is_refused_by_name(case):
 
 
 @pytest.mark.parametrize("precision", [None, "tensor", "row", "element"])
-def test_a_good_update_is_let_in(precision):
+def test_a_valid_update_is_admitted(precision):
     state, schema = toy()
     from mtmedformer.storage.hashing import state_hash
 
@@ -104,7 +104,9 @@ def test_a_change_far_larger_than_the_others_is_an_outlier_and_a_small_one_is_no
     assert outliers(usual | {"bad": {"encoder": 7.0}}, 6.0) == {}, "never below 7.4 times the median"
     assert outliers(usual | {"idle": {"encoder": 1e-6}}, 6.0) == {}
     assert outliers(usual | {"bad": {"encoder": 1e9}}, None) == {}
-    assert outliers({"a": {"encoder": 1.0}, "b": {"encoder": 1e9}}, 6.0) == {}, "of two, nobody knows which is wrong"
+    assert outliers({"a": {"encoder": 1.0}, "b": {"encoder": 1e9}}, 6.0) == {}, (
+        "of two sites, it is unknown which is wrong"
+    )
 
 
 def test_sites_that_differ_widely_are_not_outliers():
@@ -112,35 +114,35 @@ def test_sites_that_differ_widely_are_not_outliers():
     assert outliers(varied, 6.0) == {}
 
 
-def test_norms_are_those_of_each_block():
+def test_norms_are_computed_per_block():
     state, schema = toy()
     update = make_update("a", state, schema)
     flat = torch.cat([delta.flatten() for delta in update.blocks["heads.lungs"].delta.values()])
     assert norms_of(update)["heads.lungs"] == pytest.approx(float(flat.norm()), rel=1e-6)
 
 
-def test_the_state_is_written_whole_and_read_back(tmp_path):
-    said = write_state(tmp_path, "running", "4 sites", 1, 5)
-    assert read_state(tmp_path) == said
+def test_the_state_is_read_back_as_it_was_written(tmp_path):
+    state = write_state(tmp_path, "running", "4 sites", 1, 5)
+    assert read_state(tmp_path) == state
     assert [p.name for p in tmp_path.iterdir()] == ["run_state.json"]
     assert read_state(tmp_path / "nothing") is None
 
 
 @pytest.mark.parametrize("state, code", [("finished", 0), ("failed", 1), ("degraded", 3)])
-def test_the_exit_code_tells(state, code):
+def test_the_exit_code_of_each_state(state, code):
     assert RunState(state, "", 1, 1).exit_code == code
 
 
-def test_a_process_that_was_killed_is_found_out(tmp_path):
+def test_the_state_of_a_killed_process_is_failed(tmp_path):
     code = (
         "import os, signal, sys; from pathlib import Path; from federation.server.run_state import write_state;"
         "write_state(Path(sys.argv[1]), 'running', '2 sites', 2, 5); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=os.environ | {"PYTHONPATH": os.getcwd()})
     assert json.loads((tmp_path / "run_state.json").read_text())["state"] == "running"
-    said = read_state(tmp_path)
-    assert said.state == "failed"
-    assert "unexpectedly after round 2" in said.reason
+    state = read_state(tmp_path)
+    assert state.state == "failed"
+    assert "unexpectedly after round 2" in state.reason
 
 
 def test_a_broken_state_is_an_error_that_names_the_file(tmp_path):
