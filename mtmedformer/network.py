@@ -13,6 +13,7 @@ from mtmedformer.calibration import TaskCalibration
 from mtmedformer.encoders.base import Encoder
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead, build_heads
+from mtmedformer.heads.capabilities import calibrated
 from mtmedformer.heads.layers import mixes_images
 from mtmedformer.protocols import PredictionStrategy
 
@@ -70,7 +71,7 @@ class MultiTaskNetwork(L.LightningModule):
         predictions = {}
         for name, head in self._heads().items():
             temperature = self.calibration[name].temperature if name in self.calibration else None
-            scaled = outputs[name] if temperature is None else head.scaled(outputs[name], temperature)
+            scaled = calibrated(head, outputs[name], temperature)
             predictions[name] = head.predict(scaled, image_size(image))
             if raw and temperature is not None:
                 predictions[f"raw/{name}"] = head.predict(outputs[name], image_size(image))

@@ -17,7 +17,7 @@ from mtmedformer.calibration import (
     tempered,
 )
 from mtmedformer.errors import ConfigError
-from mtmedformer.heads.base import TaskHead
+from mtmedformer.heads.capabilities import Calibratable
 from mtmedformer.metrics.base import TaskMetrics
 from mtmedformer.metrics.calibration import LOG_TEMPERATURES, TemperatureSums
 from mtmedformer.metrics.classification import ClassificationMetrics
@@ -72,10 +72,8 @@ class Calibrate(Callback):
         size = (int(batch.image.shape[-2]), int(batch.image.shape[-1]))
         for name, sums in self._sums.items():
             head = _calibrated(pl_module).heads[name]
-            assert isinstance(head, TaskHead)
-            logits = head.class_logits(outputs[name], size)
-            if logits is not None:
-                sums.update(logits, batch.targets[name], batch.meta)
+            if isinstance(head, Calibratable):
+                sums.update(head.class_logits(outputs[name], size), batch.targets[name], batch.meta)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit every task; log the temperature and the calibrated likelihood."""

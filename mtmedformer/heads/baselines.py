@@ -1,14 +1,14 @@
-"""Networks of other libraries as single-task baselines: U-Net and its kin for masks, torchvision's for boxes.
+"""Networks of other libraries as single-task baselines: segmentation_models_pytorch and torchvision detectors.
 
-They bring their own encoder, so the shared one is replaced by ``NoEncoder``, which hands the image on. One head a
-model; everything else (data, loss of masks, budget, metrics, commands) is that of every other run.
+They contain their own encoder, so ``NoEncoder``, which returns the image, replaces the shared one. A model has one such
+head. Data, loss of masks, budget, metrics and commands are the same as in other runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,14 @@ from mtmedformer.encoders.base import Encoder
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
 from mtmedformer.heads.segmentation import SegmentationHead
-
-if TYPE_CHECKING:
-    from mtmedformer.metrics.base import TaskMetrics
+from mtmedformer.metrics.base import TaskMetrics
+from mtmedformer.metrics.detection import DetectionMetrics
 
 LARGEST_STRIDE = 32
 
 
 class NoEncoder(Encoder):
-    """Hands the image on as the only level of the pyramid, for a head that brings a network of its own.
+    """Returns the image as the only level of the pyramid, for a head that contains its own network.
 
     Args:
         in_chans: Channels of the image.
@@ -39,31 +38,31 @@ class NoEncoder(Encoder):
         self.name, self.in_chans, self.fixed_size = "none", in_chans, None
         self.channels, self.strides = in_chans, (1,)
 
+    @override
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Return the image."""
         return [image]
 
+    @override
     def layer_depths(self) -> dict[str, int]:
-        """Return none: there are no layers."""
         return {}
 
+    @override
     def no_weight_decay(self) -> set[str]:
-        """Return none."""
         return set()
 
 
 class LibrarySegmentation(SegmentationHead):
-    """A network of segmentation_models_pytorch, trained by this project's losses from random weights.
+    """A network of segmentation_models_pytorch, trained with the losses of this project from random weights.
 
     Args:
         classes: As in ``SegmentationHead``.
         multi_label: As in ``SegmentationHead``.
         architecture: ``unet``, ``fpn``, ``segformer``, ``deeplabv3plus`` …
-        encoder: One of that library's encoders. Mind their licences: ``mit_b0`` to ``mit_b5`` are not free.
+        encoder: An encoder of that library. Check its licence: ``mit_b0`` to ``mit_b5`` are not free.
         hausdorff: As in ``SegmentationHead``.
 
     Raises:
-        ConfigError: When the library has no such network.
+        ConfigError: The library has no such network.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class LibrarySegmentation(SegmentationHead):
     def build(self, channels: int, strides: Sequence[int]) -> None:
         import segmentation_models_pytorch as smp
 
-        _check_alone(strides)
+        _require_no_encoder(strides)
         outputs = len(self.classes) + (not self.multi_label)
         try:
             self.network = smp.create_model(
@@ -93,25 +92,26 @@ class LibrarySegmentation(SegmentationHead):
                 f"{self.encoder} ({error})"
             ) from error
 
+    @override
     def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> Tensor:
-        """Return logits (B, C, H, W); the image is padded to whole strides and the logits are cut back."""
+        """Return logits (B, C, H, W): pad the image to a multiple of the stride and crop the logits."""
         height, width = (-(-side // LARGEST_STRIDE) * LARGEST_STRIDE for side in size)
         logits: Tensor = self.network(F.pad(pyramid[0], (0, width - size[1], 0, height - size[0])))
         return logits[..., : size[0], : size[1]]
 
 
 class LibraryDetection(TaskHead):
-    """A detector of torchvision, trained by its own losses from random weights at the images' own size.
+    """A detector of torchvision, trained with its own losses from random weights, without a resize of the images.
 
     Args:
         classes: Class names in label order.
         architecture: A builder of ``torchvision.models.detection``, such as ``fasterrcnn_mobilenet_v3_large_320_fpn``,
             ``retinanet_resnet50_fpn_v2`` or ``fcos_resnet50_fpn``.
         score_threshold: Boxes with a lower score are dropped.
-        max_detections: Boxes kept an image.
+        max_detections: Largest number of boxes per image.
 
     Raises:
-        ConfigError: When torchvision has no such builder.
+        ConfigError: torchvision has no such builder.
     """
 
     kind = "detection"
@@ -131,7 +131,7 @@ class LibraryDetection(TaskHead):
     def build(self, channels: int, strides: Sequence[int]) -> None:
         from torchvision.models import detection, list_models
 
-        _check_alone(strides)
+        _require_no_encoder(strides)
         if self.architecture not in list_models(detection):
             raise ConfigError(f"architecture: {self.architecture} is none of {', '.join(list_models(detection))}")
         self.network: Any = getattr(detection, self.architecture)(
@@ -143,8 +143,9 @@ class LibraryDetection(TaskHead):
             **self._limits(),
         )
 
+    @override
     def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> Tensor:
-        """Return the image; the loss runs the network, because a torchvision detector takes image and target."""
+        """Return the image (B, 3, H, W); the network runs in ``loss`` and ``predict``, as it needs the target too."""
         return pyramid[0].expand(-1, 3, -1, -1)
 
     @override
@@ -157,34 +158,32 @@ class LibraryDetection(TaskHead):
         nothing = not any(len(one["boxes"]) for one in boxes)
         with (
             torch.autocast(outputs.device.type, enabled=False),
-            self._asked_for(losses=True, image=outputs, every_proposal=nothing),
+            self._returning(losses=True, image=outputs, every_proposal=nothing),
         ):
-            found: dict[str, Tensor] = self.network(list(outputs[rows].float()), boxes)
-        return found
+            losses: dict[str, Tensor] = self.network(list(outputs[rows].float()), boxes)
+        return losses
 
     @override
     def predict(self, outputs: Tensor, size: tuple[int, int]) -> list[dict[str, Tensor]]:
-        with torch.autocast(outputs.device.type, enabled=False), self._asked_for(losses=False, image=outputs):
-            found = self.network(list(outputs.float()))
-        return [{"boxes": f["boxes"], "scores": f["scores"], "labels": f["labels"] - 1} for f in found]
+        with torch.autocast(outputs.device.type, enabled=False), self._returning(losses=False, image=outputs):
+            images = self.network(list(outputs.float()))
+        return [{"boxes": one["boxes"], "scores": one["scores"], "labels": one["labels"] - 1} for one in images]
 
     @override
     def metrics(self) -> TaskMetrics:
-        from mtmedformer.metrics import DetectionMetrics
-
         return DetectionMetrics(self.classes)
 
     def _limits(self) -> dict[str, Any]:
-        """Return threshold and number of boxes under the names that the architecture gives them."""
+        """Return the threshold and the number of boxes under the argument names of the architecture."""
         box = "box_" if self.architecture.startswith("fasterrcnn") else ""
         return {f"{box}score_thresh": self.score_threshold, f"{box}detections_per_img": self.max_detections}
 
     @contextmanager
-    def _asked_for(self, losses: bool, image: Tensor, every_proposal: bool = False) -> Iterator[None]:
-        """Let the detector give losses or boxes, whatever the mode of its layers, and keep the size of the images.
+    def _returning(self, losses: bool, image: Tensor, every_proposal: bool = False) -> Iterator[None]:
+        """Make the detector return losses or boxes, in any mode of its layers, without a resize of the images.
 
-        In a batch without boxes a detector of two stages may propose none above its threshold, and the second stage's
-        loss, a mean over proposals, would not be a number: ``every_proposal`` lifts the threshold.
+        In a batch without boxes the first of two stages may propose no box above its threshold. The loss of the second
+        stage, a mean over proposals, would then be NaN; ``every_proposal`` sets the threshold to 0.
         """
         parts = [p for p in (self.network, *(getattr(self.network, n, None) for n in ("rpn", "roi_heads"))) if p]
         before = [part.training for part in parts]
@@ -206,11 +205,11 @@ class LibraryDetection(TaskHead):
 
 
 def _with_area(boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Leave out boxes without area, which torchvision refuses."""
+    """Remove boxes without area, for which torchvision raises an error."""
     kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     return boxes[kept], labels[kept]
 
 
-def _check_alone(strides: Sequence[int]) -> None:
+def _require_no_encoder(strides: Sequence[int]) -> None:
     if tuple(strides) != (1,):
-        raise ConfigError("a head that brings its own network reads the image itself; set model.encoder to NoEncoder")
+        raise ConfigError("a head with its own network needs the image as input; set model.encoder to NoEncoder")

@@ -1,10 +1,9 @@
-"""Classes of the whole image, by attention over the coarse tokens of the pyramid and by their strongest signals."""
+"""Classification of the whole image from attention-pooled tokens of the pyramid and their channel maxima."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,37 +13,36 @@ from typing_extensions import override
 from mtmedformer.batch import ClassificationTarget, Target
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
-from mtmedformer.heads.layers import pick_levels
+from mtmedformer.heads.layers import enlarge, pick_levels
 from mtmedformer.losses.classification import BinaryCrossEntropy, ClassLoss, CrossEntropy
-
-if TYPE_CHECKING:
-    from mtmedformer.metrics.base import TaskMetrics
+from mtmedformer.metrics.base import TaskMetrics
+from mtmedformer.metrics.classification import ClassificationMetrics
 
 
 @dataclass
 class ClassificationOutputs:
-    """``logits`` (B, K) and ``attention`` (B, h, w), summing to 1: where the head looked, on its finest level."""
+    """``logits`` (B, K), and the attention (B, h, w) on the finest level of the head; each map sums to 1."""
 
     logits: Tensor
     attention: Tensor
 
 
 class ClassificationHead(TaskHead):
-    r"""Pools pyramid tokens by gated attention and classifies the pool.
+    r"""Pools pyramid tokens by gated attention and classifies the pooled features.
 
     Each attention head scores token $h$ with $w^\top(\tanh(V h) \odot \sigma(U h))$, takes the softmax over the tokens
-    of all its levels and pools its share of the channels. Beside it each channel's maximum over the tokens is kept
-    (``peak``): a lesion of one token in a thousand would otherwise reach the classifier, and be reached by its
-    gradient, as a thousandth of what it is. The attention map does not show what the peaks contribute.
+    of all its levels and pools its share of the channels. The maximum of each channel over the tokens is added
+    (``peak``), because in a mean over a thousand tokens the signal and the gradient of a lesion in one token are a
+    thousand times smaller. The attention map does not show the contribution of the maxima.
 
     Args:
         classes: Class names in channel order.
         multi_label: Whether several classes may hold at once (sigmoids) or exactly one does (softmax).
         terms: Loss terms by name, summed by their weights; ``None`` is binary or categorical cross-entropy.
         strides: Strides of the pyramid levels whose tokens are pooled.
-        width: Channels of the tokens; ``None`` is the pyramid's.
-        num_heads: Attention heads; divides ``width``.
-        peak: Classify the channels' maxima too; without them, the attention map covers everything the classifier reads.
+        width: Channels of the tokens; ``None`` is the width of the pyramid.
+        num_heads: Number of attention heads; divides ``width``.
+        peak: Also classify the channel maxima; without them, the attention map covers all input of the classifier.
         dropout: Dropout on the pooled features, in [0, 1).
 
     Raises:
@@ -113,7 +111,7 @@ class ClassificationHead(TaskHead):
         values = tokens.view(*tokens.shape[:2], self.num_heads, -1)
         pooled = (attention.to(values.dtype).unsqueeze(3) * values).sum(1).flatten(1)
         features = torch.cat([pooled, tokens.amax(dim=1)], dim=1) if self.peak else pooled
-        return ClassificationOutputs(self.classifier(features), self._attention_map(attention.mean(2), maps))
+        return ClassificationOutputs(self.classifier(features), self._on_finest_level(attention.mean(2), maps))
 
     @override
     def loss(self, outputs: ClassificationOutputs, target: Target) -> dict[str, Tensor]:
@@ -127,26 +125,36 @@ class ClassificationHead(TaskHead):
         logits = outputs.logits.float()
         return logits.sigmoid() if self.multi_label else logits.softmax(dim=1)
 
-    @override
-    def exported(self, outputs: ClassificationOutputs, size: tuple[int, int]) -> dict[str, Tensor]:
-        return {"": self.predict(outputs, size), "attention": outputs.attention.float()}
-
-    @override
     def class_logits(self, outputs: ClassificationOutputs, size: tuple[int, int]) -> Tensor:
+        """Return the logits, float32 (B, K)."""
         return outputs.logits.float()
 
-    @override
     def scaled(self, outputs: ClassificationOutputs, temperature: float) -> ClassificationOutputs:
+        """Return the outputs with their logits divided by a temperature."""
         return replace(outputs, logits=outputs.logits.float() / temperature)
+
+    def class_score(self, outputs: ClassificationOutputs, label: int) -> Tensor:
+        """Return the logit of a class, float32 (B,)."""
+        return outputs.logits[:, label].float()
+
+    def attention_map(self, outputs: ClassificationOutputs, size: tuple[int, int]) -> Tensor:
+        """Return the attention per pixel, float32 (B, H, W), without the contribution of the channel maxima."""
+        return enlarge(outputs.attention[:, None].float(), self.strides[0], size)[:, 0]
+
+    def exported(self, outputs: ClassificationOutputs, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Return the probabilities (B, K) under the empty name, and ``attention`` (B, h, w)."""
+        return {"": self.predict(outputs, size), "attention": outputs.attention.float()}
+
+    def decoded(self, exported: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
+        """Return the probabilities."""
+        return exported[""]
 
     @override
     def metrics(self) -> TaskMetrics:
-        from mtmedformer.metrics import ClassificationMetrics
-
         return ClassificationMetrics(self.classes, self.multi_label)
 
-    def _attention_map(self, attention: Tensor, maps: list[Tensor]) -> Tensor:
-        """Spread every level's attention (B, T) over the cells of the finest one, keeping its sum of 1."""
+    def _on_finest_level(self, attention: Tensor, maps: list[Tensor]) -> Tensor:
+        """Spread the attention (B, T) of all levels over the cells of the finest level, with a sum of 1."""
         (h, w), finest = maps[0].shape[-2:], self.strides[0]
         total = attention.new_zeros(attention.shape[0], h, w)
         parts = torch.split(attention, [m.shape[-2] * m.shape[-1] for m in maps], dim=1)

@@ -1,11 +1,10 @@
-"""Boxes by FCOS: every location of the pyramid predicts a class, a box and a centerness."""
+"""Detection by FCOS: each location of the pyramid predicts a class, a box and a centerness."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +17,20 @@ from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
 from mtmedformer.heads.layers import group_norm
 from mtmedformer.losses.detection import BoxLoss, GIoU, decode_boxes, fcos_loss
-
-if TYPE_CHECKING:
-    from mtmedformer.metrics.base import TaskMetrics
+from mtmedformer.metrics.base import TaskMetrics
+from mtmedformer.metrics.detection import DetectionMetrics
 
 
 @dataclass
 class DetectionOutputs:
-    """Outputs of each of A locations.
+    """Outputs of the A locations.
 
     Attributes:
         logits: (B, A, K) class logits.
-        distances: (B, A, 4) to the left, top, right and bottom side, in strides of the location's level, not negative.
-        centerness: (B, A) logits of how central the location lies in its box.
+        distances: (B, A, 4) to the left, top, right and bottom side, in strides of the level, 0 or larger.
+        centerness: (B, A) logits of the centerness of the location in its box.
         anchors: float32 (A, 4) xyxy: the square of one stride around each location, finest level first.
-        per_level: Locations of each level.
+        per_level: Number of locations per level.
     """
 
     logits: Tensor
@@ -43,19 +41,19 @@ class DetectionOutputs:
 
 
 class DetectionHead(TaskHead):
-    """FCOS: torchvision's towers on every pyramid level, with GroupNorm.
+    """FCOS with the towers of torchvision on every pyramid level, with GroupNorm.
 
-    Location ``j`` of a level lies at pixel ``(j + 1/2) stride``, in the middle of the pixels it stands for. A level
-    answers for boxes whose farthest side is 4 to 8 strides away (from 0 on the finest, without end on the coarsest).
+    Location ``j`` of a level lies at pixel ``(j + 1/2) stride``, the centre of its pixels. A level predicts boxes
+    whose farthest side is 4 to 8 strides away (from 0 on the finest level, without limit on the coarsest).
 
     Args:
         classes: Class names in channel order.
         num_convs: 3 × 3 convolutions of the classification and of the regression tower.
-        width: Channels of the towers; ``None`` is the pyramid's.
-        score_threshold: Boxes with a lower score are dropped, in [0, 1]. Low on purpose: mAP and FROC need the tail.
-        nms_threshold: Of two boxes of one class with a higher IoU the lower score is dropped, in (0, 1].
-        max_detections: Boxes kept an image.
-        candidates: Boxes kept a level before suppression.
+        width: Channels of the towers; ``None`` is the width of the pyramid.
+        score_threshold: Boxes with a lower score are dropped, in [0, 1]. Low, because mAP and FROC need low scores too.
+        nms_threshold: Of two boxes of one class with a higher IoU, that with the lower score is dropped, in (0, 1].
+        max_detections: Largest number of boxes per image.
+        candidates: Largest number of boxes per level before non-maximum suppression.
         box_loss: Loss of the boxes; ``None`` is ``GIoU()``.
 
     Reference:
@@ -95,7 +93,7 @@ class DetectionHead(TaskHead):
         self.entry = nn.Sequential(nn.Conv2d(channels, width, 1), group_norm(width))
         self.cls_head = FCOSClassificationHead(width, 1, len(self.classes), self.num_convs, norm_layer=group_norm)
         self.bbox_reg = FCOSRegressionHead(width, 1, self.num_convs, norm_layer=group_norm)
-        # Distances are a ReLU: started at zero, half of them would be dead; 4 strides is the middle of a level's range.
+        # Distances pass a ReLU: with a bias of 0 half of them would be dead; 4 strides is in the range of a level.
         nn.init.constant_(self.bbox_reg.bbox_reg.bias, 4.0)
 
     @override
@@ -138,37 +136,35 @@ class DetectionHead(TaskHead):
 
     @override
     def predict(self, outputs: DetectionOutputs, size: tuple[int, int]) -> list[dict[str, Tensor]]:
-        """Return each image's boxes after suppression, within the image.
+        """Return the boxes of each image after non-maximum suppression, clipped to the image.
 
         A score is the geometric mean of class probability and centerness.
         """
         return self.decoded(self.exported(outputs, size), size)
 
     def exported(self, outputs: DetectionOutputs, size: tuple[int, int]) -> dict[str, Tensor]:
-        """Return ``scores`` (B, A, K) and ``boxes`` (B, A, 4) of every location, nothing suppressed yet."""
+        """Return ``scores`` (B, A, K) and ``boxes`` (B, A, 4) of all locations, before non-maximum suppression."""
         scores = (outputs.logits.float().sigmoid() * outputs.centerness.float().sigmoid().unsqueeze(2)).sqrt()
         return {
             "scores": scores,
             "boxes": clip_boxes_to_image(decode_boxes(outputs.distances.float(), outputs.anchors), size),
         }
 
-    @override
     def decoded(self, exported: dict[str, Tensor], size: tuple[int, int]) -> list[dict[str, Tensor]]:
+        """Return the boxes of each image after non-maximum suppression."""
         per_level = [math.ceil(size[0] / s) * math.ceil(size[1] / s) for s in self.strides]
         return [self._select(s, b, per_level) for s, b in zip(exported["scores"], exported["boxes"], strict=True)]
 
-    @override
     def class_score(self, outputs: DetectionOutputs, label: int) -> Tensor:
+        """Return the largest logit of a class over all locations, float32 (B,)."""
         return outputs.logits[..., label].float().amax(1)
 
     @override
     def metrics(self) -> TaskMetrics:
-        from mtmedformer.metrics import DetectionMetrics
-
         return DetectionMetrics(self.classes)
 
     def _select(self, scores: Tensor, boxes: Tensor, per_level: list[int]) -> dict[str, Tensor]:
-        """Keep the best (A, K) scores of each level, then suppress what overlaps a better box of its class."""
+        """Keep the largest of the (A, K) scores of each level, then apply non-maximum suppression per class."""
         start, kept = 0, []
         for count in per_level:
             level = scores[start : start + count].flatten()

@@ -1,11 +1,10 @@
-"""Boxes by learned queries, each of which finds one lesion or none (experimental)."""
+"""Detection by DETR: each learned query predicts one box or none (experimental)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,17 +23,19 @@ from mtmedformer.batch import DetectionTarget, Target
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
 from mtmedformer.heads.layers import pick_levels
-
-if TYPE_CHECKING:
-    from mtmedformer.metrics.base import TaskMetrics
+from mtmedformer.metrics.base import TaskMetrics
+from mtmedformer.metrics.detection import DetectionMetrics
 
 NO_OBJECT_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 0.1, 5.0, 2.0
-"""Weights of the paper: of "no object" in the cross-entropy, of the L1 distance and the generalised IoU of boxes."""
+"""Weights as in the paper: of "no object" in the cross-entropy, of the L1 distance and of the generalised IoU."""
+
+STRIDES = (16, 32)
+"""Strides of the pyramid levels whose tokens the queries attend to."""
 
 
 @dataclass
 class DETROutputs:
-    """Outputs of each of Q queries after each of D decoder layers; the last layer is the prediction.
+    """Outputs of Q queries after each of D decoder layers; predictions use the last layer.
 
     Attributes:
         logits: (B, D, Q, K + 1) class logits; the last class is "no object".
@@ -48,20 +49,17 @@ class DETROutputs:
 
 
 class DETRHead(TaskHead):
-    """DETR: queries attend to the pyramid's tokens, each answers with one box or "no object"; no suppression needed.
+    """DETR: queries attend to the tokens of the pyramid, and each predicts one box or "no object".
 
-    Experimental: a set predictor converges slowly, needs much data and is weak on tiny lesions; prefer
-    ``DetectionHead`` unless you study it. Every decoder layer is trained (the terms are means over the layers, so that
-    their number does not change the scale). Of more boxes than queries, the ones that match worst go untrained.
+    Experimental: it converges slowly, needs much data and is weak on small lesions; ``DetectionHead`` is the default
+    choice. All decoder layers are trained: each term is a mean over the layers. If an image has more boxes than
+    queries, the boxes with the worst match are ignored. There is no non-maximum suppression.
 
     Args:
         classes: Class names in channel order.
-        num_queries: Most boxes an image can have.
-        num_layers: Decoder layers.
-        num_heads: Attention heads; divides ``width``.
-        width: Channels of the decoder, a multiple of 4; ``None`` is the pyramid's.
-        strides: Strides of the pyramid levels attended to.
-        dropout: Dropout of the decoder, in [0, 1).
+        num_queries: Largest number of boxes per image.
+        num_layers: Number of decoder layers.
+        num_heads: Number of attention heads; divides the width of the pyramid.
         score_threshold: Boxes with a lower score are dropped, in [0, 1].
 
     Reference:
@@ -76,30 +74,25 @@ class DETRHead(TaskHead):
         num_queries: int = 20,
         num_layers: int = 2,
         num_heads: int = 4,
-        width: int | None = None,
-        strides: tuple[int, ...] = (16, 32),
-        dropout: float = 0.0,
         score_threshold: float = 0.01,
     ) -> None:
         super().__init__(classes)
         self.num_queries = num_queries
         self.num_layers = num_layers
         self.num_heads = num_heads
-        self.width = width
-        self.strides = tuple(strides)
-        self.dropout = dropout
         self.score_threshold = score_threshold
 
     @override
     def build(self, channels: int, strides: Sequence[int]) -> None:
-        self.levels = pick_levels(strides, self.strides)
-        width = self.width or channels
+        self.levels, width = pick_levels(strides, STRIDES), channels
         if width % self.num_heads or width % 4:
-            raise ConfigError(f"width: {width} must be a multiple of 4 and of num_heads: {self.num_heads}")
+            raise ConfigError(
+                f"channels: {width} of the encoder must be a multiple of 4 and of num_heads: {self.num_heads}"
+            )
         self.project = nn.ModuleList(nn.Conv2d(channels, width, 1) for _ in self.levels)
         self.norm = nn.ModuleList(nn.LayerNorm(width) for _ in self.levels)
         self.query = nn.Embedding(self.num_queries, width)
-        layer = (width, self.num_heads, 4 * width, self.dropout)
+        layer = (width, self.num_heads, 4 * width, 0.0)
         self.layers = nn.ModuleList(
             nn.TransformerDecoderLayer(*layer, batch_first=True, norm_first=True) for _ in range(self.num_layers)
         )
@@ -115,7 +108,7 @@ class DETRHead(TaskHead):
             [
                 norm(project(pyramid[level]).flatten(2).transpose(1, 2))
                 + position_encoding(self.query.embedding_dim, pyramid[level], stride, size)
-                for project, norm, level, stride in zip(self.project, self.norm, self.levels, self.strides, strict=True)
+                for project, norm, level, stride in zip(self.project, self.norm, self.levels, STRIDES, strict=True)
             ],
             dim=1,
         )
@@ -145,15 +138,15 @@ class DETRHead(TaskHead):
     def predict(self, outputs: DETROutputs, size: tuple[int, int]) -> list[dict[str, Tensor]]:
         return self.decoded(self.exported(outputs, size), size)
 
-    @override
     def exported(self, outputs: DETROutputs, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Return ``scores`` (B, Q, K) and ``boxes`` (B, Q, 4) of all queries."""
         corners = box_convert(outputs.boxes[:, -1].float(), "cxcywh", "xyxy")
         pixels = torch.stack([corners[..., ::2] * size[1], corners[..., 1::2] * size[0]], dim=-1).flatten(-2)
         scores = outputs.logits[:, -1].float().softmax(-1)[..., :-1]
         return {"scores": scores, "boxes": clip_boxes_to_image(pixels, size)}
 
-    @override
     def decoded(self, exported: dict[str, Tensor], size: tuple[int, int]) -> list[dict[str, Tensor]]:
+        """Return the most likely class and the box of each query above the threshold, in order of the scores."""
         scores, labels = exported["scores"].max(-1)
         predictions = []
         for score, label, box in zip(scores, labels, exported["boxes"], strict=True):
@@ -163,14 +156,12 @@ class DETRHead(TaskHead):
             predictions.append({"boxes": box[order], "scores": score[order], "labels": label[order]})
         return predictions
 
-    @override
     def class_score(self, outputs: DETROutputs, label: int) -> Tensor:
+        """Return the largest log-probability of a class over all queries, float32 (B,)."""
         return outputs.logits[:, -1].float().log_softmax(-1)[..., label].amax(1)
 
     @override
     def metrics(self) -> TaskMetrics:
-        from mtmedformer.metrics import DetectionMetrics
-
         return DetectionMetrics(self.classes)
 
     def _layer_loss(self, logits: Tensor, boxes: Tensor, true: list[Tensor], labels: list[Tensor]) -> dict[str, Tensor]:
@@ -196,16 +187,16 @@ class DETRHead(TaskHead):
 
     @torch.no_grad()
     def match(self, logits: Tensor, boxes: Tensor, true: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pair queries with boxes of one image at the least total cost (Hungarian algorithm, scipy).
+        """Match queries to the boxes of one image at the least total cost (Hungarian algorithm, scipy).
 
         Args:
             logits: float32 (Q, K + 1).
             boxes: float32 (Q, 4), centre and size as shares of the image.
-            true: float32 (M, 4), likewise.
+            true: float32 (M, 4), in the same format.
             labels: int64 (M,).
 
         Returns:
-            int64 indices of the paired queries and of their boxes, both (min(Q, M),).
+            int64 indices of the matched queries and of their boxes, both (min(Q, M),).
         """
         cost = -logits.softmax(-1)[:, labels]
         cost = cost + L1_WEIGHT * torch.cdist(boxes, true, p=1)
@@ -218,7 +209,7 @@ class DETRHead(TaskHead):
 def position_encoding(channels: int, level: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
     """Return sines and cosines of the position, as a share of the image, of each cell of a level: (h * w, channels).
 
-    Half of the channels stand for y, half for x; frequencies run from half a period an image side to 32 periods.
+    Half of the channels encode y, half encode x; frequencies are from half a period per image side to 32 periods.
     """
     frequency = math.pi * torch.logspace(0, 6, channels // 4, base=2.0, device=level.device)
     codes = []

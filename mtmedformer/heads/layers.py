@@ -1,4 +1,4 @@
-"""Pyramid levels as the heads see them: found by stride, brought to a finer grid without shifting."""
+"""Functions that heads share: selection of pyramid levels by stride, resampling without a shift, GroupNorm."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def pick_levels(strides: Sequence[int], wanted: Sequence[int]) -> list[int]:
-    """Return where in ``strides`` each wanted stride is.
+    """Return the index in ``strides`` of each wanted stride.
 
     Raises:
-        ConfigError: The pyramid lacks a wanted stride, or none is wanted.
+        ConfigError: The pyramid has no level of a wanted stride, or no stride is wanted.
     """
     missing = [s for s in wanted if s not in strides]
     if missing or not wanted:
         raise ConfigError(
-            f"strides: {list(wanted)} of a head; the encoder's pyramid has {list(strides)}, choose from it"
+            f"strides: {list(wanted)} of a head; the pyramid of the encoder has {list(strides)}; choose some of these"
         )
     return [list(strides).index(s) for s in wanted]
 
@@ -31,8 +31,8 @@ def pick_levels(strides: Sequence[int], wanted: Sequence[int]) -> list[int]:
 def enlarge(x: Tensor, factor: float, size: Sequence[int]) -> Tensor:
     """Resample (B, C, h, w) bilinearly to ``factor`` times its size and crop to ``size`` at the bottom right.
 
-    The crop matters where the image is no multiple of the stride: the last cell then covers pixels that do not exist,
-    and a plain resize to ``size`` would squeeze the whole map.
+    The crop is needed where the size of the image is no multiple of the stride: the last cell then extends beyond the
+    image, and a resize to ``size`` would compress the whole map.
     """
     if factor != 1:
         x = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)

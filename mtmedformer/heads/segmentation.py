@@ -1,9 +1,8 @@
-"""Masks by an all-MLP decoder: every level projected and fused on its own grid, enlarged and added."""
+"""Segmentation by an all-MLP decoder: each level is projected and fused on its own grid, enlarged and added."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +14,11 @@ from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
 from mtmedformer.heads.layers import enlarge, group_norm, pick_levels
 from mtmedformer.losses.segmentation import Dice, MaskCrossEntropy, MaskLoss, probabilities
+from mtmedformer.metrics.base import TaskMetrics
+from mtmedformer.metrics.segmentation import SegmentationMetrics
 
-if TYPE_CHECKING:
-    from mtmedformer.metrics.base import TaskMetrics
+UNCROPPED = (1 << 30, 1 << 30)
+"""A size to crop to that is larger than any image."""
 
 
 class SegmentationHead(TaskHead):
@@ -26,21 +27,22 @@ class SegmentationHead(TaskHead):
     Outputs are logits (B, C, h, w) at the finest stride: C is the number of classes for sigmoids, one more (channel 0,
     background) for a softmax over exclusive classes.
 
-    SegFormer projects each level, enlarges it, joins all levels and fuses them. All of that is linear, so it is the sum
-    over levels of one 1 × 1 convolution each, whose weight is the product of the level's projection and its share of
-    the fusion, enlarged after it: the same logits from a fifth of the multiplications, and no joined map to store.
+    SegFormer projects each level, enlarges it, concatenates all levels and fuses them. These steps are linear. Here
+    each level has one 1 × 1 convolution, whose weight is the product of its projection and its share of the fusion; its
+    result is enlarged, and the results are summed. The logits are the same, with a fifth of the multiplications and no
+    concatenated map in memory.
 
     Args:
         classes: Class names in channel order, without background.
         multi_label: Whether a pixel may be of several classes (sigmoids); always so with one class.
         terms: Loss terms by name, summed by their weights; ``None`` is cross-entropy plus soft Dice, 1 : 1.
         strides: Strides of the pyramid levels used.
-        width: Channels of the decoder; ``None`` is the pyramid's.
+        width: Channels of the decoder; ``None`` is the width of the pyramid.
         dropout: Dropout of whole channels before the logits, in [0, 1).
-        hausdorff: Whether ``metrics`` measures surface distances, the slow part of a validation.
+        hausdorff: Whether the metrics include surface distances, which take most of the time of a validation.
 
     Raises:
-        ConfigError: A term whose number of class weights is not that of the classes.
+        ConfigError: The number of class weights of a term is not the number of classes.
 
     Reference:
         Xie et al., SegFormer, NeurIPS 2021, section 3.2.
@@ -66,7 +68,7 @@ class SegmentationHead(TaskHead):
         self.hausdorff = hausdorff
         self.terms = nn.ModuleDict(terms or {"cross_entropy": MaskCrossEntropy(), "dice": Dice()})
         for name, term in self.terms.items():
-            weights = getattr(term, "pos_weight", None)
+            weights = term.pos_weight if isinstance(term, MaskCrossEntropy) else None
             if weights is not None and len(weights) != len(self.classes):
                 raise ConfigError(
                     f"terms.{name}: pos_weight has {len(weights)} values for {len(self.classes)} classes; give one each"
@@ -98,7 +100,7 @@ class SegmentationHead(TaskHead):
     def loss(self, outputs: Tensor, target: Target) -> dict[str, Tensor]:
         """Return the weighted terms over annotated pixels of labelled images.
 
-        In a softmax, a pixel of one class is known not to be of the others, annotated or not.
+        With exclusive classes, a pixel of one class counts as annotated for the other classes too.
         """
         assert isinstance(target, SegmentationTarget)
         logits, masks = outputs[target.present].float(), target.masks[target.present]
@@ -113,18 +115,24 @@ class SegmentationHead(TaskHead):
     def predict(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
         return probabilities(self._to_image(outputs.float(), size), len(self.classes))
 
-    @override
     def class_logits(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the logits at the size of the network's input, float32 (B, C, H, W)."""
         return self._to_image(outputs.float(), size)
 
-    @override
     def scaled(self, outputs: Tensor, temperature: float) -> Tensor:
+        """Return the logits divided by a temperature."""
         return outputs.float() / temperature
+
+    def class_score(self, outputs: Tensor, label: int) -> Tensor:
+        """Return the mean logit of the pixels predicted as a class, (B,); of all pixels if there are none."""
+        logits = self._to_image(outputs.float(), UNCROPPED)
+        channel = logits[:, label + (not self.multi_label)]
+        inside = channel > 0 if self.multi_label else logits.argmax(1) == label + 1
+        inside = inside | ~inside.flatten(1).any(1)[:, None, None]
+        return (channel * inside).sum((1, 2)) / inside.sum((1, 2))
 
     @override
     def metrics(self) -> TaskMetrics:
-        from mtmedformer.metrics import SegmentationMetrics
-
         return SegmentationMetrics(self.classes, self.multi_label, hausdorff=self.hausdorff)
 
     def _composed(self) -> list[tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""Where a head looked: the classifier's own attention, and Grad-CAM for any class of any head."""
+"""Heat maps of a head: the attention of a classifier, and Grad-CAM for a class of any explainable head."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
+from mtmedformer.heads.capabilities import AttentionPooling, Explainable
 from mtmedformer.heads.layers import enlarge
 
 if TYPE_CHECKING:
@@ -16,48 +17,44 @@ if TYPE_CHECKING:
 
 
 def attention_map(head: TaskHead, outputs: Any, size: tuple[int, int]) -> Tensor | None:
-    """Return where a head's attention pool took its evidence from, whatever the class; it comes with the prediction.
+    """Return the attention of a head per pixel; it is the same for all classes.
 
-    Where the head also keeps each channel's maximum (``ClassificationHead.peak``) the map does not show what those
-    contribute; Grad-CAM does.
+    If the head also uses the maximum of each channel (``ClassificationHead.peak``), the map does not show the
+    contribution of the maxima; Grad-CAM does.
 
     Args:
         head: Any head.
-        outputs: What it returned for B images.
+        outputs: Its outputs for B images.
         size: ``(H, W)`` of the network's input.
 
     Returns:
-        float32 (B, H, W) in [0, 1], the place of most attention 1; ``None`` where the head has no attention.
+        float32 (B, H, W) in [0, 1], the largest value of each image 1; ``None`` for a head without attention.
     """
-    attention = getattr(outputs, "attention", None)
-    stride = min(getattr(head, "strides", ()), default=0)
-    if not isinstance(attention, Tensor) or not stride:
-        return None
-    return _relative(enlarge(attention[:, None].float(), stride, size)[:, 0])
+    return _relative(head.attention_map(outputs, size)) if isinstance(head, AttentionPooling) else None
 
 
 def grad_cam(module: MultiTaskNetwork, image: Tensor, task: str, label: int) -> Tensor:
-    r"""Return what speaks for a class, place by place.
+    r"""Compute the evidence for a class per pixel.
 
     Gradient times activation, summed over the channels of every level $A^l$ of the pyramid,
     $\mathrm{ReLU}(\sum_l \sum_c \partial s / \partial A^l_c \odot A^l_c)$, each level's share spread over the pixels
-    its cells cover. The score $s$ is ``TaskHead.class_score``. This is Grad-CAM place by place (HiResCAM): Grad-CAM
-    itself averages the gradient over the image first, which suits heads that average features and none of these: on
-    phantoms it met lesions no more often than chance.
+    of its cells. The score $s$ is ``Explainable.class_score``. This is HiResCAM. Grad-CAM itself averages the gradient
+    over the image first, which suits heads that average features; on phantoms, with the heads of this project, its
+    maximum lay in a lesion no more often than by chance.
 
-    Works within ``torch.inference_mode``; only the head is gone through backwards, and no weight gets a gradient.
+    It works within ``torch.inference_mode``; only the head has a backward pass, and no weight gets a gradient.
 
     Args:
         module: The model.
-        image: float (B, C, H, W) in [0, 1], whole, whatever windows the module predicts with.
+        image: float (B, C, H, W) in [0, 1]: whole images, even if the module predicts in windows.
         task: Name of the head.
         label: Number of the class.
 
     Returns:
-        float32 (B, H, W) in [0, 1], the strongest place 1; 0 throughout where nothing speaks for the class.
+        float32 (B, H, W) in [0, 1], the largest value of each image 1; all 0 without evidence for the class.
 
     Raises:
-        ConfigError: The task is unknown to the model.
+        ConfigError: The model has no such task, or its head is not ``Explainable``.
 
     Reference:
         Draelos and Carin, Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional neural networks,
@@ -66,7 +63,11 @@ def grad_cam(module: MultiTaskNetwork, image: Tensor, task: str, label: int) -> 
     if task not in module.heads:
         raise ConfigError(f"Grad-CAM of {task!r}: the model has no such head; it has {', '.join(module.heads)}")
     head, size = module.heads[task], (int(image.shape[-2]), int(image.shape[-1]))
-    assert isinstance(head, TaskHead)
+    if not isinstance(head, Explainable):
+        raise ConfigError(
+            f"Grad-CAM of {task!r}: {type(head).__name__} has no class score; implement its method class_score "
+            "(see mtmedformer.heads.capabilities.Explainable)"
+        )
     with torch.inference_mode(False):
         with torch.no_grad():
             levels = [level.detach() for level in module.encoder(image.clone())]

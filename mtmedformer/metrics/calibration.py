@@ -204,7 +204,7 @@ class TemperatureSums(TaskMetrics):
         """Add the labelled images of a batch.
 
         Args:
-            predictions: Class logits (B, C) or (B, C, H, W), as ``TaskHead.class_logits`` gives them.
+            predictions: Class logits (B, C) or (B, C, H, W), as from ``Calibratable.class_logits``.
             target: The batch's target.
             meta: One entry an image.
         """

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mtmedformer.batch import IGNORE, ClassificationTarget, DetectionTarget, SegmentationTarget, Target
 from mtmedformer.heads import ClassificationHead, DetectionHead, DETRHead, SegmentationHead, TaskHead
+from mtmedformer.heads.capabilities import AttentionPooling, Calibratable, Explainable, Exportable
 from mtmedformer.losses import (
     Asymmetric,
     BinaryCrossEntropy,
@@ -353,3 +354,53 @@ def test_describes_its_task_and_measures_it(case):
     with torch.no_grad():
         metric.update(head.predict(head(pyramid(4), SIZE), SIZE), target, meta)
     assert metric.primary in metric.compute()
+
+
+def test_capabilities_by_kind(case):
+    head = built(case)
+    assert isinstance(head, Explainable)
+    assert isinstance(head, Calibratable) == (head.kind != "detection")
+    assert isinstance(head, AttentionPooling) == (head.kind == "classification")
+    assert isinstance(head, Exportable) == (head.kind != "segmentation")
+
+
+def having(capability: type) -> list[str]:
+    """Return the names of the cases whose head has a capability."""
+    return [name for name, one in CASES.items() if isinstance(one.head(), capability)]
+
+
+@pytest.mark.parametrize("case", having(Calibratable), indirect=True)
+def test_temperature_divides_the_logits(case):
+    head = built(case).eval()
+    outputs = head(pyramid(2), SIZE)
+    logits, halved = head.class_logits(outputs, SIZE), head.class_logits(head.scaled(outputs, 2.0), SIZE)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(halved, logits / 2)
+
+
+@pytest.mark.parametrize("case", having(Explainable), indirect=True)
+def test_class_score_is_one_differentiable_number_per_image(case):
+    head, features = built(case).eval(), pyramid(3)
+    for label in range(len(head.classes)):
+        score = head.class_score(head(features, SIZE), label)
+        assert score.shape == (3,)
+        used = [g for g in torch.autograd.grad(score.sum(), features, allow_unused=True) if g is not None]
+        assert any(g.any() for g in used)
+
+
+@pytest.mark.parametrize("case", having(AttentionPooling), indirect=True)
+def test_attention_maps_cover_the_image(case):
+    head = built(case).eval()
+    maps = head.attention_map(head(pyramid(2), SIZE), SIZE)
+    assert maps.shape == (2, *SIZE)
+    assert (maps >= 0).all()
+
+
+@pytest.mark.parametrize("case", having(Exportable), indirect=True)
+def test_exported_tensors_decode_to_the_predictions(case):
+    head = built(case).eval()
+    outputs = head(pyramid(2), SIZE)
+    exported = head.exported(outputs, SIZE)
+    assert all(len(t) == 2 for t in exported.values())
+    for a, b in zip(tensors(head.decoded(exported, SIZE)), tensors(head.predict(outputs, SIZE)), strict=True):
+        assert torch.equal(a, b)

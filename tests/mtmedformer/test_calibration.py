@@ -25,6 +25,7 @@ from mtmedformer.calibration import (
     restored,
     tempered,
 )
+from mtmedformer.heads.capabilities import Calibratable, calibrated
 from mtmedformer.metrics.calibration import (
     LOG_TEMPERATURES,
     CalibrationMetrics,
@@ -192,11 +193,13 @@ def test_scaling_changes_neither_the_winner_nor_the_order():
     assert lungs.class_logits(masks, (30, 30)).shape == (2, 1, 30, 30)
 
 
-def test_boxes_are_left_alone():
+def test_a_detection_head_cannot_be_calibrated():
     head = DetectionHead(["nodule"])
-    assert head.class_logits(object(), (32, 32)) is None
-    with pytest.raises(NotImplementedError, match="DetectionHead"):
-        head.scaled(object(), 2.0)
+    assert not isinstance(head, Calibratable)
+    outputs = object()
+    assert calibrated(head, outputs, None) is outputs
+    with pytest.raises(ConfigError, match="DetectionHead cannot be calibrated"):
+        calibrated(head, outputs, 2.0)
 
 
 def test_truth_of_exclusive_masks_has_a_background_and_knows_what_it_knows():

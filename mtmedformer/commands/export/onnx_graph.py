@@ -21,6 +21,7 @@ from torch.export import Dim
 from mtmedformer.commands.export.onnx_check import INPUT, OutputDifference, compare, shapes_to_try
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
+from mtmedformer.heads.capabilities import Exportable, calibrated
 from mtmedformer.module import MultiTaskModule
 
 OPSET = 18
@@ -48,7 +49,7 @@ class Graph:
 
 
 class ExportedOutputs(nn.Module):
-    """The calibrated outputs of all heads by name, as from ``TaskHead.exported``.
+    """The calibrated outputs of all heads by name: their exported tensors, or their predictions.
 
     Args:
         module: The model, in evaluation mode.
@@ -68,13 +69,15 @@ class ExportedOutputs(nn.Module):
         pyramid, named = self.encoder(image), {}
         for task, head in self.heads.items():
             assert isinstance(head, TaskHead)
-            outputs, temperature = head(pyramid, size), self.temperatures.get(task)
-            scaled = outputs if temperature is None else head.scaled(outputs, temperature)
-            for name, value in head.exported(scaled, size).items():
+            outputs = calibrated(head, head(pyramid, size), self.temperatures.get(task))
+            tensors = (
+                head.exported(outputs, size) if isinstance(head, Exportable) else {"": head.predict(outputs, size)}
+            )
+            for name, value in tensors.items():
                 if not isinstance(value, Tensor):
                     raise ConfigError(
-                        f"heads.{task}: {type(head).__name__} predicts no tensors; implement its methods exported "
-                        "and decoded (see TaskHead) to export it"
+                        f"heads.{task}: {type(head).__name__} predicts no tensors; to export it, implement its "
+                        "methods exported and decoded (see mtmedformer.heads.capabilities.Exportable)"
                     )
                 named[f"{task}.{name}" if name else task] = value
         return named

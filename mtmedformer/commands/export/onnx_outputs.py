@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mtmedformer.commands.load.stored_model import ABOUT, MODEL_HOMES, build
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
+from mtmedformer.heads.capabilities import Exportable
 
 DECODING = (
     "Outputs <task>.scores and <task>.boxes are those of all positions, before non-maximum suppression. "
@@ -37,7 +38,7 @@ def decode(outputs: Mapping[str, NDArray[Any]], heads: Mapping[str, TaskHead], s
     for task, head in heads.items():
         mine = {name: value for name, value in outputs.items() if name == task or name.startswith(f"{task}.")}
         tensors = {name[len(task) + 1 :]: torch.from_numpy(np.asarray(value)) for name, value in mine.items()}
-        predictions[task] = head.decoded(tensors, size)
+        predictions[task] = head.decoded(tensors, size) if isinstance(head, Exportable) else tensors[""]
     return predictions
 
 

@@ -15,6 +15,7 @@ from mtmedformer import (
 )
 from mtmedformer.batch import Batch, ClassificationTarget, DetectionTarget, Meta
 from mtmedformer.heads.base import TaskHead
+from mtmedformer.heads.baselines import LibraryDetection, NoEncoder
 from mtmedformer.inference.gradcam import attention_map, grad_cam
 
 SIZE = 64
@@ -152,6 +153,12 @@ def test_maps_of_a_trained_model_peak_in_planted_lesions_far_more_often_than_cha
         assert sum(inside) / len(inside) > 5 * chance, (name, sum(inside), len(inside))
 
 
-def test_a_task_that_is_not_there_is_named():
+def test_an_unknown_task_is_an_error_that_lists_the_heads():
     with pytest.raises(ConfigError, match="boxes"):
         grad_cam(model(boxes=DetectionHead(["a"])), torch.rand(1, 1, SIZE, SIZE), "box", 0)
+
+
+def test_a_head_without_a_class_score_is_an_error_that_names_the_method():
+    module = MultiTaskModule(NoEncoder(), {"boxes": LibraryDetection(["a"])}).eval()
+    with pytest.raises(ConfigError, match="LibraryDetection has no class score; implement its method class_score"):
+        grad_cam(module, torch.rand(1, 1, SIZE, SIZE), "boxes", 0)
