@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from mtmedformer.normalization import group_norm
+
 LEVELS = (4, 8, 16, 32)
 """Strides that come from the body; stride 64 is a pooled stride 32."""
 
@@ -62,9 +64,3 @@ def resampler(channels: int, have: int, want: int) -> tuple[nn.Module, int]:
         layers.append(nn.ConvTranspose2d(channels, channels // 2, 2, stride=2))
         channels, have = channels // 2, have // 2
     return nn.Sequential(*layers), channels
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Return a GroupNorm of at most 32 groups of at least 8 channels."""
-    groups = max(g for g in range(1, 33) if channels % g == 0 and (g == 1 or channels // g >= 8))
-    return nn.GroupNorm(groups, channels)

@@ -15,7 +15,7 @@ from typing_extensions import override
 from mtmedformer.batch import DetectionTarget, Target
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
-from mtmedformer.heads.layers import group_norm
+from mtmedformer.heads.layers import head_norm
 from mtmedformer.losses.detection import BoxLoss, GIoU, decode_boxes, fcos_loss
 from mtmedformer.metrics.base import TaskMetrics
 from mtmedformer.metrics.detection import DetectionMetrics
@@ -90,9 +90,9 @@ class DetectionHead(TaskHead):
     def build(self, channels: int, strides: Sequence[int]) -> None:
         self.strides = tuple(strides)
         width = self.width or channels
-        self.entry = nn.Sequential(nn.Conv2d(channels, width, 1), group_norm(width))
-        self.cls_head = FCOSClassificationHead(width, 1, len(self.classes), self.num_convs, norm_layer=group_norm)
-        self.bbox_reg = FCOSRegressionHead(width, 1, self.num_convs, norm_layer=group_norm)
+        self.entry = nn.Sequential(nn.Conv2d(channels, width, 1), head_norm(width))
+        self.cls_head = FCOSClassificationHead(width, 1, len(self.classes), self.num_convs, norm_layer=head_norm)
+        self.bbox_reg = FCOSRegressionHead(width, 1, self.num_convs, norm_layer=head_norm)
         # Distances pass a ReLU: with a bias of 0 half of them would be dead; 4 strides is in the range of a level.
         nn.init.constant_(self.bbox_reg.bbox_reg.bias, 4.0)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtmedformer.errors import ConfigError
+from mtmedformer.normalization import group_norm
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """Layers whose output for an image depends on the other images of the batch."""
+
+head_norm = partial(group_norm, max_groups=8, min_channels=1)
+"""The GroupNorm of the heads: 8 groups, or the largest smaller number that divides the channels."""
 
 
 def pick_levels(strides: Sequence[int], wanted: Sequence[int]) -> list[int]:
@@ -37,11 +41,6 @@ def enlarge(x: Tensor, factor: float, size: Sequence[int]) -> Tensor:
     if factor != 1:
         x = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
     return x[..., : size[0], : size[1]]
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Return a GroupNorm of 8 groups, or of the largest smaller number that divides ``channels``."""
-    return nn.GroupNorm(math.gcd(8, channels), channels)
 
 
 def mixes_images(head: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from typing_extensions import override
 from mtmedformer.batch import IGNORE, SegmentationTarget, Target
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
-from mtmedformer.heads.layers import enlarge, group_norm, pick_levels
+from mtmedformer.heads.layers import enlarge, head_norm, pick_levels
 from mtmedformer.losses.segmentation import Dice, MaskCrossEntropy, MaskLoss, probabilities
 from mtmedformer.metrics.base import TaskMetrics
 from mtmedformer.metrics.segmentation import SegmentationMetrics
@@ -80,7 +80,7 @@ class SegmentationHead(TaskHead):
         width = self.width or channels
         self.project = nn.ModuleList(nn.Conv2d(channels, width, 1) for _ in self.levels)
         self.fuse = nn.Sequential(
-            nn.Conv2d(width * len(self.levels), width, 1, bias=False), group_norm(width), nn.GELU()
+            nn.Conv2d(width * len(self.levels), width, 1, bias=False), head_norm(width), nn.GELU()
         )
         self.logits = nn.Sequential(
             nn.Dropout2d(self.dropout), nn.Conv2d(width, len(self.classes) + (not self.multi_label), 1)

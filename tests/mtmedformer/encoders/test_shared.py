@@ -7,9 +7,10 @@ import timm
 import torch
 from torch import nn
 
-from mtmedformer.encoders.neck import group_norm, resampler
+from mtmedformer.encoders.neck import resampler
 from mtmedformer.encoders.shared import SharedEncoder
 from mtmedformer.errors import ConfigError
+from mtmedformer.normalization import group_norm
 
 SMALL_SWIN = {"depths": (1, 1, 2, 1), "embed_dim": 24, "num_heads": (1, 2, 4, 8)}
 SMALL_VIT = {"depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -222,6 +223,10 @@ def test_images_of_other_channels_are_named():
 
 def test_group_norm_groups_hold_at_least_eight_channels():
     assert [group_norm(c).num_groups for c in (8, 24, 64, 100, 128, 256, 512)] == [1, 3, 8, 10, 16, 32, 32]
+
+
+def test_group_norm_has_at_most_the_given_number_of_groups():
+    assert [group_norm(c, 8, 1).num_groups for c in (4, 8, 24, 36, 256)] == [4, 8, 8, 6, 8]
 
 
 @pytest.mark.parametrize("have, want", [(16, 4), (16, 32), (8, 32), (32, 4)])
