@@ -9,9 +9,9 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.table import Table
 
-from callbacks.federation.site_validation import mean_known
 from federation.partition import Holding
 from federation.server.history import RoundRecord
+from mtmedformer.metrics.base import known_mean
 
 
 def show_sites(holdings: Sequence[Holding]) -> None:
@@ -42,7 +42,7 @@ def round_line(record: RoundRecord, rounds: int, seconds: float) -> str:
     known = {site: score for site, score in scores.items() if score == score}
     if known:
         worst = min(known, key=lambda site: known[site])
-        parts.append(f"score {mean_known(list(known.values())):.3f}, worst {worst} {known[worst]:.3f}")
+        parts.append(f"score {known_mean(known.values()):.3f}, worst {worst} {known[worst]:.3f}")
     return " · ".join([*parts, f"{seconds:.1f} s"])
 
 

@@ -11,7 +11,7 @@ from federation.client.train import validate_site
 from federation.exchange.collectives import Processes
 from federation.exchange.schema import State
 from federation.site_loaders import Site
-from mtmedformer.metrics.base import TaskMetrics
+from mtmedformer.metrics.base import TaskMetrics, known_mean
 from mtmedformer.protocols import ValidatedModule
 
 
@@ -28,11 +28,11 @@ def metrics_by_site(module: L.LightningModule) -> dict[str, float]:
             values = metric.overall(rows)
             primary.setdefault(site, []).append(values.get(metric.primary, float("nan")))
             metrics |= {f"val/{task}/{k}/site={site}": v for k, v in values.items() if "/" not in k}
-    scores = {site: mean_known(values) for site, values in primary.items()}
+    scores = {site: known_mean(values) for site, values in primary.items()}
     metrics |= {f"site/{site}/val/score": score for site, score in scores.items()}
     known = [score for score in scores.values() if score == score]
     if known:
-        metrics |= {"val/site_mean": sum(known) / len(known), "val/site_worst": min(known)}
+        metrics |= {"val/site_mean": known_mean(known), "val/site_worst": min(known)}
     return metrics
 
 
@@ -66,9 +66,3 @@ def mean_and_worst(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, floa
     if not any(score == score for score in scores):
         return {}
     return {"site/mean_score": float(np.nanmean(scores)), "site/worst_score": float(np.nanmin(scores))}
-
-
-def mean_known(values: list[float]) -> float:
-    """Return the mean of the values that are not NaN; NaN where there is none."""
-    known = [value for value in values if value == value]
-    return sum(known) / len(known) if known else float("nan")

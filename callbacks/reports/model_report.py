@@ -6,7 +6,6 @@ is ``test_report.html``.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from callbacks.reports.model_page import model_page
 from callbacks.reports.ranking_curves import TaskCurves, task_curves
 from callbacks.reports.reliability_report import ReliabilityReport, TaskReliability
 from mtmedformer.batch import Batch, collate
-from mtmedformer.metrics.base import TaskMetrics
+from mtmedformer.metrics.base import TaskMetrics, known_mean
 from mtmedformer.module import MultiTaskModule
 from mtmedformer.plots.html import Html, figure, write_page
 from mtmedformer.plots.style import class_colours
@@ -108,10 +107,9 @@ class ModelReport(Callback):
             for name, metric in metrics.items()
         }
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        known = [value for task in tasks.values() if not math.isnan(value := task.value(task.primary))]
         return ModelEvaluation(
             tasks=tasks,
-            score=sum(known) / len(known) if known else math.nan,
+            score=known_mean(task.value(task.primary) for task in tasks.values()),
             data=DataDescription.by_site(data.describe() if isinstance(data, DescribedData) else {}),
             model=_model_description(trainer, module),
             config=_config(Path(self.folder or trainer.default_root_dir)),

@@ -111,7 +111,7 @@ class BinaryCrossEntropy(ClassLoss):
         known, labels = ~labels.isnan(), labels.nan_to_num()
         soft = labels * (1 - self.label_smoothing) + 0.5 * self.label_smoothing
         loss = F.binary_cross_entropy_with_logits(logits, soft, pos_weight=self.class_weights, reduction="none")
-        return known_mean(loss, known)
+        return masked_mean(loss, known)
 
 
 class BinaryFocal(ClassLoss):
@@ -136,7 +136,7 @@ class BinaryFocal(ClassLoss):
     @override
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         loss = sigmoid_focal_loss(logits, labels.nan_to_num(), self.alpha, self.gamma)
-        return known_mean(loss, ~labels.isnan())
+        return masked_mean(loss, ~labels.isnan())
 
 
 class Asymmetric(ClassLoss):
@@ -165,7 +165,7 @@ class Asymmetric(ClassLoss):
         return loss / known.sum().clamp_min(1)
 
 
-def known_mean(values: Tensor, known: Tensor) -> Tensor:
+def masked_mean(values: Tensor, known: Tensor) -> Tensor:
     """Return the mean of ``values`` where ``known``; zero, still connected to the graph, where nothing is."""
     return (values * known).sum() / known.sum().clamp_min(1)
 

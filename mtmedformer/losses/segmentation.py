@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 from typing_extensions import override
 
-from mtmedformer.losses.classification import exclusive_cross_entropy, known_mean
+from mtmedformer.losses.classification import exclusive_cross_entropy, masked_mean
 from mtmedformer.storage.constructor_arguments import RecordsArguments
 
 
@@ -69,7 +69,7 @@ class MaskCrossEntropy(MaskLoss):
             return exclusive_cross_entropy(logits, possible_channels(target, valid), weights)
         pos_weight = None if self.pos_weight is None else self.pos_weight.view(-1, 1, 1)
         loss = F.binary_cross_entropy_with_logits(logits, target.float(), pos_weight=pos_weight, reduction="none")
-        return known_mean(loss, valid)
+        return masked_mean(loss, valid)
 
 
 class MaskFocal(MaskLoss):
@@ -93,7 +93,7 @@ class MaskFocal(MaskLoss):
     def forward(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         if is_exclusive(logits, target):
             return exclusive_cross_entropy(logits, possible_channels(target, valid), gamma=self.gamma)
-        return known_mean(sigmoid_focal_loss(logits, target.float(), self.alpha, self.gamma), valid)
+        return masked_mean(sigmoid_focal_loss(logits, target.float(), self.alpha, self.gamma), valid)
 
 
 class Dice(MaskLoss):
@@ -200,7 +200,7 @@ class Boundary(MaskLoss):
     def forward(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         distance = [_signed_distance(mask) for mask in (target & valid).flatten(0, 1).cpu().numpy()]
         maps = torch.from_numpy(np.array(distance, dtype=np.float32)).to(logits.device).view(target.shape)
-        return known_mean(probabilities(logits, target.shape[1]) * maps, valid)
+        return masked_mean(probabilities(logits, target.shape[1]) * maps, valid)
 
 
 def is_exclusive(logits: Tensor, target: Tensor) -> bool:
@@ -228,7 +228,7 @@ def _overlap_mean(
     values = loss(p, (target & valid).float()).view(counted.shape)
     if gamma != 1:
         values = values.clamp_min(1e-6) ** gamma
-    return known_mean(values, counted)
+    return masked_mean(values, counted)
 
 
 def _lovasz_extension(errors: Tensor, target: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from mtmedformer.batch import IGNORE, ClassificationTarget, Meta, SegmentationTarget, Target, Task
 from mtmedformer.metrics.base import Evaluate, Floats, TaskMetrics
-from mtmedformer.metrics.curves import mean_known, ratio
+from mtmedformer.metrics.curves import nan_mean, ratio
 
 SMALLEST = float(np.finfo(np.float32).eps)
 """Probabilities are kept this far from 0 in the log-likelihood, as in ``ClassificationMetrics``."""
@@ -153,7 +153,7 @@ class CalibrationMetrics(TaskMetrics):
             counts = binned[..., 0].sum(axis=2)
             ece = ratio(np.abs(binned[..., 2] - binned[..., 1]).sum(axis=2), counts)
             nll = ratio(weights @ surprise, counts)
-            values = {"ece": mean_known(ece.T), "nll": mean_known(nll.T)}
+            values = {"ece": nan_mean(ece.T), "nll": nan_mean(nll.T)}
             if len(names) > 1:
                 values |= {f"ece/{name}": ece[:, m] for m, name in enumerate(names)}
                 values |= {f"nll/{name}": nll[:, m] for m, name in enumerate(names)}
@@ -223,7 +223,7 @@ class TemperatureSums(TaskMetrics):
         one = len(LOG_TEMPERATURES) // 2
 
         def evaluate(weights: Floats) -> dict[str, Floats]:
-            return {"nll": mean_known(ratio(weights @ curve[:, one, 0], weights @ decisions)[None])}
+            return {"nll": nan_mean(ratio(weights @ curve[:, one, 0], weights @ decisions)[None])}
 
         return evaluate
 

@@ -16,7 +16,7 @@ from mtmedformer.metrics.curves import (
     auroc,
     average_precision,
     counts_above,
-    mean_known,
+    nan_mean,
     operating_points,
     ratio,
     sensitivity_at_specificity,
@@ -88,7 +88,7 @@ class ClassificationMetrics(TaskMetrics):
 
         def evaluate(weights: Floats) -> dict[str, Floats]:
             per_class = [one(weights) for one in evaluators]
-            overall = {name: mean_known(np.stack([one[name] for one in per_class])) for name in per_class[0]}
+            overall = {name: nan_mean(np.stack([one[name] for one in per_class])) for name in per_class[0]}
             if whole is not None:
                 overall |= {"balanced_accuracy": overall["sensitivity"], **whole(weights)}
             named = zip(self.classes, per_class, strict=True)

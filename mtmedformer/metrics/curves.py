@@ -17,14 +17,14 @@ def ratio(numerator: Floats, denominator: Floats) -> Floats:
     return np.where(known, numerator / np.where(known, denominator, 1), np.nan)
 
 
-def mean_known(values: Floats) -> Floats:
-    """Average over the first axis what is not NaN; NaN where all is."""
+def nan_mean(values: Floats) -> Floats:
+    """Return the mean over the first axis of the values that are not NaN; NaN where there is none."""
     known = ~np.isnan(values)
     return ratio(np.where(known, values, 0).sum(axis=0), known.sum(axis=0).astype(np.float64))
 
 
 def weighted_mean(values: Floats, weights: Floats) -> Floats:
-    """Average (n,) values that are not NaN under (R, n) weights; NaN where none counts."""
+    """Return the means of the (n,) values that are not NaN with weights (R, n); NaN where all weights are 0."""
     known = ~np.isnan(values)
     return ratio(weights[:, known] @ values[known], weights[:, known].sum(axis=1))
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 from mtmedformer.batch import DetectionTarget, Meta
 from mtmedformer.metrics import coco
 from mtmedformer.metrics.base import Evaluate, Floats, TaskMetrics
-from mtmedformer.metrics.curves import mean_known, weighted_mean
+from mtmedformer.metrics.curves import nan_mean, weighted_mean
 from mtmedformer.metrics.froc import Findings, sensitivities
 from mtmedformer.metrics.matching import box_iou, hits, match
 
@@ -91,7 +91,7 @@ class DetectionMetrics(TaskMetrics):
         per_class = [_average(precision[None]) for precision in official]
         for name in per_class[0]:
             column = [float(one[name][0]) for one in per_class]
-            values[name] = float(mean_known(np.array(column)))
+            values[name] = float(nan_mean(np.array(column)))
             values |= {f"{name}/{label}": value for label, value in zip(self.classes, column, strict=True)}
         return values
 
@@ -105,7 +105,7 @@ class DetectionMetrics(TaskMetrics):
 
         def evaluate(weights: Floats) -> dict[str, Floats]:
             per_class = [one(weights) for one in evaluators]
-            overall = {name: mean_known(np.stack([one[name] for one in per_class])) for name in per_class[0]}
+            overall = {name: nan_mean(np.stack([one[name] for one in per_class])) for name in per_class[0]}
             named = {
                 f"{name}/{label}": value
                 for label, one in zip(self.classes, per_class, strict=True)

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from mtmedformer.batch import IGNORE, Meta, SegmentationTarget
 from mtmedformer.metrics.base import Evaluate, Floats, TaskMetrics
-from mtmedformer.metrics.curves import mean_known, weighted_mean
+from mtmedformer.metrics.curves import nan_mean, weighted_mean
 
 COLUMNS = ("dice", "iou", "empty_correct", "hd95")
 
@@ -79,7 +79,7 @@ class SegmentationMetrics(TaskMetrics):
             named: dict[str, Floats] = {}
             for m, name in enumerate(names):
                 values = [weighted_mean(scores[:, k, m], weights) for k in range(len(classes))]
-                overall[name] = mean_known(np.stack(values))
+                overall[name] = nan_mean(np.stack(values))
                 named |= {f"{name}/{label}": value for label, value in zip(classes, values, strict=True)}
             return overall | named
 

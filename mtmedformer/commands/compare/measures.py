@@ -11,6 +11,7 @@ from typing import Any
 from mtmedformer.commands.compare.comparison import Costs
 from mtmedformer.commands.compare.study import metric_words
 from mtmedformer.commands.compare.trainings import RoundCosts, Training, read_json
+from mtmedformer.metrics.base import known_mean
 
 SHARE = 0.95
 """Share of the yardstick's value that has to be reached."""
@@ -29,8 +30,7 @@ class ValidationCurve:
     @property
     def end(self) -> float:
         """The mean of the last three values, because a single one is noisy."""
-        known = [value for value in self.values if value == value][-3:]
-        return sum(known) / len(known) if known else math.nan
+        return known_mean([value for value in self.values if value == value][-3:])
 
     def reaches(self, target: float) -> int | None:
         """Return the number of the first epoch, from 1, with a value of at least the target."""
@@ -57,9 +57,9 @@ def curve_of(training: Training, metric: str) -> ValidationCurve:
         logged = [float(v) for key, v in row.items() if v and by_site.fullmatch(key)]
         if not logged and not own:
             logged = [float(v) for key, v in row.items() if v and together.fullmatch(key)]
-        known = [value for value in logged if value == value]
-        if known and row.get("epoch", "").isdigit():
-            values[int(row["epoch"])] = sum(known) / len(known)
+        mean = known_mean(logged)
+        if not math.isnan(mean) and row.get("epoch", "").isdigit():
+            values[int(row["epoch"])] = mean
     return ValidationCurve([values.get(epoch, math.nan) for epoch in range(max(values, default=-1) + 1)])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -14,6 +13,7 @@ from mtmedformer.commands.compare.statistics import Floats, MetricPanel, draw_pa
 from mtmedformer.commands.compare.study import Study, is_own, metric_words
 from mtmedformer.commands.compare.trainings import Split, Training
 from mtmedformer.errors import ConfigError
+from mtmedformer.metrics.curves import nan_mean
 from mtmedformer.metrics.rows import TaskRows, load_rows
 
 CALIBRATION = ("nll", "ece")
@@ -126,7 +126,7 @@ class Panels:
                 of_tasks.append(values[name])
         if not of_tasks:
             return np.full(self.replicates + 1, np.nan)
-        return known_mean(np.stack(of_tasks))
+        return nan_mean(np.stack(of_tasks))
 
     def _of_task(self, variant: str, run: str, own: bool, task: str, rows: Rows) -> dict[str, Values]:
         """Return all metrics of a task by site and over all images, evaluated once."""
@@ -174,14 +174,6 @@ def _united(parts: Mapping[str, Values]) -> Values:
 
 def _of_probabilities(name: str) -> bool:
     return name.split("/")[0].removesuffix("_raw") in CALIBRATION + REFERRAL
-
-
-def known_mean(values: Floats) -> Floats:
-    """Average over the first axis without NaN; NaN where all values are."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        mean: Floats = np.nanmean(values, axis=0)
-    return mean
 
 
 def paired(panels: Panels, variants: Sequence[str]) -> list[str]:
