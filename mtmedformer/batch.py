@@ -1,4 +1,4 @@
-"""The data contract: what a sample, a batch and a task's truth look like.
+"""The data contract: samples, batches and the targets of each kind of task.
 
 Missing is not empty. A sample whose truth for a task is ``None`` (``present=False`` in the batch) is *unknown* for that
 task and reaches neither its loss nor its metrics; an empty box list or an all-zero mask is a known negative.
@@ -95,7 +95,7 @@ class Sample:
 
 
 class _Movable:
-    """Moves every tensor of a dataclass; Lightning calls ``to`` and DataLoader calls ``pin_memory``."""
+    """Base of dataclasses whose tensors can be moved; Lightning calls ``to`` and DataLoader calls ``pin_memory``."""
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Return a copy with every tensor moved as by ``Tensor.to``."""
@@ -165,7 +165,7 @@ class Batch(_Movable):
     Attributes:
         image: float32 (B, C, H, W) in [0, 1].
         targets: Per task its target; every task of the data set has an entry, present or not.
-        meta: One ``Meta`` an image.
+        meta: One ``Meta`` per image.
     """
 
     image: Tensor
@@ -200,7 +200,7 @@ def collate(samples: Sequence[Sample], tasks: dict[str, Task]) -> Batch:
 
 
 def with_entries(batch: Batch, tasks: dict[str, Task]) -> Batch:
-    """Return a batch that has an entry for every task; of those it had none for, no image is labelled."""
+    """Return a batch that has an entry for every task; in the added entries no image is labelled."""
     absent = {name: task for name, task in tasks.items() if name not in batch.targets}
     if not absent:
         return batch

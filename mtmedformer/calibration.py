@@ -46,12 +46,12 @@ def plain(calibration: Mapping[str, TaskCalibration]) -> dict[str, Any]:
 
 
 def restored(stored: Mapping[str, Any]) -> dict[str, TaskCalibration]:
-    """Return the calibration that ``plain`` made dicts of."""
+    """Return the calibration from the dicts that ``plain`` made."""
     return {task: TaskCalibration(**one) for task, one in stored.items()}
 
 
 def fit_temperature(curve: Floats, decisions: float, images: int, prior: float | None = PRIOR) -> tuple[float, float]:
-    r"""Return the temperature that makes the truth likeliest, and the negative log-likelihood a decision at it.
+    r"""Return the temperature of maximum likelihood, and the negative log-likelihood per decision at it.
 
     Minimises $n\,\overline{\mathrm{nll}}(T) + (\log T)^2 / 2\sigma^2$ with $n$ the number of images: pixels of one
     image are no independent witnesses. The curve between the temperatures is a cubic through values and slopes.
@@ -102,7 +102,7 @@ PLAIN = ("youden", "f1")
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """A wish such as ``sensitivity=0.9``, ``specificity=0.95``, ``youden``, ``f1`` or ``fp_per_image=1``.
+    """A rule for a threshold: ``sensitivity=0.9``, ``specificity=0.95``, ``youden``, ``f1`` or ``fp_per_image=1``.
 
     Attributes:
         name: ``sensitivity``, ``specificity``, ``fp_per_image``, ``youden`` or ``f1``.
@@ -117,18 +117,18 @@ class OperatingPoint:
         """Read an operating point from the configuration.
 
         Raises:
-            ConfigError: It is none, or its value is out of range.
+            ConfigError: The text is no operating point, or its value is out of range.
         """
         name, _, value = text.replace(" ", "").partition("=")
         try:
             number = float(value) if value else None
         except ValueError:
             number = math.nan
-        wanted = name in VALUED
-        if name not in (*VALUED, *PLAIN) or (number is None) == wanted:
+        needs_value = name in VALUED
+        if name not in (*VALUED, *PLAIN) or (number is None) == needs_value:
             raise ConfigError(
-                f"operating_points: {text!r} is none; choose from sensitivity=0.9, specificity=0.95, youden, f1, "
-                "fp_per_image=1"
+                f"operating_points: {text!r} is no operating point; choose from sensitivity=0.9, specificity=0.95, "
+                "youden, f1, fp_per_image=1"
             )
         if number is not None and not (0 < number <= (math.inf if name == "fp_per_image" else 1)):
             limit = "above 0" if name == "fp_per_image" else "in (0, 1]"
@@ -140,7 +140,7 @@ class OperatingPoint:
 
 
 def class_threshold(scores: Floats, truth: NDArray[np.bool_], point: OperatingPoint) -> float | None:
-    """Return the least score that counts as found, halfway between two scores that occur.
+    """Return the lowest score that counts as positive, halfway between two scores that occur.
 
     Of the thresholds that reach a stated sensitivity the highest is taken, of those that reach a stated specificity the
     lowest; of equal maxima (``youden``, ``f1``) the highest.
@@ -170,7 +170,7 @@ def class_threshold(scores: Floats, truth: NDArray[np.bool_], point: OperatingPo
 
 
 def box_threshold(findings: Findings, images: int, point: OperatingPoint) -> float | None:
-    """Return the least box score that counts as found.
+    """Return the lowest score from which a box is reported.
 
     Args:
         findings: Lesions and false alarms of one class.
@@ -203,7 +203,7 @@ def _between(ranked: Floats, taken: int) -> float:
 
 
 def class_performance(scores: Floats, truth: NDArray[np.bool_], threshold: float) -> dict[str, float]:
-    """Return sensitivity and specificity of ``scores >= threshold``, NaN where no such image is there."""
+    """Return sensitivity and specificity of ``scores >= threshold``, NaN without images of that label."""
     found = scores >= threshold
     return {
         "sensitivity": float(found[truth].mean()) if truth.any() else math.nan,
@@ -212,7 +212,7 @@ def class_performance(scores: Floats, truth: NDArray[np.bool_], threshold: float
 
 
 def box_performance(findings: Findings, images: int, threshold: float) -> dict[str, float]:
-    """Return the share of lesions found and the false alarms an image of boxes that score at least the threshold."""
+    """Return the sensitivity for lesions and the false positives per image of boxes with at least this score."""
     lesions = findings.lesion_score
     return {
         "sensitivity": float((lesions >= threshold).mean()) if len(lesions) else math.nan,

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Something the user can mend; the message names the file or key, the value, and the fix.
+    """An error that the user can fix; the message names the file or key, the value, and the fix.
 
     On purpose not a ``ValueError``: jsonargparse would take those for a wrong type and bury the message.
 
@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A configuration value that cannot work; the message names the key, the value and the valid choices."""
+    """A configuration value that is not valid; the message names the key, the value and the valid choices."""
 
 
 class DataError(UserError):

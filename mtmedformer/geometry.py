@@ -27,12 +27,12 @@ Ints = NDArray[np.int64]
 IDENTITY: Affine = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 BLOCK = 512
-"""Rows of the original image that a mask is brought back to at once."""
+"""Rows of the original image that are computed at once when a mask is mapped back."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Where the network's input lies in the original image.
+    """The place of the network's input in the original image.
 
     Attributes:
         to_original: Affine from coordinates of the input to pixels of the original image.
@@ -93,13 +93,13 @@ def boxes_in_original(boxes: NDArray[Any], meta: Meta) -> NDArray[np.float64]:
 
 
 def mask_in_original(probabilities: Floats, meta: Meta, threshold: float = 0.5) -> Bytes:
-    """Bring a predicted mask back into the original image.
+    """Map a predicted mask back into the original image.
 
-    Works through a few rows at a time, so that a mask of a large film costs one byte a pixel and little more.
+    Works through a few rows at a time, so that a mask of a large film needs one byte per pixel and little more.
 
     Args:
         probabilities: float (h, w) of the network's input, in [0, 1].
-        meta: Where that input lies.
+        meta: Metadata of the image, with the affine of that input.
         threshold: Probability from which a pixel belongs to the mask.
 
     Returns:
@@ -118,7 +118,7 @@ def mask_in_original(probabilities: Floats, meta: Meta, threshold: float = 0.5) 
 def letterbox(
     source: tuple[float, float, float, float], size: tuple[int, int], flip: bool = False, align: float = 0.5
 ) -> Frame:
-    """Fit a rectangle of the original image into the input, its aspect kept, the rest of the input left empty.
+    """Fit a rectangle of the original image into the input: the aspect ratio is kept, the rest of the input is empty.
 
     Args:
         source: ``(x0, y0, x1, y1)`` in original pixels.
@@ -136,14 +136,14 @@ def letterbox(
 
 
 def warp(array: NDArray[Any], frame: Frame, nearest: bool = False) -> NDArray[Any]:
-    """Resample an image into a frame; what lies outside the image becomes 0.
+    """Resample an image into a frame; pixels outside the image become 0.
 
     Shrinking averages the exact area each new pixel covers (no aliasing), enlarging interpolates bilinearly; a rotated
     frame is smoothed first and then interpolated.
 
     Args:
         array: (H, W) of any number type.
-        frame: The input and where it lies.
+        frame: The input and its place in the original image.
         nearest: Take the value under each pixel's centre instead, for label images.
 
     Returns:
@@ -177,7 +177,7 @@ def warp_mask(mask: Bytes, frame: Frame) -> Bytes:
 
     Args:
         mask: uint8 (H, W).
-        frame: The input and where it lies.
+        frame: The input and its place in the original image.
     """
     if mask.size and (mask == IGNORE).all():
         return np.full(frame.size, IGNORE, np.uint8)
@@ -193,7 +193,7 @@ def warp_mask(mask: Bytes, frame: Frame) -> Bytes:
 def clip_boxes(
     boxes: Floats, labels: Ints, size: tuple[int, int], min_side: float = 2.0, min_visible: float = 0.25
 ) -> tuple[Floats, Ints, int]:
-    """Clip boxes to the image and drop what is left with too little.
+    """Clip boxes to the image and drop those of which too little remains.
 
     Args:
         boxes: (N, 4) xyxy; may reach outside the image, be inverted or hold NaN.

@@ -1,8 +1,8 @@
 """Contracts between the packages: what the model, the data modules, the callbacks and the federation expect.
 
-Any object with these members will do; none has to inherit from a class here. ``isinstance`` tests whether the members
-exist, not their types. A user's own data module or callback may provide some of them and not others; what a missing
-one costs is stated at each protocol.
+Any object with these members can be used; it need not inherit from a class here. ``isinstance`` tests whether the
+members exist, not their types. A user's own data module or callback may provide some of them and not others; the
+effect of a missing one is stated at each protocol.
 """
 
 from __future__ import annotations
@@ -310,7 +310,7 @@ class RunsRounds(Protocol):
 
 @runtime_checkable
 class StopsTraining(Protocol):
-    """A callback that may ask for an early end of a round.
+    """A callback that may end a round early.
 
     Attributes:
         stopping: Whether training should end now.

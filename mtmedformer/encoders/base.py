@@ -1,4 +1,4 @@
-"""The contract of an encoder: an image in, a feature pyramid of one width out."""
+"""The contract of an encoder: from an image it computes a feature pyramid whose levels have one width."""
 
 from __future__ import annotations
 

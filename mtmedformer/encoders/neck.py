@@ -1,4 +1,4 @@
-"""The neck of the encoder: whatever strides a body has, five maps of one width come out."""
+"""The neck of the encoder: a feature pyramid of five levels of one width, for a body of any strides."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ LEVELS = (4, 8, 16, 32)
 
 
 class Neck(nn.Module):
-    """A feature pyramid network with GroupNorm, after making the strides the body lacks from its nearest one.
+    """A feature pyramid network with GroupNorm; strides that the body lacks are resampled from the nearest one.
 
     Args:
         widths: Channels of the body's map of each stride, strides out of 4, 8, 16, 32.
-        channels: Channels of every level that comes out.
+        channels: Channels of every level of the output.
 
     Shape:
         In: maps (B, width, Hp / s, Wp / s) with Hp and Wp whole multiples of 32. Out: levels of strides 4 to 64,
@@ -53,7 +53,7 @@ class Neck(nn.Module):
 
 
 def resampler(channels: int, have: int, want: int) -> tuple[nn.Module, int]:
-    """Return layers that bring a map from one stride to another (powers of two), and the channels they give."""
+    """Return layers that resample a map from one stride to another (powers of two), and their output channels."""
     layers: list[nn.Module] = []
     while have < want:
         layers.append(nn.MaxPool2d(2))

@@ -1,4 +1,4 @@
-"""Loading weights from files of several layouts, without running code from them, and saying what was filled.
+"""Load weights from files of several layouts without running code from them, and report what was filled.
 
 Understood are own checkpoints (Lightning's, whole model or encoder), bare timm files, files of
 segmentation-models-pytorch, and any of them inside ``module.``, ``model.``, ``backbone.``, ``encoder.`` and the like.
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mtmedformer.errors import ConfigError
 
 WRAPPERS = re.compile(r"^(?:(?:module|model|backbone|encoder|body|network|net|trunk|_orig_mod)\.)+")
-"""Names of wrappers that say nothing of what they wrap."""
+"""Prefixes of wrappers, which are ignored when names are compared."""
 
 CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "network", "teacher")
 """Keys under which training scripts put the weights."""
@@ -30,7 +30,7 @@ CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "network", "teac
 
 @dataclass
 class LoadReport:
-    """What a file filled.
+    """Which parameters a file filled.
 
     Attributes:
         path: The file.
@@ -139,7 +139,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             break
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
     if not tensors:
-        raise ConfigError(f"{path}: holds no named tensors")
+        raise ConfigError(f"{path}: contains no named tensors")
     return tensors
 
 
@@ -163,7 +163,7 @@ def _body(module: nn.Module) -> tuple[str, Any] | None:
 def _by_timm(
     module: nn.Module, targets: dict[str, Tensor], source: dict[str, Tensor]
 ) -> list[tuple[dict[str, Tensor], str]]:
-    """Return the source as timm's own renaming has it, if the module is or holds a timm model with one."""
+    """Return the source as renamed by timm, if the module is or contains a timm model with a renaming."""
     found = _body(module)
     remap = getattr(sys.modules[type(found[1]).__module__], "checkpoint_filter_fn", None) if found else None
     if found is None or remap is None:

@@ -1,4 +1,4 @@
-"""The shared encoder: any timm model as a pyramid of one width; the oddities of single models stay in here."""
+"""The shared encoder: any timm model as a feature pyramid of one width, with the exceptions for single models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mtmedformer.errors import ConfigError
 
 
 class SharedEncoder(Encoder):
-    """Turns an image into five feature maps of one width, strides 4 to 64.
+    """Compute five feature maps of one width from an image, strides 4 to 64.
 
     The body is a timm model cut before its classifier, the neck a feature pyramid network with GroupNorm. The image is
     padded with black at the right and bottom to whole strides and the maps are cut back. Plain vision transformers get
@@ -144,7 +144,7 @@ class SharedEncoder(Encoder):
 
     @torch.no_grad()
     def _check(self, size: tuple[int, int] | None) -> None:
-        """Run one black image through the encoder, so that a model that cannot take it is refused here and now."""
+        """Run one black image through the encoder, so that a model that does not accept it is refused at once."""
         height, width = size or (64, 96)
         was_training = self.training
         self.eval()
@@ -162,7 +162,7 @@ class SharedEncoder(Encoder):
 
 
 def _create(name: str, size: tuple[int, int] | None, kwargs: dict[str, Any]) -> tuple[Any, tuple[int, int] | None]:
-    """Return the timm model, and the only size it takes (``None``: any)."""
+    """Return the timm model, and the only image size it accepts (``None``: any)."""
     model: Any = None
     arch, _, tag = name.partition(".")
     if not timm.is_model(arch):
@@ -218,8 +218,8 @@ def _download(name: str, body: Any, in_chans: int) -> None:
         load_pretrained(body, body.pretrained_cfg, num_classes=0, in_chans=in_chans, filter_fn=remap, strict=False)
     except Exception as error:
         raise ConfigError(
-            f"encoder.pretrained: timm's weights of {name} could not be had ({_first_line(error)}); download them "
-            "where there is a network and set encoder.checkpoint_path"
+            f"encoder.pretrained: timm's weights of {name} could not be downloaded ({_first_line(error)}); download "
+            "them where there is a network and set encoder.checkpoint_path"
         ) from error
 
 

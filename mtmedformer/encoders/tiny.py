@@ -1,4 +1,4 @@
-"""Two small models in timm's registry, for laptops, tests and fair comparisons: a transformer and its equal in size.
+"""Two small models of equal size in timm's registry, for laptops, tests and comparisons: a transformer and a CNN.
 
 Neither has BatchNorm, both accept any image size, and neither has published weights.
 """

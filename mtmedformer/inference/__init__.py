@@ -1,1 +1,1 @@
-"""Predictions: tiling, results by image, Grad-CAM."""
+"""Predictions: tiling, results per image, Grad-CAM."""

@@ -1,4 +1,4 @@
-"""How a trained module predicts an image: in one pass, in windows, with mirrors."""
+"""Prediction of an image by a trained module: in one pass, in windows, or with mirrored images."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mtmedformer.protocols import PredictingModule
 
 @dataclass(frozen=True)
 class TiledPredictor:
-    """Predicts in sliding windows, averaged with the left-right mirror if configured; without either, in one pass.
+    """Predict in sliding windows, averaged with the left-right mirror if configured; without either, in one pass.
 
     Attributes:
-        tile: ``(height, width)`` of the window; ``None`` takes every image whole.
+        tile: ``(height, width)`` of the window; ``None`` predicts every image as a whole.
         overlap: Overlap of neighbouring windows as a share of the window, in [0, 1).
         flip_tta: Whether to average over each window and its mirror.
     """

@@ -61,7 +61,7 @@ class ImageResult:
 def image_result(
     predictions: Mapping[str, Any], i: int, meta: Meta, tasks: Mapping[str, Task], score: float = 0.05
 ) -> ImageResult:
-    """Take image ``i`` out of a batch's predictions and bring it back to its original frame.
+    """Return the predictions of image ``i`` of a batch in pixels of its original file.
 
     Args:
         predictions: By task, in the formats of ``TaskHead.predict``; may carry more measures of uncertainty under

@@ -1,4 +1,4 @@
-"""Prediction on images larger than a model was trained on: overlapping windows, and left-right mirrors, made one."""
+"""Prediction on images larger than those of the training: in overlapping windows, merged, and with mirrored images."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def predict_tiled(
     nms_iou: float = 0.5,
     flip_tta: bool = False,
 ) -> dict[str, Any]:
-    """Predict an image window by window and put the predictions together.
+    """Predict an image in windows and merge the predictions.
 
     - Masks are averaged where windows overlap, with Gaussian weights that trust a window's middle most.
     - Boxes are moved to the image. Of a lesion in the overlap of two windows, a box cut by its window's border is
@@ -115,7 +115,7 @@ def _starts(length: int, tile: int, overlap: float) -> list[int]:
 
 
 def _crops(image: Tensor, windows: list[Window], sw_batch_size: int) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
-    """Yield (image, window) numbers and the pixels they stand for, a batch at a time."""
+    """Yield the (image, window) numbers and the pixels of each batch of windows."""
     places = [(b, w) for b in range(len(image)) for w in range(len(windows))]
     for start in range(0, len(places), sw_batch_size):
         part = places[start : start + sw_batch_size]
@@ -160,7 +160,7 @@ class _Classes:
 
 
 class _Boxes:
-    """Moves the boxes of windows to the image and makes one of each object that several windows saw."""
+    """Move the boxes of windows to the image and merge those of one object in several windows."""
 
     def __init__(self, image: Tensor, windows: list[Window], task: Task, pool: str, nms_iou: float) -> None:
         self.windows, self.nms_iou = windows, nms_iou
@@ -196,7 +196,7 @@ def gaussian(height: int, width: int, sigma: float = 0.125) -> Tensor:
 
 
 def merge_boxes(seen: list[tuple[int, Found]], windows: list[Window], size: tuple[int, int], nms_iou: float) -> Found:
-    """Make one list of the boxes of several windows; see ``predict_tiled``.
+    """Merge the boxes of several windows into one list; see ``predict_tiled``.
 
     Args:
         seen: Number of a window and its boxes, in pixels of the image.
@@ -207,7 +207,7 @@ def merge_boxes(seen: list[tuple[int, Found]], windows: list[Window], size: tupl
     device = seen[0][1]["boxes"].device  # many small steps, each waiting for the last: faster on the CPU
     found: Found = {name: torch.cat([one[name] for _, one in seen]).cpu() for name in ("boxes", "scores", "labels")}
     origin = torch.cat([torch.full((len(one["labels"]),), w) for w, one in seen])
-    holds = _room(found["boxes"], windows, size) >= BORDER
+    holds = _margins(found["boxes"], windows, size) >= BORDER
     whole = holds.gather(1, origin[:, None]).squeeze(1) | ~holds.any(dim=1)
     order = found["scores"].argsort(descending=True, stable=True)
     order = order[whole[order]]
@@ -221,8 +221,8 @@ def merge_boxes(seen: list[tuple[int, Found]], windows: list[Window], size: tupl
     return {name: value[alive].to(device) for name, value in found.items()}
 
 
-def _room(boxes: Tensor, windows: list[Window], size: tuple[int, int]) -> Tensor:
-    """Return (N, windows): how far inside a window each box lies, not counting borders that are the image's own."""
+def _margins(boxes: Tensor, windows: list[Window], size: tuple[int, int]) -> Tensor:
+    """Return (N, windows): the distance of each box to the borders of each window, borders of the image excluded."""
     far = float("inf")
     edges = boxes.new_tensor(
         [

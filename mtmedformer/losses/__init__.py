@@ -1,4 +1,4 @@
-"""Losses: the terms of each kind of task, and the hybrid of all tasks."""
+"""Losses: the terms of each kind of task, and the hybrid loss of all tasks."""
 
 from mtmedformer.losses.classification import Asymmetric, BinaryCrossEntropy, BinaryFocal, ClassLoss, CrossEntropy
 from mtmedformer.losses.detection import BoxLoss, CIoU, DIoU, GIoU

@@ -1,4 +1,4 @@
-"""Losses of image-level classes: means over the labels that are known, nothing else."""
+"""Losses of image-level classes, each a mean over the known labels."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class CrossEntropy(ClassLoss):
 
 
 class BinaryCrossEntropy(ClassLoss):
-    """Binary cross-entropy of each class by itself, mean over the known labels.
+    """Binary cross-entropy of each class separately, mean over the known labels.
 
     Args:
         weight: Factor of this term in the task's loss.
@@ -166,7 +166,7 @@ class Asymmetric(ClassLoss):
 
 
 def masked_mean(values: Tensor, known: Tensor) -> Tensor:
-    """Return the mean of ``values`` where ``known``; zero, still connected to the graph, where nothing is."""
+    """Return the mean of ``values`` where ``known``; zero, still connected to the graph, where none is."""
     return (values * known).sum() / known.sum().clamp_min(1)
 
 
@@ -205,7 +205,7 @@ def exclusive_cross_entropy(
 
     Args:
         logits: float (N, C, ...).
-        possible: bool (N, C, ...), at least one class an item. Items where every class is possible say nothing.
+        possible: bool (N, C, ...), at least one class per item. Items where every class is possible do not count.
         class_weights: float (C,) or ``None``; an item weighs the mean of its possible classes.
         label_smoothing: Share of the target spread over all classes.
         gamma: Focusing exponent of the focal loss, 0 for none.

@@ -1,4 +1,4 @@
-"""Losses of boxes: how far a box is off, and the assignment and loss of FCOS."""
+"""Losses of boxes: differences between two boxes, and the assignment and loss of FCOS."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BoxLoss(RecordsArguments, nn.Module, ABC):
 
     @abstractmethod
     def forward(self, predicted: Tensor, true: Tensor) -> Tensor:
-        """Return one loss a pair of boxes, (N,), of two float32 (N, 4) ``xyxy`` tensors; N may be 0."""
+        """Return one loss per pair of boxes, (N,), of two float32 (N, 4) ``xyxy`` tensors; N may be 0."""
 
 
 class GIoU(BoxLoss):
@@ -57,7 +57,7 @@ class CIoU(BoxLoss):
 
     @override
     def forward(self, predicted: Tensor, true: Tensor) -> Tensor:
-        """Return one loss a pair. Predicted sides count as 0.01 pixels or more."""
+        """Return one loss per pair. Predicted sides count as 0.01 pixels or more."""
         corner = predicted[:, :2]
         # An empty predicted box has no aspect ratio: 0 / 0 would make the loss NaN.
         sized = torch.cat([corner, torch.maximum(predicted[:, 2:], corner + 0.01)], dim=1)
@@ -66,7 +66,7 @@ class CIoU(BoxLoss):
 
 
 def match_boxes(boxes: Tensor, anchors: Tensor, per_level: list[int], radius: float = 1.5) -> Tensor:
-    """Return which box each location answers for, as FCOS assigns them.
+    """Return the box assigned to each location by the rules of FCOS.
 
     A location answers for a box that holds it, whose centre is within ``radius`` strides and whose farthest side is
     between 4 and 8 strides away (from 0 on the finest level, without end on the coarsest); of several, the smallest. A
@@ -111,7 +111,7 @@ def decode_boxes(distances: Tensor, anchors: Tensor) -> Tensor:
 
 
 def centerness(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """Return how central each anchor lies in its box, 0 at a side to 1 in the middle; both (N, 4), result (N,)."""
+    """Return the centerness of each anchor in its box, 0 at a side to 1 in the middle; both (N, 4), result (N,)."""
     centre = (anchors[:, :2] + anchors[:, 2:]) / 2
     before, after = centre - boxes[:, :2], boxes[:, 2:] - centre
     return (torch.minimum(before, after) / torch.maximum(before, after)).prod(1).sqrt()

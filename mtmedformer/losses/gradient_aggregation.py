@@ -60,7 +60,7 @@ class GradientAggregation(Weighting):
         self.register_buffer("last", torch.ones(len(tasks)))
 
     def forward(self, losses: Tensor, present: Tensor) -> Tensor:
-        """Return the losses as they are: the value to log, not the one to differentiate."""
+        """Return the losses unchanged: the value to log, not the one to differentiate."""
         return losses
 
     def factors(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The hybrid loss: named task losses in, one loss out, over the tasks the batch labels."""
+"""The hybrid loss: combine the losses of the tasks that a batch labels into one."""
 
 from __future__ import annotations
 
@@ -95,16 +95,16 @@ class HybridLoss(RecordsArguments, nn.Module):
         return (self.weight * terms).sum()
 
     def factors(self) -> dict[str, float]:
-        """Return what each task's gradient is multiplied by at present (weight times strategy), for logging."""
+        """Return the current factor of each task's gradient (weight times strategy), for logging."""
         return dict(zip(self.tasks, (self.weight * self.weighting.factors()).tolist(), strict=True))
 
     def update(self, losses: dict[str, Tensor], present: dict[str, int]) -> None:
-        """Tell the weighting the losses of the same batch after the optimiser step (where ``needs_update``)."""
+        """Pass the losses of the same batch after the optimiser step to the weighting (where ``needs_update``)."""
         if self._any(present):
             self.weighting.update(*self._gather({t: v.detach() for t, v in losses.items()}, present))
 
     def on_epoch_end(self) -> None:
-        """Tell the weighting that an epoch of training is over."""
+        """End the epoch of the weighting."""
         self.weighting.on_epoch_end()
 
     def backward(

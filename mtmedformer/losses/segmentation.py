@@ -1,8 +1,8 @@
-"""Losses of masks: means over annotated pixels, or over (image, class) pairs that have any.
+"""Losses of masks: means over annotated pixels, or over (image, class) pairs with annotated pixels.
 
-Every term takes the logits of labelled images at mask resolution, ``target`` (is the pixel of the class) and ``valid``
-(is that known), both bool (N, K, H, W). With as many logit channels as classes each class is a sigmoid of its own; with
-one more, channel 0 is the background of a softmax.
+Every term takes the logits of labelled images at mask resolution, ``target`` (whether the pixel is of the class) and
+``valid`` (whether that is known), both bool (N, K, H, W). With as many logit channels as classes, each class is its own
+sigmoid; with one more, channel 0 is the background of a softmax.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class MaskLoss(RecordsArguments, nn.Module, ABC):
 
     @abstractmethod
     def forward(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """Return the mean loss over what is valid, zero where nothing is.
+        """Return the mean loss over the valid pixels, zero where there are none.
 
         Args:
             logits: float32 (N, K, H, W) for sigmoids or (N, K + 1, H, W) for a softmax with background first.
@@ -46,7 +46,7 @@ class MaskLoss(RecordsArguments, nn.Module, ABC):
 
 
 class MaskCrossEntropy(MaskLoss):
-    """Cross-entropy a pixel: binary for sigmoids, categorical for a softmax; mean over annotated pixels.
+    """Cross-entropy per pixel: binary for sigmoids, categorical for a softmax; mean over annotated pixels.
 
     In a softmax a pixel known only not to be some class costs minus the log of what is left for the others.
 
@@ -73,7 +73,7 @@ class MaskCrossEntropy(MaskLoss):
 
 
 class MaskFocal(MaskLoss):
-    """Focal loss a pixel (torchvision's for sigmoids, its softmax twin otherwise); mean over annotated pixels.
+    """Focal loss per pixel (torchvision's for sigmoids, its softmax twin otherwise); mean over annotated pixels.
 
     Args:
         weight: Factor of this term in the task's loss.
@@ -99,9 +99,9 @@ class MaskFocal(MaskLoss):
 class Dice(MaskLoss):
     """Soft Dice loss (MONAI) of each class, background left out.
 
-    By default a mean over images and classes, each (image, class) pair by itself, so that a small lesion counts as much
-    as a large one. An annotated empty mask costs ``1 - smooth / (sum of probabilities + smooth)``: nothing where
-    nothing is predicted, and it does teach. Pairs without an annotated pixel do not count.
+    By default a mean over images and classes, each (image, class) pair separately, so that a small lesion counts as
+    much as a large one. An annotated empty mask costs ``1 - smooth / (sum of probabilities + smooth)``: nothing where
+    nothing is predicted, and it has a gradient. Pairs without an annotated pixel do not count.
 
     Args:
         weight: Factor of this term in the task's loss.

@@ -1,9 +1,9 @@
-"""How raw task losses become the terms of one sum.
+"""Weightings that turn the raw losses of the tasks into the terms of one sum.
 
 Every weighting obeys the partial-label law: a task without a labelled sample in the batch contributes nothing and
-leaves its part of the state as it was. State lives in buffers or parameters, one entry a task in sorted order of the
-task names, so that a resumed run goes on with the same weights. Nothing here talks to other processes: under DDP each
-rank sees its own losses, and the broadcast of buffers makes rank 0's state the one that stays.
+leaves its part of the state as it was. State lives in buffers or parameters, one entry per task in sorted order of the
+task names, so that a resumed run goes on with the same weights. The processes exchange nothing: under DDP each rank
+uses its own losses, and the broadcast of buffers keeps the state of rank 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mtmedformer.storage.constructor_arguments import RecordsArguments
 
 
 class Weighting(RecordsArguments, nn.Module, ABC):
-    """Turns the losses of a batch into weighted terms; ``HybridLoss`` multiplies them by the user's weights and adds.
+    """Base of modules that weight the losses of a batch; ``HybridLoss`` multiplies them by the user's weights and adds.
 
     Attributes:
         aggregates_gradients: Whether ``aggregate`` must fill the gradients of the shared parameters.
@@ -51,13 +51,13 @@ class Weighting(RecordsArguments, nn.Module, ABC):
 
     @abstractmethod
     def factors(self) -> Tensor:
-        """Return what each loss's gradient is multiplied by at present, float (n,), detached."""
+        """Return the current factor of each loss's gradient, float (n,), detached."""
 
     def update(self, losses: Tensor, present: Tensor) -> None:
-        """Learn from the losses of the same batch after the optimiser step (only where ``needs_update``)."""
+        """Update the state from the losses of the same batch after the optimiser step (where ``needs_update``)."""
 
     def on_epoch_end(self) -> None:
-        """Close an epoch of training."""
+        """End an epoch of training."""
 
 
 class FixedWeighting(Weighting):
@@ -105,7 +105,7 @@ class FixedWeighting(Weighting):
 
 
 class UncertaintyWeighting(Weighting):
-    r"""Learn one log-variance $s$ a task: $\frac12 e^{-s} L + \frac12 s$, over the tasks of the batch.
+    r"""Learn one log-variance $s$ per task: $\frac12 e^{-s} L + \frac12 s$, over the tasks of the batch.
 
     For a constant loss the optimum is $s = \log L$. The sum may be negative. The log-variances are parameters: the
     optimiser must have them, without weight decay (``no_weight_decay``).

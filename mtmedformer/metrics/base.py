@@ -92,14 +92,14 @@ class TaskMetrics(Metric):
         return torch.cat([self.no_rows[name], *(t.cpu() for t in ([state] if isinstance(state, Tensor) else state))])
 
     def register(self, meta: Sequence[Meta], present: Tensor) -> list[int]:
-        """Note the labelled images of a batch and return their places in it.
+        """Store the identities of the labelled images of a batch and return their indices in it.
 
         Args:
-            meta: One entry an image of the batch.
+            meta: One entry per image of the batch.
             present: bool (B,), whether the image is labelled for this task.
         """
         if len(meta) != len(present):
-            raise ValueError(f"metrics need one Meta an image: got {len(meta)} for {len(present)} images")
+            raise ValueError(f"metrics need one Meta per image: got {len(meta)} for {len(present)} images")
         rows: list[int] = present.nonzero().flatten().tolist()
         if rows:
             text = "".join(
@@ -116,7 +116,7 @@ class TaskMetrics(Metric):
 
     @abstractmethod
     def prepare(self, rows: NDArray[np.int64]) -> Evaluate:
-        """Sort or match once what all resamples share and return the function that evaluates them.
+        """Do the part that all resamples share (sorting, matching) and return the function that evaluates them.
 
         Args:
             rows: (n,) rows of the states to use, in this order; possibly none.
@@ -201,7 +201,7 @@ class MetricsByTask(nn.ModuleDict):
         return cast("TaskMetrics", self[name])
 
     def reset(self) -> None:
-        """Forget all images."""
+        """Remove all images."""
         for name in self:
             self.of(name).reset()
 
@@ -226,7 +226,7 @@ class TaskMeans(nn.ModuleDict):
         return cast("MeanMetric", self[name])
 
     def reset(self) -> None:
-        """Forget all values."""
+        """Remove all values."""
         for name in self:
             self.of(name).reset()
 
@@ -273,7 +273,7 @@ def _subgroups(images: Images, evaluate: Evaluate) -> dict[str, float]:
 def patient_weights(patients: NDArray[np.int64], replicates: int, seed: int) -> NDArray[np.int32]:
     """Draw patients with replacement, as many as there are, and return how often each image is in each resample.
 
-    All images of a patient come and go together.
+    All images of a patient have the same count.
 
     Args:
         patients: (n,) patient of each image as a number from 0.

@@ -45,7 +45,7 @@ class Reliability:
 
 
 def reliability(probabilities: Floats, targets: Floats, bins: int = 15) -> Reliability:
-    """Bin confidences and count how often each was right.
+    """Bin confidences and count the correct decisions of each bin.
 
     Args:
         probabilities: Confidence of each decision in [0, 1], any shape.
@@ -109,7 +109,7 @@ def bin_sums(confidence: Tensor, correct: Tensor, bins: int) -> Tensor:
 
 
 class CalibrationMetrics(TaskMetrics):
-    """Score probabilities of classes or pixels by what they promise; see ``decisions`` for what is scored.
+    """Calibration error and likelihood of the probabilities of classes or pixels; ``decisions`` defines what is scored.
 
     ``ece`` is the expected calibration error, ``nll`` the negative log-likelihood a decision, in nats. For
     classification both are those of ``ClassificationMetrics``. Classes that may hold at once are scored one by one as
@@ -183,7 +183,7 @@ PIXELS = 4096
 
 
 class TemperatureSums(TaskMetrics):
-    """Sums of the log-likelihood of the truth at every temperature, a row an image.
+    """Sums of the log-likelihood of the truth at every temperature, one row per image.
 
     Args:
         task: A classification or segmentation task.
@@ -264,7 +264,7 @@ def truth_of(task: Task, target: Target) -> Tensor:
 
 
 def likelihood_curve(logits: Tensor, truth: Tensor, exclusive: bool) -> tuple[Tensor, Tensor]:
-    """Return how unlikely the truth is at every temperature, and how fast that changes with the log temperature.
+    """Return the negative log-likelihood at every temperature, and its derivative by the log temperature.
 
     Both are sums over an image's decisions, so that sums of sums over images, processes and sites are all that a fit
     needs: nothing of an image leaves it but 82 numbers.
@@ -295,7 +295,7 @@ def likelihood_curve(logits: Tensor, truth: Tensor, exclusive: bool) -> tuple[Te
 
 
 def some_places(values: Tensor) -> Tensor:
-    """Return (B, C, P): the one place of an image's classes, or pixels of its masks, which are many and much alike."""
+    """Return (B, C, P): the classes of an image as one place, or a subset of the pixels of its masks."""
     if values.ndim == 2:
         return values[:, :, None]
     flat = values.flatten(2)

@@ -1,4 +1,4 @@
-"""Free-response ROC: how many lesions are found at a given number of false alarms per image."""
+"""Free-response ROC: the sensitivity for lesions at a given number of false positives per image."""
 
 from __future__ import annotations
 

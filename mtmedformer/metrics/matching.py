@@ -1,4 +1,4 @@
-"""Which predicted boxes hit which true boxes."""
+"""Match predicted boxes with true boxes."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ COVERAGE = 0.8
 
 
 class ReferralMetrics(TaskMetrics):
-    r"""Rank the images of a segmentation task by doubt, and score what is left when the most doubtful are referred.
+    r"""Rank the images of a segmentation task by uncertainty, and score those that remain after referral.
 
     An image's doubt is the predictive entropy of its pixels over the area predicted, $\sum_p H(p) / \sum_p p$, in nats:
     entropy sits on borders, and large structures have long ones.
@@ -48,7 +48,7 @@ class ReferralMetrics(TaskMetrics):
         self.add_rows("scores", torch.zeros(0, 2, dtype=torch.float64))
 
     def update(self, predictions: Tensor, target: SegmentationTarget, meta: Sequence[Meta]) -> None:
-        """Keep Dice and doubt of each labelled image, never a pixel."""
+        """Keep Dice and uncertainty of each labelled image, but no pixels."""
         rows = self.register(meta, target.present)
         if not rows:
             return
@@ -79,7 +79,7 @@ class ReferralMetrics(TaskMetrics):
 
 
 def doubt(probabilities: Tensor, multi_label: bool) -> Tensor:
-    """Return how much each mask is in doubt: entropy of its pixels over the area predicted, in nats, float64 (B,).
+    """Return the uncertainty of each mask: entropy of its pixels over the predicted area, in nats, float64 (B,).
 
     Args:
         probabilities: (B, K, H, W) as ``TaskHead.predict`` gives them.

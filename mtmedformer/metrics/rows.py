@@ -1,4 +1,4 @@
-"""What a metric saw of every image, on disk: enough to compare two models patient by patient, and nothing of a patient.
+"""Files with the results of every image by metric, to compare two models per patient without identifying patients.
 
 A file holds, for every task, the tables of its metric and the keyed hashes of image and patient. Two runs with the same
 salt have the same hashes for the same images, so that they can be paired.
@@ -54,7 +54,7 @@ class TaskRows:
     sites: NDArray[np.str_]
 
     def evaluate(self, chosen: NDArray[np.int64] | None = None) -> Evaluate:
-        """Return what evaluates the chosen images under weights; see ``TaskMetrics.prepare``.
+        """Return the function that evaluates the chosen images with weights; see ``TaskMetrics.prepare``.
 
         Args:
             chosen: Places of the images in ``rows``; ``None`` takes all.
@@ -63,12 +63,12 @@ class TaskRows:
 
 
 def save_rows(metrics: Mapping[str, TaskMetrics], file: Path, salt: str) -> None:
-    """Write the rows of every task, whole or not at all. In distributed runs the metrics have to be synced.
+    """Write the rows of every task atomically. In distributed runs the metrics have to be synced.
 
     Args:
         metrics: Metrics by task name.
         file: The ``.npz`` to write.
-        salt: Key of the hashes: without it nobody can tell whether a known patient is in the file.
+        salt: Key of the hashes; without it a known patient cannot be found in the file.
     """
     arrays: dict[str, NDArray[Any]] = {}
     about: dict[str, Any] = {}
@@ -139,7 +139,7 @@ def keyed(text: str, salt: str) -> str:
 
 
 def _arguments(metric: TaskMetrics) -> dict[str, Any]:
-    """Return what a metric was built with; its constructor's arguments are attributes of the same names."""
+    """Return the constructor arguments of a metric, which are attributes of the same names."""
     found = {name: getattr(metric, name) for name in inspect.signature(type(metric)).parameters}
     return {name: asdict(value) if isinstance(value, Task) else value for name, value in found.items()}
 
@@ -163,5 +163,5 @@ def _class(path: str, file: Path) -> type[TaskMetrics]:
         found[_path(kind)] = kind
         pending += kind.__subclasses__()
     if path not in found:
-        raise DataError(f"{file}: scored by {path}, which is not there; import it, or run the cell again")
+        raise DataError(f"{file}: scored by {path}, a class that is not imported; import it, or run the cell again")
     return found[path]

@@ -19,7 +19,7 @@ COLUMNS = ("dice", "iou", "empty_correct", "hd95")
 
 
 class SegmentationMetrics(TaskMetrics):
-    """Score masks image by image, then average over images; pixels that are not annotated count nowhere.
+    """Score the masks of each image, then average over images; pixels that are not annotated never count.
 
     Per class, and overall as the mean over classes:
 

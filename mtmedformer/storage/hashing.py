@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 LENGTH = 16
-"""Hexadecimal digits a digest is cut to: 64 bits, plenty to tell models and files apart, short enough for a table."""
+"""Hexadecimal digits a digest is cut to: 64 bits, enough to distinguish models and files."""
 
 
 def state_hash(state: Mapping[str, Tensor], header: str = "") -> str:

@@ -214,7 +214,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
 @pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2], {"state_dict": {}}, torch.ones(3)])
 def test_a_file_without_named_tensors_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "w.pt")
-    with pytest.raises(ConfigError, match="holds no named tensors"):
+    with pytest.raises(ConfigError, match="contains no named tensors"):
         read_weights(tmp_path / "w.pt")
 
 

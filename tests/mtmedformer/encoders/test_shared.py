@@ -204,7 +204,7 @@ def test_the_size_given_is_the_size_of_the_position_embedding():
         ({"name": "mtmedformer_tiny", "img_size": 0}, r"encoder\.img_size is 0"),
         ({"name": "mtmedformer_tiny", "img_size": (64, -1)}, r"encoder\.img_size is \(64, -1\)"),
         ({"name": "mtmedformer_tiny", "model_kwargs": {"nonsense": 3}}, r"encoder\.model_kwargs do not fit .*nonsense"),
-        ({"name": "mtmedformer_tiny", "pretrained": True}, r"could not be had.*encoder\.checkpoint_path"),
+        ({"name": "mtmedformer_tiny", "pretrained": True}, r"could not be downloaded.*encoder\.checkpoint_path"),
         ({"name": "crossvit_tiny_240"}, r"crossvit_tiny_240"),
         ({"name": "dla34", "grad_checkpointing": True}, r"encoder\.grad_checkpointing: dla34 cannot"),
         ({"channels": 0}, r"encoder\.in_chans is 1, channels 0"),

@@ -142,7 +142,7 @@ def test_states_name_no_image():
 
 def test_a_batch_without_its_meta_is_refused():
     target = ClassificationTarget(torch.zeros(2, 1), torch.ones(2, dtype=torch.bool))
-    with pytest.raises(ValueError, match="one Meta an image: got 1 for 2"):
+    with pytest.raises(ValueError, match="one Meta per image: got 1 for 2"):
         ClassificationMetrics(["a"]).update(torch.zeros(2, 1), target, metas(1))
 
 
