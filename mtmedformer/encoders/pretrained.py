@@ -160,12 +160,17 @@ def _body(module: nn.Module) -> tuple[str, Any] | None:
     return next(found, None)
 
 
+def timm_renaming(model: nn.Module) -> Any:
+    """Return timm's function that renames the weights of a model's authors, ``None`` where its module has none."""
+    return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+
+
 def _by_timm(
     module: nn.Module, targets: dict[str, Tensor], source: dict[str, Tensor]
 ) -> list[tuple[dict[str, Tensor], str]]:
     """Return the source as renamed by timm, if the module is or contains a timm model with a renaming."""
     found = _body(module)
-    remap = getattr(sys.modules[type(found[1]).__module__], "checkpoint_filter_fn", None) if found else None
+    remap = timm_renaming(found[1]) if found else None
     if found is None or remap is None:
         return []
     elsewhere = {_bare(name) for name in targets if not name.startswith(found[0])}

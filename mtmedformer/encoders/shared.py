@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from difflib import get_close_matches
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from mtmedformer.encoders import tiny  # noqa: F401  (registers mtmedformer_tiny with timm)
 from mtmedformer.encoders.base import Encoder
 from mtmedformer.encoders.neck import LEVELS, Neck
-from mtmedformer.encoders.pretrained import LoadReport, load_weights
+from mtmedformer.encoders.pretrained import LoadReport, load_weights, timm_renaming
 from mtmedformer.errors import ConfigError
 
 
@@ -176,7 +175,8 @@ def _create(name: str, size: tuple[int, int] | None, kwargs: dict[str, Any]) -> 
         raise ConfigError(
             f"encoder.name={name}: timm has no weights {tag!r} of {arch}; it has {', '.join(tags) or 'none'}"
         )
-    fixed = bool(getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False))
+    cfg = timm.get_pretrained_cfg(arch)  # none where timm has no weights of it
+    fixed = cfg is not None and cfg.fixed_input_size
     options: list[dict[str, Any]] = [{"dynamic_img_size": True}, {}] if fixed else [{}]
     if fixed and size is not None:
         options = [{**option, "img_size": _body_size(arch, size)} for option in options] + [{}]
@@ -213,7 +213,7 @@ def _levels(name: str, body: Any) -> tuple[dict[int, int], float, dict[int, int]
 
 
 def _download(name: str, body: Any, in_chans: int) -> None:
-    remap = getattr(sys.modules[type(body).__module__], "checkpoint_filter_fn", None)
+    remap = timm_renaming(body)
     try:
         load_pretrained(body, body.pretrained_cfg, num_classes=0, in_chans=in_chans, filter_fn=remap, strict=False)
     except Exception as error:
@@ -247,7 +247,8 @@ def _by(size: tuple[int, ...]) -> str:
 
 
 def _unfit(name: str, size: tuple[int, int] | None, error: Exception) -> ConfigError:
-    usual = getattr(timm.get_pretrained_cfg(name.partition(".")[0]), "input_size", (3, 224, 224))
+    cfg = timm.get_pretrained_cfg(name.partition(".")[0])
+    usual = (3, 224, 224) if cfg is None else cfg.input_size
     return ConfigError(
         f"encoder.name={name} cannot take images of {_by(size) if size else 'any size'} ({_first_line(error)}); set "
         f"encoder.img_size to a size it can (its own is {_by(usual[1:])}), or choose a model for any size: pvt_v2_*, "
