@@ -74,7 +74,7 @@ def everywhere(labels):
 
 
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
-def test_a_planted_temperature_is_found_and_is_scipys(temperature):
+def test_a_known_temperature_is_recovered_and_equals_scipys(temperature):
     logits, labels = planted(temperature)
     found, nll = fitted(EXCLUSIVE, logits, everywhere(labels))
     assert found == pytest.approx(temperature, rel=0.06)
@@ -87,7 +87,7 @@ def test_a_planted_temperature_is_found_and_is_scipys(temperature):
     assert nll == pytest.approx(exact.fun, rel=1e-5)
 
 
-def test_pixels_of_a_mask_get_their_planted_temperature():
+def test_a_known_temperature_of_mask_pixels_is_recovered():
     logits, target = planted_masks(3.0)
     found, nll = fitted(LUNG, logits, target)
     assert found == pytest.approx(3.0, rel=0.05)
@@ -108,7 +108,7 @@ def test_classes_that_may_hold_together_share_one_temperature_and_skip_what_is_u
     assert partly == pytest.approx(alone, rel=1e-9)
 
 
-def test_images_without_labels_have_no_say():
+def test_images_without_labels_do_not_change_the_temperature():
     logits, target = planted_masks(3.0)
     more = torch.cat([logits, 50 * torch.ones_like(logits)])
     masks = torch.cat([target.masks, torch.zeros_like(target.masks)])
@@ -131,7 +131,7 @@ def test_sums_of_sites_give_the_temperature_of_the_pool():
     assert fit_temperature(*together) == pytest.approx(fitted(EXCLUSIVE, logits, everywhere(labels), 0.5), rel=1e-9)
 
 
-def test_scaling_never_does_worse_on_what_it_was_fitted_on():
+def test_scaling_never_raises_the_loss_on_the_images_it_was_fitted_on():
     for seed in range(20):
         logits, labels = planted(0.5 + 0.1 * seed, n=15, seed=seed)
         for prior in (None, 0.5):
@@ -140,7 +140,7 @@ def test_scaling_never_does_worse_on_what_it_was_fitted_on():
             assert after <= before + 1e-9
 
 
-def test_a_few_images_that_are_all_right_do_not_make_it_certain():
+def test_a_few_correct_images_do_not_give_certain_predictions():
     logits, labels = planted(1.0, n=12)
     labels = F.one_hot(logits.argmax(1), 3).float()
     reckless, _ = fitted(EXCLUSIVE, logits, everywhere(labels))
@@ -172,7 +172,7 @@ def test_the_curve_and_its_slope_are_those_of_autograd():
             assert float(curve[:, i, 1].sum()) == pytest.approx(float(x.grad), rel=1e-9)
 
 
-def test_scaling_changes_neither_the_winner_nor_the_order():
+def test_scaling_changes_neither_the_predicted_class_nor_the_order():
     torch.manual_seed(0)
     logits, _ = planted(1.0, n=200)
     head = ClassificationHead(["a", "b", "c"])
@@ -202,7 +202,7 @@ def test_a_detection_head_cannot_be_calibrated():
         calibrated(head, outputs, 2.0)
 
 
-def test_truth_of_exclusive_masks_has_a_background_and_knows_what_it_knows():
+def test_truth_of_exclusive_masks_has_a_background_and_nan_where_unknown():
     masks = torch.tensor([[[[1, IGNORE, 0, IGNORE]], [[IGNORE, 0, 0, 1]]]], dtype=torch.uint8)
     truth = truth_of(ORGANS, SegmentationTarget(masks, torch.tensor([True])))
     assert truth[0, :, 0, 0].tolist() == [0, 1, 0]  # a liver is no spleen, annotated or not
@@ -271,14 +271,14 @@ def test_pixels_are_scored_as_torchmetrics_scores_them(task):
     assert diagram.count.sum() == int(keep.sum())
 
 
-def test_likelihood_of_the_truth_is_what_brier_and_log_loss_read():
+def test_likelihood_of_the_truth_gives_brier_score_and_log_loss():
     p, y = torch.rand(50, 1, generator=torch.Generator().manual_seed(0)), (torch.arange(50)[:, None] % 2).float()
     confidence, correct, likelihood = decisions(Task("x", "classification", ("a",), multi_label=True), p, everywhere(y))
     assert float((confidence - correct).square().mean()) == pytest.approx(brier_score_loss(y[:, 0], p[:, 0]), rel=1e-5)
     assert float(-likelihood.log().mean()) == pytest.approx(log_loss(y[:, 0], p[:, 0].double()), rel=1e-5)
 
 
-def test_reliability_bins_what_is_known():
+def test_reliability_bins_known_labels_only():
     p, y = np.array([[0.05, 0.95], [0.97, 1.0], [0.5, 0.94]]), np.array([[0, 1], [0, 1], [np.nan, 1]])
     found = reliability(p, y, bins=10)
     assert found.count.tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0, 3, 1]
@@ -301,7 +301,7 @@ def scores(seed, n=83):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_thresholds_reach_what_was_asked_and_no_more_than_needed(seed):
+def test_thresholds_just_reach_the_required_value(seed):
     s, truth = scores(seed)
     fpr, tpr, cuts = roc_curve(truth, s, drop_intermediate=False)
     at = {p: class_threshold(s, truth, OperatingPoint.parse(p)) for p in ("sensitivity=0.9", "specificity=0.9")}
@@ -317,7 +317,7 @@ def test_thresholds_reach_what_was_asked_and_no_more_than_needed(seed):
     assert f1_score(truth, s >= class_threshold(s, truth, OperatingPoint("f1"))) == pytest.approx(best)
 
 
-def test_a_threshold_is_no_score_that_occurs_so_rounding_moves_nothing():
+def test_a_threshold_lies_between_two_scores():
     s, truth = scores(0)
     threshold = class_threshold(s, truth, OperatingPoint("sensitivity", 0.9))
     assert threshold not in s
@@ -328,7 +328,7 @@ def test_a_threshold_is_no_score_that_occurs_so_rounding_moves_nothing():
     assert none > 1
 
 
-def test_box_thresholds_reach_what_was_asked():
+def test_box_thresholds_reach_the_required_value():
     findings = Findings(
         lesion_image=np.array([0, 0, 1, 3]),
         lesion_score=np.array([0.9, 0.6, 0.3, -np.inf]),
@@ -345,7 +345,7 @@ def test_box_thresholds_reach_what_was_asked():
 
 
 @pytest.mark.parametrize("text", ["sensitivity", "sensitivity=1.5", "youden=2", "best", "fp_per_image=0", "f1=x"])
-def test_operating_points_that_are_none_are_named(text):
+def test_invalid_operating_points_are_refused_with_a_message(text):
     with pytest.raises(ConfigError, match=text.split("=")[0]):
         OperatingPoint.parse(text)
     assert str(OperatingPoint.parse("sensitivity = 0.90")) == "sensitivity=0.9"

@@ -115,7 +115,7 @@ def masked(data, tasks):
     return Batch(data.image, targets, data.meta)
 
 
-def test_an_unlabelled_task_leaves_its_head_exactly_where_it_was():
+def test_an_unlabelled_task_does_not_change_its_head():
     module = model()
     module.optimizer = lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.5)
     before = copy.deepcopy(module.heads["nodules"].state_dict())
@@ -125,7 +125,7 @@ def test_an_unlabelled_task_leaves_its_head_exactly_where_it_was():
         assert torch.equal(value, before[name]), name
 
 
-def test_a_labelled_task_moves():
+def test_a_labelled_task_changes_its_head():
     module = model()
     before = copy.deepcopy(module.heads.state_dict())
     data = [batch({"health": [True] * 2, "nodules": [True] * 2, "organ": [True] * 2})]
@@ -147,7 +147,7 @@ def test_the_same_seed_gives_the_same_weights():
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
 
 
-def test_metrics_and_losses_never_see_what_is_not_labelled():
+def test_metrics_and_losses_use_labelled_images_only():
     module = model()
     data = [batch({"health": [True, False], "nodules": [False] * 2, "organ": [True, False]})]
     logged = trainer().validate(module, DataLoader(data, batch_size=None), verbose=False)[0]
@@ -157,7 +157,7 @@ def test_metrics_and_losses_never_see_what_is_not_labelled():
     assert logged["val/score"] == logged["val/score"]
 
 
-def test_parameter_groups_cover_everything_once_and_spare_vectors():
+def test_parameter_groups_contain_each_parameter_once_and_vectors_without_decay():
     module = model(layer_decay=0.5)
     groups = module.parameter_groups(1.0, 0.1)
     ids = [id(p) for g in groups for p in g["params"]]
@@ -169,7 +169,7 @@ def test_parameter_groups_cover_everything_once_and_spare_vectors():
     assert rate[id(stem)] < rate[id(head)] == 1.0
 
 
-def test_unknown_tasks_are_refused_with_the_names_there_are():
+def test_unknown_tasks_are_refused_with_the_known_names():
     with pytest.raises(ConfigError, match="health, nodules, organ"):
         model(tasks=["lungs"])
 
@@ -181,7 +181,7 @@ def test_a_task_alone_starts_from_the_weights_it_has_in_the_joint_model():
     assert all(torch.equal(joint[key], single[key]) for key in shared)
 
 
-def test_dropping_heads_keeps_the_others_as_they_were():
+def test_dropping_heads_does_not_change_the_others():
     assert set(model(tasks=["organ"]).heads) == {"organ"}
     image = torch.rand(1, 1, SIZE, SIZE)
     joint, single = model().eval(), model(tasks=["organ"]).eval()
@@ -202,7 +202,7 @@ def test_predicting_in_windows_of_the_whole_image_changes_nothing():
 
 
 @pytest.mark.parametrize("size", [(64, 96), (50, 70)])
-def test_any_rectangle_goes_through(size):
+def test_images_of_any_size_are_accepted(size):
     predictions = model().eval().predict(torch.rand(1, 1, *size))
     assert predictions["organ"].shape == (1, 1, *size)
     assert predictions["health"].shape == (1, 2)

@@ -55,7 +55,7 @@ def test_a_bare_timm_file_fills_the_body(tmp_path, suffix):
     ["module.", "model.", "backbone.", "encoder.", "module.encoder.", "_orig_mod.model.backbone.", "encoder.body."],
 )
 @pytest.mark.parametrize("container", [None, "state_dict", "model"])
-def test_wrappers_do_not_matter(tmp_path, prefix, container):
+def test_prefixes_of_wrappers_are_ignored(tmp_path, prefix, container):
     state = {prefix + key: value for key, value in timm_state().items()}
     torch.save({container: state, "epoch": 3} if container else state, tmp_path / "w.pt")
     encoder = tiny(0)
@@ -85,7 +85,7 @@ def test_layout_of_feature_extractors_and_of_segmentation_models(tmp_path):
     assert same(encoder.body.state_dict(), timm_state())
 
 
-def test_an_own_checkpoint_fills_encoder_and_heads_and_spares_the_loss(tmp_path):
+def test_an_own_checkpoint_fills_encoder_and_heads_but_not_the_loss(tmp_path):
     old, new = Model(1), Model(2)
     old.loss.running_mean.fill_(5)
     torch.save({"state_dict": old.state_dict(), "epoch": 4, "pytorch-lightning_version": "2.6"}, tmp_path / "old.ckpt")
@@ -98,7 +98,7 @@ def test_an_own_checkpoint_fills_encoder_and_heads_and_spares_the_loss(tmp_path)
     assert same(other.body.state_dict(), old.encoder.body.state_dict())
 
 
-def test_a_head_for_other_classes_is_reported_and_left_as_it_was(tmp_path):
+def test_a_head_for_other_classes_is_reported_and_unchanged(tmp_path):
     old, new = Model(1), Model(2, classes=5)
     torch.save(old.state_dict(), tmp_path / "old.pt")
     before = new.heads["lungs"].weight.clone()
@@ -189,14 +189,14 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, legacy):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 @pytest.mark.parametrize("content", [b"", b"not weights at all", b"\x80\x02}", b"PK\x03\x04 half a zip"])
-def test_a_damaged_file_is_named(tmp_path, suffix, content):
+def test_the_message_names_a_damaged_file(tmp_path, suffix, content):
     path = tmp_path / f"broken{suffix}"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"broken"):
         read_weights(path)
 
 
-def test_a_truncated_file_is_named(tmp_path):
+def test_the_message_names_a_truncated_file(tmp_path):
     for suffix in (".safetensors", ".pt"):
         path = tmp_path / f"short{suffix}"
         save_file(timm_state(), path) if suffix == ".safetensors" else torch.save(timm_state(), path)

@@ -51,7 +51,7 @@ def test_five_levels_of_one_width_for_any_size(encoder, size):
     assert all(level.isfinite().all() for level in levels)
 
 
-def test_every_parameter_takes_part(encoder):
+def test_every_parameter_gets_a_gradient(encoder):
     """DDP stops at a parameter without a gradient."""
     encoder.train()
     encoder.zero_grad()
@@ -77,7 +77,7 @@ def test_depth_rises_from_the_image_to_the_neck(encoder):
 
 
 @pytest.mark.parametrize("name", ["mtmedformer_tiny", "swin_tiny_patch4_window7_224", "test_vit", "test_resnet"])
-def test_maps_lie_where_the_image_is(name):
+def test_feature_maps_are_aligned_with_the_image(name):
     """A bright spot moves the map most at its own place, in a rectangle, on every stride from 4 to 16."""
     torch.manual_seed(0)
     encoder = SharedEncoder(name, channels=32, model_kwargs=BODIES[name]).eval()
@@ -114,7 +114,7 @@ def test_gray_images_are_normalised_by_the_mean_of_the_channels():
     assert encoder.std.item() == pytest.approx((0.229 + 0.224 + 0.225) / 3)
 
 
-def test_padding_is_black_and_its_maps_are_cut_off():
+def test_padding_is_black_and_maps_are_cropped_to_the_image():
     encoder = SharedEncoder("mtmedformer_tiny", channels=32).eval()
     image = torch.rand(1, 1, 40, 70)
     black = torch.zeros(1, 1, 64, 96)
@@ -128,7 +128,7 @@ def test_padding_is_black_and_its_maps_are_cut_off():
         assert torch.equal(seen[0][s], seen[1][s])
 
 
-def test_nothing_of_ours_depends_on_the_batch():
+def test_encoders_without_batch_norm_do_not_depend_on_the_batch():
     for name in ("mtmedformer_tiny", "mtmedformer_tiny_cnn", "pvt_v2_b0", "test_vit"):
         encoder = SharedEncoder(name, channels=32)
         assert not [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -138,7 +138,7 @@ def test_nothing_of_ours_depends_on_the_batch():
         torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_the_tiny_transformer_and_its_convolutional_twin_are_small_and_alike():
+def test_the_two_tiny_models_are_small_and_of_equal_size():
     tiny, twin = (SharedEncoder(f"mtmedformer_tiny{x}", channels=64) for x in ("", "_cnn"))
     sizes = [sum(p.numel() for p in e.parameters()) for e in (tiny, twin)]
     assert max(sizes) < 600_000
@@ -147,7 +147,7 @@ def test_the_tiny_transformer_and_its_convolutional_twin_are_small_and_alike():
     assert not any("attn" in name for name, _ in twin.named_parameters())
 
 
-def test_same_seed_same_encoder_and_copies_agree():
+def test_the_same_seed_and_a_copy_give_the_same_encoder():
     image = torch.rand(1, 1, 64, 64)
     encoders = []
     for _ in range(2):
@@ -176,7 +176,7 @@ def test_stochastic_depth_reaches_the_body():
     assert max(rates) == pytest.approx(0.2)
 
 
-def test_models_with_a_built_in_size_take_that_size_and_no_other():
+def test_models_of_a_fixed_image_size_refuse_other_sizes():
     encoder = SharedEncoder("test_maxvit", channels=32, img_size=(160, 320)).eval()
     assert encoder(torch.zeros(1, 1, 160, 320))[0].shape[-2:] == (40, 80)
     with pytest.raises(ConfigError, match=r"test_maxvit is built for images of 160 x 320 px, not 64 x 64 px.*img_size"):
@@ -185,12 +185,12 @@ def test_models_with_a_built_in_size_take_that_size_and_no_other():
         SharedEncoder("test_maxvit")
 
 
-def test_sizes_a_model_cannot_take_are_refused_at_once():
+def test_image_sizes_a_model_does_not_accept_are_refused_at_construction():
     with pytest.raises(ConfigError, match=r"nest_tiny cannot take images of 64 x 96 px .*pvt_v2_\*"):
         SharedEncoder("nest_tiny", img_size=(64, 96))
 
 
-def test_the_size_given_is_the_size_of_the_position_embedding():
+def test_the_position_embedding_has_the_configured_size():
     encoder = SharedEncoder("vit_small_patch14_dinov2", img_size=(96, 128), channels=32, model_kwargs=SMALL_VIT)
     assert encoder.body.patch_embed.grid_size == (6, 8)
 
@@ -211,12 +211,12 @@ def test_the_size_given_is_the_size_of_the_position_embedding():
         ({"checkpoint_path": "nowhere.safetensors"}, r"nowhere\.safetensors: no such file"),
     ],
 )
-def test_what_cannot_work_is_named(kwargs, message):
+def test_invalid_arguments_are_refused_with_a_message(kwargs, message):
     with pytest.raises(ConfigError, match=message):
         SharedEncoder(**kwargs)
 
 
-def test_images_of_other_channels_are_named():
+def test_images_of_other_channels_are_refused():
     with pytest.raises(ConfigError, match=r"encoder\.in_chans is 1 but the images are \(1, 3, 64, 64\)"):
         SharedEncoder("mtmedformer_tiny")(torch.zeros(1, 3, 64, 64))
 
@@ -230,7 +230,7 @@ def test_group_norm_has_at_most_the_given_number_of_groups():
 
 
 @pytest.mark.parametrize("have, want", [(16, 4), (16, 32), (8, 32), (32, 4)])
-def test_resampled_levels_have_the_stride_asked_for(have, want):
+def test_resampled_levels_have_the_requested_stride(have, want):
     layers, channels = resampler(64, have, want)
     out = layers(torch.zeros(1, 64, 256 // have, 256 // have))
     assert out.shape == (1, channels, 256 // want, 256 // want)

@@ -50,7 +50,7 @@ def model(**heads):
     return MultiTaskModule(SharedEncoder("mtmedformer_tiny", channels=16), heads).eval()
 
 
-def test_grad_cam_is_gradient_times_activation_of_a_head_whose_answer_is_known():
+def test_grad_cam_is_gradient_times_activation():
     module = model(sum=Sum(["a", "b"]))
     image = torch.rand(2, 1, SIZE, SIZE)
     for label, sign in ((0, 1), (1, -1)):
@@ -88,7 +88,7 @@ def test_maps_of_every_head_lie_in_the_inputs_frame_and_in_the_unit_interval(siz
     assert all(p.grad is None for p in module.parameters())
 
 
-def test_an_image_is_explained_alone():
+def test_the_map_of_an_image_does_not_depend_on_the_batch():
     module = model(boxes=DetectionHead(["a"]), classes=ClassificationHead(["a", "b"]))
     image = torch.rand(3, 1, SIZE, SIZE)
     for name in module.heads:

@@ -73,7 +73,7 @@ def test_entropies():
 
 @pytest.mark.parametrize("side", ["L", "R"])
 @pytest.mark.parametrize("size", [(1111, 700), (1300, 1300)])
-def test_masks_of_large_films_come_back_in_blocks_as_they_do_at_once(size, side):
+def test_masks_mapped_back_in_blocks_equal_those_mapped_at_once(size, side):
     film = np.zeros(size, np.float32)
     film[100:-100, : size[1] // 2] = 0.4
     film = film if side == "L" else film[:, ::-1].copy()
@@ -88,13 +88,13 @@ def test_masks_of_large_films_come_back_in_blocks_as_they_do_at_once(size, side)
     np.testing.assert_allclose(middle, np.argwhere(disc).mean(axis=0), atol=0.5)
 
 
-def test_boxes_travel_exactly_under_mirroring():
+def test_mirrored_boxes_are_mapped_back_exactly():
     frame = letterbox((0, 0, 20, 40), (20, 20), flip=True)
     there = boxes_in_original(np.array([[5.0, 0, 10, 10]]), meta(frame=frame))
     np.testing.assert_allclose(there, [[10, 0, 20, 20]])
 
 
-def test_a_picture_shows_the_original_and_names_everything():
+def test_a_picture_shows_the_original_with_names_of_tasks_and_classes():
     found = image_result(predictions(), 0, meta(), TASKS)
     image = np.random.default_rng(0).random((40, 20)).astype(np.float32)
     figure = prediction_figure(
@@ -122,7 +122,7 @@ def test_a_large_image_is_shown_reduced_and_whole():
     assert np.abs(same - small).mean() < 0.02
 
 
-def test_nothing_found_is_drawn_too():
+def test_a_result_without_findings_is_drawn():
     tasks = {"spots": TASKS["spots"]}
     found = ImageResult(meta(), boxes={"spots": [FoundBox("mass", 0.1, (0, 0, 5, 5))]})
     figure = prediction_figure(
@@ -131,7 +131,7 @@ def test_nothing_found_is_drawn_too():
     assert any("spots: none" in text.get_text() for text in figure.texts)
 
 
-def test_digests_name_weights_and_files(tmp_path):
+def test_digests_distinguish_weights_and_files(tmp_path):
     layer = torch.nn.Linear(3, 2)
     state = layer.state_dict()
     same = {name: value.clone() for name, value in reversed(state.items())} | {"loss.weight": torch.ones(1)}

@@ -83,7 +83,7 @@ def same_boxes(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("size", [(32, 48), (30, 48), (32, 20), (9, 9)])
-def test_an_image_that_fits_one_window_is_predicted_as_it_is(size):
+def test_an_image_that_fits_one_window_is_predicted_in_one_pass(size):
     image = torch.stack([scene(*size, seed=s) for s in range(2)])
     toy = Toy()
     expected, got = toy(image), predict_tiled(toy, image, TASKS, tile=(32, 48))
@@ -138,7 +138,7 @@ def test_neighbours_of_one_window_are_left_to_the_head():
     assert got["lesions"][0]["boxes"].tolist() == pair["boxes"].tolist()
 
 
-def test_the_better_of_two_views_of_one_object_stays():
+def test_of_two_boxes_of_one_object_the_better_one_is_kept():
     one = {"boxes": torch.tensor([[20.0, 8.0, 28.0, 16.0]]), "scores": torch.tensor([0.6]), "labels": torch.tensor([0])}
     other = {
         "boxes": torch.tensor([[5.0, 8.0, 12.0, 16.0], [5.0, 8.0, 12.0, 16.0]]),  # in the image 16 further right
@@ -273,6 +273,6 @@ def test_windows_cover_the_image_within_it_and_with_the_overlap(size, tile, over
 
 
 @pytest.mark.parametrize("options", [{"tile": (0, 8)}, {"overlap": 1.0}, {"overlap": -0.1}, {"sw_batch_size": 0}])
-def test_impossible_windows_are_refused(options):
+def test_invalid_windows_are_refused(options):
     with pytest.raises(ConfigError, match=r"tile=.*overlap=.*sw_batch_size="):
         predict_tiled(Toy(), scene(20, 20), TASKS, **{"tile": (8, 8), **options})

@@ -20,7 +20,7 @@ def built(loss: HybridLoss, tasks: str = "abc") -> HybridLoss:
     return loss
 
 
-def test_the_value_is_the_weighted_sum_of_what_is_labelled():
+def test_the_value_is_the_weighted_sum_over_labelled_tasks():
     loss = built(HybridLoss({"a": 2.0, "c": 0.5}, FixedWeighting(normalise=False)))
     losses = {"c": torch.tensor(4.0), "a": torch.tensor(3.0), "b": torch.tensor(100.0)}
     assert loss(losses, {"a": 1, "b": 0, "c": 7}).item() == pytest.approx(2 * 3 + 0.5 * 4)
@@ -30,7 +30,7 @@ def test_the_value_is_the_weighted_sum_of_what_is_labelled():
     assert loss.factors() == {"a": 2.0, "b": 1.0, "c": 0.5}
 
 
-def test_the_default_gives_every_task_the_same_part_at_the_start():
+def test_by_default_every_task_has_the_same_share_at_the_start():
     loss = built(HybridLoss())
     heads = {t: torch.tensor(v, requires_grad=True) for t, v in {"a": 100.0, "b": 0.02, "c": 3.0}.items()}
     total = loss(heads, {"a": 1, "b": 1, "c": 1})
@@ -47,7 +47,7 @@ def test_half_precision_losses_are_added_in_single_precision():
     assert total.item() == 257
 
 
-def test_weights_of_unknown_tasks_and_weights_that_cannot_work_are_named():
+def test_weights_of_unknown_tasks_and_invalid_weights_are_refused():
     with pytest.raises(ConfigError, match=r"loss\.weights\.lung: no such task .*'lungs'.*nodules"):
         HybridLoss({"lung": 1.0}).build(["lungs", "nodules"])
     with pytest.raises(ConfigError, match=r"loss\.weights\.lungs is -1"):
@@ -60,7 +60,7 @@ def test_weights_of_unknown_tasks_and_weights_that_cannot_work_are_named():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_loss_that_is_not_finite_stops_the_run_and_says_which(value):
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(value):
     loss = built(HybridLoss())
     losses = {"a": torch.tensor(1.0), "b": torch.tensor(value), "c": torch.tensor(1.0)}
     with pytest.raises(ConfigError, match=r"task 'b' is -?(nan|inf): training has diverged; lower the learning rate"):
@@ -68,7 +68,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_which(value):
     assert loss(losses, {"a": 1, "b": 0, "c": 1}).isfinite()
 
 
-def test_a_negative_loss_is_refused_only_by_weightings_that_cannot_have_it():
+def test_a_negative_loss_is_refused_only_by_weightings_of_positive_losses():
     losses = {"a": torch.tensor(-0.5)}
     for weighting in (FixedWeighting(), UncertaintyWeighting(), FAMOWeighting()):
         with pytest.raises(ConfigError, match=r"task 'a' is -0\.5.*at least 0"):
@@ -76,7 +76,7 @@ def test_a_negative_loss_is_refused_only_by_weightings_that_cannot_have_it():
     assert built(HybridLoss(weighting=FixedWeighting(normalise=False)), "a")(losses, {"a": 1}).item() == -0.5
 
 
-def test_misuse_by_code_is_not_silent():
+def test_wrong_calls_raise_an_error():
     with pytest.raises(RuntimeError, match="build"):
         HybridLoss()({"a": torch.tensor(1.0)}, {"a": 1})
     with pytest.raises(RuntimeError, match="unknown tasks"):
@@ -85,13 +85,13 @@ def test_misuse_by_code_is_not_silent():
         built(HybridLoss(), "a").backward({"a": torch.tensor(1.0)}, {"a": 1}, [], [])
 
 
-def test_weights_are_the_configurations_also_after_a_resume():
+def test_weights_of_the_configuration_hold_after_a_resume():
     old, new = built(HybridLoss({"a": 1.0})), built(HybridLoss({"a": 5.0}))
     new.load_state_dict(old.state_dict())
     assert new.weight.tolist() == [5.0, 1.0, 1.0]
 
 
-def test_log_variances_are_spared_from_weight_decay():
+def test_log_variances_have_no_weight_decay():
     assert built(HybridLoss(weighting=UncertaintyWeighting()), "ab").no_weight_decay() == {
         "weighting.uncertainty.a.log_var",
         "weighting.uncertainty.b.log_var",
@@ -99,7 +99,7 @@ def test_log_variances_are_spared_from_weight_decay():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_yaml_builds_it():
+def test_a_hybrid_loss_is_built_from_yaml():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(HybridLoss, "loss")
     config = parser.parse_string(
@@ -213,7 +213,7 @@ def test_pcgrad_projects_gradients_that_conflict():
     assert not torch.allclose(ours, a + b)
 
 
-def test_frozen_parameters_are_left_alone():
+def test_frozen_parameters_get_no_gradient():
     net = Net(GradientAggregation("UPGrad"))
     frozen = next(net.encoder.parameters()).requires_grad_(False)
     losses = net.losses()
@@ -229,11 +229,11 @@ def test_aggregators_of_torchjd_run_and_the_factors_are_known(name):
     assert all(torch.tensor(f).isfinite() for f in net.loss.factors().values())
 
 
-def test_aggregator_objects_are_taken_too():
+def test_aggregator_objects_are_accepted():
     assert Net(GradientAggregation(aggregation.MGDA())).loss.aggregates_gradients
 
 
-def test_aggregators_that_cannot_work_are_named(monkeypatch):
+def test_invalid_aggregators_are_refused_with_a_message(monkeypatch):
     with pytest.raises(ConfigError, match=r"'PCgrad' is unknown; choose one of .*PCGrad"):
         GradientAggregation("PCgrad")
     with pytest.raises(ConfigError, match="keeps a state"):
@@ -247,6 +247,6 @@ def test_aggregators_that_cannot_work_are_named(monkeypatch):
         GradientAggregation("CAGrad", {"c": 0.5})
 
 
-def test_the_choices_named_in_messages_can_all_be_looked_up():
+def test_every_aggregator_named_in_messages_exists():
     assert {"UPGrad", "PCGrad", "MGDA", "CAGrad", "Sum", "Mean"} <= set(gradients._choices())
     assert not {"GradVac", "NashMTL", "Aggregator", "WeightedAggregator"} & set(gradients._choices())

@@ -62,7 +62,7 @@ def test_softmax_focal_loss_is_smps(rng):
     close(loss, softmax_focal_loss_with_logits(logits, index, gamma=1.5))
 
 
-def test_cross_entropy_of_a_half_known_row_is_that_of_what_is_left():
+def test_cross_entropy_of_a_partly_known_row_is_over_the_possible_classes():
     logits = torch.tensor([[0.3, -1.0, 2.0], [5.0, 5.0, 5.0]], requires_grad=True)
     labels = torch.tensor([[0.0, NAN, NAN], [NAN, NAN, NAN]])
     p = logits[0].softmax(0)
@@ -112,14 +112,14 @@ def test_multi_label_terms_are_the_libraries_and_skip_the_unknown(rng, term, ora
     assert (x.grad != 0).tolist() == [[True, False, False], [False, False, False]]
 
 
-def test_terms_say_where_they_do_not_fit():
+def test_terms_that_do_not_fit_a_task_are_refused():
     with pytest.raises(ConfigError, match="BinaryCrossEntropy is for multi_label: true"):
         BinaryCrossEntropy().check(3, multi_label=False)
     with pytest.raises(ConfigError, match="2 class weights for 3 classes"):
         CrossEntropy(class_weights=[1.0, 2.0]).check(3, multi_label=False)
 
 
-def test_class_weights_are_no_part_of_a_checkpoint():
+def test_class_weights_are_not_in_checkpoints():
     assert not CrossEntropy(class_weights=[1.0, 2.0]).state_dict()
     assert not MaskCrossEntropy(pos_weight=[1.0, 2.0]).state_dict()
 
@@ -209,7 +209,7 @@ MASK_IDS = ["bce", "focal", "dice", "dice-batch", "focal-tversky", "lovasz", "bo
 
 
 @pytest.mark.parametrize("term", MASK_TERMS, ids=MASK_IDS)
-def test_channels_annotated_in_different_images_train_as_if_each_were_alone(rng, term):
+def test_channels_annotated_in_different_images_train_independently(rng, term):
     """Image 1 has lungs annotated, image 2 infection: nothing else may be read, nor divided by."""
     target = torch.rand(2, 2, 12, 10, generator=rng) > 0.6
     logits = torch.randn(2, 2, 12, 10, generator=rng, requires_grad=True)
@@ -232,7 +232,7 @@ def test_channels_annotated_in_different_images_train_as_if_each_were_alone(rng,
 
 @pytest.mark.parametrize("term", [t for t in MASK_TERMS if not isinstance(t, Boundary)], ids=MASK_IDS[:-1])
 @pytest.mark.parametrize("extra", [0, 1], ids=["sigmoid", "softmax"])
-def test_pixels_that_are_not_annotated_do_not_exist(rng, term, extra):
+def test_pixels_that_are_not_annotated_do_not_change_the_loss(rng, term, extra):
     """A half-annotated image costs what its annotated half costs alone."""
     logits = torch.randn(2, 2 + extra, 12, 10, generator=rng)
     target = F.one_hot(torch.randint(3, (2, 12, 10), generator=rng), 3).permute(0, 3, 1, 2)[:, 1:].bool()
@@ -252,7 +252,7 @@ def test_smp_would_divide_by_pixels_that_are_not_annotated(sigmoid_masks):
     close(smp.SoftBCEWithLogitsLoss(ignore_index=255)(logits, y), expected / 2)
 
 
-def test_a_pixel_known_not_to_be_some_class_costs_what_is_left():
+def test_a_pixel_with_one_class_excluded_has_the_loss_of_the_other_classes():
     logits = torch.tensor([0.5, 1.0, -0.3]).view(1, 3, 1, 1)  # background, lung, infection
     target = torch.tensor([False, False]).view(1, 2, 1, 1)
     valid = torch.tensor([True, False]).view(1, 2, 1, 1)  # not lung; infection unknown
@@ -276,7 +276,7 @@ def test_empty_full_and_unknown_masks_stay_finite(rng, term, fill, extra):
         assert not logits.grad.any()
 
 
-def test_an_empty_mask_teaches_dice_to_predict_nothing():
+def test_an_empty_mask_gives_dice_a_gradient_towards_zero():
     logits = torch.zeros(1, 1, 8, 8, requires_grad=True)
     target, valid = torch.zeros(1, 1, 8, 8, dtype=torch.bool), torch.ones(1, 1, 8, 8, dtype=torch.bool)
     loss = Dice()(logits, target, valid)
@@ -353,7 +353,7 @@ def test_every_level_gets_the_boxes_of_its_size():
         assert [bool((part == 0).any()) for part in index.split(per_level)] == [i == level for i in range(5)]
 
 
-def test_of_two_boxes_the_smaller_has_the_location():
+def test_a_location_in_two_boxes_is_assigned_to_the_smaller_one():
     anchors, per_level = grid()
     boxes = torch.tensor([[60.0, 60, 100, 100], [70.0, 70, 90, 90]])
     index = match_boxes(boxes, anchors, per_level)
@@ -363,7 +363,7 @@ def test_of_two_boxes_the_smaller_has_the_location():
     assert (index[inside] == 1).all()
 
 
-def test_no_box_however_small_or_thin_trains_as_background(rng):
+def test_small_and_thin_boxes_have_a_foreground_location(rng):
     anchors, per_level = grid()
     shapes = random_boxes(300, rng, low=0.5, high=240, aspect=30.0)
     shapes = shapes[(shapes[:, 2:] - shapes[:, :2]).amin(1) > 0.1]
@@ -375,7 +375,7 @@ def test_no_box_however_small_or_thin_trains_as_background(rng):
         assert ((sides > 0) & (sides <= 1)).all()
 
 
-def test_growing_keeps_the_centre_and_large_boxes():
+def test_grow_boxes_keeps_centres_and_large_boxes():
     boxes = torch.tensor([[10.0, 10, 11, 40], [0.0, 0, 8, 8]])
     close(grow_boxes(boxes, 5.0), torch.tensor([[8.0, 10, 13, 40], [0.0, 0, 8, 8]]))
 

@@ -38,7 +38,7 @@ def test_fixed_scale_counts_only_batches_that_label_the_task_and_only_losses_abo
     torch.testing.assert_close(weighting.mean, torch.tensor([3.0, 7.0]))
 
 
-def test_fixed_scale_never_blows_a_tiny_loss_up():
+def test_fixed_scale_has_a_lower_limit():
     weighting = FixedWeighting()
     weighting.build("a")
     weighting(torch.tensor([1e-9]), torch.tensor([True]))
@@ -123,7 +123,7 @@ def test_dwa_averages_a_task_over_the_batches_that_label_it_and_keeps_its_histor
     assert weighting.before[1].isnan()
 
 
-def test_random_weights_add_up_to_one_over_the_batch_and_follow_the_seed():
+def test_random_weights_sum_to_one_and_depend_on_the_seed():
     present = torch.tensor([True, False, True])
     draws = []
     for seed in (0, 0, 1):
@@ -167,7 +167,7 @@ def test_famo_agrees_with_torchjd_when_every_task_is_there():
     assert ours.logits.abs().max() > 0.1
 
 
-def test_famo_leaves_the_logit_and_the_adam_state_of_an_absent_task_alone():
+def test_famo_does_not_change_logit_and_adam_state_of_an_absent_task():
     weighting = FAMOWeighting()
     weighting.build("abc")
     famo_toy(weighting, True, 5)
@@ -181,7 +181,7 @@ def test_famo_leaves_the_logit_and_the_adam_state_of_an_absent_task_alone():
         assert old[0] != new[0]
 
 
-def test_famo_wants_the_losses_of_the_batch_first():
+def test_famo_update_before_the_first_batch_is_an_error():
     weighting = FAMOWeighting()
     weighting.build("a")
     with pytest.raises(RuntimeError, match="before"):
@@ -196,6 +196,6 @@ def test_famo_wants_the_losses_of_the_batch_first():
         lambda: FAMOWeighting(lr=-1.0),
     ],
 )
-def test_arguments_that_cannot_work_are_named(make):
+def test_invalid_arguments_are_refused_with_a_message(make):
     with pytest.raises(ConfigError, match=r"loss\.weighting"):
         make()

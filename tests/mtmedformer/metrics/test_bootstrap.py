@@ -134,7 +134,7 @@ def test_copies_pickles_and_resets(kind):
     assert not metric.state_dict()
 
 
-def test_states_name_no_image():
+def test_states_contain_no_identities_of_images():
     state = filled("classification", list(range(N))).table("images").numpy().tobytes().decode()
     assert '"p3"' in state
     assert '"i3"' not in state
@@ -146,7 +146,7 @@ def test_a_batch_without_its_meta_is_refused():
         ClassificationMetrics(["a"]).update(torch.zeros(2, 1), target, metas(1))
 
 
-def test_images_of_a_patient_come_and_go_together():
+def test_images_of_a_patient_are_resampled_together():
     patients = np.array([0, 1, 1, 2, 2, 2])
     weights = patient_weights(patients, 400, seed=0)
     assert (weights[:, 1] == weights[:, 2]).all()

@@ -137,7 +137,7 @@ def test_the_worst_case_image_gives_finite_likelihood():
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 @pytest.mark.parametrize("multi_label", [False, True])
-def test_nothing_seen_is_nan_everywhere(multi_label):
+def test_without_images_every_metric_is_nan(multi_label):
     got = values(ClassificationMetrics(CLASSES, multi_label))
     assert got
     assert all(np.isnan(value) for value in got.values())

@@ -165,7 +165,7 @@ def test_a_class_without_boxes_is_nan_and_left_out():
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_nothing_seen_and_nothing_there_is_nan():
+def test_without_images_or_boxes_every_metric_is_nan():
     none = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
     empty = DetectionTarget([torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)], torch.tensor([True]))
     for m in (DetectionMetrics(["c0"]), metric([none], empty)):
@@ -285,7 +285,7 @@ def test_rsna_map_of_empty_images():
     assert case((box, box), (none, box)) == 0.5
 
 
-def test_boxes_turned_inside_out_are_false_alarms():
+def test_boxes_with_swapped_corners_are_false_positives():
     target = DetectionTarget([torch.tensor([[0.0, 0.0, 9.0, 9.0]])], [torch.zeros(1).long()], torch.ones(1).bool())
     found = [
         {

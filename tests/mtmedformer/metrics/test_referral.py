@@ -27,7 +27,7 @@ def filled(size: int = 10, seed: int = 0) -> tuple[ReferralMetrics, np.ndarray, 
     return metric, dice.numpy(), doubt(p, True).numpy()
 
 
-def test_the_surest_eight_of_ten_are_kept():
+def test_the_eight_most_certain_of_ten_images_are_kept():
     metric, dice, unsure = filled()
     values = {name: value.item() for name, value in metric.compute().items()}
     kept = dice[np.argsort(unsure)[:8]].mean()
@@ -41,7 +41,7 @@ def test_the_area_is_the_mean_risk_over_coverages():
     assert metric.compute()["aurc"].item() == pytest.approx(risks.mean(), abs=1e-6)
 
 
-def test_a_weight_of_two_is_the_image_twice():
+def test_a_weight_of_two_equals_the_image_twice():
     metric, dice, unsure = filled(5)
     weights = np.array([[2.0, 1, 0, 1, 1]])
     values = metric.prepare(metric.seen().rows)(weights[:, metric.seen().rows])
@@ -50,7 +50,7 @@ def test_a_weight_of_two_is_the_image_twice():
     assert values["dice_at80"][0] == pytest.approx(dice[ranked[:4]].mean(), abs=1e-6)
 
 
-def test_doubt_is_least_where_all_is_certain_and_most_at_one_half():
+def test_uncertainty_is_lowest_for_certain_pixels_and_highest_at_one_half():
     sure, half = torch.zeros(1, 1, 4, 4), torch.full((1, 1, 4, 4), 0.5)
     sure[..., :2] = 1
     assert doubt(sure, True).item() == 0
@@ -71,7 +71,7 @@ def test_an_image_without_the_structure_is_left_out():
     assert math.isnan(empty.compute()["dice_at80"].item())
 
 
-def test_rows_come_back_from_disk(tmp_path):
+def test_rows_are_read_back_from_disk(tmp_path):
     metric, _, _ = filled()
     save_rows({"lungs~referral": metric}, tmp_path / "rows.npz", "")
     rows = load_rows([tmp_path / "rows.npz"])["lungs~referral"]

@@ -82,7 +82,7 @@ def test_unannotated_pixels_classes_and_images_change_nothing():
     assert got == pytest.approx(expected, nan_ok=True)
 
 
-def test_a_class_that_nobody_annotated_is_nan_and_left_out():
+def test_a_class_without_annotation_is_nan_and_left_out():
     masks = (blobs(3, 2, 6) > 0.5).byte()
     masks[:, 1] = IGNORE
     got = scored(blobs(3, 2, 7), masks)

@@ -113,7 +113,7 @@ def test_page_is_well_formed():
     assert "Empty" not in reader.text
 
 
-def test_hostile_names_stay_text():
+def test_names_with_markup_are_escaped():
     reader = read(whole_page(HOSTILE))
     assert reader.mistakes == []
     assert "script" not in reader.tags

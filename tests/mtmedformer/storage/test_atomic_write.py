@@ -7,7 +7,7 @@ import pytest
 from mtmedformer.storage.atomic_write import atomic_write
 
 
-def test_what_was_written_takes_the_place_of_the_old_file(tmp_path):
+def test_the_new_content_replaces_the_old_file(tmp_path):
     file = tmp_path / "facts.json"
     file.write_text("old")
     with atomic_write(file) as part:
@@ -40,7 +40,7 @@ def test_an_exception_leaves_the_old_file_and_no_partial_one(tmp_path, error, wr
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_file_that_cannot_take_its_place_leaves_no_partial_one(tmp_path):
+def test_a_failed_replacement_leaves_no_partial_file(tmp_path):
     (tmp_path / "facts.json").mkdir()
     with pytest.raises(OSError), atomic_write(tmp_path / "facts.json") as part:
         part.write_text("new")

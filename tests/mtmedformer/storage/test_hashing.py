@@ -3,7 +3,7 @@ from __future__ import annotations
 from mtmedformer.storage.hashing import source_digest
 
 
-def test_docstrings_and_layout_are_no_part_of_a_digest_and_the_name_of_a_file_is(tmp_path):
+def test_a_source_digest_depends_on_file_names_but_not_on_docstrings_and_layout(tmp_path):
     def digest(name, text):
         file = tmp_path / name
         file.write_text(text)
