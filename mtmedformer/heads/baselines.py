@@ -25,6 +25,9 @@ from mtmedformer.metrics.detection import DetectionMetrics
 
 LARGEST_STRIDE = 32
 
+SCORE_THRESHOLD, MAX_DETECTIONS = 0.01, 100
+"""Boxes with a lower score are dropped, and the largest number of boxes per image, as in ``DetectionHead``."""
+
 
 class NoEncoder(Encoder):
     """Returns the image as the only level of the pyramid, for a head that contains its own network.
@@ -107,8 +110,6 @@ class LibraryDetection(TaskHead):
         classes: Class names in label order.
         architecture: A builder of ``torchvision.models.detection``, such as ``fasterrcnn_mobilenet_v3_large_320_fpn``,
             ``retinanet_resnet50_fpn_v2`` or ``fcos_resnet50_fpn``.
-        score_threshold: Boxes with a lower score are dropped.
-        max_detections: Largest number of boxes per image.
 
     Raises:
         ConfigError: torchvision has no such builder.
@@ -116,16 +117,9 @@ class LibraryDetection(TaskHead):
 
     kind = "detection"
 
-    def __init__(
-        self,
-        classes: Sequence[str],
-        architecture: str = "fasterrcnn_mobilenet_v3_large_320_fpn",
-        score_threshold: float = 0.01,
-        max_detections: int = 100,
-    ) -> None:
+    def __init__(self, classes: Sequence[str], architecture: str = "fasterrcnn_mobilenet_v3_large_320_fpn") -> None:
         super().__init__(classes)
         self.architecture = architecture
-        self.score_threshold, self.max_detections = score_threshold, max_detections
 
     @override
     def build(self, channels: int, strides: Sequence[int]) -> None:
@@ -134,13 +128,14 @@ class LibraryDetection(TaskHead):
         _require_no_encoder(strides)
         if self.architecture not in list_models(detection):
             raise ConfigError(f"architecture: {self.architecture} is none of {', '.join(list_models(detection))}")
+        box = "box_" if self.architecture.startswith("fasterrcnn") else ""
         self.network: Any = getattr(detection, self.architecture)(
             weights=None,
             weights_backbone=None,
             num_classes=len(self.classes) + 1,
             image_mean=[0.5] * 3,
             image_std=[0.25] * 3,
-            **self._limits(),
+            **{f"{box}score_thresh": SCORE_THRESHOLD, f"{box}detections_per_img": MAX_DETECTIONS},
         )
 
     @override
@@ -172,11 +167,6 @@ class LibraryDetection(TaskHead):
     @override
     def metrics(self) -> TaskMetrics:
         return DetectionMetrics(self.classes)
-
-    def _limits(self) -> dict[str, Any]:
-        """Return the threshold and the number of boxes under the argument names of the architecture."""
-        box = "box_" if self.architecture.startswith("fasterrcnn") else ""
-        return {f"{box}score_thresh": self.score_threshold, f"{box}detections_per_img": self.max_detections}
 
     @contextmanager
     def _returning(self, losses: bool, image: Tensor, every_proposal: bool = False) -> Iterator[None]:

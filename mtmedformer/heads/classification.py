@@ -43,7 +43,6 @@ class ClassificationHead(TaskHead):
         width: Channels of the tokens; ``None`` is the width of the pyramid.
         num_heads: Number of attention heads; divides ``width``.
         peak: Also classify the channel maxima; without them, the attention map covers all input of the classifier.
-        dropout: Dropout on the pooled features, in [0, 1).
 
     Raises:
         ConfigError: One class without ``multi_label``, or a term that does not fit the classes.
@@ -63,7 +62,6 @@ class ClassificationHead(TaskHead):
         width: int | None = None,
         num_heads: int = 4,
         peak: bool = True,
-        dropout: float = 0.0,
     ) -> None:
         super().__init__(classes)
         if len(self.classes) == 1 and not multi_label:
@@ -75,7 +73,6 @@ class ClassificationHead(TaskHead):
         self.width = width
         self.num_heads = num_heads
         self.peak = peak
-        self.dropout = dropout
         default: dict[str, ClassLoss] = {"cross_entropy": BinaryCrossEntropy() if multi_label else CrossEntropy()}
         self.terms = nn.ModuleDict(terms or default)
         for term in (terms or default).values():
@@ -92,9 +89,7 @@ class ClassificationHead(TaskHead):
         self.gate = nn.Linear(width, 2 * (width // 2))
         self.score = nn.Linear(width // 2, self.num_heads)
         features = 2 * width if self.peak else width
-        self.classifier = nn.Sequential(
-            nn.LayerNorm(features), nn.Dropout(self.dropout), nn.Linear(features, len(self.classes))
-        )
+        self.classifier = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, len(self.classes)))
 
     @override
     def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> ClassificationOutputs:

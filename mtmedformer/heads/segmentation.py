@@ -38,7 +38,6 @@ class SegmentationHead(TaskHead):
         terms: Loss terms by name, summed by their weights; ``None`` is cross-entropy plus soft Dice, 1 : 1.
         strides: Strides of the pyramid levels used.
         width: Channels of the decoder; ``None`` is the width of the pyramid.
-        dropout: Dropout of whole channels before the logits, in [0, 1).
         hausdorff: Whether the metrics include surface distances, which take most of the time of a validation.
 
     Raises:
@@ -57,14 +56,12 @@ class SegmentationHead(TaskHead):
         terms: dict[str, MaskLoss] | None = None,
         strides: tuple[int, ...] = (4, 8, 16, 32),
         width: int | None = None,
-        dropout: float = 0.0,
         hausdorff: bool = True,
     ) -> None:
         super().__init__(classes)
         self.multi_label = multi_label or len(self.classes) == 1
         self.strides = tuple(sorted(strides))
         self.width = width
-        self.dropout = dropout
         self.hausdorff = hausdorff
         self.terms = nn.ModuleDict(terms or {"cross_entropy": MaskCrossEntropy(), "dice": Dice()})
         for name, term in self.terms.items():
@@ -82,9 +79,7 @@ class SegmentationHead(TaskHead):
         self.fuse = nn.Sequential(
             nn.Conv2d(width * len(self.levels), width, 1, bias=False), head_norm(width), nn.GELU()
         )
-        self.logits = nn.Sequential(
-            nn.Dropout2d(self.dropout), nn.Conv2d(width, len(self.classes) + (not self.multi_label), 1)
-        )
+        self.logits = nn.Conv2d(width, len(self.classes) + (not self.multi_label), 1)
 
     @override
     def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> Tensor:

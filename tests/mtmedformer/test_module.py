@@ -100,7 +100,7 @@ def test_a_head_reads_the_images_labelled_for_it_and_learns_the_same_as_from_all
 
 def test_a_head_with_batch_norm_reads_every_image():
     module = model()
-    module.heads["organ"].fuse.append(torch.nn.BatchNorm2d(module.heads["organ"].logits[1].in_channels))
+    module.heads["organ"].fuse.append(torch.nn.BatchNorm2d(module.heads["organ"].logits.in_channels))
     rows = []
     module.heads["organ"].register_forward_pre_hook(lambda _, given: rows.append(len(given[0][0])))
     module.labelled(batch({"health": [True] * 4, "nodules": [True] * 4, "organ": [True, False, False, False]}))

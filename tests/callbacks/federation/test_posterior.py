@@ -195,7 +195,7 @@ def test_test_scores_the_sampled_predictions(fitted, tmp_path):
 def test_a_posterior_of_other_weights_is_refused(fitted, tmp_path):
     folder, _, _, _ = fitted
     posterior = Posterior.load(folder / "posterior.safetensors")
-    posterior.mean["heads.health.classifier.2.bias"] += 1
+    posterior.mean["heads.health.classifier.1.bias"] += 1
     for one in posterior.tuning["tasks"].values():
         one["scale"] = 0.1
     posterior.save(tmp_path / "other.safetensors")

@@ -288,7 +288,7 @@ def test_files_that_cannot_be_used_are_named(model, tmp_path):
 def test_damaged_models_are_refused(tmp_path):
     file = write_checkpoint(tmp_path)
     stored = torch.load(file, weights_only=True)
-    name = "heads.organ.logits.1.bias"
+    name = "heads.organ.logits.bias"
     changes = {
         "NaN": {"state_dict": stored["state_dict"] | {name: torch.full((1,), float("nan"))}},
         "another model": {"state_dict": {k: v for k, v in stored["state_dict"].items() if k != name}},
