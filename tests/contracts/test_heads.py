@@ -1,4 +1,4 @@
-"""What every task head must hold to, whatever it predicts: one suite, each head and each of its modes a case."""
+"""Contract of the task heads: the same tests for every head and each of its modes."""
 
 import copy
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def masks(channels: int, exclusive: bool) -> Callable[[int, tuple[int, int]], Se
         m = torch.zeros(n, channels, h, w, dtype=torch.uint8)
         for i in range(n):
             for k in range(channels):
-                if (i + k) % 4 != 3:  # one empty mask now and then
+                if (i + k) % 4 != 3:  # some masks are empty
                     top = (8 * i + 12 * k) % max(h - 16, 1)
                     m[i, k, top : top + 16, 8 + 8 * k : 24 + 16 * k] = 1
         if exclusive:
@@ -165,7 +165,7 @@ def gradients(head: TaskHead, features: list[Tensor], target: Target, size=SIZE)
 
 
 def everywhere_positive(target: Target, rows: list[int]) -> None:
-    """Fill the truth of some rows with what would be loudest if it were read."""
+    """Fill the target of some rows with values that would change the loss most."""
     for i in rows:
         if isinstance(target, ClassificationTarget):
             target.labels[i] = 1
@@ -179,7 +179,7 @@ def tensors(predictions: Any) -> list[Tensor]:
     return [predictions] if isinstance(predictions, Tensor) else [t for p in predictions for t in p.values()]
 
 
-def test_unlabelled_rows_give_the_gradient_of_the_labelled_ones(case):
+def test_unlabelled_rows_do_not_change_loss_and_gradient(case):
     head, rows = built(case), torch.tensor([0, 2])
     target = case.target(4, SIZE)
     everywhere_positive(target, [1, 3])
@@ -202,7 +202,7 @@ def test_unlabelled_rows_give_the_gradient_of_the_labelled_ones(case):
         assert not f.grad[[1, 3]].any()
 
 
-def test_nothing_labelled_is_a_zero_loss_that_reaches_every_parameter(case):
+def test_without_labels_the_loss_is_zero_and_every_parameter_has_a_gradient(case):
     head, features, target = built(case), pyramid(3), case.target(3, SIZE)
     everywhere_positive(target, [0, 1, 2])
     target.present[:] = False
@@ -215,7 +215,7 @@ def test_nothing_labelled_is_a_zero_loss_that_reaches_every_parameter(case):
     assert not any(f.grad.any() for f in features if f.grad is not None)
 
 
-def test_labelled_but_empty_is_finite_and_a_true_negative(case):
+def test_an_empty_target_gives_a_finite_loss_with_a_gradient(case):
     head, target = built(case), case.target(2, SIZE)
     if isinstance(target, SegmentationTarget):
         target.masks[:] = 0
@@ -228,7 +228,7 @@ def test_labelled_but_empty_is_finite_and_a_true_negative(case):
     assert any(g.any() for g in grads.values())
 
 
-def test_order_of_the_batch_does_not_matter(case):
+def test_order_of_the_batch_does_not_change_the_results(case):
     head, order = built(case), torch.tensor([2, 0, 3, 1])
     features, target = pyramid(4), case.target(4, SIZE)
     outputs, permuted = head(features, SIZE), head([f[order] for f in features], SIZE)
@@ -242,7 +242,7 @@ def test_order_of_the_batch_does_not_matter(case):
 
 
 @pytest.mark.parametrize("size", [(37, 53), (64, 33), (16, 130)], ids=str)
-def test_predictions_are_in_range_for_odd_rectangles(case, size):
+def test_predictions_are_in_range_for_odd_sizes(case, size):
     head = built(case).eval()
     outputs = head(pyramid(3, size), size)
     assert all(torch.isfinite(t) for t in head.loss(outputs, case.target(3, size)).values())
@@ -305,7 +305,7 @@ def test_overfits_four_images(case):
                 assert (p["boxes"][sure][order] - boxes[truth]).abs().max() < 4
 
 
-def test_a_copy_and_a_reloaded_head_answer_alike(case):
+def test_a_copy_and_a_reloaded_head_predict_the_same(case):
     head, other = built(case), built(case, seed=7)
     features = [f.detach() for f in pyramid(2)]
     expected = tensors(head.predict(head(features, SIZE), SIZE))
@@ -341,7 +341,7 @@ def test_extreme_logits_give_finite_losses(case):
     assert all(torch.isfinite(g).all() for g in grads.values())
 
 
-def test_describes_its_task_and_measures_it(case):
+def test_a_head_describes_its_task_and_creates_its_metrics(case):
     head, target = built(case), case.target(4, SIZE)
     task = head.task("anything")
     assert (task.name, task.kind, task.classes) == ("anything", head.kind, head.classes)

@@ -1,4 +1,4 @@
-"""Networks of other libraries as heads: they train, predict in pixels, and honour what is not labelled."""
+"""Networks of other libraries as heads: training, predictions in pixels, images without labels."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def _seed():
 
 
 @pytest.mark.parametrize("architecture", ["unet", "fpn"])
-def test_an_outside_network_learns_masks_of_any_size(architecture):
+def test_library_segmentation_trains_on_images_of_any_size(architecture):
     module = MultiTaskModule(NoEncoder(), {"m": LibrarySegmentation(["x"], architecture=architecture)})
     image, target = masks()
     optimizer = torch.optim.Adam(module.parameters(), 1e-2)
@@ -49,7 +49,7 @@ def detector():
     return MultiTaskModule(NoEncoder(), {"b": LibraryDetection(["x"])})
 
 
-def test_an_outside_detector_gives_its_losses_in_either_mode_and_boxes_within_the_image(detector):
+def test_library_detection_returns_losses_in_both_modes_and_boxes_within_the_image(detector):
     image, target = boxes(2)
     head = detector.train().heads["b"]
     losses = head.loss(detector(image)["b"], target)
@@ -59,16 +59,16 @@ def test_an_outside_detector_gives_its_losses_in_either_mode_and_boxes_within_th
     detector.eval()
     with torch.no_grad():
         assert set(head.loss(detector(image)["b"], target)) == set(losses), "validation logs losses too"
-        found = detector.predict(image)["b"]
+        predictions = detector.predict(image)["b"]
     assert not any(m.training for m in head.modules())
-    for one in found:
+    for one in predictions:
         assert (one["labels"] == 0).all()
         assert (one["boxes"][:, 2] <= SIZE[1]).all()
         assert (one["boxes"][:, 3] <= SIZE[0]).all()
         assert one["scores"].diff().le(0).all()
 
 
-def test_an_unlabelled_image_reaches_no_loss(detector):
+def test_an_unlabelled_image_does_not_change_the_loss(detector):
     image, target = boxes(2)
     head = detector.eval().heads["b"]
     target.present[1] = False
@@ -85,7 +85,7 @@ def test_an_unlabelled_image_reaches_no_loss(detector):
     assert nothing.requires_grad
 
 
-def test_known_to_hold_nothing_is_background_and_a_box_without_area_is_left_out(detector):
+def test_loss_is_finite_without_boxes_and_with_a_box_without_area(detector):
     image, target = boxes(2)
     target.boxes[0] = torch.zeros(0, 4)
     target.labels[0] = torch.zeros(0, dtype=torch.long)
@@ -94,7 +94,7 @@ def test_known_to_hold_nothing_is_background_and_a_box_without_area_is_left_out(
     assert torch.isfinite(sum(detector.train().heads["b"].loss(image.expand(-1, 3, -1, -1), target).values()))
 
 
-def test_a_batch_without_boxes_is_learnt_from_when_the_first_stage_proposes_nothing(detector):
+def test_loss_of_a_batch_without_boxes_is_finite_if_the_first_stage_proposes_nothing(detector):
     image, target = boxes(2)
     target.boxes, target.labels = [torch.zeros(0, 4)] * 2, [torch.zeros(0, dtype=torch.long)] * 2
     head = detector.train().heads["b"]
@@ -106,7 +106,7 @@ def test_a_batch_without_boxes_is_learnt_from_when_the_first_stage_proposes_noth
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "message"),
     [
         (lambda: MultiTaskModule(NoEncoder(), {"m": LibrarySegmentation(["x"], architecture="unnet")}), "unnet"),
         (lambda: MultiTaskModule(NoEncoder(), {"b": LibraryDetection(["x"], architecture="yolo")}), "yolo"),
@@ -116,6 +116,6 @@ def test_a_batch_without_boxes_is_learnt_from_when_the_first_stage_proposes_noth
         ),
     ],
 )
-def test_mistakes_are_told(make, words):
-    with pytest.raises(ConfigError, match=words):
+def test_unknown_networks_and_a_shared_encoder_are_errors(make, message):
+    with pytest.raises(ConfigError, match=message):
         make()

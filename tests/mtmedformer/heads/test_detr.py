@@ -1,4 +1,4 @@
-"""The query head: matching against every permutation, losses against DETR's formulas written out, boxes to pixels."""
+"""DETR head: matching against all permutations, losses against the formulas of the paper, boxes in pixels."""
 
 from itertools import permutations
 
@@ -28,7 +28,7 @@ def rng() -> torch.Generator:
 
 
 def shares(n: int, rng: torch.Generator) -> torch.Tensor:
-    """Random boxes as centre and size, shares of the image, all inside it."""
+    """Return random boxes inside the image: centre and size as shares of the image."""
     wh = torch.rand(n, 2, generator=rng) * 0.4 + 0.05
     return torch.cat([wh / 2 + torch.rand(n, 2, generator=rng) * (1 - wh), wh], 1)
 
@@ -45,7 +45,7 @@ def cost(logits, boxes, true, labels, query, box) -> float:
     return float(-logits[query].softmax(0)[labels[box]] + 5 * l1 - 2 * iou)
 
 
-def test_matching_is_the_cheapest_of_all(rng):
+def test_matching_has_the_least_cost_of_all_permutations(rng):
     logits, boxes = torch.randn(5, 3, generator=rng), shares(5, rng)
     true, labels = shares(3, rng), torch.tensor([0, 1, 1])
     query, box = head().match(logits, boxes, true, labels)
@@ -57,7 +57,7 @@ def test_matching_is_the_cheapest_of_all(rng):
     assert total == pytest.approx(best, abs=1e-5)
 
 
-def test_losses_are_detrs(rng):
+def test_losses_equal_the_formulas_of_detr(rng):
     logits, boxes = torch.randn(2, 1, 5, 3, generator=rng), torch.stack([shares(5, rng), shares(5, rng)])[:, None]
     true, labels = [shares(2, rng), torch.zeros(0, 4)], [torch.tensor([1, 0]), torch.zeros(0, dtype=torch.int64)]
     target = DetectionTarget([pixels(t) for t in true], labels, torch.tensor([True, True]))
@@ -75,7 +75,7 @@ def test_losses_are_detrs(rng):
     torch.testing.assert_close(terms["giou"], 2 * (1 - iou).sum() / 2, atol=1e-5, rtol=1e-5)
 
 
-def test_every_decoder_layer_is_trained_and_counts_alike(rng):
+def test_losses_are_means_over_the_decoder_layers(rng):
     h, one = head(), shares(5, rng)[None, None]
     logits = torch.randn(1, 1, 5, 3, generator=rng)
     target = DetectionTarget([pixels(shares(2, rng))], [torch.tensor([1, 0])], torch.tensor([True]))
@@ -95,25 +95,25 @@ def test_order_of_the_boxes_does_not_matter(rng):
         torch.testing.assert_close(a[name], b[name])
 
 
-def test_more_boxes_than_queries_still_train(rng):
+def test_losses_are_finite_with_more_boxes_than_queries(rng):
     outputs = DETROutputs(torch.randn(1, 1, 5, 3, generator=rng), shares(5, rng)[None, None], SIZE)
     target = DetectionTarget([pixels(shares(9, rng))], [torch.zeros(9, dtype=torch.int64)], torch.tensor([True]))
     assert all(torch.isfinite(t) for t in head().loss(outputs, target).values())
 
 
-def test_predictions_are_the_last_layers_boxes_in_pixels():
+def test_predictions_are_the_boxes_of_the_last_layer_in_pixels():
     logits = torch.full((1, 2, 5, 3), -9.0)
-    logits[..., 2] = 9.0  # nothing, but for one query of the last layer
+    logits[..., 2] = 9.0  # no object, except for one query of the last layer
     logits[0, 1, 3] = torch.tensor([-9.0, 9.0, -9.0])
     boxes = torch.full((1, 2, 5, 4), 0.1)
     boxes[0, 1, 3] = torch.tensor([0.5, 0.5, 0.2, 0.4])
-    (found,) = head().predict(DETROutputs(logits, boxes, SIZE), SIZE)
-    torch.testing.assert_close(found["boxes"], torch.tensor([[80.0, 30.0, 120.0, 70.0]]))
-    assert found["labels"].tolist() == [1]
-    assert found["scores"].item() > 0.99
+    (prediction,) = head().predict(DETROutputs(logits, boxes, SIZE), SIZE)
+    torch.testing.assert_close(prediction["boxes"], torch.tensor([[80.0, 30.0, 120.0, 70.0]]))
+    assert prediction["labels"].tolist() == [1]
+    assert prediction["scores"].item() > 0.99
 
 
-def test_positions_are_distinct_and_belong_to_the_image_not_to_the_grid():
+def test_position_codes_are_distinct_and_depend_on_the_place_in_the_image_not_on_the_grid():
     codes = position_encoding(16, torch.zeros(1, 16, 7, 13), 16, (100, 200))
     assert codes.shape == (91, 16)
     assert torch.cdist(codes, codes).fill_diagonal_(1).min() > 1e-2
@@ -122,13 +122,13 @@ def test_positions_are_distinct_and_belong_to_the_image_not_to_the_grid():
     torch.testing.assert_close(codes, twice)
 
 
-def test_a_width_the_heads_cannot_share_is_an_error():
+def test_a_width_that_the_attention_heads_do_not_divide_is_an_error():
     with pytest.raises(ConfigError, match="must be a multiple of 4 and of num_heads: 3"):
         head(num_heads=3)
 
 
-def test_queries_know_where_things_are():
-    """Attention alone cannot tell one order of the tokens from another; the positions must."""
+def test_boxes_depend_on_the_position_of_the_features():
+    """Attention without position codes does not depend on the order of the tokens."""
     h, g = head().eval(), torch.Generator().manual_seed(1)
     features = [torch.randn(1, 16, -(-64 // s), -(-128 // s), generator=g) for s in (4, 8, 16, 32, 64)]
     straight, mirrored = h(features, (64, 128)), h([f.flip(3) for f in features], (64, 128))

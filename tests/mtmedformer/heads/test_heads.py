@@ -1,4 +1,4 @@
-"""What is particular to each head: attention, boxes out of known answers, masks on known grids, sizes, YAML, errors."""
+"""Single heads: attention, boxes from known outputs, masks on known grids, number of parameters, YAML, errors."""
 
 import math
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ def logit(p: float) -> float:
     return math.log(p / (1 - p))
 
 
-def test_three_small_heads_stay_small():
+def test_number_of_parameters_is_below_its_limit():
     heads = [
         ClassificationHead(("normal", "pneumonia", "tuberculosis")),
         DetectionHead(("opacity", "nodule")),
@@ -89,7 +89,7 @@ def test_heads_are_built_from_yaml():
         (lambda: build(ClassificationHead(("a", "b"), num_heads=3)), "num_heads: 3 does not divide"),
     ],
 )
-def test_settings_that_cannot_work_say_so(make, message):
+def test_invalid_settings_are_errors(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
 
@@ -99,8 +99,8 @@ def test_settings_that_cannot_work_say_so(make, message):
     [ClassificationHead(("a", "b")), DetectionHead(("a", "b"), 1), SegmentationHead(("a", "b"))],
     ids=["classes", "boxes", "masks"],
 )
-def test_a_mirrored_pyramid_gives_the_mirrored_answer_where_layers_are_pointwise(head):
-    """With kernels symmetric left to right a head must not know left from right."""
+def test_a_mirrored_pyramid_gives_mirrored_predictions(head):
+    """With kernels that are symmetric from left to right, a head is equivariant to mirroring."""
     size = (64, 128)
     build(head)
     for module in head.modules():
@@ -145,7 +145,7 @@ def test_attention_sums_to_one_on_the_finest_pooled_grid(size):
     assert (attention >= 0).all()
 
 
-def test_attention_falls_where_the_evidence_lies():
+def test_attention_is_largest_at_the_token_with_the_evidence():
     head = build(ClassificationHead(("a", "b"), strides=(16, 32), peak=False))
     torch.nn.init.zeros_(head.score.weight)
     size = (64, 128)
@@ -158,8 +158,8 @@ def test_attention_falls_where_the_evidence_lies():
         features = [torch.randn(8, CHANNELS, -(-64 // s), -(-128 // s), generator=g) for s in STRIDES]
         sign = torch.arange(8) % 2
         features[2][:, :, 1, 5] = 0
-        features[2][:, 0, 1, 5] = 12.0 * (2 * sign - 1)  # the only token that tells the classes apart
-        features[2][:, 1, 1, 5] = 12.0  # and a landmark to find it by
+        features[2][:, 0, 1, 5] = 12.0 * (2 * sign - 1)  # the only token that differs between the classes
+        features[2][:, 1, 1, 5] = 12.0  # and a channel that marks its place
         optimizer.zero_grad()
         F.cross_entropy(head(features, size).logits, sign).backward()
         optimizer.step()
@@ -167,7 +167,7 @@ def test_attention_falls_where_the_evidence_lies():
     assert (attention.flatten(1).argmax(1) == 1 * 8 + 5).all()
 
 
-def test_peaks_let_one_token_among_many_decide():
+def test_channel_maxima_let_one_token_of_many_decide():
     size, g = (64, 128), torch.Generator().manual_seed(1)
     losses = {}
     for peak in (True, False):
@@ -191,8 +191,8 @@ def test_peaks_let_one_token_among_many_decide():
 # Boxes --------------------------------------------------------------------------------------------------------------
 
 
-def silent(size: tuple[int, int], classes: int = 2) -> DetectionOutputs:
-    """Outputs of a head that has found nothing."""
+def without_boxes(size: tuple[int, int], classes: int = 2) -> DetectionOutputs:
+    """Return outputs without a box."""
     head = build(DetectionHead(("a", "b")[:classes]))
     outputs = head(pyramid(size, 1), size)
     outputs.logits = torch.full_like(outputs.logits, -20.0)
@@ -201,7 +201,7 @@ def silent(size: tuple[int, int], classes: int = 2) -> DetectionOutputs:
     return outputs
 
 
-def say(outputs: DetectionOutputs, at: int, label: int, box: list[float], p: float) -> None:
+def set_box(outputs: DetectionOutputs, at: int, label: int, box: list[float], p: float) -> None:
     anchor = outputs.anchors[at]
     stride, centre = anchor[2] - anchor[0], (anchor[:2] + anchor[2:]) / 2
     b = torch.tensor(box)
@@ -210,8 +210,8 @@ def say(outputs: DetectionOutputs, at: int, label: int, box: list[float], p: flo
     outputs.logits[0, at, label] = logit(p)
 
 
-def test_locations_lie_in_the_middle_of_their_pixels_whatever_the_size():
-    outputs = silent((37, 53))
+def test_locations_are_the_centres_of_their_pixels_for_any_size():
+    outputs = without_boxes((37, 53))
     assert outputs.per_level == [10 * 14, 5 * 7, 3 * 4, 2 * 2, 1]
     for level, stride in zip(outputs.anchors.split(outputs.per_level), STRIDES, strict=True):
         centre = (level[:, :2] + level[:, 2:]) / 2
@@ -221,18 +221,18 @@ def test_locations_lie_in_the_middle_of_their_pixels_whatever_the_size():
         assert centre[-1, 1] == (-(-37 // stride) - 0.5) * stride
 
 
-def test_a_known_box_comes_back_scored_clipped_and_once_for_each_class():
+def test_known_boxes_are_scored_clipped_and_suppressed_per_class():
     size = (60, 80)
-    head, outputs = build(DetectionHead(("a", "b"))), silent(size)
-    say(outputs, 44, 0, [10, 5, 30, 25], 0.64)
-    say(outputs, 45, 0, [11, 5, 30, 25], 0.49)  # overlaps the first, same class: suppressed
-    say(outputs, 46, 1, [10, 5, 31, 25], 0.36)  # overlaps it, other class: stays
-    say(outputs, 290, 1, [-8, 40, 20, 75], 0.25)  # sticks out on two sides
-    (found,) = head.predict(outputs, size)
+    head, outputs = build(DetectionHead(("a", "b"))), without_boxes(size)
+    set_box(outputs, 44, 0, [10, 5, 30, 25], 0.64)
+    set_box(outputs, 45, 0, [11, 5, 30, 25], 0.49)  # overlaps the first box, same class: suppressed
+    set_box(outputs, 46, 1, [10, 5, 31, 25], 0.36)  # overlaps it, other class: kept
+    set_box(outputs, 290, 1, [-8, 40, 20, 75], 0.25)  # extends beyond two sides
+    (prediction,) = head.predict(outputs, size)
     expected = torch.tensor([[10.0, 5, 30, 25], [10, 5, 31, 25], [0, 40, 20, 60]])
-    torch.testing.assert_close(found["boxes"], expected)
-    assert found["labels"].tolist() == [0, 1, 1]
-    torch.testing.assert_close(found["scores"], torch.tensor([0.72, 0.54, 0.45]))
+    torch.testing.assert_close(prediction["boxes"], expected)
+    assert prediction["labels"].tolist() == [0, 1, 1]
+    torch.testing.assert_close(prediction["scores"], torch.tensor([0.72, 0.54, 0.45]))
 
     head.max_detections = 1
     assert head.predict(outputs, size)[0]["labels"].tolist() == [0]
@@ -240,7 +240,7 @@ def test_a_known_box_comes_back_scored_clipped_and_once_for_each_class():
     assert head.predict(outputs, size)[0]["labels"].tolist() == [0, 1]
 
 
-def test_predictions_are_torchvisions():
+def test_predictions_equal_those_of_torchvision():
     size = (64, 96)
     head = build(DetectionHead(("a", "b"), score_threshold=0.2, nms_threshold=0.5, max_detections=40, candidates=50))
     outputs = head(pyramid(size), size)
@@ -270,7 +270,7 @@ def test_predictions_are_torchvisions():
 # Masks --------------------------------------------------------------------------------------------------------------
 
 
-def test_enlarging_does_not_shift_where_the_image_is_no_multiple_of_the_stride():
+def test_enlarging_does_not_shift_an_image_that_is_no_multiple_of_the_stride():
     """A blob in one cell keeps its centre at the middle of the cell's pixels."""
     x = torch.zeros(1, 1, 10, 14)
     x[0, 0, 4, 9] = 1
@@ -282,8 +282,8 @@ def test_enlarging_does_not_shift_where_the_image_is_no_multiple_of_the_stride()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (37, 53)])
-def test_fusing_each_level_on_its_own_grid_is_segformers_joined_fusion(size):
-    """Oracle: project, enlarge, join and fuse, as the paper writes it; outputs and gradients agree."""
+def test_fusing_each_level_on_its_own_grid_equals_the_fusion_of_segformer(size):
+    """Reference: project, enlarge, concatenate and fuse, as in the paper; outputs and gradients agree."""
     head = build(SegmentationHead(("a", "b"))).double()
     levels = [level.double() for level in pyramid(size)]
     joined = [
@@ -302,7 +302,7 @@ def test_fusing_each_level_on_its_own_grid_is_segformers_joined_fusion(size):
         torch.testing.assert_close(ours, papers, rtol=1e-8, atol=1e-8)
 
 
-def test_one_class_is_always_a_sigmoid_and_exclusive_classes_leave_room_for_background():
+def test_one_class_is_multi_label_and_exclusive_classes_have_a_background_channel():
     size = (40, 56)
     one = build(SegmentationHead(("a",)))
     assert one.multi_label
@@ -313,7 +313,7 @@ def test_one_class_is_always_a_sigmoid_and_exclusive_classes_leave_room_for_back
     assert (two.predict(logits, size).sum(1) < 1).all()
 
 
-def test_lungs_here_and_infection_there_give_the_gradient_of_what_is_labelled():
+def test_partly_annotated_images_give_the_gradient_of_their_annotated_classes():
     size = (32, 48)
     head = build(SegmentationHead(("lungs", "infection"), multi_label=True))
     masks = torch.full((2, 2, *size), IGNORE, dtype=torch.uint8)
@@ -337,8 +337,8 @@ def test_lungs_here_and_infection_there_give_the_gradient_of_what_is_labelled():
     assert not logits.grad[1, 0].any()
 
 
-def test_a_pixel_of_one_exclusive_class_is_known_not_to_be_of_the_others():
-    """Lungs annotated, infection not: a lung pixel is no infection; elsewhere infection stays possible."""
+def test_a_pixel_of_one_exclusive_class_is_negative_for_the_others():
+    """Lungs annotated, infection not: a lung pixel is no infection; other pixels may be infection."""
     size = (8, 8)
     head = build(SegmentationHead(("lungs", "infection"), terms={"ce": MaskCrossEntropy()}))
     masks = torch.full((1, 2, *size), IGNORE, dtype=torch.uint8)
