@@ -160,13 +160,13 @@ def class_threshold(scores: Floats, truth: NDArray[np.bool_], point: OperatingPo
     tp = counts_above(weights * truth[order], ends)[0]
     fp = counts_above(weights * ~truth[order], ends)[0]
     sensitivity, specificity = tp / tp[-1], 1 - fp / fp[-1]
-    wishes: dict[str, Callable[[], int]] = {
+    positions: dict[str, Callable[[], int]] = {
         "sensitivity": lambda: int(np.flatnonzero(sensitivity >= (point.value or 0) - 1e-9)[0]),
         "specificity": lambda: int(np.flatnonzero(specificity >= (point.value or 0) - 1e-9)[-1]),
         "youden": lambda: int(np.argmax(np.round(sensitivity + specificity, 9))),
         "f1": lambda: int(np.argmax(np.round(2 * tp / (tp + fp + tp[-1]), 9))),
     }
-    return _between(scores[order][ends], wishes[point.name]())
+    return _between(scores[order][ends], positions[point.name]())
 
 
 def box_threshold(findings: Findings, images: int, point: OperatingPoint) -> float | None:

@@ -1,6 +1,6 @@
 """Load weights from files of several layouts without running code from them, and report what was filled.
 
-Understood are own checkpoints (Lightning's, whole model or encoder), bare timm files, files of
+Supported are own checkpoints (Lightning's, whole model or encoder), bare timm files, files of
 segmentation-models-pytorch, and any of them inside ``module.``, ``model.``, ``backbone.``, ``encoder.`` and the like.
 """
 
@@ -156,8 +156,8 @@ def _renamed(source: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _body(module: nn.Module) -> tuple[str, Any] | None:
-    found = ((name, m) for name, m in module.named_modules() if hasattr(m, "pretrained_cfg"))
-    return next(found, None)
+    models = ((name, m) for name, m in module.named_modules() if hasattr(m, "pretrained_cfg"))
+    return next(models, None)
 
 
 def timm_renaming(model: nn.Module) -> Any:
@@ -169,17 +169,17 @@ def _by_timm(
     module: nn.Module, targets: dict[str, Tensor], source: dict[str, Tensor]
 ) -> list[tuple[dict[str, Tensor], str]]:
     """Return the source as renamed by timm, if the module is or contains a timm model with a renaming."""
-    found = _body(module)
-    remap = timm_renaming(found[1]) if found else None
-    if found is None or remap is None:
+    prefix, body = _body(module) or ("", None)
+    remap = None if body is None else timm_renaming(body)
+    if remap is None:
         return []
-    elsewhere = {_bare(name) for name in targets if not name.startswith(found[0])}
+    elsewhere = {_bare(name) for name in targets if not name.startswith(prefix)}
     bare = _renamed(source)
     others = {name: t for name, t in bare.items() if name in elsewhere}
     try:
-        mapped = remap({name: t for name, t in bare.items() if name not in others}, found[1])
+        mapped = remap({name: t for name, t in bare.items() if name not in others}, body)
     except Exception as error:  # these functions expect whole files of known origin and fail on others in many ways
-        return [({}, f"timm's own renaming of {type(found[1]).__name__} does not apply ({type(error).__name__})")]
+        return [({}, f"timm's own renaming of {type(body).__name__} does not apply ({type(error).__name__})")]
     return [({**others, **{_bare(name): t for name, t in mapped.items()}}, "")]
 
 
@@ -208,12 +208,12 @@ def _match(
 
 
 def _stems(module: nn.Module) -> set[str]:
-    found = _body(module)
-    if found is None:
+    prefix, body = _body(module) or ("", None)
+    if body is None:
         return set()
-    first = found[1].pretrained_cfg.get("first_conv") or ()
+    first = body.pretrained_cfg.get("first_conv") or ()
     names = (first,) if isinstance(first, str) else first
-    return {f"{found[0]}.{name}.weight".lstrip(".") for name in names}
+    return {f"{prefix}.{name}.weight".lstrip(".") for name in names}
 
 
 def _some(tensors: dict[str, Tensor]) -> str:

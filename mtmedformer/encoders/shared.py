@@ -137,9 +137,9 @@ class SharedEncoder(Encoder):
         return {name: depths.get(name.removeprefix("body."), top) for name, _ in self.named_parameters()}
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters the body's authors spare from weight decay (position embeddings …)."""
-        spared = self.body.no_weight_decay() if hasattr(self.body, "no_weight_decay") else ()
-        return {f"body.{name}" for name in spared}
+        """Return the names of the parameters for which the body defines no weight decay (position embeddings …)."""
+        names = self.body.no_weight_decay() if hasattr(self.body, "no_weight_decay") else ()
+        return {f"body.{name}" for name in names}
 
     @torch.no_grad()
     def _check(self, size: tuple[int, int] | None) -> None:

@@ -71,20 +71,20 @@ def image_result(
         tasks: The tasks to take.
         score: Boxes below this score are left out.
     """
-    found = ImageResult(meta, uncertainty=entropies(predictions, i, meta, tasks))
+    result = ImageResult(meta, uncertainty=entropies(predictions, i, meta, tasks))
     for name, task in tasks.items():
         if task.kind == "classification":
-            found.classes[name] = dict(zip(task.classes, predictions[name][i].float().tolist(), strict=True))
+            result.classes[name] = dict(zip(task.classes, predictions[name][i].float().tolist(), strict=True))
         elif task.kind == "detection":
-            found.boxes[name] = _boxes(predictions[name][i], meta, task, score)
+            result.boxes[name] = _boxes(predictions[name][i], meta, task, score)
         else:
             channels = predictions[name][i].float().cpu().numpy()
-            found.masks[name] = {
+            result.masks[name] = {
                 c: mask_in_original(channel, meta) for c, channel in zip(task.classes, channels, strict=True)
             }
     for name, measures in predictions.get(UNCERTAINTY, {}).items():
-        found.uncertainty.setdefault(name, {}).update({key: float(values[i]) for key, values in measures.items()})
-    return found
+        result.uncertainty.setdefault(name, {}).update({key: float(values[i]) for key, values in measures.items()})
+    return result
 
 
 def entropies(
@@ -96,7 +96,7 @@ def entropies(
     classes' own entropies, and of a mask the mean over its pixels, both at most ``log 2``; pixels of the input that lie
     outside the image do not count.
     """
-    found: dict[str, dict[str, float]] = {}
+    entropy_of: dict[str, dict[str, float]] = {}
     for name, task in tasks.items():
         if task.kind == "classification":
             p = predictions[name][i].double().cpu()
@@ -107,8 +107,8 @@ def entropies(
             value = entropy(p)[:, inside_original(meta, (p.shape[-2], p.shape[-1]))].mean()
         else:
             continue
-        found[name] = {"entropy": max(0.0, float(value))}
-    return found
+        entropy_of[name] = {"entropy": max(0.0, float(value))}
+    return entropy_of
 
 
 def inside_original(meta: Meta, size: tuple[int, int]) -> Tensor:
@@ -121,10 +121,10 @@ def inside_original(meta: Meta, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(inside if inside.any() else ~inside)
 
 
-def _boxes(found: Mapping[str, Tensor], meta: Meta, task: Task, score: float) -> list[FoundBox]:
-    kept = found["scores"] >= score
-    xyxy = boxes_in_original(found["boxes"][kept].float().cpu().numpy(), meta).tolist()
-    rest = zip(xyxy, found["scores"][kept].tolist(), found["labels"][kept].tolist(), strict=True)
+def _boxes(predicted: Mapping[str, Tensor], meta: Meta, task: Task, score: float) -> list[FoundBox]:
+    kept = predicted["scores"] >= score
+    xyxy = boxes_in_original(predicted["boxes"][kept].float().cpu().numpy(), meta).tolist()
+    rest = zip(xyxy, predicted["scores"][kept].tolist(), predicted["labels"][kept].tolist(), strict=True)
     there = [one for one in rest if one[0][2] > one[0][0] and one[0][3] > one[0][1]]  # not in the margin beside it
     boxes = [FoundBox(task.classes[int(k)], float(s), (b[0], b[1], b[2], b[3])) for b, s, k in there]
     return sorted(boxes, key=lambda box: -box.score)

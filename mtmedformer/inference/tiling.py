@@ -17,7 +17,7 @@ from mtmedformer.errors import ConfigError
 Predict = Callable[[Tensor], dict[str, Any]]
 """Images (B, C, H, W) to predictions by task, in the formats of ``TaskHead.predict``."""
 
-Found = dict[str, Tensor]
+BoxPredictions = dict[str, Tensor]
 """Boxes of one image: ``boxes`` (N, 4) xyxy, ``scores`` (N,) sorted downwards, ``labels`` (N,)."""
 
 BORDER = 2.0
@@ -67,7 +67,7 @@ def predict_tiled(
         sw_batch_size: Windows predicted at once.
         pool: How class probabilities of windows become the image's.
         nms_iou: Overlap from which boxes of one class in two windows, or in the image and its mirror, are one object.
-        flip_tta: Average every window with the prediction of its mirror; a box found only in one of them keeps half
+        flip_tta: Average every window with the prediction of its mirror; a box in only one of them keeps half
             its score.
 
     Returns:
@@ -123,7 +123,7 @@ def _crops(image: Tensor, windows: list[Window], sw_batch_size: int) -> Iterator
         yield part, torch.stack(crops)
 
 
-class _Masks:
+class _MaskAverage:
     """Averages the masks (K, h, w) of windows with Gaussian weights."""
 
     def __init__(self, image: Tensor, windows: list[Window], task: Task, pool: str, nms_iou: float) -> None:
@@ -142,7 +142,7 @@ class _Masks:
         return self.total / self.weight
 
 
-class _Classes:
+class _ClassPool:
     """Pools the class probabilities (K,) of windows."""
 
     def __init__(self, image: Tensor, windows: list[Window], task: Task, pool: str, nms_iou: float) -> None:
@@ -159,27 +159,27 @@ class _Classes:
         return pooled / pooled.sum(dim=1, keepdim=True) if self.exclusive else pooled
 
 
-class _Boxes:
+class _BoxMerger:
     """Move the boxes of windows to the image and merge those of one object in several windows."""
 
     def __init__(self, image: Tensor, windows: list[Window], task: Task, pool: str, nms_iou: float) -> None:
         self.windows, self.nms_iou = windows, nms_iou
         self.size = (image.shape[-2], image.shape[-1])
-        self.seen: list[list[tuple[int, Found]]] = [[] for _ in image]
+        self.seen: list[list[tuple[int, BoxPredictions]]] = [[] for _ in image]
 
-    def add(self, b: int, w: int, prediction: Found) -> None:
+    def add(self, b: int, w: int, prediction: BoxPredictions) -> None:
         window = self.windows[w]
         offset = prediction["boxes"].new_tensor([window.x0, window.y0, window.x0, window.y0])
         self.seen[b].append((w, {**prediction, "boxes": prediction["boxes"] + offset}))
 
-    def result(self) -> list[Found]:
+    def result(self) -> list[BoxPredictions]:
         return [merge_boxes(seen, self.windows, self.size, self.nms_iou) for seen in self.seen]
 
 
-_STITCHERS: dict[str, type[_Masks] | type[_Classes] | type[_Boxes]] = {
-    "segmentation": _Masks,
-    "classification": _Classes,
-    "detection": _Boxes,
+_STITCHERS: dict[str, type[_MaskAverage] | type[_ClassPool] | type[_BoxMerger]] = {
+    "segmentation": _MaskAverage,
+    "classification": _ClassPool,
+    "detection": _BoxMerger,
 }
 
 
@@ -195,7 +195,9 @@ def gaussian(height: int, width: int, sigma: float = 0.125) -> Tensor:
     return (rows[:, None] * columns).clamp(min=1e-3)
 
 
-def merge_boxes(seen: list[tuple[int, Found]], windows: list[Window], size: tuple[int, int], nms_iou: float) -> Found:
+def merge_boxes(
+    seen: list[tuple[int, BoxPredictions]], windows: list[Window], size: tuple[int, int], nms_iou: float
+) -> BoxPredictions:
     """Merge the boxes of several windows into one list; see ``predict_tiled``.
 
     Args:
@@ -205,20 +207,22 @@ def merge_boxes(seen: list[tuple[int, Found]], windows: list[Window], size: tupl
         nms_iou: Overlap from which boxes of one class in two windows are one object.
     """
     device = seen[0][1]["boxes"].device  # many small steps, each waiting for the last: faster on the CPU
-    found: Found = {name: torch.cat([one[name] for _, one in seen]).cpu() for name in ("boxes", "scores", "labels")}
+    predicted: BoxPredictions = {
+        name: torch.cat([one[name] for _, one in seen]).cpu() for name in ("boxes", "scores", "labels")
+    }
     origin = torch.cat([torch.full((len(one["labels"]),), w) for w, one in seen])
-    holds = _margins(found["boxes"], windows, size) >= BORDER
+    holds = _margins(predicted["boxes"], windows, size) >= BORDER
     whole = holds.gather(1, origin[:, None]).squeeze(1) | ~holds.any(dim=1)
-    order = found["scores"].argsort(descending=True, stable=True)
+    order = predicted["scores"].argsort(descending=True, stable=True)
     order = order[whole[order]]
-    found, origin = {name: value[order] for name, value in found.items()}, origin[order]
-    rivals = (origin[:, None] != origin) & (found["labels"][:, None] == found["labels"])
-    rivals &= box_iou(found["boxes"], found["boxes"]) > nms_iou
-    alive = torch.ones(len(order), dtype=torch.bool)
-    for i in rivals.any(dim=1).nonzero().flatten().tolist():
-        if alive[i]:
-            alive[i + 1 :] &= ~rivals[i, i + 1 :]
-    return {name: value[alive].to(device) for name, value in found.items()}
+    predicted, origin = {name: value[order] for name, value in predicted.items()}, origin[order]
+    duplicates = (origin[:, None] != origin) & (predicted["labels"][:, None] == predicted["labels"])
+    duplicates &= box_iou(predicted["boxes"], predicted["boxes"]) > nms_iou
+    kept = torch.ones(len(order), dtype=torch.bool)
+    for i in duplicates.any(dim=1).nonzero().flatten().tolist():
+        if kept[i]:
+            kept[i + 1 :] &= ~duplicates[i, i + 1 :]
+    return {name: value[kept].to(device) for name, value in predicted.items()}
 
 
 def _margins(boxes: Tensor, windows: list[Window], size: tuple[int, int]) -> Tensor:
@@ -255,13 +259,13 @@ def _average(task: Task, here: Any, there: Any, width: int, nms_iou: float) -> A
     return (here + there) / 2
 
 
-def mirror_boxes(found: Found, width: int) -> Found:
+def mirror_boxes(predicted: BoxPredictions, width: int) -> BoxPredictions:
     """Mirror boxes left to right in an image of the given width in pixels."""
-    x0, y0, x1, y1 = found["boxes"].unbind(dim=1)
-    return {**found, "boxes": torch.stack([width - x1, y0, width - x0, y1], dim=1)}
+    x0, y0, x1, y1 = predicted["boxes"].unbind(dim=1)
+    return {**predicted, "boxes": torch.stack([width - x1, y0, width - x0, y1], dim=1)}
 
 
-def average_boxes(a: Found, b: Found, iou: float) -> Found:
+def average_boxes(a: BoxPredictions, b: BoxPredictions, iou: float) -> BoxPredictions:
     """Average two sets of boxes of one image.
 
     Boxes of one class pair up one to one, the best overlaps first, if they overlap by more than ``iou``; a pair becomes
@@ -283,6 +287,6 @@ def average_boxes(a: Found, b: Found, iou: float) -> Found:
         alone = torch.ones(len(one["labels"]), dtype=torch.bool, device=overlap.device).index_fill(0, paired, False)
         parts.append({name: value[alone] for name, value in one.items()})
         parts[-1]["scores"] = parts[-1]["scores"] / 2
-    found = {name: torch.cat([part[name] for part in parts]) for name in ("boxes", "scores", "labels")}
-    order = found["scores"].argsort(descending=True, stable=True)
-    return {name: value[order] for name, value in found.items()}
+    predicted = {name: torch.cat([part[name] for part in parts]) for name in ("boxes", "scores", "labels")}
+    order = predicted["scores"].argsort(descending=True, stable=True)
+    return {name: value[order] for name, value in predicted.items()}

@@ -68,7 +68,7 @@ class CIoU(BoxLoss):
 def match_boxes(boxes: Tensor, anchors: Tensor, per_level: list[int], radius: float = 1.5) -> Tensor:
     """Return the box assigned to each location by the rules of FCOS.
 
-    A location answers for a box that holds it, whose centre is within ``radius`` strides and whose farthest side is
+    A location is assigned to a box around it whose centre is within ``radius`` strides and whose farthest side is
     between 4 and 8 strides away (from 0 on the finest level, without end on the coarsest); of several, the smallest. A
     box that no location gets this way (long and thin ones) goes to the locations near its centre on the finest level.
 

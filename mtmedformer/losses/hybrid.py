@@ -142,7 +142,7 @@ class HybridLoss(RecordsArguments, nn.Module):
             self.weighting.aggregate(values, mask, shared)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of this module's parameters that weight decay must spare: all of them."""
+        """Return the names of this module's parameters without weight decay: all of them."""
         return {name for name, _ in self.named_parameters()}
 
     def _any(self, present: dict[str, int]) -> bool:

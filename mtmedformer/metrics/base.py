@@ -310,7 +310,7 @@ def entropy(probability: Tensor, classes: int | None = None) -> Tensor:
 
     Args:
         probability: Probabilities of any shape.
-        classes: Dimension along which they sum to 1; it disappears. ``None``: each is a yes-or-no of its own.
+        classes: Dimension along which they sum to 1; it disappears. ``None``: each is binary.
     """
     terms: Tensor = torch.special.entr(probability)
     if classes is None:

@@ -267,12 +267,12 @@ def likelihood_curve(logits: Tensor, truth: Tensor, exclusive: bool) -> tuple[Te
     """Return the negative log-likelihood at every temperature, and its derivative by the log temperature.
 
     Both are sums over an image's decisions, so that sums of sums over images, processes and sites are all that a fit
-    needs: nothing of an image leaves it but 82 numbers.
+    needs: an image contributes 82 numbers only.
 
     Args:
-        logits: (B, C, P): C classes at P places an image.
+        logits: (B, C, P): C classes at P places per image.
         truth: (B, C, P) of 0, 1 or NaN (see ``truth_of``).
-        exclusive: Whether the C classes share a softmax; otherwise each is a sigmoid of its own.
+        exclusive: Whether the C classes share a softmax; otherwise each has its own sigmoid.
 
     Returns:
         float64 (B, 41, 2): negative log-likelihood in nats, and its slope, at ``LOG_TEMPERATURES``; and (B,) the number

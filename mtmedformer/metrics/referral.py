@@ -22,10 +22,10 @@ COVERAGE = 0.8
 class ReferralMetrics(TaskMetrics):
     r"""Rank the images of a segmentation task by uncertainty, and score those that remain after referral.
 
-    An image's doubt is the predictive entropy of its pixels over the area predicted, $\sum_p H(p) / \sum_p p$, in nats:
-    entropy sits on borders, and large structures have long ones.
+    The uncertainty of an image is the predictive entropy of its pixels over the predicted area,
+    $\sum_p H(p) / \sum_p p$, in nats: entropy is high at borders, and large structures have long ones.
 
-    - ``dice_at80``: mean Dice of the 80 % of images with the least doubt; ``gain_at80``: that, less the Dice of all.
+    - ``dice_at80``: mean Dice of the 80 % most certain images; ``gain_at80``: that, minus the mean Dice of all.
     - ``aurc``: area under the risk-coverage curve, the mean over all coverages of 1 - Dice; lower is better.
 
     An image's Dice is the mean over the classes it has; images without any are left out, as in ``SegmentationMetrics``.
@@ -55,7 +55,7 @@ class ReferralMetrics(TaskMetrics):
         p, masks = predictions.detach()[rows].float(), target.masks[rows]
         known = masks != IGNORE
         dice, _, _ = overlap(binarise(p, self.multi_label, self.threshold) & known, masks == 1, known)
-        self.scores.append(torch.stack([dice.nanmean(dim=1), doubt(p, self.multi_label)], dim=1).cpu())
+        self.scores.append(torch.stack([dice.nanmean(dim=1), mask_uncertainty(p, self.multi_label)], dim=1).cpu())
 
     @override
     def prepare(self, rows: NDArray[np.int64]) -> Evaluate:
@@ -71,14 +71,14 @@ class ReferralMetrics(TaskMetrics):
             left = COVERAGE * total[:, None] - (reached - counts)
             kept = np.clip(left, 0, counts)
             at = ratio(kept @ dice, kept.sum(axis=1))
-            risks = ratio(np.cumsum(counts * (1 - dice), axis=1), reached)  # of the surest so many
+            risks = ratio(np.cumsum(counts * (1 - dice), axis=1), reached)  # of the most certain images up to each
             aurc = ratio((counts * np.nan_to_num(risks)).sum(axis=1), total)
             return {"dice_at80": at, "gain_at80": at - ratio(counts @ dice, total), "aurc": aurc}
 
         return evaluate
 
 
-def doubt(probabilities: Tensor, multi_label: bool) -> Tensor:
+def mask_uncertainty(probabilities: Tensor, multi_label: bool) -> Tensor:
     """Return the uncertainty of each mask: entropy of its pixels over the predicted area, in nats, float64 (B,).
 
     Args:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mtmedformer.batch import Meta, SegmentationTarget, Task
-from mtmedformer.metrics.referral import ReferralMetrics, doubt
+from mtmedformer.metrics.referral import ReferralMetrics, mask_uncertainty
 from mtmedformer.metrics.rows import load_rows, save_rows
 
 LUNGS = Task("lungs", "segmentation", ("lung",))
@@ -24,7 +24,7 @@ def filled(size: int = 10, seed: int = 0) -> tuple[ReferralMetrics, np.ndarray, 
     metric.update(p, SegmentationTarget(truth.to(torch.uint8), torch.ones(size, dtype=torch.bool)), metas)
     found = p > 0.5
     dice = 2 * (found & truth).sum((1, 2, 3)).double() / (found.sum((1, 2, 3)) + truth.sum((1, 2, 3)))
-    return metric, dice.numpy(), doubt(p, True).numpy()
+    return metric, dice.numpy(), mask_uncertainty(p, True).numpy()
 
 
 def test_the_eight_most_certain_of_ten_images_are_kept():
@@ -53,10 +53,10 @@ def test_a_weight_of_two_equals_the_image_twice():
 def test_uncertainty_is_lowest_for_certain_pixels_and_highest_at_one_half():
     sure, half = torch.zeros(1, 1, 4, 4), torch.full((1, 1, 4, 4), 0.5)
     sure[..., :2] = 1
-    assert doubt(sure, True).item() == 0
-    assert doubt(half, True).item() == pytest.approx(2 * math.log(2))
+    assert mask_uncertainty(sure, True).item() == 0
+    assert mask_uncertainty(half, True).item() == pytest.approx(2 * math.log(2))
     exclusive = torch.full((1, 2, 4, 4), 1 / 3)
-    assert doubt(exclusive, False).item() == pytest.approx(math.log(3) * 1.5)
+    assert mask_uncertainty(exclusive, False).item() == pytest.approx(math.log(3) * 1.5)
 
 
 def test_an_image_without_the_structure_is_left_out():
