@@ -204,10 +204,10 @@ def _between(ranked: Floats, taken: int) -> float:
 
 def class_performance(scores: Floats, truth: NDArray[np.bool_], threshold: float) -> dict[str, float]:
     """Return sensitivity and specificity of ``scores >= threshold``, NaN without images of that label."""
-    found = scores >= threshold
+    positive = scores >= threshold
     return {
-        "sensitivity": float(found[truth].mean()) if truth.any() else math.nan,
-        "specificity": float((~found)[~truth].mean()) if not truth.all() else math.nan,
+        "sensitivity": float(positive[truth].mean()) if truth.any() else math.nan,
+        "specificity": float((~positive)[~truth].mean()) if not truth.all() else math.nan,
     }
 
 

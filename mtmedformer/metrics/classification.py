@@ -44,7 +44,7 @@ class ClassificationMetrics(TaskMetrics):
     Args:
         classes: Class names in channel order.
         multi_label: Whether several classes may hold at once. A task of one class always counts as multi-label.
-        threshold: Probability above which a class of a multi-label task counts as found.
+        threshold: Probability above which a class of a multi-label task is predicted.
         specificity: Specificity at which the sensitivity is reported, in (0, 1).
         bins: Number of bins of the calibration error.
     """
@@ -100,7 +100,7 @@ class ClassificationMetrics(TaskMetrics):
         known = np.flatnonzero(~np.isnan(labels[:, k]))
         score, truth = probabilities[known, k], labels[known, k] == 1
         best = probabilities[known].argmax(axis=1)
-        found = score > self.threshold if self.multi_label else best == k
+        predicted = score > self.threshold if self.multi_label else best == k
         order, ends = operating_points(score)
         target = truth.astype(np.float64)
         likelihood = -np.log(np.clip(np.where(truth, score, 1 - score), SMALLEST, 1))
@@ -111,7 +111,7 @@ class ClassificationMetrics(TaskMetrics):
             ranked = weights[:, order]
             tp_curve = counts_above(ranked * truth[order], ends)
             fp_curve = counts_above(ranked * ~truth[order], ends)
-            tp, fp = weights @ (found & truth), weights @ (found & ~truth)
+            tp, fp = weights @ (predicted & truth), weights @ (predicted & ~truth)
             positives, negatives = tp_curve[:, -1], fp_curve[:, -1]
             sensitivity, specificity = ratio(tp, positives), 1 - ratio(fp, negatives)
             f1 = ratio(2 * tp, tp + fp + positives)
@@ -125,7 +125,7 @@ class ClassificationMetrics(TaskMetrics):
                 ),
                 "sensitivity": sensitivity,
                 "specificity": specificity,
-                "accuracy": weighted_mean((found == truth).astype(np.float64), weights),
+                "accuracy": weighted_mean((predicted == truth).astype(np.float64), weights),
             }
             if self.multi_label:
                 values |= {"ece": calibrated(weights), "nll": weighted_mean(likelihood, weights)}

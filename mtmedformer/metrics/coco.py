@@ -61,14 +61,14 @@ def average_precisions(ranked: Ranked, weights: Floats) -> Floats:
 
 
 def official_average_precisions(
-    found: list[tuple[Floats, Floats, NDArray[np.int64]]],
+    predicted: list[tuple[Floats, Floats, NDArray[np.int64]]],
     true: list[tuple[Floats, NDArray[np.int64]]],
     classes: int,
 ) -> Floats:
     """Return torchmetrics' average precision per class and IoU threshold, (K, T), NaN without true boxes.
 
     Args:
-        found: Per image boxes (N, 4) xyxy, scores (N,) and labels (N,).
+        predicted: Per image boxes (N, 4) xyxy, scores (N,) and labels (N,).
         true: Per image boxes (M, 4) and labels (M,).
         classes: Number of classes K.
     """
@@ -84,7 +84,7 @@ def official_average_precisions(
     )
     metric.warn_on_many_detections = False
     metric.update(
-        [{"boxes": _boxes(b), "scores": torch.from_numpy(s), "labels": torch.from_numpy(k)} for b, s, k in found],
+        [{"boxes": _boxes(b), "scores": torch.from_numpy(s), "labels": torch.from_numpy(k)} for b, s, k in predicted],
         [{"boxes": _boxes(b), "labels": torch.from_numpy(k)} for b, k in true],
     )
     values = metric.compute()

@@ -72,19 +72,22 @@ class DetectionMetrics(TaskMetrics):
         """Keep boxes, scores and labels of the labelled images."""
         for i in self.register(meta, target.present):
             p, boxes, labels = predictions[i], target.boxes[i], target.labels[i]
-            found = torch.cat([p["boxes"].float(), p["scores"].float()[:, None], p["labels"].float()[:, None]], dim=1)
-            found = found.detach().cpu()
-            found[:, 2:4] = torch.maximum(found[:, 2:4], found[:, :2])  # COCO would not count a box turned inside out
-            self.found.append(found)
+            predicted = torch.cat(
+                [p["boxes"].float(), p["scores"].float()[:, None], p["labels"].float()[:, None]], dim=1
+            )
+            predicted = predicted.detach().cpu()
+            # COCO's evaluation ignores a box with swapped corners: give it no area instead
+            predicted[:, 2:4] = torch.maximum(predicted[:, 2:4], predicted[:, :2])
+            self.found.append(predicted)
             self.true.append(torch.cat([boxes.float(), labels.float()[:, None]], dim=1).cpu())
-            self.counts.append(torch.tensor([[len(found), len(boxes)]]))
+            self.counts.append(torch.tensor([[len(predicted), len(boxes)]]))
 
     def overall(self, rows: NDArray[np.int64]) -> dict[str, float]:
         """Return every metric, with COCO's from torchmetrics."""
         values = super().overall(rows)
-        found, true = self._split(rows)
+        predicted, true = self._split(rows)
         official = coco.official_average_precisions(
-            [(f[:, :4], f[:, 4], f[:, 5].astype(np.int64)) for f in found],
+            [(f[:, :4], f[:, 4], f[:, 5].astype(np.int64)) for f in predicted],
             [(t[:, :4], t[:, 4].astype(np.int64)) for t in true],
             len(self.classes),
         )
@@ -97,9 +100,9 @@ class DetectionMetrics(TaskMetrics):
 
     @override
     def prepare(self, rows: NDArray[np.int64]) -> Evaluate:
-        found, true = self._split(rows)
+        predicted, true = self._split(rows)
         evaluators = [
-            self._one_class([f[f[:, 5] == k] for f in found], [t[t[:, 4] == k] for t in true])
+            self._one_class([f[f[:, 5] == k] for f in predicted], [t[t[:, 4] == k] for t in true])
             for k in range(len(self.classes))
         ]
 
@@ -122,9 +125,9 @@ class DetectionMetrics(TaskMetrics):
         Args:
             rows: Rows of the states to use, an image each.
         """
-        found, true = self._split(rows)
+        predicted, true = self._split(rows)
         return [
-            self._findings([f[f[:, 5] == k] for f in found], [t[t[:, 4] == k] for t in true])
+            self._findings([f[f[:, 5] == k] for f in predicted], [t[t[:, 4] == k] for t in true])
             for k in range(len(self.classes))
         ]
 
@@ -132,20 +135,20 @@ class DetectionMetrics(TaskMetrics):
         counts = self.table("counts").numpy()
         tables = (self.table("found").numpy(), self.table("true").numpy())
         ends = counts.cumsum(axis=0)
-        found, true = (
+        predicted, true = (
             [table[ends[r, i] - counts[r, i] : ends[r, i]].astype(np.float64) for r in rows]
             for i, table in enumerate(tables)
         )
-        return [f[np.argsort(-f[:, 4], kind="stable")] for f in found], true
+        return [f[np.argsort(-f[:, 4], kind="stable")] for f in predicted], true
 
-    def _one_class(self, found: list[Floats], true: list[Floats]) -> Evaluate:
-        """Match the predictions of one class: per image found (N, 6) by falling score, true (M, 5)."""
-        tp = [match(box_iou(f[:, :4], t[:, :4]), THRESHOLDS) for f, t in zip(found, true, strict=True)]
-        submitted = [m[f[:, 4] >= self.score_threshold][:, RSNA] for m, f in zip(tp, found, strict=True)]
+    def _one_class(self, predicted: list[Floats], true: list[Floats]) -> Evaluate:
+        """Match the predictions of one class: per image predictions (N, 6) by falling score, true (M, 5)."""
+        tp = [match(box_iou(f[:, :4], t[:, :4]), THRESHOLDS) for f, t in zip(predicted, true, strict=True)]
+        submitted = [m[f[:, 4] >= self.score_threshold][:, RSNA] for m, f in zip(tp, predicted, strict=True)]
         kaggle = np.array([rsna_score(m, len(t)) for m, t in zip(submitted, true, strict=True)], dtype=np.float64)
         positive = np.array([len(t) for t in true], dtype=np.float64)
-        ranked = _rank(found, [m[:, COCO] for m in tp], positive)
-        findings = self._findings(found, true)
+        ranked = _rank(predicted, [m[:, COCO] for m in tp], positive)
+        findings = self._findings(predicted, true)
 
         def evaluate(weights: Floats) -> dict[str, Floats]:
             lesions = weights @ positive
@@ -157,9 +160,9 @@ class DetectionMetrics(TaskMetrics):
 
         return evaluate
 
-    def _findings(self, found: list[Floats], true: list[Floats]) -> Findings:
+    def _findings(self, predicted: list[Floats], true: list[Floats]) -> Findings:
         lesion_scores, alarm_scores = [np.zeros(0)], [np.zeros(0)]
-        for f, t in zip(found, true, strict=True):
+        for f, t in zip(predicted, true, strict=True):
             hit = hits(f[:, :4], t[:, :4], self.hit, self.iou)
             lesion_scores.append(np.where(hit, f[:, 4:5], -np.inf).max(axis=0, initial=-np.inf))
             alarm_scores.append(f[~hit.any(axis=1), 4])
@@ -176,8 +179,8 @@ def _image_of(parts: list[Floats]) -> NDArray[np.int64]:
     return np.repeat(np.arange(len(parts) - 1), [len(part) for part in parts[1:]])
 
 
-def _rank(found: list[Floats], tp: list[NDArray[np.bool_]], true: Floats) -> coco.Ranked:
-    top = [np.zeros(0), *(f[: coco.MAX_DETECTIONS, 4] for f in found)]
+def _rank(predicted: list[Floats], tp: list[NDArray[np.bool_]], true: Floats) -> coco.Ranked:
+    top = [np.zeros(0), *(f[: coco.MAX_DETECTIONS, 4] for f in predicted)]
     hit = np.concatenate([np.zeros((0, len(coco.THRESHOLDS)), dtype=bool), *(m[: coco.MAX_DETECTIONS] for m in tp)])
     order = np.argsort(-np.concatenate(top), kind="stable")
     return coco.Ranked(_image_of(top)[order], hit[order], true)

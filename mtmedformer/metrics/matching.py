@@ -11,12 +11,12 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 
-def box_iou(found: Floats, true: Floats) -> Floats:
+def box_iou(predicted: Floats, true: Floats) -> Floats:
     """Return the intersection over union of xyxy boxes (N, 4) and (M, 4) as (N, M); 0 for boxes without area."""
-    low = np.maximum(found[:, None, :2], true[None, :, :2])
-    high = np.minimum(found[:, None, 2:], true[None, :, 2:])
+    low = np.maximum(predicted[:, None, :2], true[None, :, :2])
+    high = np.minimum(predicted[:, None, 2:], true[None, :, 2:])
     shared = np.prod(np.clip(high - low, 0, None), axis=2)
-    sizes = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (found, true)]
+    sizes = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (predicted, true)]
     union = sizes[0][:, None] + sizes[1][None, :] - shared
     iou: Floats = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
     return iou
@@ -48,17 +48,17 @@ def match(iou: Floats, thresholds: Floats) -> Bools:
     return hit
 
 
-def hits(found: Floats, true: Floats, rule: Literal["iou", "centre"], iou: float) -> Bools:
+def hits(predicted: Floats, true: Floats, rule: Literal["iou", "centre"], iou: float) -> Bools:
     """Return which prediction hits which true box, (N, M); one may hit several and be hit by several.
 
     Args:
-        found: (N, 4) xyxy.
+        predicted: (N, 4) xyxy.
         true: (M, 4) xyxy.
         rule: ``iou``: they overlap by at least ``iou``; ``centre``: the prediction's centre lies in the true box.
         iou: Least overlap of the rule ``iou``.
     """
     if rule == "iou":
-        return box_iou(found, true) >= iou
-    centre = (found[:, None, :2] + found[:, None, 2:]) / 2
+        return box_iou(predicted, true) >= iou
+    centre = (predicted[:, None, :2] + predicted[:, None, 2:]) / 2
     inside: Bools = np.all((centre >= true[None, :, :2]) & (centre < true[None, :, 2:]), axis=2)
     return inside

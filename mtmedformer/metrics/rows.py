@@ -140,8 +140,8 @@ def keyed(text: str, salt: str) -> str:
 
 def _arguments(metric: TaskMetrics) -> dict[str, Any]:
     """Return the constructor arguments of a metric, which are attributes of the same names."""
-    found = {name: getattr(metric, name) for name in inspect.signature(type(metric)).parameters}
-    return {name: asdict(value) if isinstance(value, Task) else value for name, value in found.items()}
+    arguments = {name: getattr(metric, name) for name in inspect.signature(type(metric)).parameters}
+    return {name: asdict(value) if isinstance(value, Task) else value for name, value in arguments.items()}
 
 
 def _made(kind: dict[str, Any], file: Path) -> TaskMetrics:
@@ -157,11 +157,11 @@ def _path(kind: type) -> str:
 
 
 def _class(path: str, file: Path) -> type[TaskMetrics]:
-    found, pending = {}, [TaskMetrics]
+    classes, pending = {}, [TaskMetrics]
     while pending:
         kind = pending.pop()
-        found[_path(kind)] = kind
+        classes[_path(kind)] = kind
         pending += kind.__subclasses__()
-    if path not in found:
+    if path not in classes:
         raise DataError(f"{file}: scored by {path}, a class that is not imported; import it, or run the cell again")
-    return found[path]
+    return classes[path]

@@ -63,10 +63,10 @@ class SegmentationMetrics(TaskMetrics):
             return
         masks = target.masks[rows]
         known = masks != IGNORE
-        found = binarise(predictions.detach()[rows], self.multi_label, self.threshold) & known
-        scores = [*overlap(found, masks == 1, known)]
+        predicted = binarise(predictions.detach()[rows], self.multi_label, self.threshold) & known
+        scores = [*overlap(predicted, masks == 1, known)]
         if self.hausdorff:
-            scores.append(hd95(found, masks == 1))
+            scores.append(hd95(predicted, masks == 1))
         self.scores.append(torch.stack(scores, dim=-1).cpu())
 
     @override
@@ -95,30 +95,30 @@ def binarise(probabilities: Tensor, multi_label: bool, threshold: float) -> Tens
     return torch.zeros_like(probabilities, dtype=torch.bool).scatter_(1, winner, foreground)
 
 
-def overlap(found: Tensor, truth: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def overlap(predicted: Tensor, truth: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return dice, IoU and whether an empty mask was left empty, each float64 (B, K) with NaN where undefined.
 
     Args:
-        found: bool (B, K, H, W) predicted masks, false where not annotated.
+        predicted: bool (B, K, H, W) predicted masks, false where not annotated.
         truth: bool (B, K, H, W) true masks.
         known: bool (B, K, H, W) annotated pixels.
     """
-    both, predicted, true = (m.sum(dim=(-2, -1)).double() for m in (found & truth, found, truth))
-    dice = torch.where(true > 0, 2 * both / (predicted + true), torch.nan)
-    iou = torch.where(true > 0, both / (predicted + true - both), torch.nan)
-    empty = known.any(dim=-1).any(dim=-1) & (true == 0)
-    return dice, iou, torch.where(empty, (predicted == 0).double(), torch.nan)
+    both, area, true_area = (m.sum(dim=(-2, -1)).double() for m in (predicted & truth, predicted, truth))
+    dice = torch.where(true_area > 0, 2 * both / (area + true_area), torch.nan)
+    iou = torch.where(true_area > 0, both / (area + true_area - both), torch.nan)
+    empty = known.any(dim=-1).any(dim=-1) & (true_area == 0)
+    return dice, iou, torch.where(empty, (area == 0).double(), torch.nan)
 
 
-def hd95(found: Tensor, truth: Tensor) -> Tensor:
+def hd95(predicted: Tensor, truth: Tensor) -> Tensor:
     """Return MONAI's 95 % Hausdorff distance in pixels, float64 (B, K) with NaN where either mask is empty."""
     from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 
-    found, truth = found.cpu(), truth.cpu()
-    result = torch.full(found.shape[:2], torch.nan, dtype=torch.float64)
-    both = (found.flatten(2).any(dim=2) & truth.flatten(2).any(dim=2)).nonzero()
+    predicted, truth = predicted.cpu(), truth.cpu()
+    result = torch.full(predicted.shape[:2], torch.nan, dtype=torch.float64)
+    both = (predicted.flatten(2).any(dim=2) & truth.flatten(2).any(dim=2)).nonzero()
     for b, k in both.tolist():
-        pair = found[b, k][None, None], truth[b, k][None, None]
+        pair = predicted[b, k][None, None], truth[b, k][None, None]
         with warnings.catch_warnings():  # MONAI 1.6 calls its own function in a way that it deprecates
             warnings.filterwarnings("ignore", "monai.metrics.utils get_mask_edges", FutureWarning)
             result[b, k] = compute_hausdorff_distance(*pair, include_background=True, percentile=95).item()
