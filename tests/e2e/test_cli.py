@@ -50,7 +50,7 @@ class KillAt(L.Callback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_fit_leaves_a_whole_run_folder(trained, capsys):
+def test_fit_writes_all_files_of_a_run_folder(trained, capsys):
     folder, _ = trained
     for name in ("config.yaml", "metrics.csv", "quarantine.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
         assert (folder / name).is_file(), name
@@ -69,7 +69,7 @@ def test_fit_leaves_a_whole_run_folder(trained, capsys):
     assert "WandbRecord" not in stored["callbacks"], "there is no W&B logger"
 
 
-def test_nothing_of_a_patient_is_in_the_run_folder(trained):
+def test_no_patient_id_is_in_the_run_folder(trained):
     folder, _ = trained
     for file in folder.rglob("*"):
         if file.is_file():
@@ -114,7 +114,7 @@ def test_fingerprint_reads_the_same_configuration(trained, tmp_path, capsys):
     assert "nodules" in capsys.readouterr().out
 
 
-def test_predictions_come_back_in_the_frame_of_the_images(trained):
+def test_predictions_are_in_the_pixels_of_the_original_images(trained):
     folder, _ = trained
     arguments = ["--ckpt_path", str(folder / "checkpoints/best.ckpt"), "--trainer.enable_progress_bar=false"]
     assert main(["predict", *arguments, "--data.image_size=[48,64]"]) == 0
@@ -129,7 +129,7 @@ def test_predictions_come_back_in_the_frame_of_the_images(trained):
         assert 0 <= y <= y + h <= 64
 
 
-def test_a_second_run_takes_a_folder_of_its_own(images, tmp_path):
+def test_a_second_run_has_its_own_folder(images, tmp_path):
     config = write_config(small_config(images, tmp_path, max_epochs=1), tmp_path / "c.yaml")
     assert main(["fit", "--config", config]) == 0
     first = (tmp_path / "run/checkpoints/last.ckpt").read_bytes()
@@ -144,7 +144,7 @@ def test_a_second_run_takes_a_folder_of_its_own(images, tmp_path):
 
 
 @pytest.mark.parametrize(("epoch", "batch"), [(0, 1), (1, 2)])
-def test_ctrl_c_then_resume_is_as_if_nothing_happened(images, tmp_path, epoch, batch):
+def test_a_run_resumed_after_ctrl_c_equals_an_uninterrupted_one(images, tmp_path, epoch, batch):
     config = small_config(images, tmp_path, max_epochs=2)
     whole = write_config(config, tmp_path / "whole.yaml")
     assert main(["fit", "--config", whole]) == 0
@@ -162,7 +162,7 @@ def test_ctrl_c_then_resume_is_as_if_nothing_happened(images, tmp_path, epoch, b
     assert len(losses) == 2
 
 
-def test_the_command_line_wins_over_the_checkpoint(trained, tmp_path):
+def test_the_command_line_overrides_the_checkpoint(trained, tmp_path):
     folder, config = trained
     last = str(folder / "checkpoints/last.ckpt")
     assert (
@@ -183,7 +183,7 @@ def test_the_command_line_wins_over_the_checkpoint(trained, tmp_path):
     assert saved["model"]["init_args"]["heads"]["nodules"]["init_args"]["score_threshold"] == 0.9
 
 
-def test_a_model_is_tested_on_data_that_know_some_of_its_tasks(trained, tmp_path, caplog):
+def test_a_model_is_tested_on_data_with_some_of_its_tasks(trained, tmp_path, caplog):
     folder, config = trained
     found = {}
     for name, arguments in {"all": [], "some": ["--data.tasks=[organ]"]}.items():
@@ -195,8 +195,8 @@ def test_a_model_is_tested_on_data_that_know_some_of_its_tasks(trained, tmp_path
             arguments
         )
     assert found["some"]["test/organ/dice"] == found["all"]["test/organ/dice"]
-    judged = {key.split("/")[1] for key, value in found["some"].items() if value is not None and "/n_" not in key}
-    assert judged - {"score", "loss"} == {"organ"}
+    evaluated = {key.split("/")[1] for key, value in found["some"].items() if value is not None and "/n_" not in key}
+    assert evaluated - {"score", "loss"} == {"organ"}
 
 
 def test_a_head_cannot_be_trained_on_data_without_its_task(trained, capsys):
@@ -227,7 +227,7 @@ def test_another_learning_rate_on_resume_is_an_error(trained, capsys):
         (["--data.root=/nowhere"], ["/nowhere"]),
     ],
 )
-def test_mistakes_are_told_in_one_paragraph(trained, capsys, arguments, words):
+def test_mistakes_are_reported_in_one_paragraph(trained, capsys, arguments, words):
     _, config = trained
     assert main(["fit", "--config", config, *arguments]) == 2
     message = " ".join(capsys.readouterr().err.split())
@@ -352,13 +352,13 @@ def test_resuming_with_another_configuration_leaves_the_run_as_it_is(images, tmp
         ("--trainer.max_epocs=3", "did you mean trainer.max_epochs"),
     ],
 )
-def test_suggestions_come_from_the_class_at_hand(argument, suggestion, trained, capsys):
+def test_suggestions_are_options_of_the_configured_class(argument, suggestion, trained, capsys):
     _, config = trained
     assert main(["fit", "--config", config, argument]) == 2
     assert suggestion in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_word_that_only_another_class_accepts_is_not_suggested(trained, capsys):
+def test_an_option_of_another_class_is_not_suggested(trained, capsys):
     _, config = trained
     assert main(["fit", "--config", config, "--model.encoder.batch_size=3"]) == 2
     message = " ".join(capsys.readouterr().err.split())
@@ -391,7 +391,7 @@ def test_weights_to_start_from_are_reported(trained, tmp_path, capsys):
     assert "tensors filled" in out
 
 
-def test_single_task_and_cnn_baselines_are_one_flag_away(images, tmp_path):
+def test_single_task_and_cnn_baselines_train_with_one_option(images, tmp_path):
     config = write_config(small_config(images, tmp_path, max_epochs=1), tmp_path / "c.yaml")
     assert main(["fit", "--config", config, "--model.tasks=[organ]"]) == 0
     assert not any(k.startswith("heads.nodules") for k in weights_of(tmp_path / "run/checkpoints/last.ckpt"))
@@ -441,7 +441,7 @@ def test_wandb_gets_config_metrics_and_overlays(images, tmp_path, monkeypatch):
     assert run.summary["val/organ/dice"] >= 0
     assert any("overlays" in p.name for p in Path(run.dir).joinpath("media").rglob("*.png"))
     run.finish()
-    assert (tmp_path / "run/metrics.csv").is_file(), "the CSV is written whatever else is"
+    assert (tmp_path / "run/metrics.csv").is_file(), "the CSV is written besides other loggers"
 
 
 @pytest.mark.parametrize("arguments, code", [(["--help"], 0), (["--version"], 0), ([], 2), (["trian"], 2)])
@@ -462,7 +462,7 @@ def test_every_command_is_listed_without_importing_torch(arguments, code):
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_every_command_has_a_help_of_its_own(name, capsys):
+def test_every_command_has_its_own_help(name, capsys):
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])
     assert end.value.code == 0
@@ -481,7 +481,7 @@ class Worse(L.Callback):
         pl_module._log_metrics = lambda split, metrics: pl_module.log("val/score", 1.0 - trainer.current_epoch)
 
 
-def test_the_last_checkpoint_is_of_the_last_epoch_whatever_was_best(images, tmp_path):
+def test_the_last_checkpoint_is_of_the_last_epoch(images, tmp_path):
     config = write_config(small_config(images, tmp_path, max_epochs=3, limit_train_batches=2), tmp_path / "c.yaml")
     sys.modules["test_cli"] = sys.modules[__name__]
     assert main(["fit", "--config", config, "--trainer.callbacks+=test_cli.Worse"]) == 0

@@ -140,7 +140,7 @@ def test_a_federated_checkpoint_is_a_plain_one(trained, capsys):
     assert (folder / "predictions/predictions.csv").is_file()
 
 
-def test_nothing_of_a_patient_is_in_the_run_folder(trained):
+def test_no_patient_id_is_in_the_run_folder(trained):
     folder, _ = trained
     for file in folder.rglob("*"):
         if file.is_file() and "predictions" not in file.parts:

@@ -103,7 +103,7 @@ def test_single_files_and_options(checkpoint, folder, tmp_path):
     assert json.loads((tmp_path / "out/about_predictions.json").read_text())["settings"]["image_size"] == [48, 64]
 
 
-def test_bad_files_are_listed_and_told_by_the_exit_code(checkpoint, folder, tmp_path):
+def test_unreadable_files_are_listed_and_change_the_exit_code(checkpoint, folder, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes((folder / "a.png").read_bytes()[:100])
     assert predict(checkpoint, tmp_path / "out", folder / "a.png", bad) == 3
@@ -111,7 +111,7 @@ def test_bad_files_are_listed_and_told_by_the_exit_code(checkpoint, folder, tmp_
     assert [row["image"] for row in rows_of(tmp_path / "out/predictions.csv")] == ["a.png"]
 
 
-def test_mistakes_end_with_two_and_a_sentence(checkpoint, folder, tmp_path, capsys):
+def test_mistakes_exit_with_2_and_a_message(checkpoint, folder, tmp_path, capsys):
     output = tmp_path / "out"
     for arguments, words in (
         ((checkpoint, output, tmp_path / "absent"), "no such file or folder"),
@@ -123,7 +123,7 @@ def test_mistakes_end_with_two_and_a_sentence(checkpoint, folder, tmp_path, caps
     assert predict(checkpoint, output, folder / "readme.txt") == 3, "a file that is named is meant, and failed"
 
 
-def test_a_second_call_has_nothing_to_do_and_another_model_is_refused(
+def test_a_second_call_skips_finished_images_and_another_model_is_refused(
     checkpoint, folder, tmp_path, monkeypatch, capsys
 ):
     written: list[str] = []
@@ -148,7 +148,7 @@ def test_a_second_call_has_nothing_to_do_and_another_model_is_refused(
     assert "holds predictions of model" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_killed_run_goes_on(checkpoint, tmp_path):
+def test_a_killed_prediction_is_continued(checkpoint, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     for number in range(60):
@@ -177,7 +177,7 @@ def test_a_killed_run_goes_on(checkpoint, tmp_path):
     assert not list(output.rglob(".*.part"))
 
 
-def test_a_federated_or_bare_checkpoint_asks_for_the_preparation(checkpoint, folder, tmp_path, capsys):
+def test_a_checkpoint_without_preprocessing_needs_it_on_the_command_line(checkpoint, folder, tmp_path, capsys):
     bare = tmp_path / "model.ckpt"
     bare.write_bytes(checkpoint.read_bytes())
     assert predict(bare, tmp_path / "out", folder / "a.png") == 2
@@ -185,7 +185,7 @@ def test_a_federated_or_bare_checkpoint_asks_for_the_preparation(checkpoint, fol
     assert predict(bare, tmp_path / "out", folder / "a.png", more=("--data.image_size=64",)) == 0
 
 
-def test_a_data_set_is_predicted_anew_each_time(checkpoint):
+def test_a_data_set_is_predicted_completely_by_each_call(checkpoint):
     output = checkpoint.parent.parent / "predictions"
     for _ in range(2):
         assert main(["predict", "--ckpt_path", str(checkpoint), QUIET, "--data.predict_split=val"]) == 0

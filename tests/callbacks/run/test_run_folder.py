@@ -18,7 +18,7 @@ def claim_run_folder(root):
     return folder.path
 
 
-def test_each_run_claims_a_folder_of_its_own(tmp_path):
+def test_each_run_reserves_its_own_folder(tmp_path):
     root = tmp_path / "runs" / "chest"
     assert [claim_run_folder(root).name for _ in range(3)] == ["chest", "chest-2", "chest-3"]
     assert latest_run_folder(root).name == "chest-3"
@@ -82,7 +82,7 @@ def test_a_resumed_csv_keeps_its_rows_and_takes_new_columns(tmp_path):
     assert [r["b"] for r in rows] == ["", "3.0"]
 
 
-def test_half_a_line_that_a_killed_run_left_is_not_taken_for_numbers(tmp_path):
+def test_an_incomplete_last_line_is_dropped(tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,loss,step\n0,1.5,9\n1,1.2")
     logger = RunLogger(str(tmp_path))
     logger.log_metrics({"loss": 1.25}, step=19)
@@ -92,7 +92,7 @@ def test_half_a_line_that_a_killed_run_left_is_not_taken_for_numbers(tmp_path):
     assert [(row["epoch"], row["loss"], row["step"]) for row in rows] == [("0", "1.5", "9"), ("", "1.25", "19")]
 
 
-def test_other_processes_write_no_rows_and_do_not_mind_those_there_are(tmp_path, monkeypatch):
+def test_other_processes_write_no_rows(tmp_path, monkeypatch):
     (tmp_path / "metrics.csv").write_text("epoch,loss\n0,1.5\n")
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     logger = RunLogger(str(tmp_path))

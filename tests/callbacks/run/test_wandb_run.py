@@ -1,4 +1,4 @@
-"""What W&B is told of a run, offline; and that other loggers take its place."""
+"""The record of a run in W&B, offline, and other loggers in its place."""
 
 import csv
 import importlib.util
@@ -61,7 +61,7 @@ def fit(config, folder, *more):
     assert main(["fit", "--config", write_config(config, folder / "c.yaml"), *more]) == 0
 
 
-def test_a_run_can_be_found_and_repeated_and_goes_on(images, tmp_path, artifacts):
+def test_a_run_has_name_tags_record_and_artifact_and_is_continued_on_resume(images, tmp_path, artifacts):
     import wandb
 
     config = config_of(images, tmp_path)
@@ -69,11 +69,11 @@ def test_a_run_can_be_found_and_repeated_and_goes_on(images, tmp_path, artifacts
     run = wandb.run
     assert (run.name, run.group, run.job_type) == ("run", "run", "fit")
     assert {"mtmedformer_tiny", "LabelsCSV", "health", "nodules", "organ"} <= set(run.tags)
-    told = run.config["record"]
-    assert told["note"] == "research use only"
-    assert told["code"]["version"]
-    assert told["data"]["images"]["train"] > told["data"]["patients"]["train"] > 1
-    assert set(told["data"]["labelled"]["train"]) == {"health", "nodules", "organ"}
+    record = run.config["record"]
+    assert record["note"] == "research use only"
+    assert record["code"]["version"]
+    assert record["data"]["images"]["train"] > record["data"]["patients"]["train"] > 1
+    assert set(record["data"]["labelled"]["train"]) == {"health", "nodules", "organ"}
     assert "secret-patient" not in json.dumps(dict(run.config))
     best = tmp_path / "run/checkpoints/best.ckpt"
     ((name, aliases, facts, files),) = artifacts
@@ -88,7 +88,7 @@ def test_a_run_can_be_found_and_repeated_and_goes_on(images, tmp_path, artifacts
 
     config["trainer"]["max_epochs"] = 2
     fit(config, tmp_path, "--ckpt_path=last")
-    assert wandb.run.id == before, "a resumed training goes on with its run"
+    assert wandb.run.id == before, "a resumed training continues its run"
     wandb.run.finish()
 
     config["trainer"]["max_epochs"] = 1
@@ -97,13 +97,13 @@ def test_a_run_can_be_found_and_repeated_and_goes_on(images, tmp_path, artifacts
     assert (wandb.run.name, wandb.run.group) == ("run-2", "run"), "runs of one configuration lie together"
 
 
-def test_what_the_user_says_stays(images, tmp_path, artifacts):
+def test_configured_values_are_kept(images, tmp_path, artifacts):
     import wandb
 
-    said = {"name": "mine", "id": "abc", "group": "study", "tags": ["pilot"], "job_type": "try", "log_model": True}
-    fit(config_of(images, tmp_path, **said), tmp_path)
+    configured = {"name": "mine", "id": "abc", "group": "study", "tags": ["pilot"], "job_type": "x", "log_model": True}
+    fit(config_of(images, tmp_path, **configured), tmp_path)
     run = wandb.run
-    assert (run.id, run.name, run.group, run.job_type) == ("abc", "mine", "study", "try")
+    assert (run.id, run.name, run.group, run.job_type) == ("abc", "mine", "study", "x")
     assert {"pilot", "mtmedformer_tiny"} <= set(run.tags)
     assert all(aliases != ["best"] for _, aliases, _, _ in artifacts), "Lightning logs the checkpoints itself"
 
@@ -119,7 +119,7 @@ def test_what_the_user_says_stays(images, tmp_path, artifacts):
         ("WANDB_SWEEP_ID", {"id", "name", "group"}),
     ],
 )
-def test_what_the_environment_and_a_sweep_say_stays(variable, open_still, monkeypatch):
+def test_values_of_the_environment_and_a_sweep_are_kept(variable, open_still, monkeypatch):
     if variable:
         monkeypatch.setenv(variable, "x")
     values = run_identity({"id": None}, Path("runs/quickstart-12"), "fit", None, rounds=False)
@@ -128,7 +128,7 @@ def test_what_the_environment_and_a_sweep_say_stays(variable, open_still, monkey
         assert (values["name"], values["group"], values["job_type"]) == ("quickstart-12", "quickstart", "fit")
 
 
-def test_a_federation_has_one_group(images, tmp_path, artifacts, monkeypatch):
+def test_the_runs_of_a_federation_are_in_one_group(images, tmp_path, artifacts, monkeypatch):
     import wandb
 
     started, init = [], wandb.init
@@ -159,7 +159,7 @@ def test_a_federation_has_one_group(images, tmp_path, artifacts, monkeypatch):
 
 
 @pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
-def test_other_loggers_are_drop_in(images, tmp_path, logger):
+def test_other_loggers_get_config_and_metrics(images, tmp_path, logger):
     if logger == "TensorBoardLogger":
         pytest.importorskip("tensorboard", reason="pip install tensorboard")
     config = config_of(images, tmp_path)
@@ -194,7 +194,7 @@ def data_of(images, **changes):
     return made
 
 
-def test_the_digest_follows_the_data_and_nothing_else(images, tmp_path):
+def test_the_digest_changes_with_the_data_only(images, tmp_path):
     first = data_identity(data_of(images))
     assert first == data_identity(data_of(images, num_workers=0, batch_size=2))
     moved = write_small_set(tmp_path / "elsewhere")
@@ -214,7 +214,7 @@ def test_the_digest_follows_the_data_and_nothing_else(images, tmp_path):
     assert "im0" not in json.dumps(first)
 
 
-def test_other_data_modules_are_named_only():
+def test_other_data_modules_are_recorded_by_name_only():
     import lightning as L
 
     assert data_identity(L.LightningDataModule()) == {"dataset": "LightningDataModule"}
@@ -239,7 +239,7 @@ def test_the_code_version_is_the_commit_of_this_code(tmp_path, monkeypatch):
     assert set(code_version()) == {"version"}
 
 
-def test_a_logger_whose_package_is_missing_is_told_in_words(images, tmp_path, capsys):
+def test_a_logger_whose_package_is_missing_is_reported_in_a_sentence(images, tmp_path, capsys):
     if importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX"):
         pytest.skip("TensorBoard is installed")
     config = config_of(images, tmp_path)

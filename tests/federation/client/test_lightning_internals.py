@@ -59,7 +59,7 @@ def test_a_copy_compiles_what_was_compiled():
     assert twin.heads._compiled_call_impl is None
 
 
-def test_metrics_of_a_solo_module_do_not_reach_for_the_group():
+def test_metrics_of_a_single_process_module_use_no_process_group():
     module = toy_module()
     calls = []
     module.val_loss = SumMetric(dist_sync_fn=lambda value, group: calls.append(value) or [value, value + 100])
@@ -75,7 +75,7 @@ def test_metrics_of_a_solo_module_do_not_reach_for_the_group():
     assert copy_module(module).val_loss.distributed_available_fn() is False, "it can be copied"
 
 
-def test_on_another_rank_a_solo_trainer_logs(tmp_path, monkeypatch):
+def test_a_single_process_trainer_logs_on_every_rank(tmp_path, monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     logger = CSVLogger(tmp_path, name="", version="")
     logger.log_metrics({"a": 1.0}, step=0)
@@ -88,7 +88,7 @@ def test_on_another_rank_a_solo_trainer_logs(tmp_path, monkeypatch):
     assert rank_zero_only.rank == 1
 
 
-def test_random_streams_are_the_keys_and_the_callers_comes_back(monkeypatch):
+def test_seeded_draws_depend_on_the_key_and_the_callers_state_is_restored(monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "5")
     monkeypatch.delenv("PL_SEED_WORKERS", raising=False)
 
@@ -116,7 +116,7 @@ def test_random_streams_are_the_keys_and_the_callers_comes_back(monkeypatch):
         assert draw() != one
 
 
-def test_trainers_are_hushed_and_warnings_are_not(caplog):
+def test_quiet_trainers_print_no_information_but_warnings(caplog):
     log = logging.getLogger("lightning.pytorch")
     before = log.level
     with quiet_lightning():
@@ -125,7 +125,7 @@ def test_trainers_are_hushed_and_warnings_are_not(caplog):
     assert log.level == before
 
 
-def test_a_site_trainer_takes_the_servers_device_and_precision_and_leaves_the_rest(tmp_path):
+def test_a_site_trainer_uses_device_and_precision_of_the_server_and_keeps_its_other_settings(tmp_path):
     outer = server(precision="bf16-mixed", default_root_dir=tmp_path)
     trainer = build_site_trainer(lambda **kw: L.Trainer(max_epochs=3, gradient_clip_val=0.5, **kw), outer)
     assert trainer.precision == "bf16-mixed"
@@ -138,7 +138,7 @@ def test_a_site_trainer_takes_the_servers_device_and_precision_and_leaves_the_re
     assert own.precision == "64-true", "the site's own choice wins"
 
 
-def test_one_bar_a_site_below_the_rounds():
+def test_each_site_has_a_progress_bar_below_that_of_the_rounds():
     bar = SiteBar("north")
     trainer = build_site_trainer(L.Trainer, server(), bar=bar)
     assert trainer.progress_bar_callback is bar
@@ -147,7 +147,7 @@ def test_one_bar_a_site_below_the_rounds():
     trainer.fit(toy_module(), datamodule=site())
 
 
-def test_the_servers_signal_handlers_stay_in_charge():
+def test_a_site_trainer_keeps_the_signal_handlers_of_the_server():
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     seen = []
 
@@ -165,8 +165,8 @@ def test_the_servers_signal_handlers_stay_in_charge():
     assert seen == [handlers]
 
 
-def test_sigterm_is_noted_without_a_word_to_the_group(monkeypatch):
-    told = []
+def test_sigterm_is_noted_without_a_broadcast(monkeypatch):
+    broadcasts = []
 
     class Kill(L.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -174,7 +174,7 @@ def test_sigterm_is_noted_without_a_word_to_the_group(monkeypatch):
                 with monkeypatch.context() as group_of_two:
                     group_of_two.setattr(type(trainer), "world_size", 2)
                     group_of_two.setattr(torch.distributed, "is_initialized", lambda: True)
-                    group_of_two.setattr(torch.distributed, "broadcast", lambda *a, **k: told.append(a))
+                    group_of_two.setattr(torch.distributed, "broadcast", lambda *a, **k: broadcasts.append(a))
                     os.kill(os.getpid(), signal.SIGTERM)
                     time.sleep(0.01)
 
@@ -183,7 +183,7 @@ def test_sigterm_is_noted_without_a_word_to_the_group(monkeypatch):
     with pytest.raises(SIGTERMException):
         trainer.fit(toy_module(), datamodule=site())
     assert trainer.received_sigterm
-    assert told == []
+    assert broadcasts == []
 
 
 @pytest.mark.parametrize(
@@ -200,13 +200,13 @@ def test_the_budget_of_a_round(settings, expected):
 
 
 @pytest.mark.parametrize("settings", [{"max_epochs": -1}, {"max_epochs": 0}, {"max_steps": 0}])
-def test_a_budget_that_is_none_is_refused(settings):
+def test_a_budget_of_zero_or_without_limit_is_refused(settings):
     with pytest.raises(ConfigError, match="site_trainer"):
         budget(server(**settings))
 
 
 @pytest.mark.parametrize("settings, epochs, steps", [({"max_epochs": 2}, 2, 6), ({"max_steps": 4}, 2, 4)])
-def test_a_fresh_trainer_counts_on(settings, epochs, steps, tmp_path):
+def test_a_fresh_trainer_continues_the_counters(settings, epochs, steps, tmp_path):
     """Twelve images in batches of four: three steps an epoch."""
     orders = []
 
@@ -277,7 +277,7 @@ def test_the_server_step_is_counted_and_checkpoints_are_written(tmp_path):
     assert bool((module.layer.weight == 0.125).all())
 
 
-def test_a_trainer_within_a_trainer_leaves_the_outer_one_alone():
+def test_a_trainer_within_a_trainer_does_not_change_the_outer_one():
     seen = {}
 
     class Nest(L.Callback):
@@ -305,7 +305,7 @@ def test_a_trainer_within_a_trainer_leaves_the_outer_one_alone():
     assert all(torch.equal(alone[key], nested[key]) for key in alone)
 
 
-def test_many_trainers_in_a_row_leave_the_server_as_it_was():
+def test_many_trainers_in_a_row_do_not_change_the_server():
     module, data = toy_module(), site()
     outer, before = server(), {key: value.clone() for key, value in module.state_dict().items()}
     for _ in range(5):
@@ -316,7 +316,7 @@ def test_many_trainers_in_a_row_leave_the_server_as_it_was():
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 
-def test_metrics_stay_home_on_request():
+def test_metrics_are_kept_local_on_request():
     module = toy_module()
     keep_metrics_local(module)
     assert module.val_loss.distributed_available_fn() is False

@@ -49,7 +49,7 @@ def deltas(result):
     return {key: value for block in result.update.blocks.values() for key, value in block.delta.items()}
 
 
-def test_num_examples_counts_the_labelled_samples_that_reached_each_block():
+def test_num_examples_counts_the_labelled_samples_per_block():
     data = site(n=10)
     for i in (0, 3, 4):
         data.source.samples[i].truth["left"] = None
@@ -70,14 +70,14 @@ def test_two_local_epochs_are_twice_the_examples():
     assert update.steps == 6
 
 
-def test_a_task_without_labels_is_neither_sent_nor_touched():
+def test_a_head_without_labels_is_neither_sent_nor_changed():
     module = toy_module()
     result = trained(module, site(tasks=("right",)), aggregator=FedProx(mu=1.0))
     assert set(result.update.blocks) == {"encoder", "heads.right"}
     assert result.update.samples == {"left": 0, "right": 12}
 
 
-def test_a_rule_does_not_push_a_head_that_no_label_reached():
+def test_an_objective_does_not_change_a_head_without_labels():
     class Push(FedAvg):
         def client_objective(self, site):
             return Everywhere()
@@ -98,7 +98,7 @@ def test_a_rule_does_not_push_a_head_that_no_label_reached():
     assert not torch.equal(seen["heads.right.weight"], module.state_dict()["heads.right.weight"])
 
 
-def test_the_pull_of_fedprox_is_mu_times_the_distance():
+def test_the_gradient_of_fedprox_is_mu_times_the_distance():
     """With a loss without gradient the pull alone is left: from where a step has put it, w - lr * mu * (w - w_g)."""
     module = toy_module(lr=0.5)
     free = trained(module, trainer=make(max_steps=2))
@@ -109,7 +109,7 @@ def test_the_pull_of_fedprox_is_mu_times_the_distance():
         torch.testing.assert_close(deltas(pulled)[key], expected, atol=1e-6, rtol=1e-4)
 
 
-def test_the_delta_is_the_change_and_the_loss_stays_home():
+def test_the_delta_is_the_change_of_the_weights_without_those_of_the_loss():
     module = toy_module()
     before = {key: value.clone() for key, value in module.state_dict().items()}
     result = trained(module)
@@ -122,7 +122,7 @@ def test_the_delta_is_the_change_and_the_loss_stays_home():
     assert again.state.local["loss.seen"] == 6, "what is personal goes on"
 
 
-def test_norms_stay_home_with_fedbn_and_everything_with_local():
+def test_fedbn_does_not_send_norms_and_local_sends_nothing():
     module = toy_module()
     schema = toy_plan(module).schema
     assert local_keys(schema, FedBN()) == {"encoder.2.weight", "encoder.2.bias", "loss.seen", "loss.mean"}
@@ -132,7 +132,7 @@ def test_norms_stay_home_with_fedbn_and_everything_with_local():
     assert not torch.equal(result.state.local["encoder.2.weight"], module.state_dict()["encoder.2.weight"])
 
 
-def test_with_local_a_site_goes_on_from_its_own_weights():
+def test_with_local_a_site_continues_from_its_own_weights():
     module = toy_module()
     first = trained(module, aggregator=Local())
     second = trained(module, aggregator=Local(), memory=first.state, round=1)
@@ -140,7 +140,7 @@ def test_with_local_a_site_goes_on_from_its_own_weights():
     torch.testing.assert_close(second.state.local["encoder.1.weight"], moved)
 
 
-def test_the_same_round_gives_the_same_bits_and_another_round_or_site_others():
+def test_local_training_is_reproducible_per_round_and_site():
     module = toy_module()
     torch.manual_seed(1)
     one = trained(module)
@@ -150,7 +150,7 @@ def test_the_same_round_gives_the_same_bits_and_another_round_or_site_others():
     assert not equal(deltas(one), deltas(trained(module, seed=1)))
 
 
-def test_precision_is_measured_where_the_aggregator_asks_for_it():
+def test_precision_is_measured_if_the_aggregator_uses_it():
     assert trained().update.blocks["encoder"].precision == {}
     block = trained(aggregator=BayesianAggregator(granularity="row")).update.blocks["encoder"]
     assert block.precision["encoder.1.weight"].shape == (6, 1)
@@ -159,7 +159,7 @@ def test_precision_is_measured_where_the_aggregator_asks_for_it():
     assert equal(block.delta, trained().update.blocks["encoder"].delta), "measuring changes nothing"
 
 
-def test_curvature_sees_the_sites_own_gradients_before_clipping_and_rules():
+def test_curvature_is_measured_before_clipping_and_the_objective():
     curves = []
 
     class Keep(SquaredGradients):
@@ -178,7 +178,7 @@ def test_curvature_sees_the_sites_own_gradients_before_clipping_and_rules():
 
 @pytest.mark.parametrize("settings", [{"max_steps": 3}, {"max_epochs": 1}])
 @pytest.mark.parametrize("keep", [False, True])
-def test_optimisers_start_anew_or_go_on(settings, keep):
+def test_optimizer_state_is_reset_or_kept(settings, keep):
     """Two rounds of three steps against momentum written out by hand would be long; against one Trainer it is exact."""
     module = toy_module(momentum=0.9)
     first = trained(module, trainer=make(**settings), keep_optimizer=keep)
@@ -194,7 +194,7 @@ def test_optimisers_start_anew_or_go_on(settings, keep):
     assert (seen[0] > 0) == keep
 
 
-def test_schedules_run_over_all_rounds_whatever_becomes_of_the_moments():
+def test_schedules_run_over_all_rounds_with_either_optimizer_state():
     module = toy_module(lr=0.1, warmup=10)
     rates = []
 
@@ -215,7 +215,7 @@ def test_another_learning_rate_on_resume_is_refused():
         trained(toy_module(lr=0.2, warmup=10), memory=first.state, round=1)
 
 
-def test_what_a_site_keeps_can_be_stored_without_code(tmp_path):
+def test_the_state_of_a_site_loads_with_weights_only(tmp_path):
     state = trained(toy_module(momentum=0.9, warmup=10), keep_optimizer=True).state
     torch.save(state.plain(), tmp_path / "site.pt")
     again = SiteState(**torch.load(tmp_path / "site.pt", weights_only=True))
@@ -223,13 +223,13 @@ def test_what_a_site_keeps_can_be_stored_without_code(tmp_path):
     assert equal(again.local, state.local)
 
 
-def test_a_site_can_be_asked_to_stop():
+def test_a_site_stops_on_request():
     count = iter(range(10))
     with pytest.raises(TrainingInterrupt):
         trained(stop=lambda: next(count) == 1)
 
 
-def test_an_update_holds_nothing_but_arrays_counts_and_names():
+def test_an_update_contains_only_arrays_counts_and_names():
     data = site()
     update = trained(data=data).update
     text = str(update.header())
@@ -271,7 +271,7 @@ class Blocks(ToyModule):
 
 
 @pytest.mark.parametrize("aggregator, when", [(FedAvg, "after"), (FedAvg, "before"), (BayesianAggregator, "before")])
-def test_a_site_whose_units_changed_places_sends_the_same_update(aggregator, when):
+def test_a_site_with_permuted_units_sends_the_same_update(aggregator, when):
     torch.manual_seed(0)
     module = Blocks()
     groups = permutation_groups(module)

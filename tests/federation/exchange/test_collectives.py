@@ -1,4 +1,4 @@
-"""What one process knows reaches all of them, tensors to the bit."""
+"""Objects of one process are shared with all processes, tensors bit for bit."""
 
 import subprocess
 import sys
@@ -48,12 +48,12 @@ def group(rank: int, world: int, file: str) -> None:
     dist.destroy_process_group()
 
 
-def test_alone_it_comes_back_as_it_was(tmp_path):
+def test_one_process_gets_its_own_object(tmp_path):
     group(0, 1, str(tmp_path / "store"))
 
 
 @pytest.mark.slow
-def test_two_processes_know_the_same(tmp_path):
+def test_two_processes_get_the_same_objects(tmp_path):
     program = f"import runpy; runpy.run_path({str(Path(__file__))!r})['group']({{}}, 2, {str(tmp_path / 'store')!r})"
     running = [subprocess.Popen([sys.executable, "-c", program.format(rank)]) for rank in range(2)]
     assert [process.wait(timeout=120) for process in running] == [0, 0]

@@ -1,4 +1,4 @@
-"""What the report says of drift and shares is what the merge did."""
+"""Drift and shares in the report agree with the merge."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WEIGHTED = {
 
 
 @pytest.mark.parametrize("name", WEIGHTED)
-def test_shares_times_changes_are_the_merged_change(name):
+def test_the_changes_weighted_by_shares_sum_to_the_merged_change(name):
     state, schema = toy()
     precision = "row" if name == "row" else "element"
     updates = [
@@ -67,7 +67,7 @@ def test_shares_times_changes_are_the_merged_change(name):
         assert sum(site.share.get(block, 0.0) for site in drifts.values()) == pytest.approx(1)
 
 
-def test_cosine_is_that_of_the_whole_change():
+def test_the_cosine_is_over_all_blocks():
     state, schema = toy()
     updates = [make_update(site, state, schema, seed=i) for i, site in enumerate("ab")]
     _, after, drifts = round_of(FedAvg(), updates, state, schema)
@@ -78,7 +78,7 @@ def test_cosine_is_that_of_the_whole_change():
         assert drifts[update.site].cosine == pytest.approx(float(torch.cosine_similarity(own, merged, dim=0)), abs=1e-5)
 
 
-def test_few_elements_say_nearly_the_same():
+def test_a_sample_of_the_elements_approximates_the_cosine():
     state, schema = toy()
     updates = [make_update(site, state, schema, seed=i) for i, site in enumerate("abc")]
     _, _, whole = round_of(BayesianAggregator(), updates, state, schema)
@@ -92,14 +92,14 @@ def test_few_elements_say_nearly_the_same():
 @pytest.mark.parametrize("make, shared, moved", [
     (FedAdam, True, True), (Scaffold, True, True), (CoordinateMedian, False, True), (Local, False, False),
 ])  # fmt: skip
-def test_what_has_no_weights_or_merges_nothing_claims_neither(make, shared, moved):
+def test_aggregators_without_weights_or_merge_report_no_share_or_cosine(make, shared, moved):
     state, schema = toy()
     updates = [make_update(site, state, schema, seed=i) for i, site in enumerate("abc")]
     _, _, drifts = round_of(make(), updates, state, schema)
     assert all(bool(site.share) == shared and (site.cosine is not None) == moved for site in drifts.values())
 
 
-def test_a_single_site_has_everything_to_say_and_the_merge_is_unchanged_by_the_watching():
+def test_a_single_site_has_share_1_and_measuring_does_not_change_the_merge():
     state, schema = toy()
     update = make_update("pooled", state, schema)
     _, after, drifts = round_of(Pooled(), [update], state, schema)

@@ -69,7 +69,7 @@ def without(tmp_path_factory):
         ("huge", "times the median"),
     ],
 )
-def test_a_round_goes_on_without_a_site_that_fails(tmp_path, without, kind, words):
+def test_a_round_continues_without_a_failed_site(tmp_path, without, kind, words):
     policy = {"deadline": 4.0} if kind == "late" else {}
     module, federation = train(tmp_path, {"b": {"1": kind}}, policy=policy)
     (fault,) = federation.history[1].faults
@@ -83,27 +83,27 @@ def test_a_round_goes_on_without_a_site_that_fails(tmp_path, without, kind, word
     assert not (tmp_path / "updates").exists()
 
 
-def test_the_message_of_a_site_stays_at_the_site(tmp_path, capsys):
+def test_the_error_message_of_a_site_is_not_printed(tmp_path, capsys):
     train(tmp_path, {"b": {"1": "raise"}})
     assert SECRET in (tmp_path / "sites/b/faults.log").read_text()
     for file in tmp_path.rglob("*"):
         if file.is_file() and file.name != "faults.log":
             assert SECRET.encode() not in file.read_bytes(), file
-    told = capsys.readouterr()
-    assert SECRET not in told.out + told.err
-    assert "without b (raised DataError)" in told.out
+    printed = capsys.readouterr()
+    assert SECRET not in printed.out + printed.err
+    assert "without b (raised DataError)" in printed.out
 
 
-def test_a_site_that_disappears_for_good_leaves_the_run_degraded(tmp_path, without):
+def test_a_site_that_is_missing_to_the_end_leaves_the_run_degraded(tmp_path, without):
     module, federation = train(tmp_path, {"b": {str(r): "raise" for r in range(1, 4)}})
     assert equal(weights(module), without("b", [1, 2, 3]))
-    said = read_state(tmp_path)
-    assert (federation.exit_code, said.state, said.ended) == (3, "degraded", True)
-    assert "missing: b in 3" in said.reason
+    state = read_state(tmp_path)
+    assert (federation.exit_code, state.state, state.ended) == (3, "degraded", True)
+    assert "missing: b in 3" in state.reason
 
 
 @pytest.mark.parametrize("bayes", [False, True])
-def test_a_site_may_come_back_after_three_rounds(tmp_path, without, bayes):
+def test_a_site_may_return_after_three_rounds(tmp_path, without, bayes):
     faults = {"b": {str(r): "raise" for r in (1, 2, 3)}}
     module, federation = train(tmp_path, faults, rounds=5, bayes=bayes)
     assert equal(weights(module), without("b", [1, 2, 3], rounds=5, bayes=bayes))
@@ -111,20 +111,20 @@ def test_a_site_may_come_back_after_three_rounds(tmp_path, without, bayes):
     assert federation.exit_code == 0
 
 
-def test_a_failure_that_passes_is_tried_again(tmp_path, without):
+def test_a_temporary_failure_is_retried(tmp_path, without):
     module, federation = train(tmp_path, {"b": {"1": "once"}}, policy={"retries": 1})
     assert equal(weights(module), without("b", []))
     assert federation.history[1].faults == []
     assert "attempt 1: raised DataError" in (tmp_path / "sites/b/faults.log").read_text()
 
 
-def test_too_few_sites_end_the_run_and_it_goes_on_when_they_are_back(tmp_path, without):
+def test_too_few_sites_end_the_run_and_it_can_be_resumed(tmp_path, without):
     faults = {site: {"2": "raise"} for site in "abc"}
     with pytest.raises(RoundError, match="round 3: 1 of 4 sites"):
         train(tmp_path, faults)
-    said = read_state(tmp_path)
-    assert (said.state, said.round, said.exit_code) == ("failed", 2, 1)
-    assert "quorum" in said.reason
+    state = read_state(tmp_path)
+    assert (state.state, state.round, state.exit_code) == ("failed", 2, 1)
+    assert "quorum" in state.reason
     module, _ = train(tmp_path, resume=True)
     assert equal(weights(module), without("b", []))
     assert read_state(tmp_path).state == "finished"
@@ -135,7 +135,7 @@ def test_one_missing_site_may_end_the_run(tmp_path):
         train(tmp_path, {"b": {"1": "raise"}}, policy={"missing": "fail"})
 
 
-def test_a_mistake_in_the_configuration_is_no_fault_of_a_site(tmp_path, monkeypatch):
+def test_a_configuration_error_at_a_site_ends_the_run(tmp_path, monkeypatch):
     from mtmedformer.errors import ConfigError
     from tests.fixtures import faulty_federation
 
@@ -148,7 +148,7 @@ def test_a_mistake_in_the_configuration_is_no_fault_of_a_site(tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_what_kills_an_isolated_site_is_the_end_of_its_round_only(tmp_path, without):
+def test_a_killed_isolated_site_is_left_out_of_its_round_only(tmp_path, without):
     """Real processes: killed, hanging, out of memory, raising; the others go on, and the bits are theirs."""
     faults = {"b": {"0": "kill", "1": "hang", "2": "out_of_memory", "3": "raise"}}
     process = start(tmp_path, faults=faults, rounds=5, placement="isolated", policy={"deadline": 15.0})
@@ -167,7 +167,7 @@ def test_what_kills_an_isolated_site_is_the_end_of_its_round_only(tmp_path, with
 
 
 @pytest.mark.slow
-def test_isolated_sites_at_once_give_the_bits_of_one_after_the_other(tmp_path, without):
+def test_isolated_sites_at_once_give_the_same_bits_as_one_after_the_other(tmp_path, without):
     code, out = finished(start(tmp_path, placement="isolated", sites_at_once=3, optimizer_state="keep"))
     assert code == 0, out
     assert equal(of_checkpoint(tmp_path), without("b", [], optimizer_state="keep"))
@@ -178,13 +178,13 @@ def test_isolated_sites_at_once_give_the_bits_of_one_after_the_other(tmp_path, w
     "where",
     ["site", "aggregation", "checkpoint", "before the checkpoint is in its place"],
 )
-def test_a_server_that_is_killed_goes_on_to_the_same_bits(tmp_path, without, where):
+def test_a_killed_server_resumes_with_the_same_bits(tmp_path, without, where):
     options = {"faults": {"b": {"2": "kill"}}} if where == "site" else {"kill": [where, 2]}
     code, out = finished(start(tmp_path, **options))
     assert code == -9, out
-    said = read_state(tmp_path)
-    assert said.state == "failed"
-    assert "unexpectedly" in said.reason
+    state = read_state(tmp_path)
+    assert state.state == "failed"
+    assert "unexpectedly" in state.reason
     stored = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert stored["epoch"] == 1, "the last whole round"
     code, out = finished(start(tmp_path, resume=True))
@@ -195,7 +195,7 @@ def test_a_server_that_is_killed_goes_on_to_the_same_bits(tmp_path, without, whe
 
 
 @pytest.mark.slow
-def test_the_processes_of_isolated_sites_end_with_a_server_that_is_killed(tmp_path):
+def test_the_processes_of_isolated_sites_end_with_a_killed_server(tmp_path):
     process = start(tmp_path, faults={"b": {"1": "late"}}, placement="isolated")
     marker = str(tmp_path)
     began = time.monotonic()
@@ -212,12 +212,12 @@ def test_the_processes_of_isolated_sites_end_with_a_server_that_is_killed(tmp_pa
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_in_words_and_leaves_the_last_checkpoint_whole(tmp_path, without):
+def test_a_full_disk_ends_the_run_with_a_message_and_a_complete_checkpoint(tmp_path, without):
     code, out = finished(start(tmp_path, faults={"b": {"2": "disk"}}))
     assert code == 1
     assert "File too large" in out
-    said = read_state(tmp_path)
-    assert (said.state, said.round) == ("failed", 3)
+    state = read_state(tmp_path)
+    assert (state.state, state.round) == ("failed", 3)
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
     assert not list(tmp_path.rglob("*.part*"))
     code, out = finished(start(tmp_path, resume=True))
