@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from timm.models import group_parameters, load_pretrained
 from timm.optim import auto_group_layers  # type: ignore[attr-defined]
 from torch import Tensor
+from typing_extensions import override
 
 from mtmedformer.encoders import tiny  # noqa: F401  (registers mtmedformer_tiny with timm)
 from mtmedformer.encoders.base import Encoder
@@ -99,8 +100,8 @@ class SharedEncoder(Encoder):
         self.neck = Neck(widths, channels)
         self._check(size)
 
+    @override
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Return the levels of the pyramid, finest first."""
         if image.ndim != 4 or image.shape[1] != self.in_chans:
             raise ConfigError(
                 f"encoder.in_chans is {self.in_chans} but the images are {tuple(image.shape)}; set it to their channels"
@@ -124,6 +125,7 @@ class SharedEncoder(Encoder):
         levels: list[Tensor] = self.neck(body, (height, width))
         return levels
 
+    @override
     def layer_depths(self) -> dict[str, int]:
         """Return the depth of each parameter, 0 at the image, for a learning rate that falls towards it.
 
@@ -136,6 +138,7 @@ class SharedEncoder(Encoder):
         top = max(depths.values()) + 1
         return {name: depths.get(name.removeprefix("body."), top) for name, _ in self.named_parameters()}
 
+    @override
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters for which the body defines no weight decay (position embeddings …)."""
         names = self.body.no_weight_decay() if hasattr(self.body, "no_weight_decay") else ()

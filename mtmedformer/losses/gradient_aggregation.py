@@ -14,6 +14,7 @@ from torchjd import Stateful, aggregation
 from torchjd.aggregation import Aggregator
 from torchjd.autojac import backward, jac_to_grad
 from torchjd.linalg import DualConeProjector
+from typing_extensions import override
 
 from mtmedformer.errors import ConfigError
 from mtmedformer.losses.weighting import Weighting, stream
@@ -54,15 +55,18 @@ class GradientAggregation(Weighting):
             )
         self.seed = seed
 
+    @override
     def build(self, tasks: Sequence[str]) -> None:
         """Create the counter of steps."""
         self.register_buffer("draws", torch.zeros((), dtype=torch.long))
         self.register_buffer("last", torch.ones(len(tasks)))
 
+    @override
     def forward(self, losses: Tensor, present: Tensor) -> Tensor:
         """Return the losses unchanged: the value to log, not the one to differentiate."""
         return losses
 
+    @override
     def factors(self) -> Tensor:
         """Return the weights the aggregator gave last to each task's gradient (1 where it has no such weights)."""
         return self.last.clone()

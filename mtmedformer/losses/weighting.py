@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 from torchjd.scalarization import UW
+from typing_extensions import override
 
 from mtmedformer.errors import ConfigError
 from mtmedformer.storage.constructor_arguments import RecordsArguments
@@ -84,11 +85,13 @@ class FixedWeighting(Weighting):
         self.warmup = warmup
         self.needs_positive = normalise
 
+    @override
     def build(self, tasks: Sequence[str]) -> None:
         """Create the running means."""
         self.register_buffer("mean", torch.zeros(len(tasks)))
         self.register_buffer("seen", torch.zeros(len(tasks), dtype=torch.long))
 
+    @override
     def forward(self, losses: Tensor, present: Tensor) -> Tensor:
         """Return the losses over their scales."""
         if self.training:
@@ -97,6 +100,7 @@ class FixedWeighting(Weighting):
             self.mean += torch.where(new, (losses.detach() - self.mean) / self.seen.clamp(min=1), 0.0)
         return losses * self.factors()
 
+    @override
     def factors(self) -> Tensor:
         """Return one over each scale; 1 for a task not seen yet."""
         if not self.normalise:
@@ -114,15 +118,18 @@ class UncertaintyWeighting(Weighting):
         Kendall, Gal, Cipolla, Multi-Task Learning Using Uncertainty to Weigh Losses, CVPR 2018; torchjd's ``UW``.
     """
 
+    @override
     def build(self, tasks: Sequence[str]) -> None:
         """Create the log-variances, at 0."""
         self.uncertainty = nn.ModuleDict({task: UW(1) for task in tasks})
 
+    @override
     def forward(self, losses: Tensor, present: Tensor) -> Tensor:
         """Return the terms of the tasks that are present."""
         terms = torch.stack([uw(losses[i : i + 1]) for i, uw in enumerate(self.uncertainty.values())])
         return torch.where(present, terms, 0.0)
 
+    @override
     def factors(self) -> Tensor:
         """Return half the precisions."""
         return 0.5 * torch.exp(-torch.cat([p.detach() for p in self.uncertainty.parameters()]))
@@ -154,6 +161,7 @@ class DynamicWeightAverage(Weighting):
             raise ConfigError(f"loss.weighting.temperature is {temperature}; it must be above 0")
         self.temperature = temperature
 
+    @override
     def build(self, tasks: Sequence[str]) -> None:
         """Create the sums of the epoch and the means of the last two (NaN: none yet)."""
         self.register_buffer("total", torch.zeros(len(tasks)))
@@ -161,6 +169,7 @@ class DynamicWeightAverage(Weighting):
         self.register_buffer("last", torch.full((len(tasks),), torch.nan))
         self.register_buffer("before", torch.full((len(tasks),), torch.nan))
 
+    @override
     def forward(self, losses: Tensor, present: Tensor) -> Tensor:
         """Return the losses times the epoch's weights."""
         if self.training:
@@ -168,6 +177,7 @@ class DynamicWeightAverage(Weighting):
             self.batches += present
         return losses * self.factors()
 
+    @override
     def factors(self) -> Tensor:
         """Return the weights of the current epoch; those of tasks with a history add up to their number."""
         known = ~self.last.isnan()
@@ -175,6 +185,7 @@ class DynamicWeightAverage(Weighting):
         share = torch.softmax((rate / self.temperature).masked_fill(~known, -torch.inf), dim=0)
         return torch.where(known, known.sum() * share, 1.0)
 
+    @override
     def on_epoch_end(self) -> None:
         """Move the means of the epoch into the history."""
         seen = self.batches > 0
@@ -203,12 +214,14 @@ class RandomWeighting(Weighting):
         super().__init__()
         self.seed = seed
 
+    @override
     def build(self, tasks: Sequence[str]) -> None:
         """Create the counter of draws."""
         self.tasks = tuple(tasks)
         self.register_buffer("draws", torch.zeros((), dtype=torch.long))
         self.register_buffer("drawn", torch.full((len(tasks),), 1 / len(tasks)))
 
+    @override
     def forward(self, losses: Tensor, present: Tensor) -> Tensor:
         """Return the losses times this batch's weights; in evaluation equal weights."""
         if self.training:
@@ -221,6 +234,7 @@ class RandomWeighting(Weighting):
             return losses * share
         return losses / present.sum()
 
+    @override
     def factors(self) -> Tensor:
         """Return the weights drawn last for each task."""
         return self.drawn.clone()
@@ -258,12 +272,14 @@ class FAMOWeighting(Weighting):
         self.weight_decay = weight_decay
         self._before: tuple[Tensor, Tensor] | None = None
 
+    @override
     def build(self, tasks: Sequence[str]) -> None:
         """Create the logits, at 0, and their Adam state."""
         for name in ("logits", "first_moment", "second_moment", "steps"):
             self.register_buffer(name, torch.zeros(len(tasks)))
         self.register_buffer("last", torch.ones(len(tasks)))
 
+    @override
     def forward(self, losses: Tensor, present: Tensor) -> Tensor:
         """Return the terms of the tasks that are present."""
         share, shifted = self._share(present), losses + self.EPSILON
@@ -273,6 +289,7 @@ class FAMOWeighting(Weighting):
             self.last.copy_(torch.where(present, weight / shifted.detach(), self.last))
         return torch.where(present, weight * torch.log(shifted), 0.0)
 
+    @override
     def factors(self) -> Tensor:
         """Return the multipliers of the last batch of each task."""
         return self.last.clone()

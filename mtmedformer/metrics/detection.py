@@ -82,6 +82,7 @@ class DetectionMetrics(TaskMetrics):
             self.true.append(torch.cat([boxes.float(), labels.float()[:, None]], dim=1).cpu())
             self.counts.append(torch.tensor([[len(predicted), len(boxes)]]))
 
+    @override
     def overall(self, rows: NDArray[np.int64]) -> dict[str, float]:
         """Return every metric, with COCO's from torchmetrics."""
         values = super().overall(rows)
