@@ -3,7 +3,6 @@
 from federation.aggregators import (
     Aggregator,
     BayesianAggregator,
-    ClientObjective,
     CoordinateMedian,
     Ditto,
     Exchange,
@@ -20,6 +19,7 @@ from federation.aggregators import (
     PersonalModel,
     Pooled,
     Scaffold,
+    SiteObjective,
     TrimmedMean,
     merge,
 )
@@ -39,7 +39,6 @@ __all__ = [
     "Aggregator",
     "Alignment",
     "BayesianAggregator",
-    "ClientObjective",
     "CoordinateMedian",
     "Curvature",
     "Dirichlet",
@@ -68,6 +67,7 @@ __all__ = [
     "Posterior",
     "PrivacyPolicy",
     "Scaffold",
+    "SiteObjective",
     "SquaredGradients",
     "TrimmedMean",
     "align",

@@ -123,10 +123,10 @@ class PosteriorPrediction(Callback):
         assert self._predictor is not None
         assert self._predictor.sampled is not None
         tasks, sampled = pl_module.tasks, self._predictor.sampled
-        doubts = [image_doubts(sampled, tasks, i, meta) for i, meta in enumerate(batch.meta)]
+        uncertainties = [image_doubts(sampled, tasks, i, meta) for i, meta in enumerate(batch.meta)]
         outputs[UNCERTAINTY] = {
-            name: {key: torch.tensor([one[name][key] for one in doubts]) for key in measures}
-            for name, measures in (doubts[0] if doubts else {}).items()
+            name: {key: torch.tensor([one[name][key] for one in uncertainties]) for key in measures}
+            for name, measures in (uncertainties[0] if uncertainties else {}).items()
         }
         folder = PredictionFolder(predictions_root(trainer, self.root))
         for i, meta in enumerate(batch.meta):
@@ -135,7 +135,7 @@ class PosteriorPrediction(Callback):
             maps = _maps(sampled, tasks, i) if self.maps else {}
             if maps:
                 grey = batch.image[i].float().mean(dim=0).cpu().numpy()
-                footer = "entropy: all doubt; mutual information: the part that the samples disagree about"
+                footer = "entropy: all uncertainty; mutual information: the part that the samples disagree about"
                 with atomic_write(folder.path("uncertainty", meta.id, ".png")) as file:
                     maps_figure(grey, maps, meta, footer).savefig(file, dpi=110, format="png")
 
@@ -179,10 +179,10 @@ def image_doubts(sampled: Sampled, tasks: Mapping[str, Task], i: int, meta: Meta
         meta: Its identity and geometry.
     """
     found: dict[str, dict[str, float]] = {}
-    for name, doubt in sampled.doubts.items():
-        values = {"entropy": doubt.entropy[i], "mutual_information": doubt.mutual_information[i]}
+    for name, measured in sampled.uncertainties.items():
+        values = {"entropy": measured.entropy[i], "mutual_information": measured.mutual_information[i]}
         if tasks[name].kind == "segmentation":
-            within = inside_original(meta, (int(doubt.mean.shape[-2]), int(doubt.mean.shape[-1])))
+            within = inside_original(meta, (int(measured.mean.shape[-2]), int(measured.mean.shape[-1])))
             values = {key: value.cpu()[..., within] for key, value in values.items()}
         found[name] = {key: float(value.mean()) for key, value in values.items()}
     for name, task in tasks.items():
@@ -220,11 +220,11 @@ def _facts(sampled: Sampled, tasks: Mapping[str, Task], i: int, meta: Meta) -> d
 def _maps(sampled: Sampled, tasks: Mapping[str, Task], i: int) -> dict[str, HeatMap]:
     """Return the maps of the masks of an image: one per independent class, or one over all exclusive classes."""
     found: dict[str, HeatMap] = {}
-    for name, doubt in sampled.doubts.items():
+    for name, measured in sampled.uncertainties.items():
         if tasks[name].kind == "segmentation":
-            names = tasks[name].classes if doubt.entropy.ndim == 4 else ("",)
-            top = math.log(2) if doubt.entropy.ndim == 4 else math.log(len(tasks[name].classes) + 1)
-            for words, values in (("entropy", doubt.entropy), ("mutual information", doubt.mutual_information)):
+            names = tasks[name].classes if measured.entropy.ndim == 4 else ("",)
+            top = math.log(2) if measured.entropy.ndim == 4 else math.log(len(tasks[name].classes) + 1)
+            for words, values in (("entropy", measured.entropy), ("mutual information", measured.mutual_information)):
                 channels = values[i].float().cpu().numpy().reshape(len(names), *values.shape[-2:])
                 for c, channel in zip(names, channels, strict=True):
                     title = f"{name}: {words}" if c in ("", name) else f"{name}: {c}, {words}"

@@ -48,7 +48,7 @@ def write_dicom(
         view: ViewPosition.
         laterality: ``L``, ``R`` or ``None``.
         bits: BitsStored: 8, 12 or 16.
-        monochrome1: Whether the file stores white as 0 and says so.
+        monochrome1: Whether the file stores white as 0 and states it.
         transfer_syntax: ``explicit``, ``rle`` or ``jpeg2000``, all lossless.
         spacing: Pixel spacing in mm.
         number: Number of the image within the patient.

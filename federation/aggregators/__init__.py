@@ -1,6 +1,6 @@
 """Aggregators: merge the sites' updates of a round into the next global state."""
 
-from federation.aggregators.base import Aggregator, ClientObjective, Exchange, PersonalModel, merge
+from federation.aggregators.base import Aggregator, Exchange, PersonalModel, SiteObjective, merge
 from federation.aggregators.bayesian import BayesianAggregator
 from federation.aggregators.fedavg import FedAvg, FedBN
 from federation.aggregators.fedopt import FedAdam, FedAvgM, FedYogi
@@ -14,7 +14,6 @@ from federation.aggregators.scaffold import Scaffold
 __all__ = [
     "Aggregator",
     "BayesianAggregator",
-    "ClientObjective",
     "CoordinateMedian",
     "Ditto",
     "Exchange",
@@ -31,6 +30,7 @@ __all__ = [
     "PersonalModel",
     "Pooled",
     "Scaffold",
+    "SiteObjective",
     "TrimmedMean",
     "merge",
 ]

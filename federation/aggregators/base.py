@@ -14,7 +14,7 @@ from federation.exchange.schema import Schema, State
 from federation.exchange.update import Update
 
 
-class ClientObjective:
+class SiteObjective:
     """Change a site's local training: a term of the gradient, and further tensors to send; the default changes nothing.
 
     One object serves one site for one round. It can be pickled and moves its own tensors to the parameter's device. It
@@ -45,12 +45,12 @@ class ClientObjective:
     @property
     def changes_gradients(self) -> bool:
         """Whether ``gradient`` is overridden."""
-        return type(self).gradient is not ClientObjective.gradient
+        return type(self).gradient is not SiteObjective.gradient
 
     @property
     def sends_extra(self) -> bool:
         """Whether ``extra`` is overridden."""
-        return type(self).extra is not ClientObjective.extra
+        return type(self).extra is not SiteObjective.extra
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ class PersonalModel:
     """A second model per site, trained on the site's data after the global one and never sent.
 
     Attributes:
-        objective: Its training objective; ``start`` in ``ClientObjective.gradient`` is the global value at the start of
+        objective: Its training objective; ``start`` in ``SiteObjective.gradient`` is the global value at the start of
             the round. Each site and round uses a copy.
         keeps: What the site keeps between rounds. ``weights``: training continues from the site's last personal
             weights. ``deviation``: it continues from the new global weights plus the site's last difference from them.
         first_round: Round, from 0, in which it starts, from the global weights.
     """
 
-    objective: ClientObjective = ClientObjective()  # noqa: RUF009 (has no state)
+    objective: SiteObjective = SiteObjective()  # noqa: RUF009 (has no state)
     keeps: Literal["weights", "deviation"] = "weights"
     first_round: int = 0
 
@@ -147,9 +147,9 @@ class Aggregator(ABC):
         A tensor that no site sent has its value before the round, bit for bit, also if ``starting_state`` moved it.
         """
 
-    def client_objective(self, site: str) -> ClientObjective:
+    def site_objective(self, site: str) -> SiteObjective:
         """Return the changes to this site's local training in the coming round."""
-        return ClientObjective()
+        return SiteObjective()
 
     def relative(self, curvature: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return ``BlockUpdate.precision`` and ``BlockUpdate.scale`` by key for a site's raw curvature by key."""

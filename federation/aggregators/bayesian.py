@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from federation.aggregators.base import ClientObjective, Exchange, PersonalModel
+from federation.aggregators.base import Exchange, PersonalModel, SiteObjective
 from federation.aggregators.fedavg import FedAvg
 from federation.aggregators.fedprox import Proximal
 from federation.aggregators.server_step import Momentum
@@ -182,9 +182,9 @@ class BayesianAggregator(FedAvg):
         return normalise(curvature, self.granularity, self.rho, self.low, self.high)
 
     @override
-    def client_objective(self, site: str) -> ClientObjective:
+    def site_objective(self, site: str) -> SiteObjective:
         if self.beta == 0:
-            return ClientObjective()
+            return SiteObjective()
         precision = self.memory.precision(self.gamma) if self.exchange.precision else {}
         return Proximal(self.beta, {key: value / value.mean() for key, value in precision.items() if value.mean() > 0})
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import override
 
-from federation.aggregators.base import ClientObjective
+from federation.aggregators.base import SiteObjective
 from federation.aggregators.fedavg import FedAvg, Weights
 from mtmedformer.errors import ConfigError
 
 
-class Proximal(ClientObjective):
+class Proximal(SiteObjective):
     r"""Add the gradient of $\frac{\mu}{2} \sum_i s_i (w_i - w_{g,i})^2$ to a site's loss: $\mu\, s_i (w_i - w_{g,i})$.
 
     Example:
@@ -61,5 +61,5 @@ class FedProx(FedAvg):
         self.mu = mu
 
     @override
-    def client_objective(self, site: str) -> ClientObjective:
+    def site_objective(self, site: str) -> SiteObjective:
         return Proximal(self.mu)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from federation.aggregators.base import ClientObjective
+from federation.aggregators.base import SiteObjective
 from federation.aggregators.fedavg import FedAvg, Weights
 from federation.aggregators.server_step import ServerStep
 from federation.exchange.schema import Schema, State
 from federation.exchange.update import Update
 
 
-class ControlVariates(ClientObjective):
+class ControlVariates(SiteObjective):
     r"""Add $c - c_k$ to a site's gradient and renew $c_k$ after its training.
 
     Args:
@@ -95,7 +95,7 @@ class Scaffold(FedAvg):
         return super().finish()
 
     @override
-    def client_objective(self, site: str) -> ClientObjective:
+    def site_objective(self, site: str) -> SiteObjective:
         return ControlVariates(dict(self._common), dict(self._controls.get(site, {})))
 
     @override

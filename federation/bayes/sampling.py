@@ -33,12 +33,12 @@ class Sampled:
     Attributes:
         predictions: In the formats of ``TaskHead.predict``, probabilities and scores averaged over the samples. Boxes
             are those of the mean model, with ``entropy`` and ``mutual_information`` (N,) beside their scores.
-        doubts: Entropy and mutual information by sampled task, in nats: (B,) of exclusive classes, (B, K) of
+        uncertainties: Entropy and mutual information by sampled task, in nats: (B,) of exclusive classes, (B, K) of
             others, (B, H, W) of exclusive masks, (B, K, H, W) of others; those of boxes are in the predictions.
     """
 
     predictions: Predictions
-    doubts: dict[str, Uncertainty]
+    uncertainties: dict[str, Uncertainty]
 
 
 class SampledModel:
@@ -85,7 +85,7 @@ class SampledModel:
             image: float (B, C, H, W) in [0, 1].
         """
         predictions = dict(predict(image))
-        doubts: dict[str, Uncertainty] = {}
+        uncertainties: dict[str, Uncertainty] = {}
         try:
             for scale, states in self._states.items():
                 drawn = []
@@ -94,12 +94,12 @@ class SampledModel:
                     drawn.append(predict(image))
                 for key in [key for key in predictions if self.scales.get(key.removeprefix("raw/")) == scale]:
                     task = self.tasks[key.removeprefix("raw/")]
-                    predictions[key], doubt = averaged(task, predictions[key], [sample[key] for sample in drawn])
-                    if doubt is not None and key == task.name:
-                        doubts[key] = doubt
+                    predictions[key], spread = averaged(task, predictions[key], [sample[key] for sample in drawn])
+                    if spread is not None and key == task.name:
+                        uncertainties[key] = spread
         finally:
             self.module.load_state_dict(self._mean)
-        return Sampled(predictions, doubts)
+        return Sampled(predictions, uncertainties)
 
 
 def averaged(task: Task, plain: Any, drawn: Sequence[Any]) -> tuple[Any, Uncertainty | None]:

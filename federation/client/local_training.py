@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from federation.aggregators.base import ClientObjective
+from federation.aggregators.base import SiteObjective
 from federation.alignment.align import align, permute_optimizer
 from federation.alignment.groups import PermutationGroups
 from federation.bayes.curvature import Curvature
@@ -65,7 +65,7 @@ class SiteState:
         local: Weights that never leave the site, by key.
         schedulers: State of the learning-rate schedules, which run over the whole federation.
         optimizers: State of the optimisers, where it is kept.
-        own: The site's personal model, where it trains one that stands by itself.
+        own: The site's personal model, where it trains one apart from the global model.
         deviation: What the site's personal model adds to the global one, where it trains one that follows that.
         privacy: What its privacy policy keeps (``federation.privacy.accounting.PrivacyMemory``).
     """
@@ -111,7 +111,7 @@ class LocalTraining(L.Callback):
         self,
         plan: RoundPlan,
         memory: SiteState,
-        objective: ClientObjective,
+        objective: SiteObjective,
         curvature: Curvature,
         local_keys: frozenset[str],
         stop: Callable[[], bool],

@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 
-from federation.aggregators.base import Aggregator, ClientObjective
+from federation.aggregators.base import Aggregator, SiteObjective
 from federation.bayes.curvature import NoCurvature
 from federation.client.lightning_internals import as_single_process, continue_from, copy_module, quiet_lightning, seeded
 from federation.client.local_training import LocalTraining, RoundPlan, SiteState, TrainingInterrupt, state_of
@@ -84,7 +84,7 @@ def train_site(
     module.load_state_dict(start)
     measured = aggregator.exchange.curvature if privacy is None or privacy.sends_precision else None
     curvature = NoCurvature() if measured is None else measured.fresh()
-    objective = aggregator.client_objective(site)
+    objective = aggregator.site_objective(site)
     training = LocalTraining(plan, memory, objective, curvature, local, stop)
     outgoing = OutgoingUpdate(privacy, site, plan.round, plan.base, memory.privacy)
     trainer = make_trainer()
@@ -175,7 +175,7 @@ def _personal(
     datamodule: L.LightningDataModule,
     plan: RoundPlan,
     memory: SiteState,
-    objective: ClientObjective,
+    objective: SiteObjective,
     make_trainer: Callable[[], L.Trainer],
     stop: Callable[[], bool],
 ) -> State:

@@ -125,7 +125,7 @@ class PrivacyPolicy:
                 "not send; set aggregator.between to false"
             )
         if self.noise_multiplier > 0:
-            if aggregator.client_objective("").sends_extra:
+            if aggregator.site_objective("").sends_extra:
                 raise ConfigError(
                     f"privacy.noise_multiplier: {type(aggregator).__name__} sends more than the change of the weights, "
                     "and no noise covers that; choose FedAvg, FedProx or the Bayesian aggregator"

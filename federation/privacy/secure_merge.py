@@ -76,7 +76,7 @@ def require_sums(aggregator: FedAvg) -> None:
     """
     bayes = aggregator if isinstance(aggregator, BayesianAggregator) else None
     alone = bayes is None or not (bayes.memory.weights or bayes.beta > 0)
-    plain = isinstance(aggregator.centre(), WeightedMeans) and not aggregator.client_objective("").sends_extra
+    plain = isinstance(aggregator.centre(), WeightedMeans) and not aggregator.site_objective("").sends_extra
     if not (alone and plain):
         raise ConfigError(
             f"{type(aggregator).__name__} as configured needs single updates, and secure summation reveals only their "

@@ -280,7 +280,7 @@ def test_a_restarted_run_equals_an_uninterrupted_one(make):
     same(straight, resumed)
     parameter, start = torch.full((5, 6), 0.5), torch.zeros(5, 6)
     for site in ("a", "b", "never seen"):
-        pulls = [a.client_objective(site).gradient("encoder.0.weight", parameter, start) for a in (one, other)]
+        pulls = [a.site_objective(site).gradient("encoder.0.weight", parameter, start) for a in (one, other)]
         assert (pulls[0] is None) == (pulls[1] is None)
         assert pulls[0] is None or torch.equal(pulls[0], pulls[1])
 
@@ -312,11 +312,11 @@ def test_memory_does_not_grow_with_the_number_of_sites(make):
 
 
 @over(EVERY)
-def test_client_objectives_are_pickled_and_fit_the_parameters(make):
+def test_site_objectives_are_pickled_and_fit_the_parameters(make):
     _, aggregator = rounds(make, restarts=False)
     state, _ = toy()
     personal = aggregator.personal.objective if aggregator.personal else None
-    for objective in (aggregator.client_objective("a"), personal):
+    for objective in (aggregator.site_objective("a"), personal):
         if objective is None:
             continue
         copied = pickle.loads(pickle.dumps(objective))

@@ -144,7 +144,7 @@ def test_a_command_that_needs_an_extra_follows_its_installation():
         assert {needed[name] for name in used & set(needed)} <= extras
 
 
-def test_the_example_table_means_what_the_text_says(tmp_path):
+def test_the_example_table_matches_the_text(tmp_path):
     write_example(tmp_path)
     from jsonargparse import ArgumentParser
 

@@ -184,7 +184,7 @@ def test_mistakes_are_named(build, words):
         build().setup("fit")
 
 
-def test_a_column_nobody_knows_is_named(root, cache):
+def test_an_unknown_column_is_named(root, cache):
     with pytest.raises(ConfigError, match=r"'hospital'; choose from site"):
         FederatedDataModule(data=one_set(root, cache), by="hospital").setup("fit")
 

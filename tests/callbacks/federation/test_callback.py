@@ -143,7 +143,7 @@ def test_one_site_alone_is_plain_training(tmp_path):
             torch.testing.assert_close(weights(federated)[key], value, atol=1e-6, rtol=1e-5)
 
 
-def test_a_task_nobody_labels_stays_at_its_start(tmp_path):
+def test_a_task_without_labels_stays_at_its_start(tmp_path):
     module = toy_module()
     start = weights(module)
     data = FederatedDataModule(sites={"a": ToySite(tasks=("right",)), "b": ToySite(tasks=("right",), seed=1)})
@@ -211,7 +211,7 @@ def test_pooled_trains_on_the_union(tmp_path):
     assert federation.history[0].sites["pooled"].blocks["encoder"]["num_examples"] == 26
 
 
-def test_sites_with_models_of_their_own_are_judged_by_them_and_exported(tmp_path):
+def test_personal_models_are_validated_and_exported(tmp_path):
     logger = CSVLogger(tmp_path, name="", version="")
     _, module, federation = run(tmp_path, Federation(FedBN()), logger=logger, log_every_n_steps=1)
     header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")

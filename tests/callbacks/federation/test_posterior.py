@@ -136,7 +136,7 @@ def predicted(folder, to, *callbacks, name="best"):
     return module, found
 
 
-def test_predict_tells_how_unsure_it_is_per_image_box_and_pixel(fitted, tmp_path):
+def test_predict_writes_uncertainty_per_image_box_and_pixel(fitted, tmp_path):
     folder, _, _, _ = fitted
     file = used(folder, health=0.1, nodules=0.001, organ=0.1)
     own = PosteriorPrediction(samples=3, maps=True, posterior=file, folder=str(tmp_path / "drawn"))

@@ -192,7 +192,7 @@ def test_a_site_in_a_process_of_its_own_leaves_the_same(tmp_path, placement):
         ("{examples: {clip: 0.5, unit: image}}", PrivacyPolicy(examples=ExamplePrivacy(0.5, unit="image"))),
     ],
 )
-def test_yaml_says_it_for_all_sites_or_by_name(text, expected):
+def test_yaml_sets_one_policy_or_one_per_site(text, expected):
     parser = ArgumentParser()
     parser.add_subclass_arguments(Federation, "federation")
     given = f"federation: {{class_path: callbacks.Federation, init_args: {{privacy: {text}}}}}"
@@ -201,7 +201,7 @@ def test_yaml_says_it_for_all_sites_or_by_name(text, expected):
     assert copy.deepcopy(federation).privacy == expected
 
 
-def test_the_yaml_of_the_documentation_is_what_it_says():
+def test_the_yaml_of_the_documentation_is_valid():
     page = (Path(__file__).parents[3] / "docs" / "privacy.md").read_text()
     found = [yaml.safe_load(part.split("```")[0]) for part in page.split("```yaml")[1:]]
     parser = ArgumentParser()

@@ -226,16 +226,16 @@ def test_beta_equals_fedprox_until_there_is_a_precision():
     state, schema = toy()
     aggregator = bayes(beta=0.3)
     name, moved = "encoder.0.weight", state["encoder.0.weight"] + torch.randn(5, 6)
-    plain = FedProx(0.3).client_objective("a").gradient(name, moved, state[name])
-    assert torch.equal(aggregator.client_objective("a").gradient(name, moved, state[name]), plain)
+    plain = FedProx(0.3).site_objective("a").gradient(name, moved, state[name])
+    assert torch.equal(aggregator.site_objective("a").gradient(name, moved, state[name]), plain)
     merge(aggregator, state, schema, [make_update(site, state, schema, i) for i, site in enumerate("ab")])
-    weighted = aggregator.client_objective("a").gradient(name, moved, state[name])
+    weighted = aggregator.site_objective("a").gradient(name, moved, state[name])
     ratio = weighted / plain
     torch.testing.assert_close(ratio.mean(), torch.tensor(1.0))
     torch.testing.assert_close(ratio, ratio[:, :1].expand(5, 6))  # one number an output row
     assert ratio.std() > 0.05
-    assert bayes(beta=0.3, rho=0.0).client_objective("a").precision == {}
-    assert bayes().client_objective("a").gradient(name, moved, state[name]) is None
+    assert bayes(beta=0.3, rho=0.0).site_objective("a").precision == {}
+    assert bayes().site_objective("a").gradient(name, moved, state[name]) is None
 
 
 def test_precision_has_the_configured_granularity():

@@ -36,7 +36,7 @@ def test_the_pull_grows_with_the_distance():
 
 
 def test_zero_strength_adds_no_gradient():
-    assert FedProx(0.0).client_objective("a").gradient("w", torch.ones(2), torch.zeros(2)) is None
+    assert FedProx(0.0).site_objective("a").gradient("w", torch.ones(2), torch.zeros(2)) is None
     assert Ditto(0.0).personal.objective.gradient("w", torch.ones(2), torch.zeros(2)) is None
 
 
@@ -52,12 +52,12 @@ def settle(objective, own, curvature, start):
 def test_a_site_settles_between_its_own_optimum_and_the_global_weights(mu):
     own, start, curvature = torch.tensor([3.0, -2.0]), torch.tensor([1.0, 1.0]), torch.tensor([0.5, 2.0])
     expected = (curvature * own + mu * start) / (curvature + mu)
-    torch.testing.assert_close(settle(FedProx(mu).client_objective("a"), own, curvature, start), expected)
+    torch.testing.assert_close(settle(FedProx(mu).site_objective("a"), own, curvature, start), expected)
     ditto = Ditto(mu)
     torch.testing.assert_close(settle(ditto.personal.objective, own, curvature, start), expected)
     torch.testing.assert_close(settle(None, own, curvature, start), own)
     assert ditto.personal.keeps == "weights"
-    assert ditto.client_objective("a").gradient("w", own, start) is None  # the global model is plain FedAvg
+    assert ditto.site_objective("a").gradient("w", own, start) is None  # the global model is plain FedAvg
 
 
 def test_negative_strengths_are_refused():

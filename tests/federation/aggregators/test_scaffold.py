@@ -20,7 +20,7 @@ LR, STEPS = 0.05, 20
 def train(aggregator, site, state, number):
     """Run a site's local SGD under the aggregator's objective; return its update and its mean gradient."""
     curvature, optimum = SITES[site]
-    objective, start, w = aggregator.client_objective(site), state["w"], state["w"].clone()
+    objective, start, w = aggregator.site_objective(site), state["w"], state["w"].clone()
     total = torch.zeros_like(w)
     for _ in range(STEPS):
         gradient = curvature * (w - optimum)
@@ -54,7 +54,7 @@ def test_a_renewed_control_is_the_mean_gradient_of_the_round():
     controls = aggregator.state_dict()["controls"]
     mean = sum(controls[site]["w"] for site in SITES) / 3
     torch.testing.assert_close(aggregator.state_dict()["common"]["w"], mean)
-    objective = aggregator.client_objective("b")
+    objective = aggregator.site_objective("b")
     torch.testing.assert_close(objective.gradient("w", state["w"], state["w"]), mean - controls["b"]["w"])
 
 
@@ -66,7 +66,7 @@ def test_absent_sites_keep_their_control_and_new_sites_start_at_zero():
     state = merge(aggregator, state, SCHEMA, [train(aggregator, "a", state, 1)[0]])
     assert torch.equal(aggregator.state_dict()["controls"]["b"]["w"], kept)
     common = aggregator.state_dict()["common"]["w"]
-    assert torch.equal(aggregator.client_objective("new").gradient("w", state["w"], state["w"]), common)
+    assert torch.equal(aggregator.site_objective("new").gradient("w", state["w"], state["w"]), common)
 
 
 def test_controls_belong_to_the_blocks_a_site_trained():
@@ -81,7 +81,7 @@ def test_controls_belong_to_the_blocks_a_site_trained():
 
 
 def test_a_site_without_steps_renews_no_control():
-    objective = Scaffold().client_objective("a")
+    objective = Scaffold().site_objective("a")
     objective.gradient("w", torch.ones(2), torch.zeros(2))
     assert objective.extra({"w": torch.ones(2)}, {"w": torch.zeros(2)}, 0, LR) == {}
     assert objective.extra({"w": torch.ones(2)}, {"w": torch.zeros(2)}, 5, 0.0) == {}

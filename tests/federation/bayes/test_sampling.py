@@ -41,11 +41,11 @@ def same(a, b):
 def test_scale_0_equals_the_mean_model_bit_for_bit(module, posterior, batches):
     plain = module.predict_whole(batches[0].image)
     found = SampledModel(module, posterior, dict.fromkeys(module.tasks, 0.0))(module.predict_whole, batches[0].image)
-    assert found.doubts == {}
+    assert found.uncertainties == {}
     assert all(same(found.predictions[name], plain[name]) for name in plain)
     one = SampledModel(module, posterior, {"health": 1.0, "organ": 0.0}, samples=2)
     found = one(module.predict_whole, batches[0].image)
-    assert set(found.doubts) == {"health"}
+    assert set(found.uncertainties) == {"health"}
     assert all(same(found.predictions[name], plain[name]) for name in ("signs", "nodules", "organ"))
     assert not torch.equal(found.predictions["health"], plain["health"])
     assert all(torch.equal(value, posterior.mean[key]) for key, value in module.state_dict().items())
@@ -67,10 +67,10 @@ def test_each_task_is_the_mean_over_its_own_samples(module, posterior, batches):
         samples = torch.stack([p[name] for p in drawn[scales[name]]])
         expected = uncertainty(samples, 2 if name == "health" else None)
         torch.testing.assert_close(found.predictions[name], samples.mean(0))
-        torch.testing.assert_close(found.doubts[name].entropy, expected.entropy)
-        torch.testing.assert_close(found.doubts[name].mutual_information, expected.mutual_information)
-        assert (found.doubts[name].mutual_information > 1e-6).any()
-    assert found.doubts["organ"].entropy.shape == found.predictions["organ"].shape
+        torch.testing.assert_close(found.uncertainties[name].entropy, expected.entropy)
+        torch.testing.assert_close(found.uncertainties[name].mutual_information, expected.mutual_information)
+        assert (found.uncertainties[name].mutual_information > 1e-6).any()
+    assert found.uncertainties["organ"].entropy.shape == found.predictions["organ"].shape
     for boxes, plain in zip(found.predictions["nodules"], module.predict_whole(image)["nodules"], strict=True):
         assert len(boxes["scores"]) == len(plain["scores"]) == len(boxes["entropy"])
         assert (boxes["scores"].diff() <= 0).all()
@@ -85,7 +85,7 @@ def test_raw_predictions_are_averaged_beside_the_calibrated(module, posterior, b
 
     found = SampledModel(module, posterior, {"health": 1.0}, samples=2)(predict, batches[0].image)
     torch.testing.assert_close(found.predictions["raw/health"], found.predictions["health"].flip(1))
-    assert set(found.doubts) == {"health"}
+    assert set(found.uncertainties) == {"health"}
 
 
 def test_exclusive_masks_have_the_background_in_their_entropy():

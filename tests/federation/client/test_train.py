@@ -6,7 +6,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor
 
-from federation.aggregators import ClientObjective, FedAvg, FedBN, FedProx, Local
+from federation.aggregators import FedAvg, FedBN, FedProx, Local, SiteObjective
 from federation.aggregators.bayesian import BayesianAggregator
 from federation.alignment.align import shuffle
 from federation.alignment.groups import permutation_groups
@@ -79,10 +79,10 @@ def test_a_head_without_labels_is_neither_sent_nor_changed():
 
 def test_an_objective_does_not_change_a_head_without_labels():
     class Push(FedAvg):
-        def client_objective(self, site):
+        def site_objective(self, site):
             return Everywhere()
 
-    class Everywhere(ClientObjective):
+    class Everywhere(SiteObjective):
         def gradient(self, name, parameter, start):
             return torch.ones_like(parameter)
 

@@ -57,7 +57,7 @@ def test_other_commands_are_left_alone():
             assert with_images(argv, stack) == argv
 
 
-def test_mistakes_are_told(checkpoint, tmp_path):
+def test_mistakes_are_reported(checkpoint, tmp_path):
     path = f"--ckpt_path={checkpoint}"
     for arguments, message in (
         ([path, "--images", "a"], "needs --output"),
@@ -72,7 +72,7 @@ def test_mistakes_are_told(checkpoint, tmp_path):
             expand(*arguments)
 
 
-def test_without_a_run_the_preparation_must_be_said(tmp_path):
+def test_without_a_run_the_preparation_must_be_given(tmp_path):
     file = tmp_path / "model.ckpt"
     file.touch()
     arguments = ("--ckpt_path", str(file), "--images", "a", "--output", "b")
