@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.run.lightning_internals import load_loader_states
-from mtmedformer.storage.atomic_write import atomic_write
+from mtmedformer.storage.atomic_write import atomic_write, remove_partial_files
 
 
 class ResumePoint(Callback):
@@ -43,6 +43,8 @@ class ResumePoint(Callback):
         self._stop = False
         load_loader_states(trainer)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if trainer.is_global_zero:  # the only process that writes checkpoints; a killed run may have left a part
+                remove_partial_files(self.file.parent)
             if trainer.global_step == 0:
                 trainer.save_checkpoint(self.file, weights_only=False)
             elif trainer.ckpt_path and trainer.is_global_zero and not self.file.exists():  # resumed in a new run folder

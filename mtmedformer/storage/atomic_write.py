@@ -14,7 +14,8 @@ def atomic_write(file: Path) -> Iterator[Path]:
 
     The new content and its name are on the disk (fsync) when this returns, so that a power failure cannot leave an
     empty file. A missing folder is created. After an exception the partial file is removed and the old file is still
-    there. A killed process leaves a hidden ``.<name>.<process>.part`` behind, which nothing reads.
+    there. A killed process leaves a hidden ``.<name>.<process>.part`` behind, which nothing reads
+    (see ``remove_partial_files``).
 
     Args:
         file: The file to write.
@@ -28,6 +29,16 @@ def atomic_write(file: Path) -> Iterator[Path]:
         if os.name == "posix":  # other systems do not open folders
             _flush(file.parent, os.O_RDONLY)
     finally:
+        part.unlink(missing_ok=True)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what killed processes left of ``atomic_write`` in a folder.
+
+    Args:
+        folder: A folder that no other process writes to; it may be missing.
+    """
+    for part in folder.glob(".*.part"):
         part.unlink(missing_ok=True)
 
 

@@ -1,10 +1,10 @@
-"""Files that are written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 import os
 
 import pytest
 
-from mtmedformer.storage.atomic_write import atomic_write
+from mtmedformer.storage.atomic_write import atomic_write, remove_partial_files
 
 
 def test_the_new_content_replaces_the_old_file(tmp_path):
@@ -59,3 +59,13 @@ def test_content_and_name_are_flushed_to_the_disk(tmp_path, monkeypatch):
     with atomic_write(tmp_path / "facts.json") as part:
         part.write_text("new")
     assert flushed == [(tmp_path / "facts.json").stat().st_ino, tmp_path.stat().st_ino]
+
+
+def test_partial_files_of_killed_processes_are_removed(tmp_path):
+    with atomic_write(tmp_path / "last.ckpt") as part:
+        part.write_text("new")
+        left = part.with_name(part.name.replace(str(os.getpid()), "1"))
+        left.write_text("half")
+    remove_partial_files(tmp_path)
+    assert list(tmp_path.iterdir()) == [tmp_path / "last.ckpt"]
+    remove_partial_files(tmp_path / "missing")
