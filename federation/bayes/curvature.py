@@ -30,12 +30,13 @@ class Curvature(ABC):
     Precision here is curvature, as in a Laplace approximation: large gradients mean a well-determined weight.
     """
 
-    @abstractmethod
-    def start(self, module: nn.Module) -> None:
-        """Start the measurement; called before a site's local training, with the module on its device."""
+    def start(self, module: nn.Module) -> None:  # noqa: B027 (optional)
+        """Start the measurement; called before a site's local training, with the module on its device.
 
-    @abstractmethod
-    def observe(self, module: nn.Module) -> None:
+        Optional: an estimator that reads nothing during training needs neither this method nor ``observe``.
+        """
+
+    def observe(self, module: nn.Module) -> None:  # noqa: B027 (optional)
         """Read the gradients before one optimizer step: unscaled, not clipped, of the site's own loss alone."""
 
     @abstractmethod
@@ -57,14 +58,6 @@ class Curvature(ABC):
 
 class NoCurvature(Curvature):
     """Measure nothing, which turns the Bayesian merge into federated averaging."""
-
-    @override
-    def start(self, module: nn.Module) -> None:
-        pass
-
-    @override
-    def observe(self, module: nn.Module) -> None:
-        pass
 
     @override
     def finish(

@@ -48,14 +48,6 @@ class Fisher(Curvature):
         self.samples, self.seed = samples, seed
 
     @override
-    def start(self, module: nn.Module) -> None:
-        pass
-
-    @override
-    def observe(self, module: nn.Module) -> None:
-        pass
-
-    @override
     def finish(
         self, module: nn.Module, loader: Iterable[Any] | None = None, trainer: L.Trainer | None = None
     ) -> dict[str, Tensor]:
