@@ -259,7 +259,7 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         keys = dict(zip((r.id for r in records), self.preprocessing.keys(records), strict=True))
         reports = self.cache.fill(records, list(keys.values()), self.preprocessing, self.num_workers)
         before = self.quarantine.summary()
-        self.records = self._usable.add({record.id: reports[keys[record.id]] for record in records})
+        self.records = self._usable.add({r.id: report for r, report in zip(records, reports, strict=True)})
         self.splits = {record.id: self.splits[record.id] for record in self.records}
         if (summary := self.quarantine.summary()) and (summary != before or not self.datasets):
             log_warning(f"{self.salt}: {summary}")

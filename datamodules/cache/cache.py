@@ -101,7 +101,7 @@ class Cache:
 
     def fill(
         self, records: Sequence[Record], keys: Sequence[str], preprocessing: Preprocessing, workers: int = 0
-    ) -> dict[str, Report]:
+    ) -> list[Report]:
         """Decode the images that have no entry yet, with a progress bar.
 
         Args:
@@ -111,21 +111,24 @@ class Cache:
             workers: Processes that decode; 0 decodes in this process.
 
         Returns:
-            The report of each entry by its key. An unusable image has an issue but no entry; the next run decodes it
-            again.
+            The report of each record. An unusable image has an issue but no entry; the next run decodes it again.
+            Records of equal content share an entry, but an issue names the files of its own record.
 
         Raises:
             DataError: The entries exceed ``max_gb``, or the disk is full.
         """
         needed = dict(zip(keys, records, strict=True))
-        present = self._present(needed)
-        if len(present) == len(needed):
-            return present
-        with self._locked():
-            present = self._present(needed)  # another process may have filled it meanwhile
-            missing = {key: record for key, record in needed.items() if key not in present}
-            self._make_room(needed, missing, preprocessing)
-            return present | self._decode(missing, preprocessing, workers, set(needed))
+        reports = self._present(needed)
+        if len(reports) < len(needed):
+            with self._locked():
+                reports = self._present(needed)  # another process may have filled it meanwhile
+                missing = {key: record for key, record in needed.items() if key not in reports}
+                self._make_room(needed, missing, preprocessing)
+                reports |= self._decode(missing, preprocessing, workers, set(needed))
+        return [
+            reports[key] if record is needed[key] or not reports[key].transient else preprocessing.report(record)
+            for key, record in zip(keys, records, strict=True)
+        ]
 
     def _present(self, keys: Iterable[str]) -> dict[str, Report]:
         reports = {key: report for key in keys if (report := self.report(key)) and not report.transient}

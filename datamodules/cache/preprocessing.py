@@ -20,7 +20,7 @@ from typing import Any
 
 import cv2
 
-from datamodules.cache.entries import CacheEntry
+from datamodules.cache.entries import CacheEntry, Report
 from datamodules.cache.quarantine import Issue
 from datamodules.cache.rasterize import rasterize
 from datamodules.images.presets import Preset
@@ -71,6 +71,11 @@ class Preprocessing:
         """Decode an image and draw its masks and boxes (see ``datamodules.cache.rasterize.rasterize``)."""
         return rasterize(record, self.preset, self.size)
 
+    def report(self, record: Record) -> Report:
+        """Decode an image for its issues and remarks alone."""
+        made = self.apply(record)
+        return Report((made,)) if isinstance(made, Issue) else made.report()
+
     def keys(self, records: Sequence[Record]) -> list[str]:
         """Return the name of each record's entry: 40 hexadecimal digits. Files are read and digested, not decoded."""
         settings = {"code": _code(), "preset": _describe_preset(self.preset), "size": self.size}
@@ -112,7 +117,7 @@ def digest(file: Path) -> str:
     try:
         stat = file.stat()
         return _digest(file, stat.st_size, stat.st_mtime_ns)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return "missing"
 
 

@@ -7,6 +7,7 @@ Coordinates are those of ``mtmedformer.batch``: continuous, from the top-left co
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -191,7 +192,7 @@ def draw(source: MaskSource, canvas: Canvas) -> Mask:
 
 
 def _read(record: Record) -> Pixels:
-    if not record.file.is_file():
+    if not os.path.isfile(record.file):  # pathlib raises where a name is too long
         raise UnusableError("image file missing", str(record.file), transient=True)
     try:
         pixels = read_image(record.file)
@@ -209,7 +210,7 @@ def _read(record: Record) -> Pixels:
 
 def _mask_file(source: MaskSource, canvas: Canvas) -> Mask:
     assert source.file is not None
-    if not source.file.is_file():
+    if not os.path.isfile(source.file):
         raise UnusableError("mask file missing", str(source.file), transient=True)
     try:
         values = read_mask(source.file)

@@ -282,7 +282,7 @@ def test_an_unreadable_image_has_no_entry_and_is_decoded_again(
     cache = Cache(tmp_path / "cache")
     keys = PREPROCESSING.keys(records(films))
     reports = cache.fill(records(films), keys, PREPROCESSING, workers)
-    assert [[i.reason for i in reports[k].issues] for k in keys] == [
+    assert [[i.reason for i in report.issues] for report in reports] == [
         [],
         ["image unreadable"],
         [],
@@ -295,12 +295,37 @@ def test_an_unreadable_image_has_no_entry_and_is_decoded_again(
     cache.fill(records(films), keys, PREPROCESSING)
     assert decoded == ["1.png", "3.png"]
     (films / "1.png").write_bytes(good)
-    assert (
-        cache.fill(records(films), PREPROCESSING.keys(records(films)), PREPROCESSING)[
-            PREPROCESSING.keys(records(films))[1]
-        ].issues
-        == ()
-    )
+    assert cache.fill(records(films), PREPROCESSING.keys(records(films)), PREPROCESSING)[1].issues == ()
+
+
+@pytest.mark.parametrize("kept", ["in memory", "on disk"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_unusable_file_of_equal_content_is_named_with_its_own_path(
+    tmp_path: Path, films: Path, kept: str, workers: int
+) -> None:
+    for n in (1, 2):
+        (films / f"{n}.png").unlink()
+    for n in (3, 4):
+        (films / f"{n}.png").write_bytes(b"")
+    shutil.copy(films / "0.png", films / "5.png")
+    of = [Record(f"r{n}", films / f"{n}.png", "p") for n in range(5)]
+    mask = {"lungs": MaskTruth((MaskSource(films / "gone_a.png"),))}
+    other = {"lungs": MaskTruth((MaskSource(films / "gone_b.png"),))}
+    of += [Record("r5", films / "5.png", "p", truth=mask), Record("r6", films / "5.png", "p", truth=other)]
+    cache = Cache(tmp_path / "cache" if kept == "on disk" else None)
+    for _ in range(2):  # also with what is in the cache from before
+        reports = cache.fill(of, PREPROCESSING.keys(of), PREPROCESSING, workers)
+        details = [[i.detail for i in report.issues] for report in reports]
+        assert details[0] == []
+        assert [f"{films / str(n)}.png" in "".join(details[n]) for n in (1, 2)] == [True, True]
+        assert ["3.png: " in details[3][0], "4.png: " in details[4][0]] == [True, True]
+        assert [details[5], details[6]] == [[str(films / "gone_a.png")], [str(films / "gone_b.png")]]
+
+
+def test_a_name_that_no_file_can_have_is_a_missing_file(tmp_path: Path) -> None:
+    of = [Record(f"r{n}", tmp_path / name, "p") for n, name in enumerate(("x" * 5000, "a\0b.png", "\udcff.png"))]
+    reports = Cache(None).fill(of, PREPROCESSING.keys(of), PREPROCESSING)
+    assert [report.issues[0].reason for report in reports] == ["image file missing"] * 3
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
