@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 
+from mtmedformer.commands.yaml_files import read_yaml
 from mtmedformer.errors import ConfigError
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
@@ -66,7 +67,7 @@ def _configures(argv: list[str], key: str) -> bool:
         return True
     following = zip(argv, [*argv[1:], ""], strict=True)
     files = [b if a in {"--config", "-c"} else a.removeprefix("--config=") for a, b in following if _names_config(a)]
-    return any(Path(f).is_file() and key in (yaml.safe_load(Path(f).read_text()) or {}) for f in files)
+    return any(Path(f).is_file() and key in (read_yaml(Path(f)) or {}) for f in files)
 
 
 def _names_config(argument: str) -> bool:
@@ -128,10 +129,7 @@ def run_config(folder: Path) -> dict[str, Any] | None:
     file = folder / "config.yaml"
     if not file.is_file():
         return None
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: not the configuration of a run ({type(error).__name__})") from error
+    config = read_yaml(file)
     if not isinstance(config, dict):
         raise ConfigError(f"{file}: not the configuration of a run")
     return config

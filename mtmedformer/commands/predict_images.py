@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from mtmedformer.commands.checkpoint_config import run_config
 from mtmedformer.commands.load.preparation import PREPARATION, preparation
 from mtmedformer.errors import ConfigError
 
@@ -77,7 +78,7 @@ def _preparation(checkpoint: Path, rest: list[str]) -> dict[str, Any]:
     if len(chosen) == len(PREPARATION):
         return {}
     file = checkpoint.parent.parent / "config.yaml"
-    stored = preparation(yaml.safe_load(file.read_text(encoding="utf-8")).get("data")) if file.is_file() else {}
+    stored = preparation((run_config(file.parent) or {}).get("data"))
     if "image_size" not in stored and "image_size" not in chosen:
         raise ConfigError(
             f"predict --images: {file} has no preprocessing of the training; set it with "

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from mtmedformer.commands.compare.study import Study, Variant
 from mtmedformer.commands.lightning_cli import CommandLine
+from mtmedformer.commands.yaml_files import check_keys, read_yaml
 from mtmedformer.errors import ConfigError
 from mtmedformer.storage.atomic_write import atomic_write
 
@@ -88,6 +89,7 @@ def relevant_keys(config: Any) -> Any:
 
 def parse_value(text: str) -> Any:
     """Return the value of ``--set key=value``, read as YAML."""
+    check_keys(text, f"--set {text}")
     return yaml.safe_load(text)
 
 
@@ -99,7 +101,7 @@ def write_config(config: dict[str, Any], file: Path) -> None:
 
 def read_config(file: Path) -> dict[str, Any]:
     """Return the content of a configuration file."""
-    config: dict[str, Any] = yaml.safe_load(file.read_text())
+    config: dict[str, Any] = read_yaml(file)
     return config
 
 

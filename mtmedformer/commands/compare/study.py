@@ -10,8 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
+from mtmedformer.commands.yaml_files import read_yaml
 from mtmedformer.errors import ConfigError
 
 Average = Literal["sites", "images"]
@@ -238,11 +237,7 @@ def _loaded(file: Path) -> dict[str, Any]:
     if not file.is_file():
         known = sorted(p.name for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
         raise ConfigError(f"--config {file}: no such file; {file.parent} contains {', '.join(known) or 'no .yaml'}")
-    try:
-        table = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
-    return _mapping(file, "the file", table)
+    return _mapping(file, "the file", read_yaml(file))
 
 
 def _mapping(file: Path, key: str, value: Any) -> dict[str, Any]:

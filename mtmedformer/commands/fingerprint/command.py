@@ -25,6 +25,7 @@ from mtmedformer.commands.fingerprint.image_sets import read_images, read_sites
 from mtmedformer.commands.fingerprint.picture import draw
 from mtmedformer.commands.fingerprint.summary import Fingerprint, summarise, summarise_sites
 from mtmedformer.commands.fingerprint.tables import show
+from mtmedformer.commands.yaml_files import read_yaml
 from mtmedformer.errors import ConfigError
 
 
@@ -105,10 +106,7 @@ def _data_sections(argv: Sequence[str], folder: Path) -> list[str]:
             words.append("--config" if word == "-c" else word)
             continue
         file = Path(word.removeprefix("--config="))
-        try:
-            config = yaml.safe_load(file.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"--config {file}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+        config = read_yaml(file)
         if not isinstance(config, dict):
             raise ConfigError(f"--config {file}: has no keys; it needs a data section, like configs/quickstart.yaml")
         section = {"data": config["data"]} if "data" in config else {}

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mtmedformer.calibration import restored
 from mtmedformer.commands.load.preparation import preparation
+from mtmedformer.commands.yaml_files import read_yaml
 from mtmedformer.errors import ConfigError
 from mtmedformer.module import MultiTaskModule
 
@@ -178,8 +178,8 @@ def _read_checkpoint(path: Path) -> StoredModel:
         )
     run = path.parent.parent / "config.yaml"
     try:
-        section = yaml.safe_load(run.read_text(encoding="utf-8"))["data"] if run.is_file() else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+        section = read_yaml(run)["data"] if run.is_file() else None
+    except (KeyError, TypeError) as error:
         raise ConfigError(f"{run}: is not the config.yaml of a run ({type(error).__name__})") from error
     try:
         prepared = preparation(section)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from mtmedformer.commands.yaml_files import read_yaml
 from mtmedformer.errors import ConfigError
 
 Method = Literal["bayes", "grid", "random"]
@@ -61,10 +61,7 @@ def read_sweep(file: Path) -> Sweep:
     Raises:
         ConfigError: The file is no sweep, or uses something that Optuna does not have.
     """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {file}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    content = read_yaml(file)
     if not isinstance(content, dict) or not isinstance(content.get("parameters"), dict):
         raise ConfigError(f"--config {file}: is no sweep; it needs parameters, like configs/sweeps/loss_weights.yaml")
     method = content.get("method")

@@ -143,7 +143,7 @@ def test_a_missing_file_and_a_missing_form_are_explained(study, tmp_path):
     with pytest.raises(ConfigError, match="did you mean small"):
         read_study(file, "smal")
     file.write_text("a: [")
-    with pytest.raises(ConfigError, match="not YAML"):
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
         read_study(file)
 
 
