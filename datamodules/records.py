@@ -18,7 +18,8 @@ class MaskSource:
 
     Attributes:
         file: Mask image (any format ``datamodules.images.pixels`` reads).
-        values: Pixel values of ``file`` that belong to the class; ``None`` means every value above zero.
+        values: Pixel values of ``file`` that belong to the class; ``None`` means the shape in the file (every value
+            above zero, or by the rules of ``datamodules.images.masks``).
         polygons: Polygons as tuples of ``(x, y)`` points in pixels of the original image. One or two points are
             drawn as discs of ``point_radius``.
         discs: ``(x, y, radius)`` in pixels of the original image.

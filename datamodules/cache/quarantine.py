@@ -74,9 +74,10 @@ class Quarantine:
     def summary(self) -> str:
         """Return one line with the number of images and labels left out and the reasons; empty if there are none."""
         parts = [f"{count} × {reason}" for reason, count in self.by_reason().most_common()]
-        parts += [f"{count} × {remark} (kept)" for remark, count in self.remarks.most_common()]
+        kept = [f"{count} × {remark}" for remark, count in self.remarks.most_common()]
         if not parts:
-            return ""
+            return f"Kept, with corrections: {'; '.join(kept)}" if kept else ""
+        parts += [f"{remark} (kept)" for remark in kept]
         lost = self.lost()
         images = len(lost.pop(IMAGE, set()))
         truths = sum(len(ids) for ids in lost.values())

@@ -17,7 +17,8 @@ from scipy import ndimage
 
 from datamodules.cache.entries import CacheEntry
 from datamodules.cache.quarantine import IMAGE, Issue
-from datamodules.images.pixels import Pixels, read_image, read_mask
+from datamodules.images.masks import UncertainMaskError, read_mask, shape_of, with_values
+from datamodules.images.pixels import Pixels, read_image
 from datamodules.images.presets import Preset
 from datamodules.records import BoxTruth, MaskSource, MaskTruth, Record
 from mtmedformer.batch import IGNORE
@@ -28,6 +29,9 @@ Mask = NDArray[np.bool_]
 
 ASPECT_TOLERANCE = 0.01
 """Largest relative difference between the aspect ratios of a mask and its image; beyond it the mask is rejected."""
+
+UNCERTAIN = "mask that can be read in two ways"
+"""Reason of the issue of a mask that ``datamodules.images.masks`` refuses."""
 
 SMALLEST_SIDE = 8
 """Smallest side in pixels; images below it are thumbnails, scout lines or broken files."""
@@ -134,7 +138,7 @@ def rasterize_masks(truth: MaskTruth, canvas: Canvas) -> Bytes:
             continue
         channel[:] = 0
         for part in (source, *source.also):  # each file may have a size of its own
-            mask = draw(part, canvas)
+            mask = draw(part, canvas, _declared(part, truth.channels))
             height, width = mask.shape
             to_mask = (width / canvas.size[1], 0.0, 0.0, 0.0, height / canvas.size[0], 0.0)
             framed = warp_mask(
@@ -154,7 +158,9 @@ def rasterize_boxes(truth: BoxTruth, canvas: Canvas) -> tuple[Floats, Ints]:
     """
     boxes, labels = [_original_boxes(truth, canvas)], list(truth.labels)
     for source, label in zip(truth.masks, truth.mask_labels, strict=True):
-        mask_box = mask_boxes(draw(source, canvas), canvas.size, truth.components, truth.min_area)
+        mask_box = mask_boxes(
+            draw(source, canvas, _declared(source, truth.masks)), canvas.size, truth.components, truth.min_area
+        )
         boxes.append(mask_box)
         labels += [label] * len(mask_box)
     framed = boxes_to_frame(np.concatenate(boxes), canvas.frame)
@@ -165,16 +171,22 @@ def rasterize_boxes(truth: BoxTruth, canvas: Canvas) -> tuple[Floats, Ints]:
     return clipped, np.asarray(labels, np.int64)
 
 
-def draw(source: MaskSource, canvas: Canvas) -> Mask:
+def draw(source: MaskSource, canvas: Canvas, declared: Sequence[int] = ()) -> Mask:
     """Draw one mask channel: the union of file, polygons and discs; empty if the source has none of them.
+
+    Args:
+        source: Its file, polygons and discs.
+        canvas: Size of the image and frame.
+        declared: Values of all classes that the source's file is read for; those of the source alone if left out.
 
     Returns:
         bool (h, w): the size of the source's file where it has one, else that of the original image.
 
     Raises:
-        UnusableError: The file is missing, unreadable or of another aspect ratio, or a shape lies outside the image.
+        UnusableError: The file is missing, unreadable, uncertain or of another aspect ratio, or a shape lies outside
+            the image.
     """
-    mask = np.zeros(canvas.size, bool) if source.file is None else _mask_file(source, canvas)
+    mask = np.zeros(canvas.size, bool) if source.file is None else _mask_file(source, canvas, declared)
     for polygon in source.polygons:
         points = canvas.shape(polygon, mask.shape)
         if not np.isfinite(points).all():
@@ -208,19 +220,32 @@ def _read(record: Record) -> Pixels:
     return pixels
 
 
-def _mask_file(source: MaskSource, canvas: Canvas) -> Mask:
+def _mask_file(source: MaskSource, canvas: Canvas, declared: Sequence[int]) -> Mask:
     assert source.file is not None
     if not os.path.isfile(source.file):
         raise UnusableError("mask file missing", str(source.file), transient=True)
     try:
-        values = read_mask(source.file)
+        levels = read_mask(source.file)
+        if source.values is None:
+            mask, remark = shape_of(levels)
+        else:
+            mask, remark = with_values(levels, source.values, tuple(declared) or source.values), ""
+    except UncertainMaskError as error:
+        raise UnusableError(UNCERTAIN, error.reason) from error
     except DataError as error:
         raise UnusableError("mask unreadable", str(error), transient=True) from error
-    size = (values.shape[0], values.shape[1])
-    if size != canvas.size:
-        _same_aspect("mask", size, canvas.size)
+    if remark:
+        canvas.remarks.append(remark)
+    if mask.shape != canvas.size:
+        _same_aspect("mask", (mask.shape[0], mask.shape[1]), canvas.size)
         canvas.remarks.append(RESIZED)
-    return values > 0 if source.values is None else np.isin(values, source.values)
+    return mask
+
+
+def _declared(source: MaskSource, all_sources: Sequence[MaskSource | None]) -> tuple[int, ...]:
+    """Return the values that the sources of one file declare together."""
+    same = (other.values for other in all_sources if other is not None and other.file == source.file)
+    return tuple(sorted({value for values in same for value in values or ()}))
 
 
 def _same_aspect(what: str, size: tuple[int, int], original: tuple[int, int]) -> None:

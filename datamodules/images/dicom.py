@@ -34,6 +34,10 @@ _VIEWS = {
 """SNOMED CT and SNOMED RT codes of PS3.16 CID 4014 (mammography) and CID 4010 (projection radiography)."""
 
 
+_LOSSY = ("JPEGBaseline8Bit", "JPEGExtended12Bit", "JPEGLSNearLossless", "JPEG2000", "JPEG2000MC", "HTJ2K")
+"""Transfer syntaxes whose compression may change values."""
+
+
 @dataclass(frozen=True, eq=False)
 class Pixels:
     """An image as displayed, and the steps that produced it.
@@ -84,15 +88,18 @@ def read_display(file: Path) -> Pixels:
         return Pixels(pixels, int(header.BitsStored), tuple(path), _spacing(header), _view(header), _laterality(header))
 
 
-def read_stored(file: Path) -> Values:
+def read_stored(file: Path) -> tuple[Values, bool]:
     """Read the stored integers (H, W) of a DICOM image, without rescale, window, palette or inversion.
+
+    Returns:
+        The integers, and whether the encoding of the file may have changed them.
 
     Raises:
         DataError: As ``read_display``.
     """
     with reading(file, "DICOM"):
-        _, stored, _ = read_file(file)
-        return _gray(file, stored) if stored.ndim == 3 else stored.copy()
+        _, stored, path = read_file(file)
+        return _gray(file, stored) if stored.ndim == 3 else stored.copy(), path[0].removeprefix("decode:") in _LOSSY
 
 
 def _gray(file: Path, channels: Values) -> Values:

@@ -1,7 +1,7 @@
-"""Read image and mask files: DICOM, PNG, JPEG, TIFF, PGM and others, recognised by content.
+"""Read image files: DICOM, PNG, JPEG, TIFF, PGM and others, recognised by content.
 
-An image is returned as displayed (float32 in [0, 1], 0 = black), a mask as its stored integers. A file that is damaged,
-hostile or no image raises ``DataError`` with its name and the fix, and no other error.
+An image is returned as displayed (float32 in [0, 1], 0 = black). A file that is damaged, hostile or no image raises
+``DataError`` with its name and the fix, and no other error. Masks are read in ``datamodules.images.masks``.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from datamodules.images.dicom import Pixels, is_dicom, read_display, read_stored
+from datamodules.images.dicom import Pixels, is_dicom, read_display
 from datamodules.images.dicom_decoding import MAX_BYTES, MAX_PIXELS, reading
 from datamodules.records import Record
 from mtmedformer.errors import DataError
 from mtmedformer.geometry import Floats
 
-__all__ = ["Originals", "Pixels", "read_image", "read_mask"]
+__all__ = ["Originals", "Pixels", "head_of", "read_image", "read_values", "spread"]
 
 Image.init()  # registers every format below; Image.open does not if it is given formats
 _FORMATS = ("PNG", "JPEG", "TIFF", "PPM", "BMP", "GIF", "WEBP", "JPEG2000")
@@ -46,15 +46,15 @@ def read_image(file: Path) -> Pixels:
     Raises:
         DataError: The file is missing, empty, damaged, not a single image, or has values without a known white.
     """
-    head = _head(file)
+    head = head_of(file)
     if is_dicom(head):
         return read_display(file)
     with reading(file, "an image"):
-        return _display(file, *_read(file, head))
+        return _display(file, *read_values(file, head))
 
 
 def _display(file: Path, values: NDArray[Any], white: int, path: list[str]) -> Pixels:
-    if values.ndim == 3 and _spread(values) == 0:
+    if values.ndim == 3 and spread(values) == 0:
         values = values[..., 0]
         path.append("equal-channels")
     elif values.ndim == 3:
@@ -76,50 +76,12 @@ def _display(file: Path, values: NDArray[Any], white: int, path: list[str]) -> P
     return Pixels(pixels, white.bit_length(), tuple(path))
 
 
-def read_mask(file: Path) -> NDArray[Any]:
-    """Read the stored integers of a mask.
-
-    A palette mask gives the grey levels of its palette if the colours in use are grey, else its indices (class numbers,
-    as in PASCAL VOC). A JPEG mask is thresholded to 0 and 255, since compression changes its values.
-
-    Args:
-        file: Any format ``read_image`` reads.
-
-    Returns:
-        Integer (H, W): uint8 or uint16, int32 or int64 where the file has such values; 0/1 for 1-bit files.
+def head_of(file: Path) -> bytes:
+    """Return a file's first 132 bytes.
 
     Raises:
-        DataError: As ``read_image``; also a mask in real colours, with fractions, or a JPEG of more than two levels.
+        DataError: The file is missing, not a regular file, empty or too large.
     """
-    head = _head(file)
-    if is_dicom(head):
-        return read_stored(file)
-    with reading(file, "a mask"):
-        return _integers(file, *_read(file, head, mask=True))
-
-
-def _integers(file: Path, values: NDArray[Any], white: int, path: list[str]) -> NDArray[Any]:
-    lossy = path[0] in ("decode:JPEG", "decode:MPO")
-    if values.ndim == 3:
-        if _spread(values) > (8 if lossy else 0):
-            raise DataError(
-                f"{file.name}: a mask in colours (channels differ by up to {_spread(values)}); save the class numbers "
-                "as one grey channel or as a palette PNG."
-            )
-        values = values[..., 1]
-    if lossy:
-        if np.mean((values > 48) & (values < 207)) > 0.02:
-            raise DataError(f"{file.name}: a JPEG mask of more than two levels, save it as PNG.")
-        values = np.where(values > 127, np.uint8(255), np.uint8(0))
-    if white == 0 and values.dtype.kind == "f":
-        whole = values.astype(np.int64)
-        if not np.array_equal(whole, values):
-            raise DataError(f"{file.name}: a mask with fractions; save integers (0 = background) as 8- or 16-bit PNG.")
-        values = whole
-    return np.ascontiguousarray(values)
-
-
-def _head(file: Path) -> bytes:
     try:
         regular, size, head = file.is_file(), 0, b""
         if regular:
@@ -137,8 +99,14 @@ def _head(file: Path) -> bytes:
     return head
 
 
-def _read(file: Path, head: bytes, mask: bool = False) -> tuple[NDArray[Any], int, list[str]]:
-    """Return the values (H, W) or (H, W, 3), the value of white (0: unknown) and the steps taken."""
+def read_values(file: Path, head: bytes, mask: bool = False) -> tuple[NDArray[Any], int, list[str]]:
+    """Return the values (H, W) or (H, W, 3), the value of white (0: unknown) and the steps taken.
+
+    Args:
+        file: The file.
+        head: Its first bytes.
+        mask: Read a mask: indices of a coloured palette, and (H, W, 4) where the file has transparency.
+    """
     return _pgm(file) if head[:2] in (b"P2", b"P5") else _pillow(file, mask)
 
 
@@ -175,15 +143,21 @@ def _pillow(file: Path, mask: bool) -> tuple[NDArray[Any], int, list[str]]:
         inverted = image.format == "TIFF" and image.mode.startswith("I;16") and image.tag_v2.get(262) == 0  # type: ignore[attr-defined]
         if ";16" in raw and image.mode in ("RGB", "RGBA"):  # Pillow would drop the low bytes
             decoded: Any = cv2.imdecode(np.frombuffer(file.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
-            return np.ascontiguousarray(decoded[..., 2::-1]), np.iinfo(decoded.dtype).max, path
+            channels = [2, 1, 0, 3] if mask and decoded.shape[2] == 4 else [2, 1, 0]
+            return np.ascontiguousarray(decoded[..., channels]), np.iinfo(decoded.dtype).max, path
         if (turn := image.getexif().get(0x0112, 1)) != 1:
             path.append(f"exif-orientation:{turn}")
         upright = ImageOps.exif_transpose(image)
         if upright.mode == "P":
             index, colours = np.asarray(upright), np.asarray(upright.convert("RGB"))
-            return (index if mask and _spread(colours) else colours), 255, path
+            if mask and spread(colours):
+                _check_background(file, index, colours)
+                return index, 255, path
+            return (np.asarray(upright.convert("RGBA")) if mask else colours), 255, path
         if upright.mode == "1":
             return np.asarray(upright).astype(np.uint8), 1, path
+        if mask and upright.mode in ("LA", "PA", "RGBA"):
+            return np.asarray(upright.convert("RGBA")), 255, path
         if upright.mode in ("LA", "La"):
             return np.asarray(upright.getchannel(0)), 255, path
         if upright.mode not in ("L", "I", "F") and not upright.mode.startswith("I;16"):
@@ -202,7 +176,17 @@ def _pillow(file: Path, mask: bool) -> tuple[NDArray[Any], int, list[str]]:
         return values, white, path
 
 
-def _spread(channels: NDArray[Any]) -> int:
+def _check_background(file: Path, index: NDArray[Any], colours: NDArray[Any]) -> None:
+    """Raise if black, the background of a palette mask, has another index than 0."""
+    black: NDArray[np.bool_] = colours.max(axis=2) == 0
+    if (black & (index != 0)).any() and not black[index == 0].any():
+        raise DataError(
+            f"{file.name}: a palette mask in which black has index {int(index[black].min())}, not 0, so its background "
+            "is uncertain; save the class numbers as one grey channel."
+        )
+
+
+def spread(channels: NDArray[Any]) -> int:
     """Return the largest difference between the channels of a pixel."""
     if channels.size == 0:
         return 0

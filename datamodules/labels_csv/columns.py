@@ -66,7 +66,7 @@ class MaskColumns:
     """Columns of a segmentation task: ``columns`` (one file per class, may overlap) or ``column`` with ``values``.
 
     Attributes:
-        columns: Column with the mask file of each class, ``{class: column}``; pixels above 0 belong to the class.
+        columns: Column with the mask file of each class, ``{class: column}``.
         column: Column with one mask file for all classes.
         values: Pixel values of each class in that file, ``{class: [values]}``.
         flag: Column with 1 where the image is labelled for the task (a blank mask is then empty) and 0 where it is not.

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from datamodules.base import MedicalDataModule
-from datamodules.images.pixels import read_mask
+from datamodules.images.masks import read_mask
 from datamodules.images.presets import BreastPreset, Preset
 from datamodules.public.layout import (
     disjoint_splits,

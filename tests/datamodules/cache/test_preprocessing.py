@@ -18,7 +18,7 @@ from mtmedformer.storage.hashing import source_digest
 
 ROOT = Path(datamodules.__file__).resolve().parents[1]
 PACKAGES = ("mtmedformer", "datamodules", "federation", "callbacks")
-STARTS = ("datamodules.images.pixels", "datamodules.cache.rasterize")  # read_image, read_mask; rasterize
+STARTS = ("datamodules.images.pixels", "datamodules.cache.rasterize")  # read_image; rasterize, read_mask
 FILES = [file.relative_to(ROOT).as_posix() for file in pixel_code(ROOT)]
 
 

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from matplotlib.path import Path as Outline
 from PIL import Image, ImageDraw
+from scipy import ndimage
 
 from datamodules.cache.rasterize import (
     CLIPPED,
     OTHER_SIDE,
     RESIZED,
+    UNCERTAIN,
     CacheEntry,
     Canvas,
     UnusableError,
@@ -21,6 +23,7 @@ from datamodules.cache.rasterize import (
     mask_boxes,
     rasterize,
 )
+from datamodules.images.masks import SOFT_EDGES
 from datamodules.images.pixels import Pixels
 from datamodules.images.presets import BreastPreset, PlainPreset, Preset
 from datamodules.records import BoxTruth, MaskSource, MaskTruth, Record
@@ -144,6 +147,41 @@ def test_mask_values_make_classes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(masks[0], values == 1)
     np.testing.assert_array_equal(masks[1], values > 0)
     np.testing.assert_array_equal(masks[2], values > 0)
+
+
+def test_an_uncertain_mask_is_unknown_and_not_decoded_again(tmp_path: Path) -> None:
+    values = np.zeros(SIZE, np.uint8)
+    values[5:30, 8:40] = 1
+    Image.fromarray(values).save(tmp_path / "m.jpg", quality=95)
+    source = MaskSource(tmp_path / "m.jpg")
+    truth = {"m": MaskTruth((source,)), "b": BoxTruth(masks=(source,), mask_labels=(0,))}
+    entry = rasterized(Record("a", film(tmp_path), "p", truth))
+    assert [(i.subject, i.reason) for i in entry.issues] == [("m", UNCERTAIN), ("b", UNCERTAIN)]
+    assert "without a value above 48" in entry.issues[0].detail
+    assert not entry.report().transient
+
+
+def test_declared_values_of_the_classes_of_a_file_are_taken_together(tmp_path: Path) -> None:
+    values = np.zeros(SIZE, np.uint8)
+    values[:16] = 7
+    file = mask_file(tmp_path, values)
+    channels = (MaskSource(file, (1,)), MaskSource(file, (7,)))
+    masks = rasterized(Record("a", film(tmp_path), "p", {"m": MaskTruth(channels)}), SIZE).masks["m"]
+    assert masks.any(axis=(1, 2)).tolist() == [False, True]  # the first class is a known negative
+    entry = rasterized(Record("a", film(tmp_path), "p", {"m": MaskTruth(channels[:1])}), SIZE)
+    assert only_issue(entry, "m") == UNCERTAIN
+
+
+def test_soft_edges_are_cut_and_counted(tmp_path: Path) -> None:
+    values = np.zeros(SIZE)
+    values[10:35, 15:45] = 255
+    soft = np.rint(ndimage.gaussian_filter(values, 1.5))
+    entry = rasterized(
+        Record("a", film(tmp_path), "p", {"m": MaskTruth((MaskSource(mask_file(tmp_path, soft)),))}), SIZE
+    )
+    assert (soft > 0).sum() > 1.3 * (values > 0).sum()
+    assert (entry.masks["m"] == 1).sum() == pytest.approx((values > 0).sum(), rel=0.03)
+    assert entry.remarks == (SOFT_EDGES,)
 
 
 def test_a_smaller_mask_of_the_same_shape_is_enlarged_and_counted(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from pydicom.uid import (
 )
 
 from datamodules.images import dicom, dicom_decoding, pixels
-from datamodules.images.pixels import read_image, read_mask
+from datamodules.images.masks import read_mask
+from datamodules.images.pixels import read_image
 from mtmedformer.errors import DataError
 from tests.fixtures.dicom_files import NATIVE, film, write_dicom
 

@@ -19,7 +19,8 @@ from pydicom.uid import (
 )
 
 from datamodules.images import pixels
-from datamodules.images.pixels import read_image, read_mask
+from datamodules.images.masks import read_mask
+from datamodules.images.pixels import read_image
 from mtmedformer.errors import DataError
 from tests.fixtures.dicom_files import film, lut_item, write_dicom
 

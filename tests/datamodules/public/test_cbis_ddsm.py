@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from datamodules.cache.rasterize import rasterize
-from datamodules.images.pixels import read_mask
+from datamodules.images.masks import read_mask
 from datamodules.images.presets import PlainPreset
 from datamodules.public.cbis_ddsm import CASES, find_mask, read_catalogue, read_films
 from datamodules.public.layout import image_size
