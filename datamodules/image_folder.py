@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 from pydicom import dcmread
@@ -27,12 +28,17 @@ from datamodules.public.layout import is_litter
 from datamodules.records import Record
 from mtmedformer.batch import Batch, Sample, collate
 from mtmedformer.errors import ConfigError, DataError
-from mtmedformer.inference.results import ABOUT
+from mtmedformer.inference.results import ABOUT, NOTE
+from mtmedformer.storage.safe_text import printable
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".pgm", ".bmp", ".gif", ".webp", ".jp2")
 """A file with such a suffix counts as an image: if it cannot be read, it is a failure and not some other file."""
+
+
+_JSON, _PICTURES = "images", ("overlays", "explanations", "uncertainty")
+"""Subfolders of a folder of predictions: of one JSON per image, and of one picture per image."""
 
 
 class ImageFolderDataModule(Originals, L.LightningDataModule):
@@ -94,10 +100,11 @@ class ImageFolderDataModule(Originals, L.LightningDataModule):
         """
         if stage not in ("predict", None):
             raise ConfigError("ImageFolderDataModule has no labels; use it with predict only")
-        images_by_id, notes = find_images(self.images)
-        for note in notes:
+        found = find_images(self.images)
+        for note in found.notes:
             log_warning(note)
-        self.records = [Record(id=name, file=file, patient=name) for name, file in images_by_id.items()]
+        self.failures[:] = found.failures
+        self.records = [Record(id=name, file=file, patient=name) for name, file in found.images.items()]
 
     def skip_finished(self, finished: Callable[[Mapping[str, Path]], Collection[str]]) -> None:
         """Leave out the images whose results exist.
@@ -177,30 +184,45 @@ class _Reader(Dataset[Sample | Issue]):
 
     def __getitem__(self, index: int) -> Sample | Issue:
         record = self.records[index]
+        name = printable(record.file.name)
+        if record.file.exists() and not record.file.is_file():  # reading a pipe might never end
+            return Issue(record.id, name, IMAGE, "not a file", "a pipe, a device, a socket or a folder")
         try:
             return prepare_file(record, self.preprocessing)
         except Exception as error:  # a fault of the code in one image must not end the run; it is logged and listed
-            log.exception("%s could not be prepared", record.file.name)
-            return Issue(record.id, record.file.name, IMAGE, "image cannot be prepared", f"{type(error).__name__}")
+            log.exception("%s could not be prepared", name)
+            return Issue(record.id, name, IMAGE, "image cannot be prepared", f"{type(error).__name__}")
 
 
 def _as_is(item: object) -> object:
     return item
 
 
-def find_images(paths: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
+class FoundImages(NamedTuple):
+    """Images among given files and folders.
+
+    Attributes:
+        images: Their files by id, in a stable order. An id is the path below the given folder, or the file's name;
+            where several paths were given, the folder's name comes first. Unprintable characters are escaped.
+        notes: Sentences on what was skipped.
+        failures: Folders that cannot be read.
+    """
+
+    images: dict[str, Path]
+    notes: list[str]
+    failures: list[Issue]
+
+
+def find_images(paths: Sequence[Path]) -> FoundImages:
     """Find the images among files and in folder trees.
 
     A file is always taken. Of a folder, files are taken that are DICOM images by content or have the suffix of an
-    image. Skipped are DICOM objects that are no images (reports, segmentations, presentation states, directories),
-    hidden files of operating systems and folders of predictions.
+    image. Skipped and counted are DICOM objects that are no images (reports, segmentations, presentation states,
+    directories), what ``predict`` wrote, pipes and devices, and links to folders; hidden files of operating systems are
+    skipped without a count.
 
     Args:
         paths: Files and folders.
-
-    Returns:
-        The images by id, in a stable order, and sentences on what was skipped. An id is the path below the given
-        folder, or the file's name; where several paths were given, the folder's name comes first.
 
     Raises:
         DataError: A path does not exist, or there is no image.
@@ -208,48 +230,68 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
     images_by_id: dict[str, Path] = {}
     taken: set[Path] = set()
     skipped: Counter[str] = Counter()
+    failures: list[Issue] = []
     for path in dict.fromkeys(Path(os.path.abspath(Path(p).expanduser())) for p in paths):
         if not path.exists():
             raise DataError(f"--images {path}: no such file or folder")
-        for file in _files(path):
-            if path.is_file() or not (why := _not_an_image(file)):
-                if file not in taken:
-                    taken.add(file)
-                    images_by_id[_free(images_by_id, _name(file, path, len(paths) > 1))] = file
-            else:
+        for file, why in _files(path, skipped, failures) if path.is_dir() else [(path, "")]:
+            if why:
                 skipped[why] += 1
+            elif file not in taken:
+                taken.add(file)
+                images_by_id[_free(images_by_id, _name(file, path, len(paths) > 1))] = file
     listing = ", ".join(f"{count} × {why}" for why, count in skipped.most_common())
     if not images_by_id:
-        where = ", ".join(str(p) for p in paths)
+        where, closed = ", ".join(str(p) for p in paths), f"{len(failures)} × folder that cannot be read"
+        listing = ", ".join(filter(None, (listing, closed if failures else "")))
         raise DataError(
             f"--images {where}: no image found ({listing or 'the folder is empty'}); give DICOM, PNG, JPEG or TIFF "
             "files, or folders of them"
         )
-    return images_by_id, [f"Skipped files that are no images: {listing}"] if skipped else []
+    return FoundImages(images_by_id, [f"Skipped files that are no images: {listing}"] if skipped else [], failures)
 
 
-def _files(path: Path) -> Iterator[Path]:
-    if path.is_file():
-        yield path
-        return
-    for where, folders, names in os.walk(path):
-        if ABOUT in names:
-            folders.clear()  # predictions of an earlier run, not images
-            continue
+def _files(path: Path, skipped: Counter[str], failures: list[Issue]) -> Iterator[tuple[Path, str]]:
+    """Yield the files below a folder, each with the kind of a file that is no image, or an empty string."""
+
+    def unreadable(error: OSError) -> None:
+        name = f"{printable(Path(error.filename).relative_to(path.parent).as_posix())}/"
+        failures.append(Issue(name, name, IMAGE, "folder cannot be read", error.strerror or type(error).__name__))
+
+    of_predictions: list[Path] = []
+    for where, folders, names in os.walk(path, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not is_litter(name))
-        yield from (Path(where, name) for name in sorted(names) if not is_litter(name))
+        skipped.update("link to a folder" for name in folders if os.path.islink(os.path.join(where, name)))
+        if ABOUT in names:
+            of_predictions.append(Path(where))
+        root = next((one for one in of_predictions if Path(where).is_relative_to(one)), None)
+        for name in sorted(names):
+            if not is_litter(name):
+                file = Path(where, name)
+                yield file, (_written(file, root) if root else "") or _not_an_image(file)
+
+
+def _written(file: Path, root: Path) -> str:
+    """Return a text where ``predict`` wrote a file into its folder ``root``; pictures are recognised by their note."""
+    kind, _, image = file.relative_to(root).as_posix().partition("/")
+    of_image = kind in _PICTURES and (root / _JSON / image).with_suffix(".json").is_file()
+    return "file of earlier predictions" if of_image or file.suffix.lower() in (".json", ".csv", ".yaml") else ""
 
 
 def _not_an_image(file: Path) -> str:
     """Return what kind of file this is, or an empty string where it is or should be an image."""
     try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            return "pipe, device or socket"
         with file.open("rb") as stream:
-            head = stream.read(132)
+            head = stream.read(1024)
     except OSError:
         return ""  # reading it later gives the reason
     if is_dicom(head):
         return _other_object(file)
-    return "" if file.suffix.lower() in SUFFIXES else f"{file.suffix.lower() or 'no'} file"
+    if head.startswith(b"\x89PNG") and NOTE.encode() in head:  # the description in a mask or an overlay
+        return "file of earlier predictions"
+    return "" if file.suffix.lower() in SUFFIXES else f"{printable(file.suffix.lower()) or 'no'} file"
 
 
 def _other_object(file: Path) -> str:
@@ -265,9 +307,9 @@ def _other_object(file: Path) -> str:
 
 def _name(file: Path, given: Path, several: bool) -> str:
     if file == given:
-        return file.name
+        return printable(file.name)
     below = file.relative_to(given).as_posix()
-    return f"{given.name}/{below}" if several else below
+    return printable(f"{given.name}/{below}" if several else below)
 
 
 def _free(taken: dict[str, Path], name: str) -> str:

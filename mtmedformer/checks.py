@@ -93,8 +93,14 @@ def check_weights(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> No
         stored: State in a checkpoint.
 
     Raises:
-        ConfigError: They differ; the message names the first three differences.
+        ConfigError: They differ (the message names the first three differences), or a weight is not finite.
     """
+    broken = [name for name, one in stored.items() if not name.startswith("loss.") and not one.isfinite().all()]
+    if broken:
+        raise ConfigError(
+            f"--ckpt_path: {broken[0]} contains NaN or infinite values ({len(broken)} tensors do); the training had "
+            "diverged. Use an earlier checkpoint"
+        )
     wrong = [
         f"{name} is {_shape(stored[name])}, not {_shape(own[name])}"
         for name in own

@@ -21,6 +21,7 @@ from mtmedformer.encoders.base import Encoder
 from mtmedformer.encoders.pretrained import load_weights
 from mtmedformer.heads.base import TaskHead
 from mtmedformer.inference.predictor import TiledPredictor
+from mtmedformer.inference.results import check_finite
 from mtmedformer.losses.hybrid import HybridLoss
 from mtmedformer.metrics.base import MetricsByTask, TaskMeans
 from mtmedformer.network import MultiTaskNetwork, image_size
@@ -206,8 +207,14 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
         return dict(outputs)
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Update the test metrics of every task; return the predictions, uncalibrated ones as ``raw/<task>``."""
+        """Update the test metrics of every task; return the predictions, uncalibrated ones as ``raw/<task>``.
+
+        Raises:
+            DataError: An output is NaN or infinite: the metrics would be of some other images.
+        """
         predictions = self.predict_whole(batch.image, raw=True)
+        for i in range(len(batch)):
+            check_finite(predictions, i, self.tasks)
         for name in self.heads:
             self.test_metrics.of(name).update(predictions[name], batch.targets[name], batch.meta)
         return predictions

@@ -14,6 +14,7 @@ from mtmedformer.encoders.base import Encoder
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead, build_heads
 from mtmedformer.heads.capabilities import calibrated
+from mtmedformer.heads.finite import marked
 from mtmedformer.heads.layers import mixes_images
 from mtmedformer.protocols import PredictionStrategy
 
@@ -65,14 +66,14 @@ class MultiTaskNetwork(L.LightningModule):
         """Return each head's predictions (see ``TaskHead.predict``) for ``image`` float (B, C, H, W) in [0, 1].
 
         Probabilities are calibrated where ``calibration`` has a temperature for the task; ``raw`` adds the
-        uncalibrated ones as ``raw/<task>``.
+        uncalibrated ones as ``raw/<task>``. Where the outputs of an image are not finite, so are its predictions.
         """
         outputs = self(image)
         predictions = {}
         for name, head in self._heads().items():
             temperature = self.calibration[name].temperature if name in self.calibration else None
             scaled = calibrated(head, outputs[name], temperature)
-            predictions[name] = head.predict(scaled, image_size(image))
+            predictions[name] = marked(head.predict(scaled, image_size(image)), scaled)
             if raw and temperature is not None:
                 predictions[f"raw/{name}"] = head.predict(outputs[name], image_size(image))
         return predictions

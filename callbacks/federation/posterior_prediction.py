@@ -137,7 +137,9 @@ class PosteriorPrediction(Callback):
                 grey = batch.image[i].float().mean(dim=0).cpu().numpy()
                 footer = "entropy: all uncertainty; mutual information: the part that the samples disagree about"
                 with atomic_write(folder.path("uncertainty", meta.id, ".png")) as file:
-                    maps_figure(grey, maps, meta, footer).savefig(file, dpi=110, format="png")
+                    maps_figure(grey, maps, meta, footer).savefig(
+                        file, dpi=110, format="png", metadata={"Description": NOTE}
+                    )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module its previous predictor back."""

@@ -13,6 +13,7 @@ from mtmedformer.batch import Batch
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
 from mtmedformer.inference.gradcam import attention_map, grad_cam
+from mtmedformer.inference.results import NOTE
 from mtmedformer.module import MultiTaskModule
 from mtmedformer.plots.heatmaps import HeatMap, maps_figure
 from mtmedformer.storage.atomic_write import atomic_write
@@ -65,7 +66,9 @@ class Explanations(Callback):
                 grey = batch.image[i].float().mean(dim=0).cpu().numpy()
                 footer = "each map is scaled to its own maximum in this image"
                 with atomic_write(folder.path("explanations", meta.id, ".png")) as file:
-                    maps_figure(grey, drawn, meta, footer).savefig(file, dpi=110, format="png")
+                    maps_figure(grey, drawn, meta, footer).savefig(
+                        file, dpi=110, format="png", metadata={"Description": NOTE}
+                    )
 
     def maps(self, module: MultiTaskModule, image: Tensor) -> dict[str, Tensor]:
         """Compute the maps of a batch, float32 (B, H, W) in [0, 1], by title.

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from callbacks.prediction.dicom.objects import DicomObjects
-from callbacks.prediction.prediction_folder import PredictionFolder
+from callbacks.prediction.prediction_folder import PredictionFolder, safe_class
 from mtmedformer.batch import Meta, Task
 from mtmedformer.errors import DataError
 from mtmedformer.geometry import Bytes, Floats
@@ -31,11 +31,13 @@ class ImageSource:
         file: The image file.
         dicom: Whether it is DICOM.
         read: Function that reads the whole image as displayed.
+        state: ``file_state`` before it was predicted, if known.
     """
 
     file: Path
     dicom: bool
     read: Callable[[Path], Floats]
+    state: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,14 @@ class ImageWriter:
             result: Predictions in original pixels.
             image: float (h, w): the network input; the overlay shows it where there is no source.
             source: File of the image, where it is known.
+
+        Raises:
+            DataError: The file of the image is gone or has changed since it was predicted.
         """
         problems = []
         digest = file_digest(source.file) if source else ""
+        if source and source.state not in (None, file_state(source.file)):
+            raise DataError("the file changed while it was predicted; repeat the command")
         written = {"masks": self._masks(result)}
         files = [entry["file"] for by_class in written["masks"].values() for entry in by_class.values()]
         if self.dicom and source and source.dicom:
@@ -94,7 +101,7 @@ class ImageWriter:
         entries: dict[str, dict[str, Json]] = {}
         for task, masks in result.masks.items():
             for c, mask in masks.items():
-                file = self.folder.path(f"masks/{task}", result.meta.id, f"_{c}.png")
+                file = self.folder.path(f"masks/{safe_class(task)}", result.meta.id, f"_{safe_class(c)}.png")
                 with atomic_write(file) as part:
                     Image.fromarray(mask * np.uint8(255)).save(part, format="PNG", pnginfo=description)
                 entries.setdefault(task, {})[c] = {"file": self._relative(file), **_area(mask, result.meta)}
@@ -160,6 +167,15 @@ class ImageWriter:
             for measure, value in result.uncertainty.get(task, {}).items():
                 row[f"{task}:{measure}"] = f"{value:.4f}"
         return row | {"model": self.model, "input": digest, "note": NOTE}
+
+
+def file_state(file: Path) -> tuple[int, int] | None:
+    """Return size in bytes and time of the last change in ns; ``None`` where there is no such file."""
+    try:
+        now = file.stat()
+    except OSError:
+        return None
+    return now.st_size, now.st_mtime_ns
 
 
 def _area(mask: Bytes, meta: Meta) -> Json:

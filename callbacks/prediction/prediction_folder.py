@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,11 +19,20 @@ from mtmedformer.inference.results import ABOUT, NOTE
 from mtmedformer.protocols import WritesPredictions
 from mtmedformer.storage.atomic_write import atomic_write
 from mtmedformer.storage.hashing import file_digest
+from mtmedformer.storage.safe_text import cell, printable
 
 Json = dict[str, Any]
 
 IMAGES = "images"
 """Folder of the JSON files, one per image."""
+
+_FINISHED = ("files", "row", "boxes", "size", "input")
+"""Keys of the JSON of a predicted image, besides its id."""
+
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
+
+PART, PATH = 100, 500
+"""Longest part of a path, and longest path below the folder, in bytes."""
 
 
 def predictions_root(trainer: Any, given: str | None = None) -> Path:
@@ -38,9 +48,25 @@ def predictions_root(trainer: Any, given: str | None = None) -> Path:
 
 def safe_name(name: str) -> str:
     """Return the id of an image as a relative path that is valid on any file system, unique per id."""
-    parts = [re.sub(r"[^\w.-]+", "_", part).lstrip(".")[:100] for part in name.split("/")]
+    parts = [_shortened(re.sub(r"[^\w.-]+", "_", part).lstrip("."), PART) for part in name.split("/")]
     safe = "/".join(part or "_" for part in parts)
-    return safe if safe == name else f"{safe}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
+    if len(safe.encode()) > PATH:  # deep folders, whose path below the output folder might be too long
+        safe = _shortened(safe.replace("/", "_"), PART)
+    return safe if safe == name else f"{safe}-{_digest(name)}"
+
+
+def safe_class(name: str) -> str:
+    """Return the name of a class as a part of a file name; names without separators or control characters stay."""
+    safe = _shortened(re.sub(r"[/\\\x00-\x1f\x7f]", "_", printable(name)), PART)
+    return safe if safe == name else f"{safe}-{_digest(name)}"
+
+
+def _shortened(text: str, limit: int) -> str:
+    return text.encode()[:limit].decode(errors="ignore")
+
+
+def _digest(name: str) -> str:
+    return hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=4).hexdigest()
 
 
 class PredictionFolder:
@@ -70,13 +96,13 @@ class PredictionFolder:
         file = self.root / ABOUT
         if file.is_file():
             if resume:
-                _refuse_to_mix(self.root, json.loads(file.read_text(encoding="utf-8")), about)
+                _refuse_to_mix(self.root, _about(file), about)
             for part in self.root.rglob(".*.part"):
                 part.unlink(missing_ok=True)
             for marker in self._markers():
                 entry = _read(marker)
-                if not resume or entry is None or "failed" in entry:
-                    self._remove(marker, entry or {})
+                if entry is not None and (not resume or "failed" in entry):
+                    self._remove(marker, entry)
         with atomic_write(file) as part:
             part.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
@@ -99,6 +125,8 @@ class PredictionFolder:
     def write_tables(self, tasks: Json) -> int:
         """Write ``predictions.csv``, ``boxes.json`` and ``failed.csv`` from the JSON files.
 
+        No cell of text is a formula to a spreadsheet (see ``mtmedformer.storage.safe_text.cell``).
+
         Args:
             tasks: Kind and classes of each task, in the order of the columns.
 
@@ -109,16 +137,16 @@ class PredictionFolder:
         for entry in self.entries():
             columns |= dict.fromkeys(entry.get("row", {}))
         with atomic_write(self.root / "predictions.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(columns))
-            writer.writeheader()
-            writer.writerows(entry["row"] for entry in self.entries() if "row" in entry)
+            writer = csv.writer(file)
+            writer.writerow([cell(column) for column in columns])
+            writer.writerows([_cell(e["row"].get(c, "")) for c in columns] for e in self.entries() if "row" in e)
         with atomic_write(self.root / "boxes.json") as part:
             self._write_coco(part, tasks)
         failed = [entry for entry in self.entries() if "failed" in entry]
         with atomic_write(self.root / "failed.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
             rows.writerow(["image", "reason", "detail", "note"])
-            rows.writerows([e["image"], e["failed"], e.get("detail", ""), NOTE] for e in failed)
+            rows.writerows([cell(e["image"]), e["failed"], cell(e.get("detail", "")), NOTE] for e in failed)
         return len(failed)
 
     def _write_coco(self, part: Path, tasks: Json) -> None:
@@ -154,18 +182,39 @@ class PredictionFolder:
             return False
         if not all((self.root / name).is_file() for name in entry["files"]):
             return False
-        known, now = entry["input"], file.stat()
+        known = entry["input"]
+        try:
+            now = file.stat()
+        except OSError:  # it is gone, or not readable any more: predicting it again gives the reason
+            return False
+        if known is None:
+            return False
         if (known["bytes"], known["modified"]) == (now.st_size, now.st_mtime_ns):
             return True
-        return bool(known["bytes"] == now.st_size and known["sha256"] == file_digest(file))
+        return bool(known["bytes"] == now.st_size and known["sha256"] == _readable_digest(file))
 
     def _markers(self) -> list[Path]:
         return sorted((self.root / IMAGES).rglob("*.json"))
 
     def _remove(self, marker: Path, entry: Json) -> None:
+        root = os.path.realpath(self.root)
         for name in entry.get("files", []):
-            (self.root / name).unlink(missing_ok=True)
+            file = Path(os.path.realpath(self.root / name))
+            if file.is_relative_to(root) and file.is_file():  # the JSON may come from elsewhere
+                file.unlink()
         marker.unlink(missing_ok=True)
+
+
+def _cell(value: Any) -> Any:
+    """Return a value of a row; probabilities and areas are numbers as text and stay as they are."""
+    return value if not isinstance(value, str) or _NUMBER.fullmatch(value) else cell(value)
+
+
+def _readable_digest(file: Path) -> str:
+    try:
+        return file_digest(file)
+    except OSError:
+        return ""
 
 
 def _coco(box: Json) -> Json:
@@ -184,9 +233,18 @@ def _read(marker: Path) -> Json | None:
     """Return the JSON of an image; ``None`` where it is missing or damaged, so that the image is predicted again."""
     try:
         entry = json.loads(marker.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return entry if isinstance(entry, dict) and "image" in entry else None
+    needed = {"image", "files"} if isinstance(entry, dict) and "failed" in entry else {"image", *_FINISHED}
+    return entry if isinstance(entry, dict) and needed <= entry.keys() else None
+
+
+def _about(file: Path) -> Json:
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: cannot be read ({type(error).__name__}); choose another --output") from error
+    return about if isinstance(about, dict) else {}
 
 
 def _refuse_to_mix(root: Path, there: Json, about: Json) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -14,14 +15,17 @@ from rich.console import Console
 import mtmedformer
 from callbacks.prediction.dicom.model_identity import ModelIdentity
 from callbacks.prediction.dicom.objects import DicomObjects
-from callbacks.prediction.image_writer import ImageSource, ImageWriter
+from callbacks.prediction.image_writer import ImageSource, ImageWriter, file_state
 from callbacks.prediction.prediction_folder import PredictionFolder, predictions_root
 from mtmedformer.batch import Batch, Task
 from mtmedformer.calibration import plain
+from mtmedformer.errors import ConfigError, DataError
 from mtmedformer.inference.results import NOTE, image_result
 from mtmedformer.module import MultiTaskModule
 from mtmedformer.protocols import CalibratedModel, OriginalImages, ResumablePrediction
 from mtmedformer.storage.hashing import weights_digest
+from mtmedformer.storage.safe_text import printable
+from mtmedformer.storage.write_errors import ends_every_write
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +77,20 @@ class PredictionWriter(Callback):
         self.exit_code = 0
         self._tasks: dict[str, Task] = {}
         self._files: dict[str, Path] = {}
+        self._states: dict[str, tuple[int, int] | None] = {}
         self._listed_failures = 0
         self._writer: ImageWriter | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let the data module skip finished images; it calls back later, when the weights are loaded."""
+        """Let the data module skip finished images; it calls back later, when the weights are loaded.
+
+        Raises:
+            ConfigError: Images to predict lie in the output folder.
+        """
         self._writer = None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "predict" and isinstance(data, OriginalImages):
+            _refuse_among_images(predictions_root(trainer, self.predictions_root), data.files.values())
         if stage == "predict" and isinstance(data, ResumablePrediction):
             data.skip_finished(lambda files: self._finished(trainer, pl_module, files))
 
@@ -94,9 +105,14 @@ class PredictionWriter(Callback):
         """Write the predictions of a batch, and list the images that could not be read so far."""
         assert self._writer is not None
         for i, meta in enumerate(batch.meta):
-            result = image_result(outputs, i, meta, self._tasks, self.score)
-            image = batch.image[i].float().mean(dim=0).cpu().numpy()
-            self._writer.write(result, image, self._source(trainer, meta.id))
+            try:
+                result = image_result(outputs, i, meta, self._tasks, self.score)
+                image = batch.image[i].float().mean(dim=0).cpu().numpy()
+                self._writer.write(result, image, self._source(trainer, meta.id))
+            except (DataError, OSError) as error:
+                if ends_every_write(error):
+                    raise
+                self._list_failure(meta.id, "not predicted", _reason(error))
         self._list_failures(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -107,8 +123,8 @@ class PredictionWriter(Callback):
             self._write_tables(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write the tables of the images predicted so far."""
-        if self._writer is not None:
+        """Write the tables of the images predicted so far, unless nothing can be written."""
+        if self._writer is not None and not ends_every_write(exception):
             self._write_tables(trainer)
 
     def _finished(self, trainer: Trainer, pl_module: LightningModule, files: Mapping[str, Path]) -> set[str]:
@@ -130,6 +146,7 @@ class PredictionWriter(Callback):
         self._tasks = dict(cast("Mapping[str, Task]", pl_module.tasks))
         self._writer = self._image_writer(trainer, weights_digest(pl_module.state_dict()), calibration)
         self._files = dict(data.files) if isinstance(data, OriginalImages) else {}
+        self._states = {image: file_state(file) for image, file in self._files.items()}
         self.exit_code = self._listed_failures = 0
         if trainer.is_global_zero:
             self._writer.folder.prepare(self._about(self._writer, pl_module, data, calibration), resume)
@@ -178,9 +195,7 @@ class PredictionWriter(Callback):
     def _source(self, trainer: Trainer, image: str) -> ImageSource | None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         file = self._files.get(image)
-        if file is None or not file.is_file():
-            return None
-        return ImageSource(file, data.is_dicom(file), data.original)
+        return ImageSource(file, data.is_dicom(file), data.original, self._states[image]) if file else None
 
     def _list_failures(self, trainer: Trainer) -> None:
         """Write an entry for every image that could not be read since the last call, for ``failed.csv``."""
@@ -190,9 +205,13 @@ class PredictionWriter(Callback):
         for issue in failures[self._listed_failures :]:
             file = self._files.get(issue.id)  # messages contain whole paths, and folders may be named after patients
             detail = issue.detail.replace(f"{file.parent}/", "") if file else issue.detail
-            entry = {"image": issue.id, "files": [], "failed": issue.reason, "detail": detail, "note": NOTE}
-            self._writer.folder.finish(issue.id, entry)
+            self._list_failure(issue.id, issue.reason, detail)
         self._listed_failures = len(failures)
+
+    def _list_failure(self, image: str, reason: str, detail: str) -> None:
+        assert self._writer is not None
+        entry = {"image": image, "files": [], "failed": reason, "detail": detail, "note": NOTE}
+        self._writer.folder.finish(image, entry)
 
     def _write_tables(self, trainer: Trainer) -> None:
         assert self._writer is not None
@@ -204,6 +223,25 @@ class PredictionWriter(Callback):
         if failed:
             self.exit_code = 3
             log.warning("%d images failed; the reasons are in %s", failed, folder.root / "failed.csv")
+
+
+def _refuse_among_images(root: Path, files: Iterable[Path]) -> None:
+    """Refuse an output folder in which images to predict lie; results between films are taken for films.
+
+    Raises:
+        ConfigError: There is such an image.
+    """
+    output = Path(os.path.realpath(root))
+    if any(Path(os.path.realpath(folder)).is_relative_to(output) for folder in {file.parent for file in files}):
+        raise ConfigError(
+            f"--output={printable(str(root))}: images to predict lie in this folder; choose another one, for example "
+            f"{printable(str(root / 'predictions'))}"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """Return an error without the path of a file, since folders may be named after patients."""
+    return error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)
 
 
 def _classes(tasks: Mapping[str, Task], kind: str) -> list[tuple[str, str]]:

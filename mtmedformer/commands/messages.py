@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import sys
 import textwrap
@@ -10,11 +9,13 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 from mtmedformer.errors import ConfigError, UserError
+from mtmedformer.storage.safe_text import printable
+from mtmedformer.storage.write_errors import system_error
 
 
 def print_error(message: str) -> None:
     """Print an error as one paragraph on standard error."""
-    text = " ".join(message.split())
+    text = printable(" ".join(message.split()))
     print(textwrap.fill(f"mtmedformer: {text}", width=100, break_long_words=False), file=sys.stderr)
 
 
@@ -27,12 +28,14 @@ def explain(error: BaseException) -> tuple[str, int | None]:
 
     if isinstance(error, MisconfigurationException):
         return str(error), 2
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"no space left to write ({error}); free some and continue with --ckpt_path=last", 1
     if isinstance(error, ValueError) and (cause := user_error(error)):  # jsonargparse wraps what a constructor raises
         return str(cause), cause.exit_code
     if isinstance(error, SIGTERMException):  # a SystemExit without a code, which would mean success
         return "stopped by SIGTERM; continue with --ckpt_path=last", 1
+    if found := system_error(error):  # last, because a UserError may have such a cause
+        words, code = found
+        again = "mend it and continue, fit with --ckpt_path=last, predict with the same command"
+        return f"{words}; {'choose another path or change its permissions' if code == 2 else again}", code
     return "", None
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mtmedformer.batch import Meta, Task
+from mtmedformer.errors import DataError
 from mtmedformer.geometry import Bytes, boxes_in_original, mask_in_original
 from mtmedformer.metrics.base import entropy
 
@@ -70,7 +71,11 @@ def image_result(
         meta: What is known of it.
         tasks: The tasks to take.
         score: Boxes below this score are left out.
+
+    Raises:
+        DataError: An output is NaN or infinite.
     """
+    check_finite(predictions, i, tasks)
     result = ImageResult(meta, uncertainty=entropies(predictions, i, meta, tasks))
     for name, task in tasks.items():
         if task.kind == "classification":
@@ -85,6 +90,22 @@ def image_result(
     for name, measures in predictions.get(UNCERTAINTY, {}).items():
         result.uncertainty.setdefault(name, {}).update({key: float(values[i]) for key, values in measures.items()})
     return result
+
+
+def check_finite(predictions: Mapping[str, Any], i: int, tasks: Mapping[str, Task]) -> None:
+    """Check that all predictions of image ``i`` are finite numbers.
+
+    Raises:
+        DataError: One is NaN or infinite.
+    """
+    for name, task in tasks.items():
+        one = predictions[name][i]
+        values = (one["boxes"], one["scores"]) if task.kind == "detection" else (one,)
+        if not all(bool(value.isfinite().all()) for value in values):
+            raise DataError(
+                f"the model's output for {name} is NaN or infinite in an image; check its weights, or predict with "
+                "--trainer.precision=32-true"
+            )
 
 
 def entropies(

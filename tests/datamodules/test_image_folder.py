@@ -1,13 +1,16 @@
 """Finding images by what is in them, and serving them without labels."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from pydicom.uid import BasicTextSRStorage, GrayscaleSoftcopyPresentationStateStorage, MediaStorageDirectoryStorage
 
 from datamodules.image_folder import ImageFolderDataModule, find_images
 from mtmedformer.errors import ConfigError, DataError
-from mtmedformer.inference.results import ABOUT
+from mtmedformer.inference.results import ABOUT, NOTE
 from tests.fixtures.dicom_files import film, write_dicom
 
 
@@ -24,7 +27,8 @@ def tree(tmp_path):
 def test_images_are_recognised_by_content_and_by_suffix(tree):
     (tree / "notes.txt").write_text("no image")
     (tree / "broken.jpg").write_bytes(b"meant to be one")
-    found, notes = find_images([tree])
+    found, notes, failures = find_images([tree])
+    assert failures == []
     assert list(found) == ["broken.jpg", "one.PNG", "study/series/0001", "study/series/0002"]
     assert notes == ["Skipped files that are no images: 1 × .txt file"]
 
@@ -34,25 +38,79 @@ def test_images_are_recognised_by_content_and_by_suffix(tree):
 )
 def test_other_dicom_objects_are_skipped(tree, kind):
     write_dicom(tree / "other", film(), SOPClassUID=kind, PixelData=None)
-    found, notes = find_images([tree])
+    found, notes, _ = find_images([tree])
     assert "other" not in found
     assert "1 × DICOM" in notes[0]
 
 
-def test_system_files_and_predictions_are_skipped(tree):
+def test_system_files_are_skipped(tree):
     (tree / "__MACOSX").mkdir()
-    (tree / "out/overlays").mkdir(parents=True)
-    for name in ("._one.PNG", "__MACOSX/one.png", "out/overlays/one.png"):
+    for name in ("._one.PNG", "__MACOSX/one.png"):
         (tree / name).write_bytes((tree / "one.PNG").read_bytes())
-    (tree / "out" / ABOUT).write_text("{}")
-    assert list(find_images([tree])[0]) == ["one.PNG", "study/series/0001", "study/series/0002"]
+    assert find_images([tree]).notes == []
+    assert list(find_images([tree]).images) == ["one.PNG", "study/series/0001", "study/series/0002"]
+
+
+def test_of_a_folder_of_predictions_only_what_predict_wrote_is_passed_over_and_counted(tree):
+    described = PngImagePlugin.PngInfo()
+    described.add_text("Description", f"MTMedFormer 1234, {NOTE}")
+    for name in ("masks/organ/film.png_organ.png", "overlays/half.png.png"):
+        (tree / "out" / name).parent.mkdir(parents=True)
+        Image.fromarray(film(bits=8)).save(tree / "out" / name, pnginfo=described)
+    for name in ("explanations/old.png", "film.png", "images/film.png", "dicom/film.png", "masks/own.png"):
+        (tree / "out" / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(film(bits=8)).save(tree / "out" / name)
+    for name in ("images/old.json", "predictions.csv", ABOUT):
+        (tree / "out" / name).write_text("{}")
+    found, notes, _ = find_images([tree / "out"])
+    assert list(found) == ["film.png", "dicom/film.png", "images/film.png", "masks/own.png"], "films, wherever they lie"
+    assert notes == ["Skipped files that are no images: 6 × file of earlier predictions"]
+
+
+@pytest.mark.timeout(60)
+def test_a_folder_of_odd_things_is_searched_without_a_hang(tree, monkeypatch):
+    os.mkfifo(tree / "pipe.png")
+    (tree / "folder.png").mkdir()
+    Image.fromarray(film(bits=8)).save(tree / "folder.png/inner.png")
+    for name, target in (("loop.png", "loop.png"), ("gone.png", "nowhere.png"), ("itself", "."), ("up", "..")):
+        (tree / name).symlink_to(target)
+    for raw in (b"caf\xe9.png", b"red\x1b[31m.png", b"two\nlines.png", b"=1+1.png"):
+        os.rename(shutil.copy(tree / "one.PNG", tree / "copy"), os.fsencode(tree) + b"/" + raw)
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    (tree / "study/closed").mkdir()
+    monkeypatch.setattr(os, "scandir", scandir)
+    data = ImageFolderDataModule([tree, tree / "pipe.png"], image_size=32, num_workers=0)
+    data.setup("predict")
+    served = [meta.id for batch in data.predict_dataloader() for meta in batch.meta]
+    assert served == [
+        f"tree/{name}"
+        for name in (
+            *("=1+1.png", "caf\\xe9.png", "one.PNG", "red\\x1b[31m.png", "two\\x0alines.png"),
+            *("folder.png/inner.png", "study/series/0001", "study/series/0002"),
+        )
+    ]
+    assert {issue.id: issue.reason for issue in data.failures} == {
+        "pipe.png": "not a file",
+        "tree/gone.png": "image file missing",
+        "tree/loop.png": "image file missing",
+        "tree/study/closed/": "folder cannot be read",
+    }
+    assert find_images([tree]).notes == [
+        "Skipped files that are no images: 2 × link to a folder, 1 × pipe, device or socket"
+    ]
 
 
 def test_files_are_taken_as_they_are_and_each_once(tree):
     (tree / "notes.txt").write_text("no image")
-    found, _ = find_images([tree / "notes.txt", tree / "one.PNG", tree / "one.PNG"])
+    found, *_ = find_images([tree / "notes.txt", tree / "one.PNG", tree / "one.PNG"])
     assert list(found) == ["notes.txt", "one.PNG"], "a file that is named is meant"
-    found, _ = find_images([tree / "one.PNG", tree])
+    found, *_ = find_images([tree / "one.PNG", tree])
     assert list(found) == ["one.PNG", "tree/study/series/0001", "tree/study/series/0002"]
     other = tree.parent / "other/tree"
     other.mkdir(parents=True)

@@ -1,7 +1,9 @@
 """Output of predict: exact in original pixels, atomic, resumable, and without patient data."""
 
 import csv
+import errno
 import json
+import os
 from pathlib import Path
 
 import highdicom as hd
@@ -21,7 +23,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from callbacks.prediction.prediction_folder import PredictionFolder, safe_name
+from callbacks.prediction.image_writer import ImageWriter
+from callbacks.prediction.prediction_folder import PredictionFolder, safe_class, safe_name
 from callbacks.prediction.prediction_writer import PredictionWriter
 from datamodules.image_folder import ImageFolderDataModule
 from datamodules.images.presets import BreastPreset, PlainPreset
@@ -29,6 +32,7 @@ from mtmedformer.batch import Task
 from mtmedformer.calibration import TaskCalibration
 from mtmedformer.errors import ConfigError
 from mtmedformer.storage.hashing import file_digest
+from mtmedformer.storage.safe_text import from_cell
 from tests.fixtures.dicom_files import write_dicom
 
 SYNTAXES = [
@@ -345,6 +349,110 @@ def test_predictions_in_the_image_folder_are_not_taken_for_images(four):
     assert len(rows_of(four / "out/predictions.csv")) == 4
 
 
+@pytest.mark.parametrize("output", ["", "deeper", "link"])
+def test_an_output_folder_with_images_to_predict_is_refused_and_left_as_it_is(four, output, tmp_path):
+    (four / "deeper").mkdir()
+    (four / "deeper/e.png").write_bytes((four / "0.png").read_bytes())
+    (four / "link").symlink_to(four / "deeper")
+    before = sorted(four.rglob("*"))
+    with pytest.raises(ConfigError, match="images to predict lie in this folder; choose another one"):
+        predict([four], four / output)
+    assert sorted(four.rglob("*")) == before
+
+
+def test_a_file_that_changes_or_vanishes_is_listed_and_the_others_are_predicted(four, tmp_path, monkeypatch):
+    changes = {"0.png": lambda file: Image.fromarray(planted(dark=90)).save(file), "1.png": Path.unlink}
+
+    class Meanwhile(Echo):
+        def predict_step(self, batch, batch_idx):
+            change = changes.get(batch.meta[0].id)
+            if change:
+                change(four / batch.meta[0].id)
+            return super().predict_step(batch, batch_idx)
+
+    predict([four], tmp_path / "out", model=Meanwhile(), batch_size=1)
+    failed = {row["image"]: row["detail"] for row in rows_of(tmp_path / "out/failed.csv")}
+    assert failed.keys() == {"0.png", "1.png"}
+    assert "changed while it was predicted" in failed["0.png"]
+    assert failed["1.png"] == "No such file or directory"
+    assert [row["image"] for row in rows_of(tmp_path / "out/predictions.csv")] == ["2.png", "3.png"]
+
+
+@pytest.mark.parametrize("task", ["health", "lesions", "organ"])
+def test_an_output_of_nan_is_a_failure_and_never_a_result(four, task, tmp_path):
+    class Broken(Echo):
+        def predict_step(self, batch, batch_idx):
+            outputs = super().predict_step(batch, batch_idx)
+            if batch.meta[0].id == "1.png":
+                if task == "lesions":
+                    outputs[task][0]["scores"][0] = torch.nan
+                else:
+                    outputs[task][0].view(-1)[0] = torch.inf
+            return outputs
+
+    writer = predict([four], tmp_path / "out", model=Broken(), batch_size=1)
+    assert writer.exit_code == 3
+    assert [row["image"] for row in rows_of(tmp_path / "out/predictions.csv")] == ["0.png", "2.png", "3.png"]
+    failed = rows_of(tmp_path / "out/failed.csv")
+    assert [row["image"] for row in failed] == ["1.png"]
+    assert f"output for {task} is NaN or infinite" in failed[0]["detail"]
+    assert not list((tmp_path / "out").rglob("*1.png_organ.png"))
+
+
+def test_an_image_whose_files_cannot_be_written_is_listed_but_a_full_disk_ends_the_run(four, tmp_path, monkeypatch):
+    write = ImageWriter._masks
+
+    def failing(number):
+        def masks(self, result):
+            if result.meta.id == "1.png":
+                raise OSError(number, os.strerror(number), "secret/1.png")
+            return write(self, result)
+
+        return masks
+
+    monkeypatch.setattr(ImageWriter, "_masks", failing(errno.ENAMETOOLONG))
+    assert predict([four], tmp_path / "out").exit_code == 3
+    assert [row["detail"] for row in rows_of(tmp_path / "out/failed.csv")] == ["File name too long"]
+    assert len(rows_of(tmp_path / "out/predictions.csv")) == 3
+    monkeypatch.setattr(ImageWriter, "_masks", failing(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left"):
+        predict([four], tmp_path / "full")
+    monkeypatch.undo()
+    assert predict([four], tmp_path / "full").exit_code == 0
+    assert len(rows_of(tmp_path / "full/predictions.csv")) == 4
+
+
+def test_cells_are_no_formulas_and_can_be_read_back(four, tmp_path):
+    names = ["=HYPERLINK(1).png", "+1.png", "-1.png", "@sum.png", "'=1.png", "plain.png"]
+    for name in names:
+        (four / name).write_bytes((four / "0.png").read_bytes())
+    (four / "-broken.png").write_bytes(b"")
+    predict([four], tmp_path / "out")
+    cells = [row["image"] for row in rows_of(tmp_path / "out/predictions.csv")]
+    assert all(one[0] not in "=+-@" for one in cells)
+    assert {from_cell(one) for one in cells} == {*names, *(f"{one}.png" for one in range(4))}
+    assert rows_of(tmp_path / "out/failed.csv")[0]["image"] == "'-broken.png"
+
+
+def test_the_json_of_an_earlier_run_deletes_nothing_outside_and_no_foreign_file(four, tmp_path):
+    out, outside = tmp_path / "out", tmp_path / "outside.png"
+    predict([four], out)
+    outside.write_bytes(b"kept")
+    entry = json.loads((out / "images/0.png.json").read_text())
+    hostile = {"image": "0.png", "failed": "x", "files": ["../outside.png", str(outside)]}
+    (out / "images/0.png.json").write_text(json.dumps(hostile))
+    (out / "images/annotations.json").write_text('{"categories": []}')
+    (out / "images/1.png.json").write_text("[" * 100_000)
+    (out / "images/2.png.json").write_text(json.dumps({key: entry[key] for key in ("image", "row")}))
+    predict([four], out)
+    assert outside.read_bytes() == b"kept"
+    assert (out / "images/annotations.json").exists()
+    assert len(rows_of(out / "predictions.csv")) == 4
+    (out / "about_predictions.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        predict([four], out)
+
+
 def test_safe_names_are_valid_paths_and_unique():
     ids = [
         "a/b.png",
@@ -353,6 +461,9 @@ def test_safe_names_are_valid_paths_and_unique():
         "../../etc/passwd",
         "ä/ö.png",
         "x" * 300,
+        "影" * 300,
+        "caf\udce9",
+        "/".join(["deep"] * 400),
         ".hidden",
         "a//b.png",
         "a/./b.png",
@@ -363,4 +474,12 @@ def test_safe_names_are_valid_paths_and_unique():
     for name in names:
         assert ".." not in name.split("/")
         assert not name.startswith("/")
-        assert max(map(len, name.split("/"))) < 120
+        assert len(name.encode()) < 600
+        assert all(len(part.encode()) <= 120 for part in name.split("/"))
+
+
+def test_the_name_of_a_class_stays_within_the_folder():
+    assert safe_class("ground glass") == "ground glass"
+    hostile = ["/../../x", "..\\x", "a/b", "a_b", "x\x1b[1m", "x" * 300]
+    assert not any(set("/\\\x1b") & set(safe_class(one)) for one in hostile)
+    assert len({safe_class(one) for one in hostile}) == len(hostile)
