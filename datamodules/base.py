@@ -120,6 +120,7 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         self.only_tasks = tasks
         self.where = where or {}
         self.only_patients: frozenset[str] | None = None
+        self.may_lack_labels = False
         self.cache_dir = cache_dir
         self.cache_max_gb = cache_max_gb
         self.max_quarantine_share = max_quarantine_share
@@ -267,10 +268,10 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         for name, split in wanted.items():
             kept = [usable[r.id] for r in split if r.id in usable]
             kept = [r for r in kept if name == "predict" or self.tasks.keys() & r.truth.keys()]
-            if split and not kept:
+            if split and not kept and not self.may_lack_labels:
                 names = ", ".join(self.tasks)
                 raise DataError(f"{self.salt}: none of the {len(split)} images of split {name} can be used for {names}")
-            if name == "train" and (sentence := advice(kept, self.tasks)):
+            if name == "train" and kept and (sentence := advice(kept, self.tasks)):
                 log_warning(sentence)
             if kept:
                 self.datasets[name] = CachedDataset(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Collection
@@ -13,10 +14,12 @@ import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler
 
 from federation.partition import Holding, Partition
-from federation.site_loaders import LoaderName, NamedDataset, PooledSite, RoundDataset, Site, collate_for
+from federation.site_loaders import LoaderName, NamedDataset, PooledSite, RoundDataset, Site, collate_for, size_message
 from mtmedformer.batch import Task
-from mtmedformer.errors import ConfigError
-from mtmedformer.protocols import DescribedData, LimitedData, NamedSites, RecordData, RunsRounds, TaskedData
+from mtmedformer.errors import ConfigError, DataError, NoImagesError
+from mtmedformer.protocols import DescribedData, LimitedData, NamedSites, RecordData, RunsRounds, SizedData, TaskedData
+
+log = logging.getLogger(__name__)
 
 
 class FederatedDataModule(L.LightningDataModule):
@@ -24,9 +27,10 @@ class FederatedDataModule(L.LightningDataModule):
 
     Either ``sites`` names one data set per site, or ``data`` is one data set that is cut into sites: ``by`` a
     column of its records (``site``, ``client`` …), or at random by a ``partition``. Tasks are those of all sites; a
-    task that a site has no labels for is unknown in its batches. Under a federation (the ``federation`` key) an epoch
-    is a round; without one, ``fit`` trains on the union of all sites. Validation, test and prediction run on the union;
-    each image carries the name of its site.
+    task that a site has no labels for is unknown in its batches. A site without a labelled training image does not
+    train; a site without any label or image is left out; ``notes`` names both. Under a federation (the ``federation``
+    key) an epoch is a round; without one, ``fit`` trains on the union of all sites. Validation, test and prediction run
+    on the union; each image carries the name of its site.
 
     Args:
         sites: Data sets by site name.
@@ -69,6 +73,7 @@ class FederatedDataModule(L.LightningDataModule):
         self.limit, self.num_workers = limit, num_workers
         self.tasks: dict[str, Task] = {}
         self._sites: dict[str, Site] = {}
+        self._notes: list[str] = []
         kept = {name: site for name, site in (sites or {}).items() if only is None or name in only}
         sources = {"data": data} if data is not None else kept
         if all(isinstance(source, TaskedData) and source.tasks for source in sources.values()):
@@ -106,20 +111,28 @@ class FederatedDataModule(L.LightningDataModule):
         """Cut the data into sites, and set each of them up.
 
         Raises:
-            ConfigError: When a task has different classes at two sites, or a site name cannot be a folder name.
-            DataError: When a site has no training image.
+            ConfigError: When a task has different classes at two sites, a site name cannot be a folder name, or sites
+                that are evaluated together have images of different sizes.
+            DataError: When the data of a site cannot be read.
         """
-        self.plan()
+        self.plan(joint=stage is not None)
         for site in self._sites.values():
-            with site.logs_named():
-                site.source.setup(stage)  # type: ignore[arg-type]
+            labels_needed = stage in ("fit", "validate", "test") and isinstance(site.source, RecordData)
+            if not labels_needed or site.labelled():
+                reads = "validate" if stage == "fit" and not site.trains() else stage
+                with site.errors_named():
+                    site.source.setup(reads)  # type: ignore[arg-type]
         self._declare({name: site.source for name, site in self._sites.items()})
 
-    def plan(self) -> None:
+    def plan(self, joint: bool = True) -> None:
         """Cut the data into sites and read their records; decode no pixel. Does nothing the second time.
+
+        Args:
+            joint: Whether images of all sites are to be evaluated together.
 
         Raises:
             ConfigError: As in ``setup``.
+            DataError: As in ``setup``.
         """
         if not self._sites:
             sources = self._named_sources() if self.named is not None else self._cut()
@@ -131,11 +144,51 @@ class FederatedDataModule(L.LightningDataModule):
                 if not re.fullmatch(r"\w[\w.-]*", name):
                     raise ConfigError(f"site {name!r}: use letters, digits, '_', '-' and '.' for the name of a site")
             self._sites = {name: Site(name, sources[name], self.tasks) for name in chosen}
-        for site in self._sites.values():
+        for name, site in list(self._sites.items()):
             if isinstance(site.source, RecordData):
-                with site.logs_named():
-                    site.source.plan()
+                site.source.may_lack_labels = True
+                try:
+                    with site.errors_named():
+                        site.source.plan()
+                except NoImagesError as error:
+                    self._notes.append(f"{error}; the site is left out")
+                    del self._sites[name]
+        if not self._sites:
+            raise DataError(f"data: no site has an image ({'; '.join(self._notes)})")
         self._declare({name: site.source for name, site in self._sites.items()})
+        if joint:
+            sizes: dict[tuple[int, ...], str] = {}
+            for name, site in self._sites.items():
+                if isinstance(site.source, SizedData):
+                    sizes.setdefault(tuple(site.source.image_size), name)
+            if len(sizes) > 1:
+                raise ConfigError(size_message({name: size for size, name in sizes.items()}))
+
+    def training_sites(self, tasks: Collection[str] | None = None) -> dict[str, Site]:
+        """Return the sites that have a training image with a label.
+
+        Args:
+            tasks: Tasks of the model; ``None`` counts labels for any task.
+
+        Raises:
+            DataError: There is none.
+        """
+        found = {name: site for name, site in self._sites.items() if site.trains(tasks)}
+        if not found:
+            wanted = ", ".join(self.tasks if tasks is None else tasks)
+            raise DataError(
+                f"none of the sites {', '.join(self._sites)} has a training image with a label for {wanted}"
+            )
+        return found
+
+    def notes(self, tasks: Collection[str] | None = None) -> list[str]:
+        """Return a sentence about every site that does not train or is left out.
+
+        Args:
+            tasks: Tasks of the model; ``None`` counts labels for any task.
+        """
+        wanted = self.tasks if tasks is None else tasks
+        return [*self._notes, *(site.note(wanted) for site in self._sites.values() if not site.trains(tasks))]
 
     def _declare(self, sources: dict[str, L.LightningDataModule]) -> None:
         """Add the tasks that the data sets of the sites have so far."""
@@ -146,6 +199,8 @@ class FederatedDataModule(L.LightningDataModule):
         """Return one batch per round of a federation; without one, the union of all sites' training batches."""
         callbacks = self.trainer.callbacks if self.trainer else []  # type: ignore[attr-defined]
         if not any(callback.runs_rounds for callback in callbacks if isinstance(callback, RunsRounds)):
+            for note in self.notes():
+                log.warning(note)
             return self.pooled().train_dataloader()
         rounds: Dataset[int] = RoundDataset()
         return DataLoader(
@@ -232,6 +287,9 @@ class FederatedDataModule(L.LightningDataModule):
         by = str(self.by)
         value_of = {r.id: r.site if by == "site" else r.groups.get(by) for r in data.records}
         names = sorted({value for value in value_of.values() if value})
+        nameless = sum(not value for value in value_of.values())
+        if names and nameless:
+            self._notes.append(f"{nameless} of {len(value_of)} images have no {by}; they belong to no site")
         if not names:
             known = sorted({key for record in data.records for key in record.groups})
             raise ConfigError(f"data.by: records have no column {by!r}; choose from {', '.join(['site', *known])}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
 from federation.partition import Holding
-from mtmedformer.batch import Sample, Task, collate
-from mtmedformer.errors import DataError
+from mtmedformer.batch import Batch, Sample, Task, collate
+from mtmedformer.errors import ConfigError, DataError, UserError
 from mtmedformer.protocols import RecordData, SplitData
 
 LoaderName = Literal["train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader"]
@@ -81,17 +81,48 @@ class Site(L.LightningDataModule):
         """Return whether the data set has images for a loader, as far as it lists its splits."""
         if isinstance(self.source, SplitData):
             return bool(SPLITS[name] & set(self.source.datasets))
-        return name == "train_dataloader" or is_overridden(name, self.source)
+        return is_overridden(name, self.source)
+
+    def trains(self, tasks: Collection[str] | None = None) -> bool:
+        """Return whether the site has training images with a label, as far as is known: by its records, if it has any.
+
+        Args:
+            tasks: Tasks of the model; ``None`` counts labels for any task of the site.
+        """
+        if isinstance(self.source, RecordData):
+            return bool(self.labelled("train", tasks))
+        return self.has_images("train_dataloader")
+
+    def labelled(self, split: str | None = None, tasks: Collection[str] | None = None) -> list[Any]:
+        """Return the records of a split with a label for one of some tasks; all splits, all tasks with ``None``."""
+        source = self.source
+        if not isinstance(source, RecordData):
+            return []
+        wanted = source.tasks.keys() if tasks is None else source.tasks.keys() & set(tasks)
+        return [r for r in source.records if split in (None, source.splits.get(r.id)) and wanted & r.truth.keys()]
+
+    def note(self, tasks: Collection[str]) -> str:
+        """Return a sentence about a site that has no training image with a label for one of some tasks."""
+        held = [
+            f"{len(self.labelled(split, tasks))} for {use}"
+            for split, use in (("val", "validation"), ("test", "testing"))
+        ]
+        if not isinstance(self.source, RecordData):
+            return f"site {self.site}: it has no training images and takes no part in the training"
+        if self.labelled(None, tasks):
+            return f"site {self.site}: no labelled training image ({', '.join(held)}); it takes no part in the training"
+        count = len(self.source.records)
+        images = f"none of its {count} images has a label for {', '.join(tasks)}" if count else "no image can be used"
+        return f"site {self.site}: {images}; the site is left out"
 
     def holding(self) -> Holding:
         """Return the number of patients, images and labels at the site."""
         source = self.source
         if not isinstance(source, RecordData):
-            size = len(self.train_dataloader().dataset)  # type: ignore[arg-type]
+            loader = self.loader("train_dataloader")
+            size = len(loader.dataset) if isinstance(loader, DataLoader) else 0  # type: ignore[arg-type]
             return Holding(self.site, size, size, 0, {})
-        train = [
-            r for r in source.records if source.splits.get(r.id) == "train" and source.tasks.keys() & r.truth.keys()
-        ]
+        train = self.labelled("train")
         return Holding(
             site=self.site,
             patients=len({r.patient for r in train}),
@@ -99,6 +130,15 @@ class Site(L.LightningDataModule):
             validation=sum(source.splits.get(r.id) == "val" for r in source.records),
             labels={task: sum(task in r.truth for r in train) for task in self.tasks},
         )
+
+    @contextmanager
+    def errors_named(self) -> Iterator[None]:
+        """Put the site's name before the message of an error that the user can fix."""
+        try:
+            with self.logs_named():
+                yield
+        except UserError as error:
+            raise type(error)(f"site {self.site}: {error}") from error
 
     @contextmanager
     def logs_named(self) -> Iterator[None]:
@@ -158,7 +198,9 @@ class PooledSite(Site):
         """Return the union of the sites' training batches, in the order of each site's own sampler, interleaved."""
         for part in self.parts.values():
             part.trainer = self.trainer
-        loaders = {name: part.train_dataloader() for name, part in self.parts.items()}
+        loaders = {name: part.train_dataloader() for name, part in self.parts.items() if part.trains()}
+        if not loaders:
+            raise DataError(f"none of the sites {', '.join(self.parts)} has a training image with a label")
         first = next(iter(loaders.values()))
         return DataLoader(
             UnionDataset({name: loader.dataset for name, loader in loaders.items()}),
@@ -238,4 +280,25 @@ class InterleavedSampler(DistributedSampler[Any]):
 
 def collate_for(tasks: dict[str, Task], loader: DataLoader[Any]) -> Callable[[list[Any]], Any]:
     """Return a collate function that adds an entry for every task; without tasks, the loader's own."""
-    return partial(collate, tasks=tasks) if tasks else loader.collate_fn
+    return partial(collate_sites, tasks=tasks) if tasks else loader.collate_fn
+
+
+def collate_sites(samples: list[Sample], tasks: dict[str, Task]) -> Batch:
+    """Return the batch of images that may come from several sites.
+
+    Raises:
+        ConfigError: The images of two sites differ in channels or size.
+    """
+    shapes = {tuple(sample.image.shape): sample.meta.site for sample in samples}
+    if len(shapes) > 1:
+        raise ConfigError(size_message({site: shape for shape, site in shapes.items()}))
+    return collate(samples, tasks=tasks)
+
+
+def size_message(sizes: Mapping[str, Sequence[int]]) -> str:
+    """Return what to do about sites whose images differ in size, by the size of a site of each."""
+    found = ", ".join(f"{'x'.join(map(str, size))} at {site}" for site, size in sizes.items())
+    return (
+        f"data: the images of the sites differ in size ({found}), and all sites are validated and tested together; "
+        "give every site the same image_size and number of channels"
+    )

@@ -19,3 +19,7 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A data set, table or image that cannot be used; the message names the file, the field and the fix."""
+
+
+class NoImagesError(DataError):
+    """A data set that lists no image at all; a federation leaves such a site out."""

@@ -156,6 +156,7 @@ class RecordData(Protocol):
         tasks: Tasks by name.
         where: Values a record's fields must have to be used.
         only_patients: Patients to be used, set before ``plan``; ``None`` uses all. Splits count all patients.
+        may_lack_labels: Whether a split without any label is no error, as at a site of a federation.
         records: Records in use, complete after ``plan``.
         splits: ``train``, ``val`` or ``test`` by record id.
     """
@@ -163,6 +164,7 @@ class RecordData(Protocol):
     tasks: dict[str, Task]
     where: Any
     only_patients: frozenset[str] | None
+    may_lack_labels: bool
     records: Any
     splits: Any
 
@@ -197,6 +199,17 @@ class LimitedData(Protocol):
 
     limit: int | None
     num_workers: int
+
+
+@runtime_checkable
+class SizedData(Protocol):
+    """A data module whose images all have one size.
+
+    Attributes:
+        image_size: Height and width of the network's input in pixels.
+    """
+
+    image_size: tuple[int, int]
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from callbacks.federation.checks import check_data, check_server, federated_data
+from callbacks.federation.checks import check_data, check_server, federated_data, tasks_of
 from callbacks.federation.console import print_line, round_line, show_sites
 from callbacks.federation.server import Server
 from callbacks.federation.site_files import write_model, write_sites
@@ -32,6 +32,7 @@ from federation.server.admission import Policy
 from federation.server.history import RoundRecord, SiteRecord, faults_text
 from federation.server.participation import Participation, check_participation, taking_part
 from federation.server.run_state import RunState, Status, write_state
+from federation.site_loaders import Site
 from mtmedformer.errors import ConfigError, UserError
 
 
@@ -139,6 +140,8 @@ class Federation(L.Callback):
         check_server(trainer, self.placement, self.policy, self.site_trainer)
         check_participation(self.participation, data.site_names)
         if data.sites:
+            training = data.training_sites(tasks_of(pl_module))
+            check_participation(self.participation, data.site_names, training)
             schema, distributed = schema_of(pl_module), self.placement == "ddp" and trainer.world_size > 1
             for own in policies_by_site(self.privacy, list(data.sites), self.aggregator).values():
                 own.check(pl_module, schema, self.aggregator, distributed)
@@ -171,7 +174,7 @@ class Federation(L.Callback):
         )
         self.holdings = data.holdings()
         if trainer.is_global_zero:
-            show_sites(self.holdings)
+            show_sites(self.holdings, data.notes(tasks_of(pl_module)))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the server's optimizer, and open the sites' own runs in W&B, once the server's run is known."""
@@ -185,7 +188,7 @@ class Federation(L.Callback):
         sites = federated_data(trainer).sites
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_sites(self.holdings, sites, Path(trainer.default_root_dir))
-        self._write_state(trainer, f"{len(sites)} sites")
+        self._write_state(trainer, f"{len(self._training_sites(trainer))} sites")
 
     # --- a round ------------------------------------------------------------------------------------------------------
 
@@ -199,7 +202,7 @@ class Federation(L.Callback):
         """
         self._began = time.perf_counter()
         data, pooled = federated_data(trainer), self.aggregator.data == "pooled"
-        sites = {"pooled": data.pooled()} if pooled else data.sites
+        sites = {"pooled": data.pooled()} if pooled else self._training_sites(trainer)
         names = list(sites)
         if not pooled:
             names = taking_part(self.participation, trainer.current_epoch, names, self.server.seed)
@@ -221,12 +224,16 @@ class Federation(L.Callback):
 
     def _validate_own(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate each site's own model on its own data."""
-        sites, processes = federated_data(trainer).sites, processes_of(trainer)
+        sites, processes = self._training_sites(trainer), processes_of(trainer)
         metrics = validate_own(sites, self.server.template, processes, self.model_of, self._trainers.validation)
         logged = {f"site/{site}/val/{key}": v for site, values in metrics.items() for key, v in values.items()}
         self._log(pl_module, logged | (mean_and_worst(metrics) if self.server.sites_have_own_models else {}))
         for site, values in metrics.items():
             self.history[-1].sites.setdefault(site, SiteRecord()).metrics = values
+
+    @staticmethod
+    def _training_sites(trainer: L.Trainer) -> dict[str, Site]:
+        return federated_data(trainer).training_sites(tasks_of(trainer.lightning_module))
 
     @staticmethod
     def _log(module: L.LightningModule, metrics: dict[str, float]) -> None:
@@ -262,7 +269,7 @@ class Federation(L.Callback):
         if not self.server.sites_have_own_models or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._exported = state_of(pl_module)
-        for name in federated_data(trainer).sites:
+        for name in self._training_sites(trainer):
             write_model(Path(trainer.default_root_dir), name, self.model_of(name))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -12,6 +12,7 @@ from federation.client.lightning_internals import budget, build_site_trainer, pr
 from federation.datamodule import FederatedDataModule
 from federation.server.admission import Policy
 from mtmedformer.errors import ConfigError
+from mtmedformer.protocols import TaskedData
 
 
 def federated_data(trainer: L.Trainer) -> FederatedDataModule:
@@ -35,6 +36,11 @@ def check_data(data: object) -> FederatedDataModule:
             "data set of each site under data.sites, or one data set under data.data and what cuts it under data.by"
         )
     return data
+
+
+def tasks_of(module: L.LightningModule) -> list[str] | None:
+    """Return the names of a module's tasks; ``None`` where it does not declare them."""
+    return list(module.tasks) if isinstance(module, TaskedData) else None
 
 
 def check_server(trainer: L.Trainer, placement: str, policy: Policy, site_trainer: Callable[..., L.Trainer]) -> None:

@@ -14,8 +14,8 @@ from federation.server.history import RoundRecord
 from mtmedformer.metrics.base import known_mean
 
 
-def show_sites(holdings: Sequence[Holding]) -> None:
-    """Print the patients, images and labels by task, one row per site."""
+def show_sites(holdings: Sequence[Holding], notes: Sequence[str] = ()) -> None:
+    """Print the patients, images and labels by task, one row per site, and notes below."""
     table = Table("site", "patients", "images", "validation", pad_edge=False, title="Sites, and what each has labelled")
     tasks = list(holdings[0].labels) if holdings else []
     for task in tasks:
@@ -26,6 +26,8 @@ def show_sites(holdings: Sequence[Holding]) -> None:
         counts = [str(h.labels[t] or "–") for t in tasks]
         table.add_row(h.site, str(h.patients), str(h.images), str(h.validation), *counts)
     Console().print(table)
+    for note in notes:
+        print(note)
 
 
 def round_line(record: RoundRecord, rounds: int, seconds: float) -> str:
@@ -36,7 +38,7 @@ def round_line(record: RoundRecord, rounds: int, seconds: float) -> str:
         rounds: Number of rounds of the run.
         seconds: Duration of the round, validation included.
     """
-    parts = [f"round {record.round + 1}/{rounds}", f"{len(record.sites)} sites"]
+    parts = [f"round {record.round + 1}/{rounds}", f"{len(record.sites)} site{'s' * (len(record.sites) != 1)}"]
     parts += [f"without {fault.site} ({fault.fault})" for fault in record.faults]
     scores = {k.split("/")[1]: v for k, v in record.validation.items() if k.endswith("/val/score")}
     known = {site: score for site, score in scores.items() if score == score}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtmedformer.errors import DataError
+from mtmedformer.errors import DataError, NoImagesError
 
 BLANK = frozenset({"", "nan", "na", "n/a", "none", "null"})
 """Text of cells without a value, in lower case."""
@@ -190,7 +190,7 @@ def read_labels(file: Path, key: str) -> Table:
     table = Table(file, header, rows, notes)
     table.require([key], "it names the image file of each row")
     if not rows:
-        raise DataError(f"{file}: the table has a header but no row")
+        raise NoImagesError(f"{file}: the table has a header but no row")
     return table
 
 

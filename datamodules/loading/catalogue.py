@@ -10,7 +10,7 @@ import numpy as np
 from datamodules.loading.samplers import strata
 from datamodules.records import Catalogue, ClassTruth, MaskTruth, Record, Truth
 from mtmedformer.batch import Task
-from mtmedformer.errors import ConfigError, DataError
+from mtmedformer.errors import ConfigError, DataError, NoImagesError
 
 
 def check_catalogue(catalogue: Catalogue, name: str) -> None:
@@ -24,7 +24,7 @@ def check_catalogue(catalogue: Catalogue, name: str) -> None:
         DataError: There is no record, two records have one id, or a label does not fit its task.
     """
     if not catalogue.records:
-        raise DataError(f"{name} has no images")
+        raise NoImagesError(f"{name} has no images")
     twice = [i for i, count in Counter(record.id for record in catalogue.records).items() if count > 1]
     if twice:
         raise DataError(f"{name}: {len(twice)} ids belong to several images, for example {twice[0]!r}")

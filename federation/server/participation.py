@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -11,15 +11,19 @@ from mtmedformer.errors import ConfigError
 Participation = float | list[list[str]]
 
 
-def check_participation(participation: Participation, names: Sequence[str] | None = None) -> None:
+def check_participation(
+    participation: Participation, names: Sequence[str] | None = None, training: Collection[str] | None = None
+) -> None:
     """Check a share or a schedule.
 
     Args:
         participation: Share of the sites in (0, 1], or a list of rounds, each a list of site names.
         names: All sites, once they are known.
+        training: The sites that have labelled training images, once they are known.
 
     Raises:
-        ConfigError: The share is out of range, the schedule is empty, or it has an unknown site.
+        ConfigError: The share is out of range; or the schedule is empty, or has a site that is unknown, does not train
+            or comes twice in a round.
     """
     if not isinstance(participation, list):
         if not 0 < participation <= 1:
@@ -27,9 +31,16 @@ def check_participation(participation: Participation, names: Sequence[str] | Non
         return
     if not participation or not all(participation):
         raise ConfigError("federation.participation has no site for some round; give a list of names for each round")
+    for i, listed in enumerate(participation):
+        twice = sorted({name for name in listed if listed.count(name) > 1})
+        if twice:
+            raise ConfigError(f"federation.participation: {', '.join(twice)} comes twice in entry {i + 1}; remove one")
     unknown = sorted({name for listed in participation for name in listed} - set(names or ()))
     if names is not None and unknown:
         raise ConfigError(f"federation.participation: no site is called {', '.join(unknown)}")
+    idle = sorted({name for listed in participation for name in listed} - set(training or ()))
+    if training is not None and idle:
+        raise ConfigError(f"federation.participation: no labelled training image at {', '.join(idle)}; remove it there")
 
 
 def taking_part(participation: Participation, round: int, names: Sequence[str], seed: int) -> list[str]:

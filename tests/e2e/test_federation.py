@@ -18,6 +18,7 @@ import yaml
 from federation.server.run_state import read_state
 from mtmedformer.commands.main import main
 from tests.fixtures.real_data import real
+from tests.fixtures.site_tables import ALL, write_table
 from tests.fixtures.small_set import small_config, write_config
 
 
@@ -504,3 +505,35 @@ def test_the_configuration_for_several_processes_runs(tmp_path):
     done = subprocess.run([*command, *more], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "runs/federation_ddp/checkpoints/last.ckpt").is_file()
+
+
+def test_sites_that_cannot_train_are_named_and_the_run_is_finished(tmp_path, capsys):
+    rows = [("north", "train")] * 4 + [("north", "val")] * 2 + [("south", "test")] * 3
+    root = write_table(tmp_path / "set", [(*row, ALL) for row in rows] + [("blank", "", ())] * 2)
+    config = federated(root, tmp_path / "runs", rounds=1)
+    config["model"]["init_args"]["heads"] = {
+        "finding": {"class_path": "mtmedformer.ClassificationHead", "init_args": {"classes": ["sick", "well"]}}
+    }
+    data = config["data"]["init_args"]["data"]["init_args"]
+    data["classification"] = {"finding": {"column": "label", "classes": ["sick", "well"]}}
+    data["image_size"] = 32
+    del data["detection"], data["segmentation"]
+    file = write_config(config, tmp_path / "config.yaml")
+    assert main(["fit", "--config", file]) == 0
+    run = tmp_path / "runs/run"
+    assert read_state(run).state == "finished"
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "site south: no labelled training image (0 for validation, 3 for testing)" in shown
+    assert "site blank: none of its 2 images has a label for finding; the site is left out" in shown
+    assert "round 1/1 · 1 site" in shown
+    assert "without south" not in shown
+    assert main(["test", f"--ckpt_path={run / 'checkpoints/last.ckpt'}"]) == 0
+    assert "/site=south" in (run / "test_metrics.json").read_text()
+    data["image_size"] = 64
+    sites = {"a": config["data"]["init_args"]["data"], "b": json.loads(json.dumps(config["data"]["init_args"]["data"]))}
+    sites["b"]["init_args"]["image_size"] = 32
+    config["data"]["init_args"] = {"sites": sites}
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["fit", "--config", write_config(config, tmp_path / "config.yaml")]) == 2
+    assert "differ in size (64x64 at a, 32x32 at b)" in " ".join(capsys.readouterr().err.split())
+    assert sorted(tmp_path.rglob("*")) == before

@@ -78,6 +78,8 @@ def fingerprint(data: L.LightningDataModule, output: Path, console: Console | No
         ) from error
     console = console or Console()
     show(summary, console)
+    for note in data.notes() if isinstance(data, FederatedDataModule) else ():
+        console.print(f"! {note}", markup=False, soft_wrap=True)
     files = f"{output / 'fingerprint.json'} and {output / 'fingerprint.png'}"
     console.print(f"Written: {files}", markup=False, soft_wrap=True)
     return summary

@@ -72,5 +72,6 @@ def read_sites(data: FederatedDataModule) -> dict[str, ImageSet]:
             replace(f, record=replace(f.record, site=name, id=prefix + f.record.id, patient=prefix + f.record.patient))
             for f in images.facts
         ]
-        sites[name] = replace(images, facts=facts)
+        if facts:  # a site without labels is named in ``FederatedDataModule.notes``
+            sites[name] = replace(images, facts=facts)
     return sites
