@@ -15,7 +15,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 from datamodules.audit.description import describe
+from datamodules.audit.plausibility import of_images, of_records
+from datamodules.audit.spellings import unite_patients
 from datamodules.cache.cache import Cache
+from datamodules.cache.entries import Measures
 from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import IMAGE, Quarantine
 from datamodules.images.pixels import Originals
@@ -73,6 +76,8 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         records: Usable images with their usable labels, complete after ``setup``.
         splits: Split of each record by its id.
         quarantine: Images and labels that were left out so far, with reasons.
+        implausible: Sentences on labels and films that are probably wrong in the whole set, by what they are about
+            (see ``datamodules.audit.plausibility``), complete after ``setup``.
         datasets: Decoded images by split, complete after the ``setup`` of a stage that reads the split.
         preprocessing: How images are decoded and framed.
         cache: Where decoded images are kept.
@@ -131,6 +136,8 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         self.records: list[Record] = []
         self.splits: dict[str, Split] = {}
         self.quarantine = Quarantine()
+        self.implausible: dict[str, str] = {}
+        self._measures: dict[str, Measures] = {}
         self.datasets: dict[str, CachedDataset] = {}
         self.preprocessing = Preprocessing(preset or PlainPreset(), self.image_size)
         self.cache = Cache(cache_dir, cache_max_gb)
@@ -149,8 +156,8 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         """Read the catalogue and split it by patient; no pixel is decoded. A second call does nothing.
 
         Raises:
-            DataError: The catalogue is empty or contradicts itself, a patient would be in two splits, or too many
-                records are unusable.
+            DataError: The catalogue is empty or contradicts itself, a patient would be in two splits, all boxes are
+                fractions, or too many records are unusable.
             ConfigError: ``tasks`` or ``where`` leave no image.
         """
         if self.splits:
@@ -159,7 +166,10 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         check_catalogue(catalogue, type(self).__name__)
         for note in catalogue.notes:
             log_warning(note)
-        records = some_patients(catalogue.records, self.limit, self.seed)
+        united, sentence = unite_patients(catalogue.records)
+        if sentence:
+            self._report({"spelling of patients": sentence})
+        records = some_patients(united, self.limit, self.seed)
         splits = assign_splits(
             records,
             catalogue.tasks,
@@ -180,6 +190,7 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         issues = self.quarantine.issues
         self.quarantine.issues = [i for i in issues if i.subject == IMAGE or (i.id, i.subject) in selected]
         self.splits = {record.id: splits[record.id] for record in self.records}
+        self._report(of_records(self.records, self.tasks))
         self._usable = UsableRecords(self.records, self.tasks, self.quarantine, self.max_quarantine_share)
 
     def setup(self, stage: str | None = None) -> None:
@@ -242,6 +253,16 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
             generator=torch.Generator().manual_seed(self.seed),  # seeds the workers, leaves the global stream alone
         )
 
+    def _report(self, found: Mapping[str, str]) -> None:
+        """Keep sentences on what is implausible, and log those that are new.
+
+        A part of a data set that was cut into sites logs nothing before decoding: the whole set has logged it.
+        """
+        for key, sentence in found.items():
+            if key not in self.implausible and (self.only_patients is None or self._usable is not None):
+                log_warning(f"{self.salt}: {sentence}")
+        self.implausible |= found
+
     def _serving(self, split: Split) -> Split:
         """Return the split that is read for the given one: validation in place of a missing test split."""
         return "val" if split == "test" and "test" not in self.splits.values() else split
@@ -264,6 +285,8 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         self.splits = {record.id: self.splits[record.id] for record in self.records}
         if (summary := self.quarantine.summary()) and (summary != before or not self.datasets):
             log_warning(f"{self.salt}: {summary}")
+        self._measures |= {r.id: report.measures for r, report in zip(records, reports, strict=True) if report.measures}
+        self._report(of_images(self.records, self.tasks, self._measures))
         usable = {record.id: record for record in self.records}
         for name, split in wanted.items():
             kept = [usable[r.id] for r in split if r.id in usable]

@@ -18,6 +18,7 @@ from federation.site_loaders import LoaderName, NamedDataset, PooledSite, RoundD
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError, DataError, NoImagesError
 from mtmedformer.protocols import DescribedData, LimitedData, NamedSites, RecordData, RunsRounds, SizedData, TaskedData
+from mtmedformer.site_classes import classes_of_one_site
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +157,10 @@ class FederatedDataModule(L.LightningDataModule):
         if not self._sites:
             raise DataError(f"data: no site has an image ({'; '.join(self._notes)})")
         self._declare({name: site.source for name, site in self._sites.items()})
+        if self.named is not None:  # a data set that is cut has logged it
+            planned = {name: site.source for name, site in self._sites.items() if isinstance(site.source, RecordData)}
+            images = ((name, record.truth) for name, source in planned.items() for record in source.records)
+            self._notes = list(dict.fromkeys([*self._notes, *classes_of_one_site(images, self.tasks).values()]))
         if joint:
             sizes: dict[tuple[int, ...], str] = {}
             for name, site in self._sites.items():
@@ -182,7 +187,7 @@ class FederatedDataModule(L.LightningDataModule):
         return found
 
     def notes(self, tasks: Collection[str] | None = None) -> list[str]:
-        """Return a sentence about every site that does not train or is left out.
+        """Return a sentence about every site that does not train or is left out, and every class that one site has.
 
         Args:
             tasks: Tasks of the model; ``None`` counts labels for any task.

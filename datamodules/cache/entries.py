@@ -21,11 +21,50 @@ from mtmedformer.geometry import Affine, Bytes, Floats, Ints
 
 
 @dataclass(frozen=True)
+class MaskMeasure:
+    """What one mask file covers.
+
+    Attributes:
+        task: Name of its task.
+        channel: Index of its class.
+        inside: Share of the mask's pixels that belong to the class, 0 to 1.
+        border: Share of the mask's outermost pixels that belong to the class, 0 to 1.
+    """
+
+    task: str
+    channel: int
+    inside: float
+    border: float
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured of an image while it is decoded, for checks of the whole set.
+
+    Attributes:
+        size: ``(height, width)`` of the original image.
+        border: Median grey level of the image's outermost pixels, 0 (black) to 1 (white).
+        masks: One entry per mask file of a segmentation task.
+    """
+
+    size: tuple[int, int]
+    border: float
+    masks: tuple[MaskMeasure, ...] = ()
+
+
+@dataclass(frozen=True)
 class Report:
-    """The issues of one image (what was left out, and why) and its remarks (one per correction)."""
+    """What decoding found in one image.
+
+    Attributes:
+        issues: What was left out, and why.
+        remarks: One per correction.
+        measures: What was measured; ``None`` where the image cannot be used.
+    """
 
     issues: tuple[Issue, ...] = ()
     remarks: tuple[str, ...] = ()
+    measures: Measures | None = None
 
     @property
     def transient(self) -> bool:
@@ -49,6 +88,7 @@ class CacheEntry:
         laterality: Side from the file's header, ``L`` or ``R``, or ``None``.
         issues: What was left out, with reasons.
         remarks: What was corrected, one entry per correction.
+        measures: What was measured.
     """
 
     image: NDArray[np.uint8] | NDArray[np.uint16]
@@ -62,6 +102,7 @@ class CacheEntry:
     laterality: str | None = None
     issues: tuple[Issue, ...] = ()
     remarks: tuple[str, ...] = ()
+    measures: Measures | None = None
 
     @property
     def nbytes(self) -> int:
@@ -69,8 +110,8 @@ class CacheEntry:
         return self.image.nbytes + sum(a.nbytes for d in (self.masks, self.boxes, self.labels) for a in d.values())
 
     def report(self) -> Report:
-        """Return the issues and remarks."""
-        return Report(self.issues, self.remarks)
+        """Return the issues, remarks and measures."""
+        return Report(self.issues, self.remarks, self.measures)
 
 
 def save_entry(entry: CacheEntry, path: Path) -> None:
@@ -91,6 +132,7 @@ def save_entry(entry: CacheEntry, path: Path) -> None:
         "laterality": entry.laterality,
         "remarks": entry.remarks,
         "issues": [asdict(issue) for issue in entry.issues],
+        "measures": asdict(entry.measures) if entry.measures else None,
     }
     path.write_bytes(
         save(arrays, metadata={"facts": json.dumps(facts)})
@@ -106,6 +148,7 @@ def load_entry(path: Path) -> CacheEntry:
             kind, _, task = name.partition("/")
             if kind in arrays:
                 arrays[kind][task] = file.get_tensor(name)
+        report = _report(facts)
         return CacheEntry(
             image=file.get_tensor("image"),
             **arrays,
@@ -114,8 +157,9 @@ def load_entry(path: Path) -> CacheEntry:
             spacing=tuple(facts["spacing"]) if facts["spacing"] else None,
             view=facts["view"],
             laterality=facts["laterality"],
-            issues=tuple(Issue(**issue) for issue in facts["issues"]),
-            remarks=tuple(facts["remarks"]),
+            issues=report.issues,
+            remarks=report.remarks,
+            measures=report.measures,
         )
 
 
@@ -123,4 +167,12 @@ def load_report(path: Path) -> Report:
     """Read the report of a file's entry; maps the header only."""
     with safe_open(path, framework="numpy") as file:
         facts = json.loads(file.metadata()["facts"])
-        return Report(tuple(Issue(**issue) for issue in facts["issues"]), tuple(facts["remarks"]))
+        return _report(facts)
+
+
+def _report(facts: dict[str, Any]) -> Report:
+    measures = facts["measures"]
+    if measures is not None:
+        masks = tuple(MaskMeasure(**mask) for mask in measures["masks"])
+        measures = Measures(tuple(measures["size"]), measures["border"], masks)
+    return Report(tuple(Issue(**issue) for issue in facts["issues"]), tuple(facts["remarks"]), measures)

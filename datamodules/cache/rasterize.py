@@ -6,17 +6,16 @@ Coordinates are those of ``mtmedformer.batch``: continuous, from the top-left co
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
-from datamodules.cache.entries import CacheEntry
+from datamodules.cache.entries import CacheEntry, MaskMeasure, Measures
 from datamodules.cache.quarantine import IMAGE, Issue
+from datamodules.cache.shapes import Mask, border_of, fill_disc, fill_polygon, mask_boxes
 from datamodules.images.masks import UncertainMaskError, read_mask, shape_of, with_values
 from datamodules.images.pixels import Pixels, read_image
 from datamodules.images.presets import Preset
@@ -25,13 +24,14 @@ from mtmedformer.batch import IGNORE
 from mtmedformer.errors import DataError
 from mtmedformer.geometry import Bytes, Floats, Frame, Ints, boxes_to_frame, compose, warp, warp_mask
 
-Mask = NDArray[np.bool_]
-
 ASPECT_TOLERANCE = 0.01
 """Largest relative difference between the aspect ratios of a mask and its image; beyond it the mask is rejected."""
 
 UNCERTAIN = "mask that can be read in two ways"
 """Reason of the issue of a mask that ``datamodules.images.masks`` refuses."""
+
+FRACTIONS = "boxes in the first pixel, as fractions of the image are"
+"""Reason of the issue of an image of which no box has a coordinate above 1."""
 
 SMALLEST_SIDE = 8
 """Smallest side in pixels; images below it are thumbnails, scout lines or broken files."""
@@ -65,12 +65,14 @@ class Canvas:
         frame: Position of the network's input in it.
         scale: ``(y, x)`` pixels of the original image per unit of the label's coordinates.
         remarks: Corrections so far.
+        covered: Channel, share of all pixels and share of the border of each mask file drawn so far.
     """
 
     size: tuple[int, int]
     frame: Frame
     scale: tuple[float, float] = (1.0, 1.0)
     remarks: list[str] = field(default_factory=list)
+    covered: list[tuple[int, float, float]] = field(default_factory=list)
 
     def shape(self, points: Sequence[tuple[float, ...]], onto: tuple[int, int]) -> NDArray[np.float64]:
         """Return points (or boxes: two corners each) as (N, 2) ``(x, y)`` in pixels of a mask of size ``onto``."""
@@ -98,11 +100,14 @@ def rasterize(record: Record, preset: Preset, size: tuple[int, int]) -> CacheEnt
     canvas = Canvas((height, width), preset.frame(pixels.pixels, size, record.laterality or pixels.laterality))
     image = warp(pixels.pixels, canvas.frame)
     masks, boxes, labels, issues = {}, {}, {}, []
+    measured: list[MaskMeasure] = []
     for name, truth in record.truth.items():
         try:
             if isinstance(truth, MaskTruth):
                 canvas.scale = _scale(record, canvas.size)
+                canvas.covered.clear()
                 masks[name] = rasterize_masks(truth, canvas)
+                measured += [MaskMeasure(name, *covered) for covered in canvas.covered]
             elif isinstance(truth, BoxTruth):
                 canvas.scale = _scale(record, canvas.size)
                 boxes[name], labels[name] = rasterize_boxes(truth, canvas)
@@ -123,6 +128,7 @@ def rasterize(record: Record, preset: Preset, size: tuple[int, int]) -> CacheEnt
         laterality=pixels.laterality,
         issues=tuple(issues),
         remarks=tuple(canvas.remarks),
+        measures=Measures(canvas.size, round(float(np.median(border_of(pixels.pixels))), 4), tuple(measured)),
     )
 
 
@@ -133,12 +139,14 @@ def rasterize_masks(truth: MaskTruth, canvas: Canvas) -> Bytes:
         uint8 (K, H, W): 1 inside, 0 outside, ``IGNORE`` throughout a channel that is not annotated.
     """
     masks = np.full((len(truth.channels), *canvas.frame.size), IGNORE, np.uint8)
-    for channel, source in zip(masks, truth.channels, strict=True):
+    for number, (channel, source) in enumerate(zip(masks, truth.channels, strict=True)):
         if source is None:
             continue
         channel[:] = 0
         for part in (source, *source.also):  # each file may have a size of its own
             mask = draw(part, canvas, _declared(part, truth.channels))
+            if part.file is not None:
+                canvas.covered.append((number, float(mask.mean()), float(border_of(mask).mean())))
             height, width = mask.shape
             to_mask = (width / canvas.size[1], 0.0, 0.0, 0.0, height / canvas.size[0], 0.0)
             framed = warp_mask(
@@ -266,80 +274,19 @@ def _original_boxes(truth: BoxTruth, canvas: Canvas) -> NDArray[np.float64]:
     boxes = canvas.shape(truth.boxes, canvas.size).reshape(-1, 4)
     height, width = canvas.size
     inside = boxes.clip(0, (width, height, width, height))
+    if truth.boxes and np.max(truth.boxes) <= 1:
+        raise UnusableError(FRACTIONS, f"{list(truth.boxes[0])}; boxes are in pixels")
     for box, sides in zip(truth.boxes, boxes[:, 2:] - boxes[:, :2], strict=True):
         if not np.isfinite(sides).all():
             raise UnusableError("box with a coordinate that is not a number", f"{list(box)}")
         if (sides <= 0).any():
-            raise UnusableError("box without area or with corners swapped", f"{list(box)}; boxes are [x0, y0, x1, y1]")
+            raise UnusableError(
+                "box without area or with corners swapped",
+                f"{list(box)}; boxes are [x0, y0, x1, y1], not [x, y, width, height]",
+            )
     outside = ((inside[:, 2:] - inside[:, :2]) <= 0).any(axis=1)
     if outside.any():
         box = truth.boxes[int(outside.argmax())]
         raise UnusableError("box outside the image", f"{list(box)} in an image of {width}x{height} pixels")
     canvas.remarks += [CLIPPED] * int((inside != boxes).any(axis=1).sum())
     return inside
-
-
-def fill_polygon(mask: Mask, points: NDArray[np.float64]) -> int:
-    """Set the pixels whose centres lie inside a polygon (even-odd rule).
-
-    Args:
-        mask: bool (H, W), changed in place.
-        points: (N, 2) corners ``(x, y)``; the last is joined to the first.
-
-    Returns:
-        Number of pixels inside.
-    """
-    x0, y0 = points.T
-    x1, y1 = np.roll(points, -1, axis=0).T
-    filled = 0
-    for row in range(max(0, math.ceil(y0.min() - 0.5)), min(mask.shape[0], math.ceil(y0.max() - 0.5))):
-        y = row + 0.5
-        crossed = (y0 <= y) != (y1 <= y)
-        slope = (x1[crossed] - x0[crossed]) / (y1[crossed] - y0[crossed])
-        edges = np.ceil(np.sort(x0[crossed] + (y - y0[crossed]) * slope) - 0.5).clip(0, mask.shape[1]).astype(int)
-        for start, stop in zip(edges[::2], edges[1::2], strict=True):
-            mask[row, start:stop] = True
-            filled += stop - start
-    return filled
-
-
-def fill_disc(mask: Mask, x: float, y: float, radius: float) -> int:
-    """Set the pixels whose centres lie within a disc, and always the pixel that holds its centre.
-
-    Returns:
-        Number of pixels of the mask inside; 0 if the disc is outside the mask.
-    """
-    height, width = mask.shape
-    if not all(math.isfinite(v) for v in (x, y, radius)):
-        return 0
-    left, top = max(0, math.floor(x - radius)), max(0, math.floor(y - radius))
-    right, bottom = min(width, math.floor(x + radius) + 1), min(height, math.floor(y + radius) + 1)
-    if left >= right or top >= bottom:
-        return 0
-    rows, columns = np.ogrid[top:bottom, left:right]
-    inside = (columns + 0.5 - x) ** 2 + (rows + 0.5 - y) ** 2 <= radius**2
-    inside |= (columns == math.floor(x)) & (rows == math.floor(y))
-    mask[top:bottom, left:right] |= inside
-    return int(inside.sum())
-
-
-def mask_boxes(mask: Mask, size: tuple[int, int], components: bool, min_area: int) -> NDArray[np.float64]:
-    """Find the box around a mask, or around each of its 8-connected components.
-
-    Args:
-        mask: bool (h, w).
-        size: ``(height, width)`` the boxes and ``min_area`` refer to, of the mask's aspect ratio.
-        components: One box per component instead of one around the whole mask.
-        min_area: Smallest number of pixels of a component (or mask); smaller ones give no box.
-
-    Returns:
-        float64 (N, 4) xyxy; N = 0 for an empty mask.
-    """
-    parts, _ = ndimage.label(mask, np.ones((3, 3))) if components else (mask.astype(np.int32), 1)
-    sy, sx = size[0] / mask.shape[0], size[1] / mask.shape[1]
-    boxes = [
-        (columns.start * sx, rows.start * sy, columns.stop * sx, rows.stop * sy)
-        for number, (rows, columns) in enumerate(ndimage.find_objects(parts), start=1)
-        if (parts[rows, columns] == number).sum() * sy * sx >= min_area
-    ]
-    return np.asarray(boxes, np.float64).reshape(-1, 4)

@@ -256,6 +256,10 @@ def test_one_batch_obeys_the_data_contract(ready):
     assert all(meta.site != "unknown" for meta in batch.meta)
 
 
+def test_nothing_of_the_generated_tree_is_implausible(ready):
+    assert ready.implausible == {}
+
+
 def test_nothing_of_the_generated_tree_is_quarantined(ready):
     assert ready.quarantine.issues == []
 

@@ -24,6 +24,7 @@ class ImageSet:
         image_size: Height and width of the network's present input.
         batch_size: Images per batch.
         quarantine: Images and labels that were left out.
+        implausible: Sentences on labels and films that are probably wrong in the whole set.
     """
 
     dataset: str
@@ -32,6 +33,7 @@ class ImageSet:
     image_size: tuple[int, int]
     batch_size: int
     quarantine: Quarantine
+    implausible: Sequence[str] = ()
 
 
 def read_images(data: MedicalDataModule) -> ImageSet:
@@ -44,7 +46,7 @@ def read_images(data: MedicalDataModule) -> ImageSet:
     facts = image_statistics(data.datasets)
     return ImageSet(
         type(data).__name__, facts, data.tasks, (data.image_size[0], data.image_size[1]), data.batch_size,
-        data.quarantine,
+        data.quarantine, tuple(data.implausible.values()),
     )  # fmt: skip
 
 

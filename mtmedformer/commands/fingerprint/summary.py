@@ -104,6 +104,8 @@ class Fingerprint:
         leaks: Near-duplicates.
         shortcuts: Findings that can be predicted without the image.
         suggestion: Suggested settings with reasons.
+        implausible: Sentences on labels and films that are probably wrong in the whole set: units of boxes, polarity
+            of masks, spellings.
         warnings: Sentences to read before training.
         sites: Fingerprints of the sites of a federation by name; empty for a single data set.
     """
@@ -125,6 +127,7 @@ class Fingerprint:
     leaks: LeakReport
     shortcuts: list[Shortcut]
     suggestion: Suggestion
+    implausible: list[str]
     warnings: list[str]
     sites: dict[str, Fingerprint] = field(default_factory=dict)
 
@@ -160,6 +163,7 @@ def summarise(images: ImageSet) -> Fingerprint:
         leaks=leaks,
         shortcuts=shortcuts,
         suggestion=suggestion,
+        implausible=list(images.implausible),
         warnings=_warnings(images, leaks, shortcuts),
     )
 
@@ -180,8 +184,9 @@ def summarise_sites(sites: Mapping[str, ImageSet], tasks: dict[str, Task]) -> tu
     for images in sites.values():
         quarantine.add(images.quarantine.issues, images.quarantine.remarks.elements())
     names = " and ".join(sorted({images.dataset for images in sites.values()}))
+    implausible = [f"{name}: {sentence}" for name, images in sites.items() for sentence in images.implausible]
     together = summarise(
-        ImageSet(f"Federation of {names}", facts, tasks, first.image_size, first.batch_size, quarantine)
+        ImageSet(f"Federation of {names}", facts, tasks, first.image_size, first.batch_size, quarantine, implausible)
     )
     parts = {name: summarise(images) for name, images in sites.items()}
     warnings = [*_site_warnings(parts), *together.warnings]
@@ -268,7 +273,7 @@ def _warnings(images: ImageSet, leaks: LeakReport, shortcuts: Sequence[Shortcut]
             own = [f for f in images.facts if f.split == split]
             if own and not any(name in f.record.truth for f in own):
                 warnings.append(f"No image of split {split} is labelled for {name}.")
-    if images.quarantine.issues:
+    if images.quarantine.issues or images.quarantine.remarks:
         warnings.append(images.quarantine.summary())
     return warnings
 

@@ -10,7 +10,7 @@ from mtmedformer.commands.fingerprint.summary import SPLITS, Fingerprint, Quanti
 
 
 def show(summary: Fingerprint, console: Console) -> None:
-    """Print a fingerprint: labels, sites, sizes, leak check, shortcuts, warnings and suggested settings."""
+    """Print a fingerprint: labels, sites, sizes, leaks, shortcuts, plausibility, warnings and suggested settings."""
     splits = ", ".join(f"{s} {n.images} images / {n.patients} patients" for s, n in summary.splits.items())
     console.print(
         f"\n[bold]{escape(summary.dataset)}[/]: {summary.images} images of {summary.patients} patients at "
@@ -33,6 +33,10 @@ def show(summary: Fingerprint, console: Console) -> None:
             f"Strongest shortcut: the {best.source} predicts {escape(best.task)}/{escape(best.finding)} without the "
             f"image with an AUC of {best.auc:.2f} (0.5 is chance)."
         )
+    if not summary.implausible:
+        console.print("Plausibility of labels and films: nothing found.")
+    for sentence in summary.implausible:
+        console.print(f"[bold yellow]! Implausible:[/] {escape(sentence)}", highlight=False)
     for warning in summary.warnings:
         console.print(f"[bold yellow]![/] {escape(warning)}", highlight=False)
     wish = summary.suggestion

@@ -18,11 +18,9 @@ from datamodules.cache.rasterize import (
     Canvas,
     UnusableError,
     draw,
-    fill_disc,
-    fill_polygon,
-    mask_boxes,
     rasterize,
 )
+from datamodules.cache.shapes import fill_disc, fill_polygon, mask_boxes
 from datamodules.images.masks import SOFT_EDGES
 from datamodules.images.pixels import Pixels
 from datamodules.images.presets import BreastPreset, PlainPreset, Preset

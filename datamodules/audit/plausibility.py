@@ -1,0 +1,163 @@
+"""Look once over the labels of a whole set for what is probably a mistake of units, polarity or spelling.
+
+Single labels that cannot be right are left out where they are read. Here are mistakes that show only in the whole set.
+``of_records`` needs no pixel, ``of_images`` what was measured while the images were decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from datamodules.audit.spellings import class_spellings, site_spellings
+from datamodules.cache.entries import Measures
+from datamodules.records import BoxTruth, Record
+from mtmedformer.batch import Task
+from mtmedformer.errors import DataError
+from mtmedformer.site_classes import classes_of_one_site
+
+Findings = dict[str, str]
+"""Sentences for the user by a key of what was found, so that each is logged once; no id and no path is in them."""
+
+LEAST_IMAGES = 5
+"""A property that all images share is a finding from this number of images."""
+
+LEAST_MASKS = 3
+"""As ``LEAST_IMAGES``, for masks that cover everything or the border."""
+
+
+def of_records(records: Sequence[Record], tasks: Mapping[str, Task]) -> Findings:
+    """Check classes, sites and boxes before an image is decoded.
+
+    Args:
+        records: The records in use.
+        tasks: The tasks by name.
+
+    Raises:
+        DataError: All boxes of a task are fractions of the image.
+    """
+    found = {f"spelling of {name}": sentence for name, sentence in class_spellings(records, tasks).items()}
+    if sentence := site_spellings(records):
+        found["spelling of sites"] = sentence
+    for name, task in tasks.items():
+        if task.kind == "detection":
+            found |= _boxes(name, [t for r in records if isinstance(t := r.truth.get(name), BoxTruth) and t.boxes])
+    return found | classes_of_one_site(((record.site, record.truth) for record in records), tasks)
+
+
+def of_images(records: Sequence[Record], tasks: Mapping[str, Task], measures: Mapping[str, Measures]) -> Findings:
+    """Check masks, boxes and films with what was measured while they were decoded.
+
+    Args:
+        records: The usable records.
+        tasks: The tasks by name.
+        measures: What was measured, by record id.
+    """
+    known = [(record, measures[record.id]) for record in records if record.id in measures]
+    found = _white_films([measure for _, measure in known])
+    for name, task in tasks.items():
+        if task.kind == "detection":
+            found |= _boxes_in_one_corner(name, known)
+        elif task.kind == "segmentation":
+            for channel, label in enumerate(task.classes):
+                found |= _masks(f"{name}/{label}" if len(task.classes) > 1 else name, name, channel, known)
+    return found
+
+
+def _boxes(name: str, truths: Sequence[BoxTruth]) -> Findings:
+    if not truths:
+        return {}
+    found = {}
+    boxes = np.array([box for truth in truths for box in truth.boxes], np.float64)
+    count = len(boxes)
+    if boxes.max() <= 1:  # False for NaN, which is an issue of its image
+        raise DataError(
+            f"{name}: all {count} boxes lie in the first pixel of their images (no coordinate is above "
+            f"{boxes.max():g}). Are they fractions of the image? Boxes are [x0, y0, x1, y1] in pixels: multiply x by "
+            "the image's width and y by its height."
+        )
+    first = sum(bool(np.max(truth.boxes) <= 1) for truth in truths)
+    if first:
+        found[f"fractions in {name}"] = (
+            f"{name}: the boxes of {first} of {len(truths)} images lie in the first pixel, as fractions of the image "
+            "do; these images are unknown for the task. Boxes are in pixels."
+        )
+    sides = boxes[:, 2:] - boxes[:, :2]
+    swapped = int((sides <= 0).any(axis=1).sum())
+    if swapped > max(1, 0.02 * count):
+        found[f"corners in {name}"] = (
+            f"{name}: {swapped} of {count} boxes have swapped corners. Are all boxes [x, y, width, height]? Then the "
+            "others are wrong too; boxes are [x0, y0, x1, y1]."
+        )
+    large = boxes.max(axis=1) > 1
+    small = int((large & (sides > 0).all(axis=1) & (sides < 1).any(axis=1)).sum())
+    if small:
+        found[f"sizes in {name}"] = f"{name}: {small} of {count} boxes are narrower or lower than one pixel."
+    if len(truths) >= LEAST_IMAGES and len({truth.boxes for truth in truths}) == 1:
+        found[f"one box in {name}"] = (
+            f"{name}: all {len(truths)} images with boxes have the same ones, {list(truths[0].boxes[0])}. Is it a "
+            "placeholder?"
+        )
+    return found
+
+
+def _boxes_in_one_corner(name: str, known: Sequence[tuple[Record, Measures]]) -> Findings:
+    """Find boxes in percent, or in pixels of a smaller image: all in the upper left third of images."""
+    extents, largest = [], 0.0
+    for record, measure in known:
+        truth = record.truth.get(name)
+        if isinstance(truth, BoxTruth) and truth.boxes:
+            height, width = record.size or measure.size
+            corner = np.max(truth.boxes, axis=0)[2:]
+            extents.append(max(corner[0] / width, corner[1] / height))
+            largest = max(largest, float(corner.max()))
+    if len(extents) < LEAST_IMAGES or max(extents) > 1 / 3:
+        return {}
+    unit = "percent" if largest <= 100 else "pixels of smaller images"
+    return {
+        f"corner in {name}": (
+            f"{name}: the boxes of all {len(extents)} images lie in the upper left third of the image (no coordinate "
+            f"is above {largest:g}). Are they in {unit}? Boxes are in pixels of the file, or of the size in the "
+            "table."
+        )
+    }
+
+
+def _masks(what: str, name: str, channel: int, known: Sequence[tuple[Record, Measures]]) -> Findings:
+    own = [
+        mask
+        for record, measure in known
+        if name in record.truth
+        for mask in measure.masks
+        if mask.task == name and mask.channel == channel
+    ]
+    count = len(own)
+    full = sum(mask.inside >= 0.99 for mask in own)
+    outside = sum(mask.border >= 0.9 and mask.inside < 0.99 for mask in own)
+    if count >= LEAST_MASKS and full >= 0.5 * count:
+        every = "every mask covers its whole image" if full == count else "the mask covers the whole image"
+        return {
+            f"full masks of {what}": f"{what}: {every} ({full} of {count} masks). Is the background 0, and the shape "
+            "in this channel of the file?"
+        }
+    if count >= LEAST_MASKS and outside >= 0.8 * count:
+        return {
+            f"polarity of {what}": f"{what}: {outside} of {count} masks contain the border of the image. Are shape and "
+            "background exchanged? The background is 0."
+        }
+    if count >= LEAST_IMAGES and not any(mask.inside for mask in own):
+        return {
+            f"empty masks of {what}": f"{what}: all {count} mask files are empty, so every image counts as negative."
+        }
+    return {}
+
+
+def _white_films(measures: Sequence[Measures]) -> Findings:
+    white = sum(measure.border >= 0.85 for measure in measures)
+    if len(measures) < LEAST_IMAGES or white < 0.5 * len(measures):
+        return {}
+    return {
+        "white films": f"{white} of {len(measures)} images have a white border. Are they negatives (bones dark), or "
+        "scans with a white margin? In a radiograph air is black."
+    }
