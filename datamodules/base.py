@@ -286,7 +286,7 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         if (summary := self.quarantine.summary()) and (summary != before or not self.datasets):
             log_warning(f"{self.salt}: {summary}")
         self._measures |= {r.id: report.measures for r, report in zip(records, reports, strict=True) if report.measures}
-        self._report(of_images(self.records, self.tasks, self._measures))
+        self._report(of_images(self.records, self.tasks, self._measures, self.quarantine.issues))
         usable = {record.id: record for record in self.records}
         for name, split in wanted.items():
             kept = [usable[r.id] for r in split if r.id in usable]

@@ -12,6 +12,8 @@ import numpy as np
 
 from datamodules.audit.spellings import class_spellings, site_spellings
 from datamodules.cache.entries import Measures
+from datamodules.cache.quarantine import Issue
+from datamodules.images.masks import TOO_FAINT
 from datamodules.records import BoxTruth, Record
 from mtmedformer.batch import Task
 from mtmedformer.errors import DataError
@@ -46,13 +48,19 @@ def of_records(records: Sequence[Record], tasks: Mapping[str, Task]) -> Findings
     return found | classes_of_one_site(((record.site, record.truth) for record in records), tasks)
 
 
-def of_images(records: Sequence[Record], tasks: Mapping[str, Task], measures: Mapping[str, Measures]) -> Findings:
+def of_images(
+    records: Sequence[Record], tasks: Mapping[str, Task], measures: Mapping[str, Measures], issues: Sequence[Issue] = ()
+) -> Findings:
     """Check masks, boxes and films with what was measured while they were decoded.
 
     Args:
         records: The usable records.
         tasks: The tasks by name.
         measures: What was measured, by record id.
+        issues: Labels that were left out.
+
+    Raises:
+        DataError: Every mask of a task is either empty or too faint a JPEG.
     """
     known = [(record, measures[record.id]) for record in records if record.id in measures]
     found = _white_films([measure for _, measure in known])
@@ -60,6 +68,7 @@ def of_images(records: Sequence[Record], tasks: Mapping[str, Task], measures: Ma
         if task.kind == "detection":
             found |= _boxes_in_one_corner(name, known)
         elif task.kind == "segmentation":
+            _check_faint(name, known, issues)
             for channel, label in enumerate(task.classes):
                 found |= _masks(f"{name}/{label}" if len(task.classes) > 1 else name, name, channel, known)
     return found
@@ -122,6 +131,17 @@ def _boxes_in_one_corner(name: str, known: Sequence[tuple[Record, Measures]]) ->
             "table."
         )
     }
+
+
+def _check_faint(name: str, known: Sequence[tuple[Record, Measures]], issues: Sequence[Issue]) -> None:
+    """Raise if JPEG masks of 0 and 1 were found and all others are empty: compression has removed their shapes."""
+    faint = sum(issue.subject == name and TOO_FAINT in issue.detail for issue in issues)
+    own = [m for record, measure in known if name in record.truth for m in measure.masks if m.task == name]
+    if faint and own and not any(mask.inside for mask in own):
+        raise DataError(
+            f"{name}: {faint} JPEG masks are too faint to be read ({TOO_FAINT}) and the other {len(own)} are empty, "
+            "perhaps because compression removed levels such as 0 and 1. Save the masks as PNG."
+        )
 
 
 def _masks(what: str, name: str, channel: int, known: Sequence[tuple[Record, Measures]]) -> Findings:

@@ -31,6 +31,9 @@ Mask = NDArray[np.bool_]
 FAINT, BRIGHT = 48, 207
 """Values of a lossy 8-bit mask between which a pixel is neither background (0) nor shape (255)."""
 
+TOO_FAINT = f"without a value above {FAINT}"
+"""Part of the reason of a lossy mask in which no pixel is bright."""
+
 BLOCK = 8
 """Side of a JPEG block in pixels; compression changes values no farther from an edge than this."""
 
@@ -229,8 +232,7 @@ def _two_levels(file: Path, values: Levels) -> Levels:
     fix = "save it as PNG with 0 and 255."
     if most <= FAINT:
         raise UncertainMaskError(
-            file.name, f"a JPEG mask without a value above {FAINT}, but not all 0 (compression blurs levels such as "
-            f"0 and 1); {fix}"
+            file.name, f"a JPEG mask {TOO_FAINT}, but not all 0 (compression blurs levels such as 0 and 1); {fix}"
         )  # fmt: skip
     if most < BRIGHT:
         raise UncertainMaskError(file.name, f"a JPEG mask whose brightest pixel is {most}, not 255; {fix}")

@@ -14,6 +14,8 @@ from PIL import Image
 from datamodules import LabelsCSVDataModule
 from datamodules.audit.plausibility import of_images, of_records
 from datamodules.cache.entries import MaskMeasure, Measures
+from datamodules.cache.quarantine import Issue
+from datamodules.images.masks import TOO_FAINT
 from datamodules.labels_csv.columns import BoxColumns, ClassColumns, MaskColumns
 from datamodules.phantom.datamodule import PhantomDataModule
 from datamodules.records import BoxTruth, ClassTruth, MaskSource, MaskTruth, Record
@@ -128,6 +130,15 @@ def test_masks_of_other_polarity_are_a_finding(shares, words):
     records, measures = masked(shares)
     (sentence,) = of_images(records, LUNGS, measures).values()
     assert words in sentence
+
+
+def test_faint_jpeg_masks_beside_empty_ones_are_refused():
+    records, measures = masked([(0.0, 0.0)] * 10)
+    issue = Issue("r99", "99.png", "lungs", "uncertain", f"a JPEG mask {TOO_FAINT}, but not all 0")
+    with pytest.raises(DataError, match=r"lungs: 1 JPEG masks are too faint .* and the other 10 are empty"):
+        of_images(records, LUNGS, measures, [issue])
+    records, measures = masked([(0.0, 0.0)] * 10 + [(0.2, 0.0)])
+    assert of_images(records, LUNGS, measures, [issue]) == {}
 
 
 def test_white_films_are_a_finding():

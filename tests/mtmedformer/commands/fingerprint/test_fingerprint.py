@@ -134,7 +134,11 @@ def test_command_describes_a_folder(folder, capsys):
     assert any("view alone predicts" in w for w in found["warnings"])
     assert found["suggestion"]["strides"][0] == 4
 
-    for words in ("Labelled images", "Suggested", "cross splits", "fingerprint.png"):
+    (sentence,) = found["implausible"]
+    assert "lesions: all" in sentence
+    assert "have the same ones" in sentence
+
+    for words in ("Labelled images", "Suggested", "cross splits", "fingerprint.png", "Implausible: lesions"):
         assert words in " ".join(text.split())
     everything = text + json.dumps(found)
     assert "SECRET" not in everything
