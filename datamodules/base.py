@@ -7,11 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import DataLoader
 
 from datamodules.audit.description import describe
@@ -23,19 +23,18 @@ from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import IMAGE, Quarantine
 from datamodules.images.pixels import Originals
 from datamodules.images.presets import ChestPreset, PlainPreset, Preset
-from datamodules.loading.catalogue import advice, check_catalogue, choose_tasks, select, some_patients
+from datamodules.loading.arguments import check_arguments, height_width
+from datamodules.loading.catalogue import advice, check_catalogue, check_negative, choose_tasks, select, some_patients
 from datamodules.loading.dataset import CachedDataset, EpochSampler, ResumableLoader
-from datamodules.loading.samplers import Strategy, TaskSampler
-from datamodules.loading.splits import assign_splits
+from datamodules.loading.samplers import NEGATIVE_CLASSES, Strategy, TaskSampler, describe_positives, plain_name
+from datamodules.loading.splits import TooFewPatientsError, assign_splits
+from datamodules.loading.stages import Part, lacking, served, serves
 from datamodules.loading.usable_records import UsableRecords, count_labelled
 from datamodules.records import Catalogue, Record, Split
 from mtmedformer.batch import Task, collate
-from mtmedformer.errors import ConfigError, DataError
+from mtmedformer.errors import DataError
 
 log = logging.getLogger(__name__)
-
-STAGES: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-"""The splits that a stage of the Trainer reads; ``predict`` reads ``predict_split``."""
 
 
 class MedicalDataModule(Originals, L.LightningDataModule, ABC):
@@ -60,6 +59,9 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         preset: Framing and augmentation; ``null`` for the whole image without augmentation.
         sampler: Order of the training images: ``shuffle``; ``positive``, a positive image in every batch while there
             are enough; ``sqrt``, rare combinations of labels drawn more often.
+        negative_classes: Names of the classes of images without a finding; all other classes, boxes and masks that are
+            not empty make an image positive. Case, ``_`` and ``-`` do not matter. ``null``: normal, negative, benign,
+            healthy, no finding, no cancer and others (``datamodules.loading.samplers.NEGATIVE_CLASSES``).
         tasks: Names of the tasks to keep; images labelled for none of them are left out. ``null`` keeps all.
         where: Keep images with these values of site, view, laterality or a group only, for example
             ``{site: [eurorad], view: PA}``.
@@ -68,6 +70,8 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         max_quarantine_share: Largest share, 0 to 1, of the images, or of the images labelled for one task, that may be
             unusable.
         limit: Use this many patients only, drawn with the seed; for tests.
+        test_split: The split that ``test`` reads, or ``all``, for a set that took no part in training. ``test`` is val
+            where there is no test split.
         predict_split: The split that ``predict`` reads, or ``all``.
 
     Attributes:
@@ -102,13 +106,15 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         folds: int = 5,
         preset: Preset | None = ChestPreset(),  # noqa: B008  presets have no state
         sampler: Strategy = "positive",
+        negative_classes: list[str] | None = None,
         tasks: list[str] | None = None,
         where: dict[str, str | list[str]] | None = None,
         cache_dir: Path | None = Path(".cache/mtmedformer"),
         cache_max_gb: float = 20.0,
         max_quarantine_share: float = 0.2,
         limit: int | None = None,
-        predict_split: Literal["train", "val", "test", "all"] = "test",
+        test_split: Part = "test",
+        predict_split: Part = "test",
     ) -> None:
         super().__init__()
         self.image_size = height_width(image_size)
@@ -122,6 +128,8 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         self.folds = folds
         self.preset = preset
         self.sampler: Strategy = sampler
+        self.negative_classes = negative_classes
+        self.negative = frozenset(map(plain_name, NEGATIVE_CLASSES if negative_classes is None else negative_classes))
         self.only_tasks = tasks
         self.where = where or {}
         self.only_patients: frozenset[str] | None = None
@@ -130,8 +138,9 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         self.cache_max_gb = cache_max_gb
         self.max_quarantine_share = max_quarantine_share
         self.limit = limit
-        self.predict_split = predict_split
-        _check_arguments(self)
+        self.test_split: Part = test_split
+        self.predict_split: Part = predict_split
+        check_arguments(self)
         self.tasks: dict[str, Task] = {}
         self.records: list[Record] = []
         self.splits: dict[str, Split] = {}
@@ -142,6 +151,7 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         self.preprocessing = Preprocessing(preset or PlainPreset(), self.image_size)
         self.cache = Cache(cache_dir, cache_max_gb)
         self._usable: UsableRecords | None = None
+        self._too_few: TooFewPatientsError | None = None
 
     @abstractmethod
     def catalogue(self) -> Catalogue:
@@ -170,16 +180,12 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         if sentence:
             self._report({"spelling of patients": sentence})
         records = some_patients(united, self.limit, self.seed)
-        splits = assign_splits(
-            records,
-            catalogue.tasks,
-            self.val_fraction,
-            self.test_fraction,
-            self.seed,
-            self.official_splits,
-            self.fold,
-            self.folds,
-        )
+        check_negative(self.negative_classes, catalogue.tasks)
+        shares = (self.val_fraction, self.test_fraction, self.seed, self.official_splits, self.fold, self.folds)
+        try:
+            splits = assign_splits(records, catalogue.tasks, *shares)
+        except TooFewPatientsError as error:  # ``test`` and others may do without the parts
+            splits, self._too_few = error.splits, error
         self.tasks = choose_tasks(catalogue.tasks, self.only_tasks)
         lost = {subject: len(ids) for subject, ids in self.quarantine.lost().items()}  # by ``catalogue`` itself
         totals = count_labelled(catalogue.records, self.tasks)
@@ -205,11 +211,18 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
             ConfigError: As ``plan``.
         """
         self.plan()
-        if stage == "predict":
-            self._build({"predict": self.predict_split})
-        else:
-            needed = ("train", "val", "test") if stage is None else STAGES[stage]
-            self._build({split: split for split in map(self._serving, needed)})
+        if stage in ("fit", None) and self._too_few is not None:
+            raise self._too_few
+        self._build(self._served(stage))
+
+    def require(self, stage: str) -> None:
+        """Check, after ``plan``, that there are images for a stage.
+
+        Raises:
+            DataError: No image is in a split that the stage needs, or there are too few patients to split.
+        """
+        if (stage == "fit" and self._too_few is not None) or not serves(stage, self._served(stage), self.splits):
+            raise self._too_few or lacking(self.salt, stage, self.splits)
 
     def describe(self) -> dict[str, Any]:
         """Return the counts that reports show, once set up (see ``datamodules.audit.description.describe``)."""
@@ -220,9 +233,13 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
 
         The sampler itself shares the images among the processes of a distributed run; Lightning does not replace it.
         """
+        if "train" not in self.datasets:
+            raise lacking(self.salt, "fit", self.splits)
         data = self.datasets["train"]
         replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        order = TaskSampler(data.records, self.tasks, self.sampler, self.batch_size, self.seed, replicas, rank)
+        order = TaskSampler(
+            data.records, self.tasks, self.sampler, self.batch_size, self.seed, replicas, rank, self.negative
+        )
         return self._loader(data, EpochSampler(order))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -235,10 +252,15 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the test batches in a fixed order; the validation batches where there is no test split."""
-        return self._loader(self.datasets[self._serving("test")])
+        name = next(iter(self._served("test")))
+        if name not in self.datasets:
+            raise lacking(self.salt, "test", self.splits)
+        return self._loader(self.datasets[name])
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the batches of ``predict_split``, labelled or not, in a fixed order."""
+        if "predict" not in self.datasets:
+            raise lacking(self.salt, "predict", self.splits)
         return self._loader(self.datasets["predict"])
 
     def _loader(self, data: CachedDataset, sampler: EpochSampler | None = None) -> DataLoader[Any]:
@@ -263,9 +285,12 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
                 log_warning(f"{self.salt}: {sentence}")
         self.implausible |= found
 
-    def _serving(self, split: Split) -> Split:
-        """Return the split that is read for the given one: validation in place of a missing test split."""
-        return "val" if split == "test" and "test" not in self.splits.values() else split
+    def class_place(self, task: str, label: str) -> str:
+        """Return where a table names a class, with column and lines; empty for classes that the data set defines."""
+        return ""
+
+    def _served(self, stage: str | None) -> dict[str, Part]:
+        return served(stage, self.splits, self.test_split, self.predict_split)
 
     def _build(self, needed: Mapping[str, str]) -> None:
         """Decode the records of several splits and make their data sets; a data set that exists is kept."""
@@ -296,6 +321,8 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
                 raise DataError(f"{self.salt}: none of the {len(split)} images of split {name} can be used for {names}")
             if name == "train" and kept and (sentence := advice(kept, self.tasks)):
                 log_warning(sentence)
+            if name == "train" and self.sampler == "positive":
+                rank_zero_info(describe_positives(kept, self.tasks, self.negative))
             if kept:
                 self.datasets[name] = CachedDataset(
                     kept,
@@ -313,31 +340,3 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
 def log_warning(message: str) -> None:
     """Log a warning for the user, once per run."""
     log.warning(message)
-
-
-def height_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return ``image_size`` as ``(height, width)`` in pixels.
-
-    Raises:
-        ConfigError: It is neither one number nor two, or a side is below 16 pixels.
-    """
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2:
-        raise ConfigError(f"data.init_args.image_size is {size}; give one number or [height, width]")
-    if min(sides) < 16:
-        raise ConfigError(f"data.init_args.image_size is {size}; it must be at least 16")
-    return (sides[0], sides[1])
-
-
-def _check_arguments(data: MedicalDataModule) -> None:
-    for name, value, least in (
-        ("batch_size", data.batch_size, 1),
-        ("num_workers", data.num_workers, 0),
-        ("limit", data.limit, 1),
-    ):
-        if value is not None and value < least:
-            raise ConfigError(f"data.init_args.{name} is {value}; it must be at least {least}")
-    if not 0 <= data.max_quarantine_share <= 1:
-        raise ConfigError(f"data.init_args.max_quarantine_share is {data.max_quarantine_share}; it is a share, 0 to 1")
-    if data.cache_max_gb <= 0:
-        raise ConfigError(f"data.init_args.cache_max_gb is {data.cache_max_gb}; it must be above 0")

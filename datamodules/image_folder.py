@@ -17,12 +17,13 @@ from pydicom import dcmread
 from pydicom.uid import UID
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.base import height_width, log_warning
+from datamodules.base import log_warning
 from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import IMAGE, Issue
 from datamodules.images.dicom import is_dicom
 from datamodules.images.pixels import Originals
 from datamodules.images.presets import ChestPreset, PlainPreset, Preset
+from datamodules.loading.arguments import height_width
 from datamodules.loading.single_image import prepare_file
 from datamodules.public.layout import is_litter
 from datamodules.records import Record

@@ -89,6 +89,7 @@ class Record:
         weak: Names of the tasks whose label is approximate in this image.
         groups: Further values by which a federation can be split into sites, for example ``{"client": "tissue_F"}``.
         size: ``(height, width)`` that the label's coordinates refer to, where it is not the file's, else ``None``.
+        empty: Names of the tasks whose masks were read and are empty; none before the image is decoded.
     """
 
     id: str
@@ -102,6 +103,7 @@ class Record:
     weak: frozenset[str] = frozenset()
     groups: dict[str, str] = field(default_factory=dict)
     size: tuple[int, int] | None = None
+    empty: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

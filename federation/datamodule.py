@@ -195,6 +195,20 @@ class FederatedDataModule(L.LightningDataModule):
         wanted = self.tasks if tasks is None else tasks
         return [*self._notes, *(site.note(wanted) for site in self._sites.values() if not site.trains(tasks))]
 
+    def require(self, stage: str) -> None:
+        """Check, after ``plan``, that some site has images for a stage.
+
+        Raises:
+            DataError: No site has any.
+        """
+        lacking = [site.lacks(stage) for site in self._sites.values()]
+        if all(lacking):
+            raise DataError(lacking[0])
+
+    def class_place(self, task: str, label: str) -> str:
+        """Return where the tables of the sites name a class; empty if it was not found in a column."""
+        return "; ".join(filter(None, (site.class_place(task, label) for site in self._sites.values())))
+
     def _declare(self, sources: dict[str, L.LightningDataModule]) -> None:
         """Add the tasks that the data sets of the sites have so far."""
         declared = {name: source.tasks for name, source in sources.items() if isinstance(source, TaskedData)}

@@ -18,7 +18,7 @@ from typing_extensions import override
 from federation.partition import Holding
 from mtmedformer.batch import Batch, Sample, Task, collate
 from mtmedformer.errors import ConfigError, DataError, UserError
-from mtmedformer.protocols import RecordData, SplitData
+from mtmedformer.protocols import PlannedData, RecordData, SplitData
 
 LoaderName = Literal["train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader"]
 
@@ -100,6 +100,21 @@ class Site(L.LightningDataModule):
             return []
         wanted = source.tasks.keys() if tasks is None else source.tasks.keys() & set(tasks)
         return [r for r in source.records if split in (None, source.splits.get(r.id)) and wanted & r.truth.keys()]
+
+    def lacks(self, stage: str) -> str:
+        """Return the error of a site without images for a stage; empty where it has some, or cannot be asked."""
+        if isinstance(self.source, PlannedData):
+            try:
+                with self.errors_named():
+                    self.source.require(stage)
+            except DataError as error:
+                return str(error)
+        return ""
+
+    def class_place(self, task: str, label: str) -> str:
+        """Return where the site's table names a class; empty if it was not found in a column."""
+        place = self.source.class_place(task, label) if isinstance(self.source, PlannedData) else ""
+        return f"site {self.site}: {place}" if place else ""
 
     def note(self, tasks: Collection[str]) -> str:
         """Return a sentence about a site that has no training image with a label for one of some tasks."""

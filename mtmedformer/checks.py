@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -14,32 +15,75 @@ from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError
 
 
-def check_tasks(stage: str, model: Mapping[str, Task], data: Mapping[str, Task]) -> None:
+def check_tasks(
+    stage: str,
+    model: Mapping[str, Task],
+    data: Mapping[str, Task],
+    place: Callable[[str, str], str] = lambda task, label: "",
+) -> None:
     """Check that heads and data set have the same tasks; a task without data is allowed except in ``fit``.
 
     Args:
         stage: Stage of the trainer: ``fit``, ``validate``, ``test`` or ``predict``.
         model: Tasks of the model by name.
         data: Tasks of the data set by name.
+        place: Returns where the data set names a class of a task, or an empty string.
 
     Raises:
-        ConfigError: A task is missing, or its kind or classes differ.
+        ConfigError: A task is missing, its kind or classes differ, or it has a single class to choose from.
     """
     absent = [name for name in model if name not in data]
     if absent and (stage == "fit" or len(absent) == len(model)):
         raise ConfigError(
-            f"model.heads.{absent[0]}: the data set has no task of this name; it has {', '.join(data) or 'none'}. "
-            f"Rename the head, or drop it with model.tasks."
+            f"model.heads.{absent[0]}: the data set has no task of this name{_meant(absent[0], list(data))}; it has "
+            f"{', '.join(data) or 'none'}. Rename the head, or drop it with model.tasks."
         )
     for name, task in model.items():
         known = data.get(name, task)
-        if (task.kind, task.classes) != (known.kind, known.classes):
+        key = f"model.heads.{name}.classes={list(task.classes)}"
+        if task.kind != known.kind:
+            raise ConfigError(f"model.heads.{name}: a head for {task.kind}, but in the data set it is {known.kind}.")
+        alone = known.kind == "classification" and len(known.classes) == 1 and not known.multi_label
+        if alone and name in data:
             raise ConfigError(
-                f"model.heads.{name}.classes={list(task.classes)} ({task.kind}) do not fit the data set's "
-                f"{list(known.classes)} ({known.kind}); make them equal, in the same order."
+                f"model.heads.{name}: the data leave this task with a single class, {known.classes[0]!r}"
+                f"{_at(place(name, known.classes[0]))}. Write the class of the other images into the data, or give the "
+                "classes of the task in data.init_args where some have no image."
+            )
+        if task.classes != known.classes:
+            raise ConfigError(f"{key}: {_difference(task, known, place)}")
+        if alone:
+            raise ConfigError(
+                f"{key}: with a single class there is nothing to choose; name the class of the others too."
             )
     if absent:
         rank_zero_info(f"Not evaluated, because the data have no labels for it: {', '.join(absent)}")
+
+
+def _difference(head: Task, data: Task, place: Callable[[str, str], str]) -> str:
+    """Return in which classes a head differs from the data set, where the data name them, and the fix."""
+    found = f"the classes of the data are {list(data.classes)}"
+    if set(head.classes) == set(data.classes):
+        return f"{found}; write them in this order."
+    parts = [
+        f"the data have no class {name!r}{_meant(name, data.classes)}"
+        for name in head.classes
+        if name not in data.classes
+    ]
+    parts += [
+        f"the head lacks {name!r}{_at(place(data.name, name))}" for name in data.classes if name not in head.classes
+    ]
+    return f"{'; '.join(parts[:5])}; {found}. Correct the name in the head, or the labels where they are wrong."
+
+
+def _at(place: str) -> str:
+    return f" ({place})" if place else ""
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    """Return a question with the most similar of the known names, or nothing."""
+    near = difflib.get_close_matches(name.lower(), [one.lower() for one in known], 1)
+    return next((f" (did you mean {one!r}?)" for one in known if near and one.lower() == near[0]), "")
 
 
 def check_gradient_aggregation(trainer: L.Trainer) -> None:

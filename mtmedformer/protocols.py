@@ -1,8 +1,7 @@
 """Contracts between the packages: what the model, the data modules, the callbacks and the federation expect.
 
-Any object with these members can be used; it need not inherit from a class here. ``isinstance`` tests whether the
-members exist, not their types. A user's own data module or callback may provide some of them and not others; the
-effect of a missing one is stated at each protocol.
+Any object with these members can be used, without inheriting from a class here. ``isinstance`` tests whether members
+exist, not their types. A user's own class may provide some of them; the effect of a missing one is stated with each.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ class PredictingModule(Protocol):
 
     def predict(self, image: Tensor, raw: bool = False) -> dict[str, Any]:
         """Return the predictions of one forward pass by task."""
-        ...
 
 
 class PredictionStrategy(Protocol):
@@ -59,7 +57,6 @@ class PredictionStrategy(Protocol):
             image: float (B, C, H, W) in [0, 1].
             raw: Add the predictions without calibration as ``raw/<task>``.
         """
-        ...
 
 
 @runtime_checkable
@@ -68,7 +65,6 @@ class StepSchedule(Protocol):
 
     def spread(self, total_steps: int) -> None:
         """Set the number of optimizer steps of the whole training, before the first step."""
-        ...
 
 
 @runtime_checkable
@@ -134,18 +130,20 @@ class TaskedData(Protocol):
 
 
 @runtime_checkable
-class PlannedData(Protocol):
+class PlannedData(TaskedData, Protocol):
     """A data module that can read its records before ``setup``, so that a mistake is found before anything is written.
 
-    Attributes:
-        tasks: Tasks by name, complete after ``plan``.
+    Its tasks are complete after ``plan``.
     """
-
-    tasks: dict[str, Task]
 
     def plan(self) -> None:
         """Read the records; decode no pixel. Does nothing the second time."""
-        ...
+
+    def require(self, stage: str) -> None:
+        """Raise a ``DataError``, after ``plan``, if there are no images for a stage of the Trainer."""
+
+    def class_place(self, task: str, label: str) -> str:
+        """Return where a table names a class, or an empty string."""
 
 
 @runtime_checkable
@@ -170,11 +168,9 @@ class RecordData(Protocol):
 
     def plan(self) -> None:
         """Read the records and split them; decode no pixel."""
-        ...
 
     def catalogue(self) -> Any:
         """Return the tasks and records of the data set's own files."""
-        ...
 
 
 @runtime_checkable
@@ -244,7 +240,6 @@ class DescribedData(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Return counts and plain text about the data, once set up: no names, ids or paths."""
-        ...
 
 
 @runtime_checkable
@@ -271,11 +266,9 @@ class OriginalImages(Protocol):
 
     def original(self, file: Path) -> NDArray[np.float32]:
         """Return the whole image as displayed: float32 (H, W) in [0, 1]."""
-        ...
 
     def is_dicom(self, file: Path) -> bool:
         """Return whether a file is DICOM."""
-        ...
 
 
 @runtime_checkable
@@ -293,7 +286,6 @@ class ResumablePrediction(Protocol):
 
     def skip_finished(self, finished: Callable[[Mapping[str, Path]], Collection[str]]) -> None:
         """Set the function that returns the ids of the finished images, given all files by id."""
-        ...
 
 
 @runtime_checkable

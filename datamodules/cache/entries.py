@@ -58,13 +58,15 @@ class Report:
 
     Attributes:
         issues: What was left out, and why.
-        remarks: One per correction.
+        remarks: What was corrected, one entry per correction.
         measures: What was measured; ``None`` where the image cannot be used.
+        empty: Names of the tasks whose masks or boxes were drawn and are empty.
     """
 
     issues: tuple[Issue, ...] = ()
     remarks: tuple[str, ...] = ()
     measures: Measures | None = None
+    empty: frozenset[str] = frozenset()
 
     @property
     def transient(self) -> bool:
@@ -109,9 +111,14 @@ class CacheEntry:
         """Size of the arrays in bytes."""
         return self.image.nbytes + sum(a.nbytes for d in (self.masks, self.boxes, self.labels) for a in d.values())
 
+    def empty(self) -> list[str]:
+        """Return the names of the tasks without a pixel of a mask, or without a box."""
+        masks = [task for task, mask in self.masks.items() if not (mask == 1).any()]
+        return sorted([*masks, *(task for task, boxes in self.boxes.items() if not len(boxes))])
+
     def report(self) -> Report:
-        """Return the issues, remarks and measures."""
-        return Report(self.issues, self.remarks, self.measures)
+        """Return the issues, remarks and measures, and what is empty."""
+        return Report(self.issues, self.remarks, self.measures, frozenset(self.empty()))
 
 
 def save_entry(entry: CacheEntry, path: Path) -> None:
@@ -131,6 +138,7 @@ def save_entry(entry: CacheEntry, path: Path) -> None:
         "view": entry.view,
         "laterality": entry.laterality,
         "remarks": entry.remarks,
+        "empty": entry.empty(),
         "issues": [asdict(issue) for issue in entry.issues],
         "measures": asdict(entry.measures) if entry.measures else None,
     }
@@ -175,4 +183,5 @@ def _report(facts: dict[str, Any]) -> Report:
     if measures is not None:
         masks = tuple(MaskMeasure(**mask) for mask in measures["masks"])
         measures = Measures(tuple(measures["size"]), measures["border"], masks)
-    return Report(tuple(Issue(**issue) for issue in facts["issues"]), tuple(facts["remarks"]), measures)
+    issues = tuple(Issue(**issue) for issue in facts["issues"])
+    return Report(issues, tuple(facts["remarks"]), measures, frozenset(facts["empty"]))

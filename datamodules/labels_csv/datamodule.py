@@ -7,31 +7,23 @@ annotated and empty.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from datamodules.base import MedicalDataModule
 from datamodules.cache.quarantine import IMAGE, Issue
-from datamodules.labels_csv.columns import (
-    BoxColumns,
-    ClassColumns,
-    MaskColumns,
-    Reader,
-    check_columns,
-    columns_of,
-    path_in,
-    reader,
-)
-from datamodules.labels_csv.table import CellError, Table, TableRow, read_labels
-from datamodules.records import Catalogue, ClassTruth, MaskTruth, Record, Split, Truth
+from datamodules.labels_csv.cells import CellError, TableRow, short
+from datamodules.labels_csv.classes import FoundClasses
+from datamodules.labels_csv.columns import BoxColumns, ClassColumns, Columns, MaskColumns, check_columns, columns_of
+from datamodules.labels_csv.merge import Entry
+from datamodules.labels_csv.readers import Reader, reader
+from datamodules.labels_csv.table import Table, read_labels
+from datamodules.records import BoxTruth, Catalogue, Record, Split, Truth
 from mtmedformer.errors import DataError
-
-T = TypeVar("T")
 
 SPLITS: dict[str, Split] = {
     "train": "train",
@@ -106,6 +98,7 @@ class LabelsCSVDataModule(MedicalDataModule):
         self.laterality_column = laterality_column
         self.size_columns = size_columns
         self.group_columns = group_columns
+        self._found: dict[str, FoundClasses] = {}
         self.specs = check_columns(self.classification, self.detection, self.segmentation)
 
     @property
@@ -121,22 +114,26 @@ class LabelsCSVDataModule(MedicalDataModule):
                 a path is outside the folder.
         """
         table = read_labels(self.root / self.table, self.image_column)
-        self._require(table)
+        specs = {
+            name: spec
+            for name, spec in self.specs.items()
+            if self.only_tasks is None or name in self.only_tasks or set(columns_of(spec)) <= set(table.columns)
+        }
+        self._require(table, specs)
+        rows = self._usable_rows(table)
+        table = replace(table, rows=list(rows))
         notes = list(table.notes)
         readers = [
-            reader(name, spec, self._flag(name, table, notes), table, self.root) for name, spec in self.specs.items()
+            reader(name, spec, self._flag(name, table, notes), table, self.root, self.negative)
+            for name, spec in specs.items()
         ]
+        self._found = {each.task.name: each.found for each in readers if each.found}
+        notes += [note for each in readers for note in each.notes]
         known: dict[Path, Entry] = {}
-        for row in table.rows:
-            if not row.text(self.image_column):
-                detail = f"line {row.line}, column {self.image_column!r}; name the file or remove the row"
-                self.quarantine.add([Issue(f"line {row.line}", "", IMAGE, "row without an image", detail)])
-                continue
-            entry = self._entry(row, table, readers)
-            file = entry.record.file
-            known[file] = known[file].merge(entry, table.file) if file in known else entry
-        repeats = len(table.rows) - sum(not row.text(self.image_column) for row in table.rows) - len(known)
-        if repeats:
+        for row, record in rows.items():
+            entry = self._entry(row, record, readers)
+            known[record.file] = known[record.file].merge(entry, table.file) if record.file in known else entry
+        if repeats := len(rows) - len(known):
             notes.append(
                 f"{table.file.name}: {repeats} rows repeat an image of an earlier row; merged, since they agree with it"
             )
@@ -152,7 +149,64 @@ class LabelsCSVDataModule(MedicalDataModule):
             )
         return Catalogue({r.task.name: r.task for r in readers}, records, notes)
 
-    def _entry(self, row: TableRow, table: Table, readers: Sequence[Reader]) -> Entry:
+    def class_place(self, task: str, label: str) -> str:
+        """Return where the table names a class, with column and lines; empty if it was not found in a column."""
+        return self._found[task].place(label) if task in self._found else ""
+
+    def _usable_rows(self, table: Table) -> dict[TableRow, Record]:
+        """Return the rows that name an image, with their records without labels; the others are quarantined.
+
+        Raises:
+            DataError: No row names an image.
+        """
+        rows: dict[TableRow, Record] = {}
+        issues = []
+        for row in table.rows:
+            try:
+                rows[row] = self._record(row)
+            except CellError as broken:
+                issues.append(Issue(f"line {row.line}", "", IMAGE, broken.reason, broken.detail))
+        if not rows:
+            raise DataError(f"{table.file}: no row can be used. {issues[0].detail}")
+        # totals and remarks below a spreadsheet: a word where other rows name a file
+        words = [row for row, record in rows.items() if not (record.file.suffix or os.path.isfile(record.file))]
+        for row in words if len(words) < len(rows) else []:
+            error = row.error(
+                self.image_column, "image file missing", "no such file; correct the name or remove the row"
+            )
+            issues.append(Issue(f"line {row.line}", rows.pop(row).file.name, IMAGE, error.reason, error.detail))
+        self.quarantine.add(issues)
+        return rows
+
+    def _record(self, row: TableRow) -> Record:
+        """Return the record of a row, without labels.
+
+        Raises:
+            CellError: The row names no image, or a cell is no name.
+            DataError: The split is unknown, or the path is outside the folder.
+        """
+        if not row.text(self.image_column):
+            raise row.error(self.image_column, "row without an image", "name the file or remove the row")
+        split = row.text(self.split_column).lower()
+        if split and split not in SPLITS:
+            raise DataError(
+                f"{row.file}: line {row.line}, column {self.split_column!r}: {short(split)} is not a split; write "
+                "train, val or test, or leave it blank"
+            )
+        groups = self.group_columns if self.group_columns is not None else ["client"]
+        file = row.path(self.image_column, self.root)
+        return Record(
+            id=file.stem,
+            file=file,
+            patient=row.name(self.patient_column) if self.patient_column else str(file.relative_to(self.root)),
+            site=row.name(self.site_column) or "unknown",
+            view=row.name(self.view_column) or None,
+            laterality=SIDES.get(row.text(self.laterality_column).lower()),
+            split=SPLITS.get(split),
+            groups={group: name for group in groups if (name := row.name(group))},
+        )
+
+    def _entry(self, row: TableRow, record: Record, readers: Sequence[Reader]) -> Entry:
         truth: dict[str, Truth] = {}
         errors: dict[str, CellError] = {}
         for each in readers:
@@ -168,35 +222,18 @@ class LabelsCSVDataModule(MedicalDataModule):
         try:
             size = row.size(*self.size_columns)
         except CellError as error:
-            remarks.append(error.reason)
+            boxed = {task for task, label in truth.items() if isinstance(label, BoxTruth) and label.boxes}
+            errors |= dict.fromkeys(boxed, error)  # in pixels of an unknown image
+            remarks += [] if boxed else [error.reason]
         side = row.text(self.laterality_column)
         if side and side.lower() not in SIDES:
             remarks.append("side neither L nor R")
-        split = row.text(self.split_column).lower()
-        if split and split not in SPLITS:
-            raise DataError(
-                f"{table.file}: line {row.line}, column {self.split_column!r}: {split!r} is not a split; write train, "
-                "val or test, or leave it blank"
-            )
-        groups = self.group_columns if self.group_columns is not None else ["client"]
-        file = path_in(self.root, row, self.image_column)
-        record = Record(
-            id=file.stem,
-            file=file,
-            patient=row.text(self.patient_column) if self.patient_column else str(file.relative_to(self.root)),
-            truth=truth,
-            site=row.text(self.site_column) or "unknown",
-            view=row.text(self.view_column) or None,
-            laterality=SIDES.get(side.lower()),
-            split=SPLITS.get(split),
-            groups={group: row.text(group) for group in groups if row.text(group)},
-            size=size,
-        )
-        return Entry(row.line, record, errors, remarks)
+        known = {task: label for task, label in truth.items() if task not in errors}
+        return Entry(row.line, replace(record, truth=known, size=size), errors, remarks)
 
-    def _require(self, table: Table) -> None:
+    def _require(self, table: Table, specs: dict[str, Columns]) -> None:
         """Raise if a configured column is missing; columns with their default names may be missing."""
-        for name, spec in self.specs.items():
+        for name, spec in specs.items():
             table.require(columns_of(spec), f"task {name!r} is read from it")
         if self.patient_column:
             why = "it keeps a patient's images in one split; null counts every image as a patient of its own"
@@ -225,79 +262,6 @@ class LabelsCSVDataModule(MedicalDataModule):
             f"{table.file.name}: no column {flag!r}; an image counts as labelled for {name!r} where its cell is filled"
         )
         return None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The rows of one image, merged.
-
-    Attributes:
-        line: Its first line in the table.
-        record: The record so far.
-        errors: Error by task, where the label could not be read.
-        remarks: Cells that were read as blank.
-    """
-
-    line: int
-    record: Record
-    errors: dict[str, CellError] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
-
-    def merge(self, other: Entry, table: Path) -> Entry:
-        """Merge two rows of one image.
-
-        Raises:
-            DataError: The rows contradict each other.
-        """
-        a, b = self.record, other.record
-        joined = replace(
-            a,
-            patient=self._agree(other, "patient", a.patient, b.patient, "", table),
-            site=self._agree(other, "site", a.site, b.site, "unknown", table),
-            view=self._agree(other, "view", a.view, b.view, None, table),
-            laterality=self._agree(other, "laterality", a.laterality, b.laterality, None, table),
-            split=self._agree(other, "split", a.split, b.split, None, table),
-            size=self._agree(other, "size", a.size, b.size, None, table),
-        )
-        for group in {**a.groups, **b.groups}:
-            self._agree(other, group, a.groups.get(group), b.groups.get(group), None, table)
-        errors = {**self.errors, **other.errors}
-        truth = {**a.truth, **b.truth}
-        for task in a.truth.keys() & b.truth.keys():
-            truth[task] = self._together(other, task, a.truth[task], b.truth[task], table)
-        known = {task: label for task, label in truth.items() if task not in errors}
-        record = replace(joined, truth=known, groups={**a.groups, **b.groups})
-        return Entry(self.line, record, errors, [*self.remarks, *other.remarks])
-
-    def _together(self, other: Entry, task: str, a: Truth, b: Truth, table: Path) -> Truth:
-        """Merge two labels of a task: a value that is unknown in one is taken from the other."""
-        if isinstance(a, ClassTruth) and isinstance(b, ClassTruth):
-            pairs = [
-                (None if math.isnan(x) else x, None if math.isnan(y) else y)
-                for x, y in zip(a.values, b.values, strict=True)
-            ]
-            values = [self._agree(other, task, x, y, None, table) for x, y in pairs]
-            return ClassTruth(tuple(math.nan if v is None else v for v in values))
-        if isinstance(a, MaskTruth) and isinstance(b, MaskTruth):
-            channels = zip(a.channels, b.channels, strict=True)
-            return MaskTruth(tuple(self._agree(other, task, x, y, None, table) for x, y in channels))
-        if a != b:
-            raise self._contradiction(other, task, table)
-        return a
-
-    def _agree(self, other: Entry, what: str, a: T, b: T, blank: T, table: Path) -> T:
-        if a == b or b == blank:
-            return a
-        if a == blank:
-            return b
-        raise self._contradiction(other, what, table)
-
-    def _contradiction(self, other: Entry, what: str, table: Path) -> DataError:
-        return DataError(
-            f"{table}: lines {self.line} and {other.line} name the same image, {self.record.file.name}, but contradict "
-            f"each other in {what!r}. Remove one, or put all labels of the image into one row (all its boxes in one "
-            "list)."
-        )
 
 
 def _named(records: list[Record], root: Path) -> list[Record]:

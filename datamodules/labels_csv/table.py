@@ -1,110 +1,24 @@
-"""Read a label table of unknown encoding and separator, with cells that are numbers, flags or lists.
-
-Every error names file, line and column.
-"""
+"""Read a label table of unknown encoding and separator."""
 
 from __future__ import annotations
 
-import ast
 import codecs
 import csv
 import difflib
 import io
-import json
-import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from datamodules.labels_csv.cells import TableRow
 from mtmedformer.errors import DataError, NoImagesError
-
-BLANK = frozenset({"", "nan", "na", "n/a", "none", "null"})
-"""Text of cells without a value, in lower case."""
 
 SEPARATORS = (",", ";", "\t", "|")
 LARGEST_CELL = 2**24  # characters; the default limit of the csv module, 128 KiB, is too small for polygons
 
-
-class CellError(Exception):
-    """A cell with an invalid value, with a ``reason`` that can be counted and a ``detail`` with place and fix."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-
-@dataclass(frozen=True)
-class TableRow:
-    """One row: its table, its first line (the header is line 1) and its stripped cells by column."""
-
-    file: Path
-    line: int
-    cells: dict[str, str]
-
-    def text(self, column: str | None) -> str:
-        """Return a cell's text; an empty string where it is blank or the column is missing."""
-        cell = self.cells.get(column, "") if column else ""
-        return "" if cell.lower() in BLANK else cell
-
-    def switch(self, column: str) -> bool | None:
-        """Return a cell of 0 or 1 (false or true, no or yes), ``None`` where it is blank.
-
-        Raises:
-            CellError: The cell has another value.
-        """
-        cell = self.text(column).lower()
-        if not cell:
-            return None
-        if cell in ("1", "1.0", "true", "yes"):
-            return True
-        if cell in ("0", "0.0", "false", "no"):
-            return False
-        raise self.error(column, "cell neither 0 nor 1", "write 0, 1 or leave it blank")
-
-    def items(self, column: str) -> list[Any]:
-        """Return the items of a cell with a JSON or Python list; a blank cell has none.
-
-        Raises:
-            CellError: The cell is no list.
-        """
-        cell = self.text(column)
-        if not cell:
-            return []
-        value: Any = None
-        try:
-            value = json.loads(cell)
-        except ValueError:
-            try:
-                value = ast.literal_eval(cell)
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
-                raise self.error(column, "cell not a list", "write a JSON list such as [[10, 20, 30, 40]]") from None
-        except RecursionError:
-            raise self.error(column, "cell not a list", "its brackets nest too deep") from None
-        if not isinstance(value, list | tuple):
-            raise self.error(column, "cell not a list", "write a JSON list, [] for none")
-        return list(value)
-
-    def size(self, height: str, width: str) -> tuple[int, int] | None:
-        """Return ``(height, width)`` from two columns, ``None`` where one is blank or absent."""
-        if not (self.text(height) and self.text(width)):
-            return None
-        values = []
-        for column in (height, width):
-            try:
-                number = float(self.text(column))
-            except ValueError:
-                number = math.nan
-            if not (number > 0 and number == math.floor(number) < 2**31):
-                raise self.error(column, "image size not a whole number", "write pixels, or leave it blank")
-            values.append(int(number))
-        return (values[0], values[1])
-
-    def error(self, column: str, reason: str, fix: str) -> CellError:
-        """Return an error about one cell."""
-        cell = self.cells.get(column, "")
-        shown = cell if len(cell) <= 60 else cell[:57] + "..."
-        return CellError(reason, f"{self.file.name} line {self.line}, column {column!r}: {shown!r}; {fix}")
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_INVISIBLE = "\ufeff\u200b"  # byte order mark and zero-width space, which editors leave at the ends of cells
 
 
 @dataclass(frozen=True)
@@ -158,40 +72,58 @@ def read_labels(file: Path, key: str) -> Table:
     """
     notes: list[str] = []
     text = _text(file, notes)
-    first = next((line for line in text.splitlines() if line.strip()), "")
+    named = re.match(r"sep=(.)\r?\n", text)  # Excel's own first line
+    skipped, text = (1, text[named.end() :]) if named else (0, text)
+    first = next((line for line in io.StringIO(text, newline=None) if line.strip()), "")
     if not first:
         raise DataError(f"{file}: the table is empty; it needs a header line and one row per image")
-    fitting = [s for s in SEPARATORS if key in (cell.strip() for cell in next(csv.reader([first], delimiter=s)))]
-    separator = fitting[0] if fitting else max(SEPARATORS, key=first.count)
+    fitting = [s for s in SEPARATORS if key in _first_cells(first, s)]
+    separator = named[1] if named else fitting[0] if fitting else max(SEPARATORS, key=first.count)
     rows: list[TableRow] = []
     header: list[str] = []
+    repeated = 0
     csv.field_size_limit(LARGEST_CELL)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
-    line = 1
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+    line = 1 + skipped
     try:
         for cells in reader:
-            start, line = line, reader.line_num + 1
-            stripped = [cell.strip() for cell in cells]
+            start, line = line, reader.line_num + 1 + skipped
+            stripped = [cell.strip().strip(_INVISIBLE) for cell in cells]
             if not any(stripped):
                 continue
             if not header:
                 header = _header(file, stripped)
-            elif len(stripped) != len(header):
+                continue
+            if len(stripped) > len(header) and not any(stripped[len(header) :]):
+                stripped = stripped[: len(header)]  # empty columns of a spreadsheet
+            if len(stripped) != len(header):
                 raise DataError(
                     f"{file}: line {start} has {len(stripped)} cells, the header {len(header)}. Is the file complete? "
                     f'Cells that contain {separator!r} need double quotes around them: "[[1{separator}2]]".'
                 )
+            if stripped == header:
+                repeated += 1
             else:
                 rows.append(TableRow(file, start, dict(zip(header, stripped, strict=True))))
     except csv.Error as error:
+        where = f"line {line}" if reader.line_num + skipped <= line else f"lines {line} to {reader.line_num + skipped}"
         raise DataError(
-            f"{file}: line {reader.line_num} is not a line of a table ({error}); save it as CSV again"
+            f"{file}: {where}: no row of a table ({error}); is a quote left open? Save it as CSV again"
         ) from None
+    if repeated:
+        notes.append(f"{file.name}: {repeated} further header line(s) skipped")
     table = Table(file, header, rows, notes)
     table.require([key], "it names the image file of each row")
     if not rows:
         raise NoImagesError(f"{file}: the table has a header but no row")
     return table
+
+
+def _first_cells(line: str, separator: str) -> list[str]:
+    try:
+        return [cell.strip().strip(_INVISIBLE) for cell in next(csv.reader([line], delimiter=separator))]
+    except csv.Error:  # reading the table reports it
+        return []
 
 
 def _header(file: Path, cells: list[str]) -> list[str]:
@@ -208,13 +140,22 @@ def _text(file: Path, notes: list[str]) -> str:
         raise DataError(
             f"{file} cannot be read ({error.strerror or error}); check data.init_args.root and data.init_args.table"
         ) from error
-    marks = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-    encoding = next((name for mark, name in marks.items() if content.startswith(mark)), "utf-8")
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), _unmarked(content))
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError:
         text = content.decode("cp1252", errors="replace")
         notes.append(f"{file.name}: not UTF-8; read as Windows-1252. Save it as UTF-8 if names look wrong.")
-    if "\x00" in text:
+    if content.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
         raise DataError(f"{file}: not a text table; save an Excel sheet as CSV (UTF-8)")
+    if "\x00" in text:
+        line = text[: text.index("\x00")].count("\n") + 1
+        raise DataError(f"{file}: line {line} has a NUL character, so it is not a text table; save it as CSV (UTF-8)")
     return text
+
+
+def _unmarked(content: bytes) -> str:
+    """Return the encoding of a file without mark: UTF-16 if every other byte of its start is 0, else UTF-8."""
+    low, high = content[:2000:2].count(0), content[1:2000:2].count(0)
+    half = len(content[:2000]) // 2
+    return "utf-16-le" if high > 0.8 * half > 0 == low else "utf-16-be" if low > 0.8 * half > 0 == high else "utf-8"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -20,17 +20,27 @@ log = logging.getLogger(__name__)
 
 Strategy = Literal["shuffle", "positive", "sqrt"]
 
-NEGATIVE_CLASSES = frozenset(
-    {"normal", "negative", "benign", "healthy", "none", "no_finding", "no finding", "no_findings", "absent", "clear"}
+NEGATIVE_CLASSES = (
+    *("normal", "negative", "benign", "healthy", "absent", "clear", "none", "no", "false", "0"),
+    *("no finding", "no findings", "no cancer", "no tumor", "no tumour", "no lesion", "no disease", "no pneumonia"),
 )
-"""Names of negative classes, for tasks of which exactly one class holds."""
+"""Names of classes of images without a finding, where `negative_classes` of the data module names no others."""
+
+
+def plain_name(name: str) -> str:
+    """Return a name of a class in lower case, with blanks in place of ``_`` and ``-``."""
+    return " ".join(name.lower().replace("_", " ").replace("-", " ").split())
+
+
+NEGATIVE = frozenset(NEGATIVE_CLASSES)
 
 
 def strata(record: Record, tasks: dict[str, Task]) -> tuple[str, ...]:
     """Return the strata of a record, one string per label.
 
     ``task=class`` for each class that holds, ``task=none`` if every known class is absent; ``task=+`` or ``task=-`` for
-    boxes and masks. Unknown tasks and classes add nothing. A mask file counts as ``+``, since it has not been read.
+    boxes and masks. Unknown tasks and classes add nothing. A mask file counts as ``+`` until it has been read and found
+    empty (``Record.empty``).
     """
     labels = []
     for name in sorted(tasks):
@@ -39,6 +49,8 @@ def strata(record: Record, tasks: dict[str, Task]) -> tuple[str, ...]:
             known = [(c, v) for c, v in zip(tasks[name].classes, truth.values, strict=True) if not math.isnan(v)]
             present = [f"{name}={c}" for c, v in known if v > 0.5]
             labels += present or ([f"{name}=none"] if known else [])
+        elif name in record.empty:
+            labels.append(f"{name}=-")
         elif isinstance(truth, BoxTruth):
             labels.append(f"{name}={'+' if truth.boxes or _drawn(truth.masks) else '-'}")
         elif isinstance(truth, MaskTruth) and any(c is not None for c in truth.channels):
@@ -46,29 +58,70 @@ def strata(record: Record, tasks: dict[str, Task]) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def is_positive(stratum: str) -> bool:
-    """Return whether a stratum of `strata` is positive."""
+def is_positive(stratum: str, negative: Collection[str] = NEGATIVE) -> bool:
+    """Return whether a stratum of `strata` is positive.
+
+    Args:
+        stratum: The stratum.
+        negative: Names of the negative classes, each as `plain_name` returns it.
+    """
     value = stratum.split("=", 1)[1]
-    return value != "-" and value.lower() not in NEGATIVE_CLASSES
+    return value not in ("-", "none") and plain_name(value) not in negative
 
 
-def positives(records: Sequence[Record], tasks: dict[str, Task]) -> NDArray[np.bool_]:
+def positives(
+    records: Sequence[Record], tasks: dict[str, Task], negative: Collection[str] = NEGATIVE
+) -> NDArray[np.bool_]:
     """Return which records are positive, bool (N,).
 
-    A record does if, in any task, it has a box, a mask, or a class that is not called normal, negative, benign or
-    alike. A task in which more than half of all records are positive (lungs, breast outline) is left out, because every
-    batch has one of those anyway.
+    A record is if, in any task, it has a box, a mask that is not empty, or a class that is not a negative one. A task
+    in which more than half of all records are positive (lungs, breast outline) is left out, because every batch has one
+    of those anyway.
+
+    Args:
+        records: The records.
+        tasks: The tasks by name.
+        negative: Names of the negative classes, each as `plain_name` returns it.
 
     Returns:
         bool (len(records),).
     """
-    strata_of = [strata(r, tasks) for r in records]
     positive = np.zeros(len(records), bool)
-    for name in tasks:
-        hit = np.array([any(is_positive(w) for w in ws if w.startswith(f"{name}=")) for ws in strata_of], bool)
-        if hit.sum() <= len(records) / 2:
-            positive |= hit
+    for hit in positives_by_task(records, tasks, negative).values():
+        positive |= hit
     return positive
+
+
+def positives_by_task(
+    records: Sequence[Record], tasks: dict[str, Task], negative: Collection[str] = NEGATIVE
+) -> dict[str, NDArray[np.bool_]]:
+    """Return which records are positive in each task that `positives` counts; arguments as there."""
+    strata_of = [strata(r, tasks) for r in records]
+    hits = {}
+    for name in tasks:
+        hit = np.array(
+            [any(is_positive(w, negative) for w in ws if w.startswith(f"{name}=")) for ws in strata_of], bool
+        )
+        if 0 < hit.sum() <= len(records) / 2:
+            hits[name] = hit
+    return hits
+
+
+def describe_positives(records: Sequence[Record], tasks: dict[str, Task], negative: Collection[str] = NEGATIVE) -> str:
+    """Return a sentence on what the sampler counts as positive and as negative; arguments as in `positives`."""
+    words = sorted({word for record in records for word in strata(record, tasks) if is_positive(word, negative)})
+    parts = []
+    for name in positives_by_task(records, tasks, negative):
+        present = [word.split("=", 1)[1] for word in words if word.startswith(f"{name}=")]
+        parts.append(name if present == ["+"] else f"{name}: {', '.join(present)}")
+    classes = {c for task in tasks.values() if task.kind == "classification" for c in task.classes}
+    without = sorted(c for c in classes if plain_name(c) in negative)
+    count = int(positives(records, tasks, negative).sum())
+    return (
+        f"sampler: {count} of {len(records)} training images are positive"
+        + (f" ({'; '.join(parts)})" if parts else ": each task has none, or more than half of the images")
+        + (f"; negative classes: {', '.join(without)}" if without else "; no class is negative" if classes else "")
+    )
 
 
 class TaskSampler(DistributedSampler[int]):
@@ -87,6 +140,7 @@ class TaskSampler(DistributedSampler[int]):
         seed: Seed of the order.
         num_replicas: Number of processes that share the records.
         rank: Index of this process.
+        negative: Names of the negative classes (see `positives`).
 
     Raises:
         ConfigError: An unknown strategy, or a batch size below 1.
@@ -101,6 +155,7 @@ class TaskSampler(DistributedSampler[int]):
         seed: int = 0,
         num_replicas: int = 1,
         rank: int = 0,
+        negative: Collection[str] = NEGATIVE,
     ) -> None:
         if strategy not in ("shuffle", "positive", "sqrt"):
             raise ConfigError(f"sampler strategy is {strategy!r}; choose shuffle, positive or sqrt")
@@ -109,9 +164,12 @@ class TaskSampler(DistributedSampler[int]):
         super().__init__(range(len(records)), num_replicas, rank, seed=seed)  # type: ignore[arg-type]
         self.strategy = strategy
         self.batch_size = batch_size
-        self.positive = positives(records, tasks) if strategy == "positive" else np.zeros(0, bool)
+        self.positive = positives(records, tasks, negative) if strategy == "positive" else np.zeros(0, bool)
         if strategy == "positive" and not self.positive.any():
-            log.warning("sampler: no record is positive in any task where positives are the minority; plain shuffling")
+            log.warning(
+                "sampler: no image is positive in any task where positives are the minority; plain shuffling. Which "
+                "classes are negative is set by data.init_args.negative_classes"
+            )
         strata_of = [strata(r, tasks) for r in records] if strategy == "sqrt" else []
         counts = Counter(strata_of)
         weights = np.array([1 / math.sqrt(counts[w]) for w in strata_of])

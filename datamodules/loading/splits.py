@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,18 @@ from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
+
+
+class TooFewPatientsError(DataError):
+    """Patients without an official split are too few for the parts asked for.
+
+    Attributes:
+        splits: Split of each record by its id, with these patients in ``train``.
+    """
+
+    def __init__(self, message: str, splits: dict[str, Split] | None = None) -> None:
+        super().__init__(message)
+        self.splits = splits or {}
 
 
 def assign_splits(
@@ -36,8 +48,9 @@ def assign_splits(
     """Assign every record to a split, all records of a patient to the same one.
 
     Official splits of records are kept; a patient without one is in training. If no record is officially in val (or
-    test), that split is taken from training, with the shares of each task's labels and of the sites preserved. The
-    result does not depend on the order of the records.
+    test), that split is taken from training, with the shares of each task's labels and of the sites preserved; where
+    every record is officially in val or test, there is nothing to take it from. The result does not depend on the order
+    of the records.
 
     Args:
         records: All usable records.
@@ -54,8 +67,8 @@ def assign_splits(
         The split of each record by its id.
 
     Raises:
-        DataError: A patient is in two official splits, a patient key is missing, an id appears twice, or there are too
-            few patients.
+        DataError: A patient is in two official splits, a patient key is missing, or an id appears twice.
+        TooFewPatientsError: There are too few patients for the parts.
         ConfigError: Fractions or folds out of their ranges.
     """
     if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
@@ -72,25 +85,48 @@ def assign_splits(
     official_splits = set(fixed.values())
     splits: dict[str, Split] = {p: s for p, s in fixed.items() if s != "train"}
     pool = [p for p in patients if p not in splits]
-    vectors = _label_counts(patients, tasks)
+    if pool:
+        try:
+            vectors = _label_counts(patients, tasks)
+            splits |= _drawn(
+                pool, patients, vectors, official_splits, val_fraction, test_fraction, seed, fold, folds
+            )  # fmt: skip
+        except TooFewPatientsError as error:
+            kept: dict[str, Split] = {r.id: splits.get(r.patient, "train") for r in records}
+            raise TooFewPatientsError(str(error), kept) from None
+    return {r.id: splits.get(r.patient, "train") for r in records}
 
-    if "test" not in official_splits and test_fraction > 0:
+
+def _drawn(
+    pool: Sequence[str],
+    patients: dict[str, list[Record]],
+    vectors: dict[str, NDArray[np.float64]],
+    official: Collection[Split],
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    fold: int | None,
+    folds: int,
+) -> dict[str, Split]:
+    """Draw val and test, where there is no official one, from a pool of patients; return their splits."""
+    splits: dict[str, Split] = {}
+    if "test" not in official and test_fraction > 0:
         rest = 1 - test_fraction
-        keep = folds if fold is not None else 2 if "val" not in official_splits and val_fraction > 0 else 1
+        keep = folds if fold is not None else 2 if "val" not in official and val_fraction > 0 else 1
         parts = _partition(pool, patients, vectors, [rest, test_fraction], [keep, 1], f"{seed} test")
         splits |= dict.fromkeys(parts[1], "test")
         pool, val_share = parts[0], val_fraction / rest
     else:
         val_share = val_fraction
-        if "test" not in official_splits:
+        if "test" not in official:
             log.warning("splits: no test split (test_fraction is 0); val is used as test")
     if fold is not None:
         parts = _partition(pool, patients, vectors, [1 / folds] * folds, [1] * folds, f"{seed} fold")
         splits |= dict.fromkeys(parts[fold], "val")
-    elif "val" not in official_splits and val_fraction > 0:
+    elif "val" not in official and val_fraction > 0:
         parts = _partition(pool, patients, vectors, [1 - val_share, val_share], [1, 1], f"{seed} val")
         splits |= dict.fromkeys(parts[1], "val")
-    return {r.id: splits.get(r.patient, "train") for r in records}
+    return splits
 
 
 def _by_patient(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -170,7 +206,7 @@ def _partition(
     """
     if len(pool) < sum(least):
         images = sum(len(patients[p]) for p in pool)
-        raise DataError(
+        raise TooFewPatientsError(
             f"{len(pool)} patient(s) with {images} image(s) are too few to split: {sum(least)} are needed, one "
             f"for each part; add patients, or ask for fewer parts (val_fraction: 0, test_fraction: 0, fewer folds)"
         )

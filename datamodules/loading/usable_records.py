@@ -30,7 +30,7 @@ class UsableRecords:
     ) -> None:
         self.planned = list(planned)
         self._tasks, self._quarantine, self._max_share = tasks, quarantine, max_share
-        self._decoded: set[str] = set()
+        self._decoded: dict[str, frozenset[str]] = {}  # tasks that are empty, by record
         self._issues = Quarantine()  # of decoding alone; the data set's quarantine has those of its tables too
 
     def add(self, reports: Mapping[str, Report]) -> list[Record]:
@@ -46,7 +46,7 @@ class UsableRecords:
         for record, report in ((by_id[name], report) for name, report in reports.items()):
             if record.id in self._decoded:
                 continue
-            self._decoded.add(record.id)
+            self._decoded[record.id] = report.empty
             issues = [replace(i, id=record.id, file=record.file.name) for i in report.issues]
             issues = [i for i in issues if i.subject in self._tasks or i.subject == IMAGE]
             self._quarantine.add(issues, report.remarks)
@@ -56,7 +56,11 @@ class UsableRecords:
         lost = self._issues.lost()
         lost_images = lost.pop(IMAGE, set())
         return [
-            replace(r, truth={t: v for t, v in r.truth.items() if r.id not in lost.get(t, ())})
+            replace(
+                r,
+                truth={t: v for t, v in r.truth.items() if r.id not in lost.get(t, ())},
+                empty=self._decoded.get(r.id, r.empty),
+            )
             for r in self.planned
             if r.id not in lost_images
         ]

@@ -265,6 +265,7 @@ class CommandLine(CLIWithoutCheckpointParsing):
             self.datamodule.plan()
             self._check_tasks(self.datamodule.tasks)
             self._check_federation()
+            self.datamodule.require(str(self.subcommand))
 
     def _check_federation(self) -> None:
         rounds = self.config_init[self.subcommand].get("federation")
@@ -276,7 +277,8 @@ class CommandLine(CLIWithoutCheckpointParsing):
             own = self.model.tasks
             if self.subcommand != "fit":  # some heads may be without labels; the module reports them
                 own = {name: task for name, task in own.items() if name in tasks} or own
-            check_tasks(str(self.subcommand), own, tasks)
+            places = [self.datamodule.class_place] if isinstance(self.datamodule, PlannedData) else []
+            check_tasks(str(self.subcommand), own, tasks, *places)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with the loggers, checkpoints and callbacks that every run needs."""

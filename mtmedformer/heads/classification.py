@@ -45,7 +45,7 @@ class ClassificationHead(TaskHead):
         peak: Also classify the channel maxima; without them, the attention map covers all input of the classifier.
 
     Raises:
-        ConfigError: One class without ``multi_label``, or a term that does not fit the classes.
+        ConfigError: A term does not fit the classes.
 
     Reference:
         Ilse et al., Attention-based deep multiple instance learning, ICML 2018, equation 9.
@@ -64,10 +64,6 @@ class ClassificationHead(TaskHead):
         peak: bool = True,
     ) -> None:
         super().__init__(classes)
-        if len(self.classes) == 1 and not multi_label:
-            raise ConfigError(
-                f"classes: [{self.classes[0]}] with multi_label: false leaves nothing to choose; set multi_label: true"
-            )
         self.multi_label = multi_label
         self.strides = tuple(sorted(strides))
         self.width = width

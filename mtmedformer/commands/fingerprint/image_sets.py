@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from datamodules.audit.image_statistics import ImageStatistics, image_statistics
 from datamodules.base import MedicalDataModule
 from datamodules.cache.quarantine import Quarantine
+from datamodules.loading.samplers import NEGATIVE
 from federation.datamodule import FederatedDataModule
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError
@@ -25,6 +26,7 @@ class ImageSet:
         batch_size: Images per batch.
         quarantine: Images and labels that were left out.
         implausible: Sentences on labels and films that are probably wrong in the whole set.
+        negative: Names of the negative classes, as the data set gives them to its sampler.
     """
 
     dataset: str
@@ -34,6 +36,7 @@ class ImageSet:
     batch_size: int
     quarantine: Quarantine
     implausible: Sequence[str] = ()
+    negative: frozenset[str] = NEGATIVE
 
 
 def read_images(data: MedicalDataModule) -> ImageSet:
@@ -46,7 +49,7 @@ def read_images(data: MedicalDataModule) -> ImageSet:
     facts = image_statistics(data.datasets)
     return ImageSet(
         type(data).__name__, facts, data.tasks, (data.image_size[0], data.image_size[1]), data.batch_size,
-        data.quarantine, tuple(data.implausible.values()),
+        data.quarantine, tuple(data.implausible.values()), data.negative,
     )  # fmt: skip
 
 

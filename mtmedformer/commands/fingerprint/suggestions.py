@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from datamodules.audit.image_statistics import ImageStatistics
-from datamodules.loading.samplers import positives, strata
+from datamodules.loading.samplers import NEGATIVE, positives, strata
 from mtmedformer.batch import Task
 
 WANTED = 12.0
@@ -42,13 +42,16 @@ class Suggestion:
     pixels_per_pixel: float
 
 
-def suggest(facts: Sequence[ImageStatistics], tasks: Mapping[str, Task], batch_size: int) -> Suggestion:
+def suggest(
+    facts: Sequence[ImageStatistics], tasks: Mapping[str, Task], batch_size: int, negative: Collection[str] = NEGATIVE
+) -> Suggestion:
     """Derive settings from the images of all splits (sizes) and of training (labels).
 
     Args:
         facts: Measurements of each image.
         tasks: The tasks by name.
         batch_size: Images per batch; decides how often a shuffled batch would contain no lesion.
+        negative: Names of the negative classes (see ``datamodules.loading.samplers.positives``).
     """
     height, width = (float(v) for v in np.median([f.content for f in facts], axis=0))
     boxes = [s.size for f in facts for s in f.structures if tasks[s.task].kind == "detection"]
@@ -80,7 +83,7 @@ def suggest(facts: Sequence[ImageStatistics], tasks: Mapping[str, Task], batch_s
             f"The smallest boxes span {small / scale:.0f} px: "
             + ("a level of stride 4 is needed." if fine else "stride 8 is fine enough and four times cheaper.")
         )
-    sampler, reason = _sampler(facts, dict(tasks), batch_size)
+    sampler, reason = _sampler(facts, dict(tasks), batch_size, negative)
     return Suggestion(
         size,
         (4, 8, 16, 32, 64) if fine or not boxes else (8, 16, 32, 64),
@@ -92,10 +95,10 @@ def suggest(facts: Sequence[ImageStatistics], tasks: Mapping[str, Task], batch_s
 
 
 def _sampler(
-    facts: Sequence[ImageStatistics], tasks: dict[str, Task], batch_size: int
+    facts: Sequence[ImageStatistics], tasks: dict[str, Task], batch_size: int, negative: Collection[str]
 ) -> tuple[Literal["shuffle", "positive", "sqrt"], str]:
     records = [f.record for f in facts if f.split == "train"]
-    share = float(positives(records, tasks).mean()) if records else 0.0
+    share = float(positives(records, tasks, negative).mean()) if records else 0.0
     without = (1 - share) ** batch_size
     if share > 0 and without > 0.05:
         return "positive", (

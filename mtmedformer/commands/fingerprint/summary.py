@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -138,7 +138,7 @@ def summarise(images: ImageSet) -> Fingerprint:
     duplicates = find_duplicates(np.stack([f.thumbnail for f in facts]), [f.record.id for f in facts])
     leaks = leak_report(duplicates, [f.record for f in facts], {f.record.id: f.split for f in facts})
     shortcuts = find_shortcuts(facts, tasks)
-    suggestion = suggest(facts, tasks, images.batch_size)
+    suggestion = suggest(facts, tasks, images.batch_size, images.negative)
     spacings = [float(np.mean(f.spacing)) for f in facts if f.spacing]
     by_split = {split: [f for f in facts if f.split == split] for split in SPLITS}
     return Fingerprint(
@@ -147,7 +147,7 @@ def summarise(images: ImageSet) -> Fingerprint:
         patients=len({f.record.patient for f in facts}),
         splits={s: SplitCount(len(own), len({f.record.patient for f in own})) for s, own in by_split.items() if own},
         tasks=dict(tasks),
-        labelled=_labelled(tasks, facts),
+        labelled=_labelled(tasks, facts, images.negative),
         classes=_classes(tasks, facts),
         original_size=OriginalSize(
             _quantiles([f.size[0] for f in facts]),
@@ -186,21 +186,30 @@ def summarise_sites(sites: Mapping[str, ImageSet], tasks: dict[str, Task]) -> tu
     names = " and ".join(sorted({images.dataset for images in sites.values()}))
     implausible = [f"{name}: {sentence}" for name, images in sites.items() for sentence in images.implausible]
     together = summarise(
-        ImageSet(f"Federation of {names}", facts, tasks, first.image_size, first.batch_size, quarantine, implausible)
+        ImageSet(
+            f"Federation of {names}",
+            facts,
+            tasks,
+            first.image_size,
+            first.batch_size,
+            quarantine,
+            implausible,
+            first.negative,
+        )
     )
     parts = {name: summarise(images) for name, images in sites.items()}
     warnings = [*_site_warnings(parts), *together.warnings]
     return replace(together, sites=parts, warnings=warnings), facts
 
 
-def _labelled(tasks: Mapping[str, Task], facts: Sequence[ImageStatistics]) -> LabelCounts:
+def _labelled(tasks: Mapping[str, Task], facts: Sequence[ImageStatistics], negative: Collection[str]) -> LabelCounts:
     table: LabelCounts = {}
     for fact in facts:
         for name, task in tasks.items():
             words = strata(fact.record, {name: task})
             if words:
                 cells = table.setdefault(fact.record.site, {}).setdefault(fact.split, {})
-                before, positive = cells.get(name, LabelCount()), any(is_positive(word) for word in words)
+                before, positive = cells.get(name, LabelCount()), any(is_positive(word, negative) for word in words)
                 cells[name] = LabelCount(before.labelled + 1, before.positive + positive)
     return {site: table[site] for site in sorted(table)}
 

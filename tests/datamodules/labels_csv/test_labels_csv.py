@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import logging
 import math
 from collections import Counter
@@ -372,7 +373,7 @@ def test_a_whole_run_leaves_out_what_is_broken(root: Path, caplog: pytest.LogCap
     rows[7] = 'h.png,h,sick,"[[100, 100, 120, 120]]","[""s""]"'
     with caplog.at_level(logging.WARNING):
         data = module(
-            root, HEADER + "\n".join(rows), classification=FINDING, detection=LESIONS, max_quarantine_share=0.5
+            root, HEADER + "\n".join(rows), classification=FINDING, detection=LESIONS, max_quarantine_share=0.5, seed=3
         )
         data.setup(None)
     assert reasons(data) == {
@@ -492,3 +493,232 @@ def test_real_mammograms_keep_true_negatives_apart_from_unknowns() -> None:
             assert mask.sum() > 0
         else:
             assert mask is None
+
+
+def details(data: LabelsCSVDataModule) -> list[str]:
+    return [issue.detail for issue in data.quarantine.issues]
+
+
+@pytest.mark.parametrize("word", ["None", "NA", "N/A", "null", "nan", "NONE"])
+def test_words_read_as_blank_are_named_where_no_other_class_is_a_negative_one(root: Path, word: str) -> None:
+    table = f"image,patient,label\na.png,1,mass\nb.png,2,{word}\nc.png,3,mass\nd.png,4,{word}\n"
+    _, data, found = read(root, table, classification=FINDING)
+    assert found.tasks["finding"].classes == ("mass",)
+    [note] = found.notes
+    assert f"column 'label': 2 cells {word!r} (lines 3, 5) read as blank (unknown)" in note
+    assert f"classes: [{word!r}, 'mass']" in note
+    assert data.class_place("finding", "mass").startswith("labels.csv, column 'label': 2 cells 'mass' (lines 2, 4); ")
+    spec = {"finding": ClassColumns("label", classes=[word, "mass"])}
+    records, data, found = read(root, table, classification=spec)
+    assert (found.notes, data.quarantine.issues) == ([], [])
+    assert [records[i].truth["finding"].values for i in "ab"] == [(0.0, 1.0), (1.0, 0.0)]
+
+
+def test_unknown_labels_beside_a_negative_class_are_read_without_a_word(root: Path) -> None:
+    table = "image,patient,label\na.png,1,mass\nb.png,2,NA\nc.png,3,No_Finding\nd.png,4,\n"
+    records, data, found = read(root, table, classification=FINDING)
+    assert (found.notes, data.quarantine.issues) == ([], [])
+    assert [sorted(records[i].truth) for i in "abcd"] == [["finding"], [], ["finding"], []]
+    table = table.replace("No_Finding", "cyst")
+    assert len(read(root, table, classification=FINDING)[2].notes) == 1
+    assert read(root, table, classification=FINDING, negative_classes=["cyst"])[2].notes == []
+
+
+def test_a_class_none_in_another_case_is_not_read_as_blank(root: Path) -> None:
+    spec = {"finding": ClassColumns("label", classes=["none", "mass"])}
+    _, data, _ = read(root, "image,patient,label\na.png,1,None\nb.png,2,mass\nc.png,3,none\n", classification=spec)
+    assert details(data) == [
+        "labels.csv line 2, column 'label': 'None'; did you mean 'none'? the classes of finding are none, mass"
+    ]
+
+
+@pytest.mark.parametrize("image", ["", "Total", "Sum:", "n = 3", "None", "x" * 300 + ".png", "a\tb.png"])
+def test_a_row_without_an_image_adds_no_class(root: Path, image: str) -> None:
+    table = f"image,patient,label\na.png,1,s\nb.png,2,w\nc.png,3,w\n{image},,12\n"
+    records, data, found = read(root, table, classification=FINDING, max_quarantine_share=0.25)
+    assert found.tasks["finding"].classes == ("s", "w")
+    assert set(records) == {"a", "b", "c"}
+    [issue] = data.quarantine.issues
+    assert (issue.id, issue.subject) == ("line 5", "image")
+    assert issue.detail.startswith("labels.csv line 5, column 'image': ")
+    data.setup(None)
+    assert len(data.records) == 3
+
+
+def test_images_without_a_suffix_are_images(root: Path) -> None:
+    for name in "abc":
+        (root / f"{name}.png").rename(root / name)
+    table = "image,patient,label\na,1,s\nb,2,w\nc,3,w\nd,4,v\nTotal,,12\n"
+    records, data, found = read(root, table, classification=FINDING)
+    assert (set(records), found.tasks["finding"].classes) == (set("abc"), ("s", "w"))
+    assert reasons(data) == {"image: image file missing": 2}
+    records, _, _ = read(root, "image,patient,label\nx,1,s\ny,2,w\n", classification=FINDING)
+    assert set(records) == {"x", "y"}  # none exists: the root is wrong, which decoding reports
+
+
+def test_a_header_that_is_repeated_is_no_row(root: Path) -> None:
+    table = "image,patient,label\na.png,1,s\nimage,patient,label\nb.png,2,w\n"
+    records, _, found = read(root, table, classification=FINDING)
+    assert (set(records), found.tasks["finding"].classes) == (set("ab"), ("s", "w"))
+    assert any("1 further header line(s) skipped" in note for note in found.notes)
+
+
+def test_one_number_in_several_formats_is_one_class(root: Path) -> None:
+    values = ["0", "0.0", "00", "1", "1.0", "01"]
+    table = "image,patient,label\n" + "".join(f"{n}.png,{n},{v}\n" for n, v in zip("abcdef", values, strict=True))
+    for classes in (None, ["0", "1"]):
+        records, data, found = read(root, table, classification={"t": ClassColumns("label", classes=classes)})
+        assert found.tasks["t"].classes == ("0", "1")
+        assert [records[n].truth["t"].values.index(1) for n in "abcdef"] == [0, 0, 0, 1, 1, 1]
+        assert "1 cell '0.0' (line 3)" in found.notes[0]
+        assert "read as class '0', '1' of 't'" in found.notes[0]
+        assert not data.quarantine.issues
+    assert read(root, "image,patient,label\na.png,1,0\nb.png,2,1\n", classification=FINDING)[2].notes == []
+
+
+YES = ("1", "1.0", "01", "Y", "y", "yes", "Yes", "TRUE", "true", "t", "T", "x", "X", "present", "pos")
+NO = ("0", "0.0", "00", "N", "n", "no", "No", "FALSE", "false", "f", "F", "absent", "neg", "-0")
+
+
+@pytest.mark.parametrize("yes, no", list(itertools.zip_longest(YES, NO, fillvalue="0")))
+def test_clear_flags_are_read(root: Path, yes: str, no: str) -> None:
+    table = (
+        "image,patient,has_det,boxes,box_labels,fluid\n"
+        f'a.png,1,{yes},"[[1, 2, 9, 9]]","[""mass""]",{yes}\n'
+        f'b.png,2,{no},"[[1, 2, 9, 9]]","[""mass""]",{no}\n'
+        f"c.png,3,{yes},[],[],\n"
+    )
+    records, data, found = read(
+        root,
+        table,
+        classification={"signs": ClassColumns(columns=["fluid"])},
+        detection={"d": BoxColumns(flag="has_det")},
+    )
+    assert found.tasks["d"].classes == ("mass",)
+    assert [sorted(records[i].truth) for i in "abc"] == [["d", "signs"], ["signs"], ["d"]]
+    assert [records[i].truth["signs"].values for i in "ab"] == [(1.0,), (0.0,)]
+    assert records["c"].truth["d"] == BoxTruth()
+    assert not data.quarantine.issues
+
+
+@pytest.mark.parametrize("flag", ["maybe", "2", "?", "1,0", "ja", "11", "NaN1"])
+def test_a_flag_that_is_not_clear_names_row_column_and_fix(root: Path, flag: str) -> None:
+    flag = f'"{flag}"'
+    rows = "".join(f'{n}.png,{n},{flag},"[[1, 2, 9, 9]]","[""mass""]"\n' for n in "abc")
+    table = "image,patient,has_det,boxes,box_labels\n" + rows
+    spec = {"d": BoxColumns(flag="has_det")}
+    match = r"(?s)3 of 3 images labelled for task 'd'.*labels.csv line 2, column 'has_det': .*write 0 or 1"
+    with pytest.raises(DataError, match=match):
+        module(root, table, detection=spec).plan()
+    one = table.replace(f"b.png,b,{flag}", "b.png,b,1")
+    records, data, _ = read(root, one, detection=spec)
+    assert [sorted(records[i].truth) for i in "abc"] == [[], ["d"], []]
+    assert [detail[:37] for detail in details(data)] == [f"labels.csv line {n}, column 'has_det': " for n in (2, 4)]
+
+
+@pytest.mark.parametrize(
+    "labels", ["opacity", '"""opacity"""', "7", "\"['a'\"", "[[1]]", "[null]", "[true]", '"[""""]"']
+)
+def test_labels_of_boxes_that_are_no_list_name_row_column_and_fix(root: Path, labels: str) -> None:
+    rows = "".join(f'{n}.png,{n},"[[1, 2, 9, 9]]",{labels}\n' for n in "abc")
+    table = "image,patient,boxes,box_labels\n" + rows
+    with pytest.raises(DataError, match=r"labels.csv line 2, column 'box_labels': .*such as \[\"opacity\"\]"):
+        read(root, table, detection={"d": BoxColumns()})
+    records, data, found = read(root, table + 'd.png,d,"[[1, 2, 9, 9]]","[""mass""]"\n', detection={"d": BoxColumns()})
+    assert found.tasks["d"].classes == ("mass",)
+    assert [sorted(records[i].truth) for i in "abcd"] == [[], [], [], ["d"]]
+    assert all("column 'box_labels'" in detail for detail in details(data))
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        *("[NaN, 1, 2, 2]", "[1e400, 1, 2, 2]", "[-Infinity, 1, 2, 2]", "[1, 2, 3, true]", '""1234""', "{a: 1}"),
+        *("[1, 2, 3]", "[1, 2, 3, 4, 5]", "[1, 2, 3, null]", "[1, 2, 3, [4]]", f"[1, 2, 3, 1{'0' * 400}]", "null"),
+        *('[1, 2, 3, ""1_0""]', '[1, 2, 3, ""four""]', '[1, 2, 3, ""٣""]', '[1, 2, 3, ""inf""]'),
+    ],
+)
+def test_a_box_that_is_not_four_numbers_is_quarantined(root: Path, box: str) -> None:
+    table = 'image,patient,boxes\na.png,1,"[' + box + ']"\nb.png,2,"[[1, 2, 9, ""9.5""]]"\n'
+    records, data, _ = read(root, table, detection={"d": BoxColumns(labels=None)})
+    assert "d" not in records["a"].truth
+    assert records["b"].truth["d"] == BoxTruth(((1, 2, 9, 9.5),), (0,))
+    assert details(data)[0].startswith("labels.csv line 2, column 'boxes': ")
+
+
+@pytest.mark.parametrize("size", ["inf", "-inf", "nan1", "1e400", "-64", "0", "0.5", "many", "1_000", "1" * 400, "6,4"])
+def test_boxes_in_pixels_of_an_unknown_size_are_quarantined(root: Path, size: str) -> None:
+    table = (
+        "image,patient,boxes,height,width\n"
+        f'a.png,1,"[[1, 2, 9, 9]]","{size}",64\n'
+        'b.png,2,"[[1, 2, 9, 9]]",,64\n'
+        f'c.png,3,[],"{size}",64\n'
+        'd.png,4,"[[1, 2, 9, 9]]",64.0,64\n'
+        'e.png,5,"[[1, 2, 9, 9]]",,\n'
+    )
+    records, data, found = read(root, table, detection={"d": BoxColumns(labels=None)})
+    assert ["d" in records[i].truth for i in "abcde"] == [False, False, True, True, True]
+    assert records["d"].size == (64, 64)
+    assert reasons(data) == {"d: image size not a whole number": 2}
+    assert "column 'height'" in details(data)[0]
+    assert any("1 × image size not a whole number, taken as blank" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("column", ["image", "patient", "site", "view", "client", "label", "boxes", "mask"])
+@pytest.mark.parametrize("cell", ["a" * 200_000, "/" * 5000, "x\x1b[31m", "x\ny", "./" + "b" * 300])
+def test_an_impossible_cell_is_quarantined_alone(root: Path, column: str, cell: str) -> None:
+    names = ["image", "patient", "site", "view", "client", "label", "boxes", "mask"]
+    rows = [[f"{n}.png", n, "s", "PA", "k", label, "[]", ""] for n, label in zip("abcdef", "ststst", strict=True)]
+    rows[2][names.index(column)] = cell
+    with (root / "labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([names, *rows])
+    records, data, _ = read(
+        root,
+        (root / "labels.csv").read_bytes(),
+        classification=FINDING,
+        detection={"d": BoxColumns(labels=None)},
+        segmentation={"m": MaskColumns({"m": "mask"})},
+        max_quarantine_share=1.0,
+    )
+    data.plan()
+    [issue] = data.quarantine.issues
+    assert f"line 4, column {column!r}" in issue.detail
+    assert len(issue.detail) < 400
+    assert issue.detail.isprintable()
+    lost = {"label": "finding", "boxes": "d", "mask": "m"}
+    if column in lost:
+        assert lost[column] not in records["c"].truth
+    else:
+        assert "c" not in records
+
+
+def test_a_quote_that_is_left_open_is_no_cell_of_several_rows(root: Path) -> None:
+    table = 'image,patient,label\na.png,1,"s\nb.png,2,w\nc.png,3,"w"\n'
+    with pytest.raises(DataError, match=r"lines 2 to 4: no row of a table .*is a quote left open"):
+        read(root, table, classification=FINDING)
+    with pytest.raises(DataError, match=r"is a quote left open"):
+        read(root, 'image,patient,label\na.png,1,s\nb.png,2,"w\n', classification=FINDING)
+
+
+def test_what_spreadsheets_add_is_read(root: Path) -> None:
+    plain = "image,patient,label\na.png,1,s\nb.png,2,w\n"
+    first, _, _ = read(root, plain, classification=FINDING)
+    for table in (
+        plain.replace("\n", "\r"),
+        plain.replace("\n", "\r\n"),
+        "sep=;\n" + plain.replace(",", ";"),
+        plain.replace("\n", ",,\n"),
+        "\ufeff\ufeff" + plain,
+        plain.replace("1,s", '1,"s"').replace("2,w", '"2", "w"'),
+        plain.encode("utf-16-le"),
+        plain.encode("utf-16-be"),
+        plain + "\n,,\n \n",
+    ):
+        records, data, found = read(root, table, classification=FINDING)
+        assert {i: r.truth for i, r in records.items()} == {i: r.truth for i, r in first.items()}
+        assert (data.quarantine.issues, found.notes) == ([], [])
+
+
+def test_a_nul_character_is_named_with_its_line(root: Path) -> None:
+    with pytest.raises(DataError, match="line 3 has a NUL character"):
+        read(root, "image,patient,label\na.png,1,s\nb.png,2,\x00w\n", classification=FINDING)

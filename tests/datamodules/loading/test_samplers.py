@@ -143,7 +143,7 @@ def test_sqrt_draws_in_proportion_to_the_root_of_the_count():
 
 def test_without_positives_records_are_shuffled_and_it_is_logged(caplog):
     sampler = TaskSampler(cohort(10, 0), TASKS, "positive", 4, seed=0)
-    assert "no record is positive" in caplog.text
+    assert "no image is positive" in caplog.text
     assert sorted(sampler) == list(range(10))
 
 

@@ -81,7 +81,6 @@ def test_heads_are_built_from_yaml():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: ClassificationHead(("cancer",)), "set multi_label: true"),
         (lambda: ClassificationHead(("a", "b"), multi_label=True, terms={"x": CrossEntropy()}), "multi_label: false"),
         (lambda: SegmentationHead(("a", "b"), terms={"x": MaskCrossEntropy(pos_weight=[1.0])}), "terms.x: pos_weight"),
         (lambda: DetectionHead(("a",), nms_threshold=1.5), "nms_threshold: 1.5"),
