@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.base import log_warning
 from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import IMAGE, Issue
-from datamodules.images.dicom import is_dicom
+from datamodules.images.dicom_parsing import is_dicom
 from datamodules.images.pixels import Originals
 from datamodules.images.presets import ChestPreset, PlainPreset, Preset
 from datamodules.loading.arguments import height_width

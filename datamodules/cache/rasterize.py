@@ -36,9 +36,10 @@ FRACTIONS = "boxes in the first pixel, as fractions of the image are"
 SMALLEST_SIDE = 8
 """Smallest side in pixels; images below it are thumbnails, scout lines or broken files."""
 
-CLIPPED, RESIZED, OTHER_SIDE = (
+CLIPPED, RESIZED, CORRECTED, OTHER_SIDE = (
     "boxes clipped to their image",
     "masks resized to their image",
+    "images whose DICOM header contradicts their pixels (pixels taken)",
     "images whose side differs between table and header (table taken)",
 )
 """Remarks: corrections that are counted; the image and its labels are used."""
@@ -113,6 +114,7 @@ def rasterize(record: Record, preset: Preset, size: tuple[int, int]) -> CacheEnt
                 boxes[name], labels[name] = rasterize_boxes(truth, canvas)
         except UnusableError as error:
             issues.append(error.issue(record, name))
+    canvas.remarks += [f"{CORRECTED} ({step[10:]})" for step in pixels.path if step.startswith("corrected:")]
     if record.laterality and pixels.laterality and record.laterality != pixels.laterality:
         canvas.remarks.append(OTHER_SIDE)
     top, kind = (255, np.uint8) if pixels.bits <= 8 else (65535, np.uint16)

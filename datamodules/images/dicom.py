@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_color_lut
 
-from datamodules.images.dicom_decoding import read_file, reading
+from datamodules.images.dicom_decoding import read_file
+from datamodules.images.dicom_parsing import reading
 from datamodules.images.grayscale import Values, apply_chain, display_chain, number_of
 from mtmedformer.errors import DataError
 
@@ -32,6 +33,9 @@ _VIEWS = {
     for code in codes.split()
 }
 """SNOMED CT and SNOMED RT codes of PS3.16 CID 4014 (mammography) and CID 4010 (projection radiography)."""
+
+SMALLEST_MM, LARGEST_MM = 0.001, 20.0
+"""Pixel spacings outside this range in mm are not used; detectors have 0.05 to 0.2, scintigraphy about 5."""
 
 
 _LOSSY = ("JPEGBaseline8Bit", "JPEGExtended12Bit", "JPEGLSNearLossless", "JPEG2000", "JPEG2000MC", "HTJ2K")
@@ -58,11 +62,6 @@ class Pixels:
     spacing: tuple[float, float] | None = None
     view: str | None = None
     laterality: str | None = None
-
-
-def is_dicom(head: bytes) -> bool:
-    """Return whether a file's first 132 bytes are DICOM: ``DICM`` after the preamble, or an element of group 2 or 8."""
-    return head[128:132] == b"DICM" or (head[:2] in (b"\2\0", b"\10\0") and head[3:4] == b"\0")
 
 
 def read_display(file: Path) -> Pixels:
@@ -117,7 +116,7 @@ def _gray(file: Path, channels: Values) -> Values:
 def _spacing(header: Dataset) -> tuple[float, float] | None:
     for key in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
         row, column = number_of(header, key, 0), number_of(header, key, 1)
-        if row and column and row > 0 and column > 0:
+        if row and column and all(SMALLEST_MM <= side <= LARGEST_MM for side in (row, column)):
             return row, column
     return None
 
@@ -133,7 +132,7 @@ def _view(header: Dataset) -> str | None:
 
 
 def _laterality(header: Dataset) -> str | None:
-    for key in ("ImageLaterality", "Laterality"):
+    for key in ("ImageLaterality", "FrameLaterality", "Laterality"):
         if (side := str(header.get(key) or "").strip().upper()) in ("L", "R"):
             return side
     return None

@@ -1,122 +1,59 @@
-"""Parse, check and decode DICOM files to stored values.
+"""Check and decode DICOM images to stored values.
 
-Only the attributes in ``_TAGS`` are parsed, none of which identifies the patient.
+Header and data must agree before anything is decoded. Where they contradict each other and the data decide, the header
+is corrected and the step ``corrected:<attribute>`` records it; otherwise the image is refused.
 """
 
 from __future__ import annotations
 
-import io
-import warnings
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pydicom.encaps import get_frame
-from pydicom.filereader import read_file_meta_info
-from pydicom.pixels.decoders.base import get_decoder
-from pydicom.pixels.utils import as_pixel_options
-from pydicom.tag import Tag
+from pydicom.pixels.decoders.base import Decoder, get_decoder
+from pydicom.pixels.utils import as_pixel_options, get_expected_length
 from pydicom.uid import (
+    JPEG2000,
     UID,
-    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
     RLELossless,
 )
 
-from datamodules.images import gdcm_process
-from datamodules.images.grayscale import Values, white_of
+from datamodules.images import decoding_process
+from datamodules.images.codestreams import JPEG, JPEG_2000, JPEG_LS, Codestream, StreamError, read_codestream
+from datamodules.images.dicom_parsing import MAX_PIXELS, check_palettes, of_a_decoder, parse
+from datamodules.images.encapsulation import encapsulated, fragments, one_frame
+from datamodules.images.grayscale import Values, number_of
+from datamodules.images.stored_values import image_bits
 from mtmedformer.errors import DataError
 
-MAX_PIXELS = 1 << 26
-"""Largest number of pixels of an image; the largest film scans have half as many."""
+_DECODERS = ("pylibjpeg", "pillow", "pyjpegls", "pydicom", "gdcm")
+"""Decoder plugins in order of preference. GDCM may crash on a damaged stream, so it comes last. For a lossless syntax
+all give the same bits."""
 
-MAX_BYTES = 8 * MAX_PIXELS
-"""Largest size of a file in bytes, also of a deflated DICOM file after inflation."""
+FRAMES = "export its frames as single-frame files"
 
-# fmt: off
-_TAGS = [Tag(k) for k in (
-    "SOPClassUID", "Modality", "PresentationIntentType", "ViewPosition", "ViewCodeSequence", "PatientOrientation",
-    "ImageLaterality", "Laterality", "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "Rows",
-    "Columns", "SamplesPerPixel", "PlanarConfiguration", "NumberOfFrames", "PhotometricInterpretation",
-    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit",
-    "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequence", "WindowCenter", "WindowWidth",
-    "VOILUTFunction", "PresentationLUTShape", "RedPaletteColorLookupTableDescriptor",
-    "GreenPaletteColorLookupTableDescriptor", "BluePaletteColorLookupTableDescriptor",
-    "RedPaletteColorLookupTableData", "GreenPaletteColorLookupTableData", "BluePaletteColorLookupTableData",
-    "SegmentedRedPaletteColorLookupTableData", "SegmentedGreenPaletteColorLookupTableData",
-    "SegmentedBluePaletteColorLookupTableData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths", "PixelData",
-)]
-# fmt: on
-
-_DECODERS = ("pylibjpeg", "pillow", "pyjpegls", "pydicom")
-"""Decoder plugins that raise on damaged streams, in order of preference. GDCM may crash, so it comes last and runs in a
-process of its own. For a lossless syntax all give the same bits."""
-
-
-@contextmanager
-def reading(file: Path, kind: str) -> Iterator[None]:
-    """Turn any error of a parser or decoder on a damaged or hostile file into a DataError, and suppress warnings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        except DataError:
-            raise
-        except BaseException as error:
-            if not _of_a_decoder(error):
-                raise
-            raise DataError(
-                f"{file.name}: cannot be read as {kind} ({_reason(error)}); the file is damaged, "
-                "incomplete or of another kind; copy or export it again."
-            ) from error
-
-
-def _of_a_decoder(error: BaseException) -> bool:
-    """Return whether a file caused the error, not an interrupt; a panic of pylibjpeg-rle (Rust) is no Exception."""
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1].strip(' :')[:160]}" if lines else type(error).__name__
+_SAMPLES = {"MONOCHROME1": 1, "MONOCHROME2": 1, "PALETTE COLOR": 1, "RGB": 3, "YBR_FULL": 3, "YBR_FULL_422": 3}
 
 
 def read_file(file: Path) -> tuple[Dataset, Values, list[str]]:
     """Parse, check and decode a file; the returned header has every attribute that the later steps require."""
-    header = _parse(file)
+    header, mended = parse(file)
     _check(file, header)
     stored, path = _decode(file, header)
-    return header, _stored_bits(header, stored.astype(stored.dtype.newbyteorder("="), copy=False)), path
-
-
-def _parse(file: Path) -> Dataset:
-    source: Any = file
-    with file.open("rb") as opened:
-        head = opened.read(1024)
-    if head[128:132] == b"DICM" and DeflatedExplicitVRLittleEndian.encode() in head:
-        source = _inflate(file, read_file_meta_info(file).get("FileMetaInformationGroupLength"))
-    return dcmread(source, force=True, specific_tags=_TAGS)
-
-
-def _inflate(file: Path, group_length: Any) -> io.BytesIO:
-    """Return a deflated file inflated; pydicom's own inflation has no limit of size."""
-    content = file.read_bytes()
-    start = 144 + int(group_length)  # preamble, prefix and the 12-byte group length element itself
-    unzip = zlib.decompressobj(-zlib.MAX_WBITS)
-    plain = unzip.decompress(content[start:], MAX_BYTES)
-    if unzip.unconsumed_tail:
-        raise DataError(f"{file.name}: inflates to more than {MAX_BYTES} bytes; this is not a single image.")
-    deflated, explicit = (uid.encode() for uid in (DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian))
-    return io.BytesIO(content[:start].replace(deflated, explicit.ljust(len(deflated), b"\0"), 1) + plain)
+    path += mended
+    return header, image_bits(header, stored.astype(stored.dtype.newbyteorder("="), copy=False), path), path
 
 
 def _check(file: Path, header: Dataset) -> None:
+    """Refuse an image whose attributes cannot be used, and complete those that have a default."""
     if "PixelData" not in header:
         raise DataError(
             f"{file.name}: has no PixelData (a report, a header only, or incomplete); leave it out or copy it again."
@@ -124,47 +61,159 @@ def _check(file: Path, header: Dataset) -> None:
     missing = [k for k in ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation") if not header.get(k)]
     if missing:
         raise DataError(f"{file.name}: {', '.join(missing)} missing or empty; export the image again.")
-    if (frames := header.get("NumberOfFrames")) and int(frames) != 1:
-        raise DataError(f"{file.name}: NumberOfFrames is {int(frames)}; export its frames as single-frame files.")
     if (count := int(header.Rows) * int(header.Columns)) > MAX_PIXELS:
         raise DataError(f"{file.name}: Rows x Columns is {count} pixels, more than {MAX_PIXELS}; downscale the image.")
-    header.setdefault("SamplesPerPixel", 1)
-    header.setdefault("PixelRepresentation", 0)
-    header.setdefault("BitsStored", header.BitsAllocated)
+    for key, default in (("SamplesPerPixel", 1), ("PixelRepresentation", 0), ("BitsStored", header.BitsAllocated)):
+        if header.get(key) is None or (key != "PixelRepresentation" and header.get(key) == 0):
+            setattr(header, key, default)
+    if header.SamplesPerPixel not in (1, 3):
+        raise DataError(
+            f"{file.name}: SamplesPerPixel is {header.SamplesPerPixel}; only grey images are read, export it as "
+            "MONOCHROME2."
+        )
+    check_palettes(header)
 
 
 def _decode(file: Path, header: Dataset) -> tuple[Values, list[str]]:
     """Return the stored values, (H, W) or (H, W, 3) as RGB, possibly a read-only view of the file's bytes."""
-    syntax = UID(header.file_meta.get("TransferSyntaxUID") or _native(file, header))
+    syntax, path = _syntax(header)
+    if syntax is not None:
+        decoder = _decoder(syntax)
+        if not syntax.is_encapsulated:
+            path = [f"decode:{syntax.keyword}", *path, *_check_length(header)]
+            header.file_meta.TransferSyntaxUID = syntax
+            options: Any = {"correct_unused_bits": False, "view_only": True}  # image_bits corrects them
+            return decoder.as_array(header, index=0, **options)[0], path
+    return _decode_stream(file, header, syntax, path)
+
+
+def _syntax(header: Dataset) -> tuple[UID | None, list[str]]:
+    """Return the transfer syntax by the meta information and the form of PixelData; ``None``: the stream decides."""
+    given = header.file_meta.get("TransferSyntaxUID")
+    syntax = UID(given) if given else None
+    implicit, little = header.original_encoding
+    native = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+    if header["PixelData"].is_undefined_length:  # only compressed data may be (PS3.5 A.4)
+        uncompressed = syntax is not None and syntax.is_transfer_syntax and not syntax.is_encapsulated
+        return (None if uncompressed else syntax), []
+    if syntax is None:
+        return native, []
+    _decoder(syntax)
+    if syntax.is_encapsulated and 0 <= len(header.PixelData) - get_expected_length(header) <= 1:
+        return native, ["corrected:TransferSyntaxUID"]
+    return syntax, []
+
+
+def _decoder(syntax: UID) -> Decoder:
     try:
-        decoder = get_decoder(syntax)
+        return get_decoder(syntax)
     except NotImplementedError:
-        raise DataError(
-            f"{file.name}: TransferSyntaxUID {syntax.name} is not an image encoding; export uncompressed or JPEG 2000."
+        raise StreamError(
+            f"TransferSyntaxUID {syntax.name} is not an image encoding", "export uncompressed or JPEG 2000"
         ) from None
-    path = [f"decode:{syntax.keyword or syntax}"]
-    options: Any = {"correct_unused_bits": False, "view_only": True}  # _stored_bits corrects, and copies, where needed
-    if not syntax.is_encapsulated:
-        return decoder.as_array(header, index=0, **options)[0], path
-    if syntax != RLELossless:
-        _check_stream(file, header)
-    reasons = []
-    for plugin in (p for p in (*_DECODERS, "gdcm") if p in decoder.available_plugins):
-        try:
-            if syntax == RLELossless and header.SamplesPerPixel == 1:  # as_array would copy once more
-                return _view_as_array(header, decoder.as_buffer(header, index=0, decoding_plugin=plugin)[0]), path
-            if plugin == "gdcm":
-                return gdcm_process.decode(syntax, header.PixelData, as_pixel_options(header)), path
-            return decoder.as_array(header, index=0, decoding_plugin=plugin, **options)[0], path
-        except BaseException as error:  # each decoder has its own exceptions; the next one may succeed
-            if not _of_a_decoder(error):
-                raise
-            reasons.append(f"{plugin}: {_reason(error)}")
-    raise DataError(
-        f"{file.name}: TransferSyntaxUID {syntax.name} cannot be decoded "
-        f"({'; '.join(reasons) or 'no decoder installed'}); the file is damaged, or needs `gdcmconv --raw` or "
-        "`dcmdjpeg` first."
+
+
+def _check_length(header: Dataset) -> list[str]:
+    """Compare the length of uncompressed pixel data with the header.
+
+    Bytes after the image must be padding (see ``_is_padding``); else it would be cut or sheared.
+    """
+    length, frames, steps = len(header.PixelData), number_of(header, "NumberOfFrames") or 1, []
+    header.NumberOfFrames = 1
+    samples = _SAMPLES.get(str(header.PhotometricInterpretation), header.SamplesPerPixel)
+    if samples != header.SamplesPerPixel:
+        given, header.SamplesPerPixel = header.SamplesPerPixel, samples
+        if not 0 <= length - get_expected_length(header) <= 1:
+            raise StreamError(f"SamplesPerPixel is {given}, but the image is {header.PhotometricInterpretation}")
+        steps.append("corrected:SamplesPerPixel")
+    if header.SamplesPerPixel == 3:
+        header.setdefault("PlanarConfiguration", 0)
+    expected = get_expected_length(header)
+    excess = length - expected
+    size = f"{header.Rows} x {header.Columns}"
+    if frames > 1 and not 0 <= excess <= 1:
+        raise StreamError(f"NumberOfFrames is {frames:g}", FRAMES)
+    if frames > 1:
+        steps.append("corrected:NumberOfFrames")
+    if excess < 0:
+        raise StreamError(
+            f"the pixel data are {length} bytes, but Rows x Columns ({size}, BitsAllocated {header.BitsAllocated}) "
+            f"needs {expected}",
+            "the file is damaged, incomplete or its header is wrong; export or copy the image again",
+        )
+    if excess > 1 and not _is_padding(header, expected):
+        raise StreamError(
+            f"the pixel data are {length} bytes, but Rows x Columns ({size}, BitsAllocated {header.BitsAllocated}) "
+            f"needs {expected}",
+            "the header is wrong, and the image would be cut or sheared; export the image again",
+        )
+    return steps
+
+
+def _is_padding(header: Dataset, expected: int) -> bool:
+    """Return whether the bytes after an uncompressed image are padding: zeros that no other size explains.
+
+    Less than two rows of zeros may be padding although another number of rows or columns explains them; another number
+    of columns then makes neighbouring rows less alike.
+    """
+    content, rows, columns = header.PixelData, int(header.Rows), int(header.Columns)
+    excess, row, column = len(content) - expected, expected // rows, expected // columns
+    if any(content[expected:]) or (excess % row == 0 and excess >= 2 * row):
+        return False
+    if excess % column or row % columns:
+        return True
+    given, other = (
+        np.frombuffer(content, np.uint8, rows * width).reshape(rows, -1, row // columns)[..., -1].astype(int)
+        for width in (row, row + excess // rows)
     )
+    return excess < row + column and bool(_steps(given) <= _steps(other))
+
+
+def _steps(values: Values) -> float:
+    """Return the mean difference between neighbouring rows."""
+    return float(np.abs(np.diff(values, axis=0)).mean()) if len(values) > 1 else 0.0
+
+
+def _decode_stream(file: Path, header: Dataset, syntax: UID | None, path: list[str]) -> tuple[Values, list[str]]:
+    """Decode compressed pixel data of one frame, whose headers are checked first."""
+    pieces = fragments(header.PixelData)
+    frames = number_of(header, "NumberOfFrames") or 1
+    if frames > 1 and len(pieces) > 1:
+        raise StreamError(f"NumberOfFrames is {frames:g}", FRAMES)
+    if frames > 1:
+        path.append("corrected:NumberOfFrames")
+    header.NumberOfFrames = 1
+    frame = one_frame(pieces)
+    if syntax != RLELossless:
+        coded = read_codestream(frame)
+        if coded is None:
+            name = "missing" if syntax is None else syntax.name
+            raise StreamError(f"TransferSyntaxUID is {name}, but the pixel data do not begin as a compressed image")
+        path += _check_stream(header, coded)
+        if syntax is None or _kind(syntax) != coded.kind:
+            syntax, path = _syntax_of(coded), [*path, "corrected:TransferSyntaxUID"]
+        frame = frame[coded.start : coded.end]
+    header.PixelData = encapsulated(frame)
+    if header.SamplesPerPixel == 3:
+        header.setdefault("PlanarConfiguration", 0)
+    path.insert(0, f"decode:{syntax.keyword or syntax}")
+    plugins = [p for p in _DECODERS if p in _decoder(syntax).available_plugins]
+    if syntax == RLELossless and header.SamplesPerPixel == 1 and plugins[:1] == ["pylibjpeg"]:
+        try:  # in this process, since it writes no more than the image; as_array would copy once more
+            buffer, _ = get_decoder(syntax).as_buffer(header, index=0, decoding_plugin="pylibjpeg")
+            return _view_as_array(header, buffer), path
+        except BaseException as error:
+            if not of_a_decoder(error):
+                raise
+            plugins.remove("pylibjpeg")
+    try:
+        return decoding_process.decode_dicom(syntax, header.PixelData, as_pixel_options(header), plugins), path
+    except RuntimeError as error:
+        raise DataError(
+            f"{file.name}: TransferSyntaxUID {syntax.name} cannot be decoded "
+            f"({str(error) or 'no decoder installed'}); the file is damaged, or needs `gdcmconv --raw` or `dcmdjpeg` "
+            "first."
+        ) from error
 
 
 def _view_as_array(header: Dataset, buffer: Any) -> Values:
@@ -172,54 +221,36 @@ def _view_as_array(header: Dataset, buffer: Any) -> Values:
     return np.frombuffer(buffer, f"<{kind}{header.BitsAllocated // 8}").reshape(header.Rows, header.Columns)
 
 
-def _check_stream(file: Path, header: Dataset) -> None:
-    """Compare the size in a JPEG, JPEG-LS or JPEG 2000 stream, by which decoders allocate memory, with the header's."""
-    frame = get_frame(header.PixelData, 0, number_of_frames=1)
-    size, rows, columns = _coded_size(frame), int(header.Rows), int(header.Columns)
-    if size and size != (rows, columns):
-        raise DataError(
-            f"{file.name}: Rows x Columns is {rows} x {columns} but the compressed image is {size[0]} x {size[1]}; "
-            "export it again."
+def _check_stream(header: Dataset, coded: Codestream) -> list[str]:
+    """Compare the headers of a stream, by which decoders allocate memory, with those of the file."""
+    rows, columns, steps = int(header.Rows), int(header.Columns), []
+    if (coded.rows, coded.columns) != (rows, columns):
+        raise StreamError(
+            f"Rows x Columns is {rows} x {columns} but the compressed image is {coded.rows} x {coded.columns}"
         )
-    if frame[:2] == b"\xff\xd8" and b"\xff\xd9" not in frame[-16:]:  # GDCM would fill in the missing rows
-        raise DataError(f"{file.name}: PixelData ends before its JPEG stream does; copy or export the file again.")
+    samples = _SAMPLES.get(str(header.PhotometricInterpretation), header.SamplesPerPixel)
+    if coded.components != header.SamplesPerPixel and coded.components == samples:
+        header.SamplesPerPixel = samples
+        steps.append("corrected:SamplesPerPixel")
+    if coded.components != header.SamplesPerPixel or samples != header.SamplesPerPixel:
+        raise StreamError(
+            f"SamplesPerPixel is {header.SamplesPerPixel} ({header.PhotometricInterpretation}) but the compressed "
+            f"image has {coded.components} components"
+        )
+    if coded.precision > header.BitsAllocated:
+        raise StreamError(
+            f"BitsAllocated is {header.BitsAllocated} but the compressed image has {coded.precision} bits per sample"
+        )
+    return steps
 
 
-def _stored_bits(header: Dataset, stored: Values) -> Values:
-    """Clear the bits outside BitsStored: overlays in the high bits (retired), or values stored in the upper bits."""
-    bits, white = 8 * stored.itemsize, white_of(header)
-    low = int(header.get("HighBit") or header.BitsStored - 1) + 1 - int(header.BitsStored)
-    low = low if 0 < low <= bits - int(header.BitsStored) else 0
-    least, most = (-(white + 1) // 2, white // 2) if header.PixelRepresentation else (0, white)
-    if stored.dtype.kind not in "iu" or bits == header.BitsStored:
-        return stored
-    if stored.min() >= least and stored.max() <= most:
-        return stored
-    shift = bits - int(header.BitsStored)
-    cleared: Values = (stored << (shift - low)) >> shift
-    return cleared
+def _kind(syntax: UID) -> str:
+    number = str(syntax).removeprefix("1.2.840.10008.1.2.4.")
+    return JPEG_2000 if number.startswith(("9", "20")) else JPEG_LS if number.startswith("8") else JPEG
 
 
-def _native(file: Path, header: Dataset) -> str:
-    """Return the syntax of a file without meta information, which only uncompressed data may lack."""
-    if header["PixelData"].is_undefined_length:
-        raise DataError(f"{file.name}: TransferSyntaxUID missing, its pixels are compressed; export the image again.")
-    return ImplicitVRLittleEndian if header.original_encoding[0] else ExplicitVRLittleEndian
-
-
-def _coded_size(frame: bytes) -> tuple[int, int] | None:
-    """Return (rows, columns) in the header of a JPEG, JPEG-LS or JPEG 2000 stream."""
-    start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)
-    if start >= 0:
-        x1, y1, x0, y0 = (int.from_bytes(frame[i : i + 4], "big") for i in range(start + 8, start + 24, 4))
-        return y1 - y0, x1 - x0
-    at = 2
-    while frame[:2] == b"\xff\xd8" and at + 9 <= len(frame) and frame[at] == 0xFF:
-        marker = frame[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-            continue
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return int.from_bytes(frame[at + 5 : at + 7], "big"), int.from_bytes(frame[at + 7 : at + 9], "big")
-        at += 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
-    return None
+def _syntax_of(coded: Codestream) -> UID:
+    """Return a transfer syntax with which the stream is decoded."""
+    if coded.kind == JPEG:
+        return {0xC0: JPEGBaseline8Bit, 0xC3: JPEGLosslessSV1}.get(coded.process, JPEGExtended12Bit)
+    return JPEGLSLossless if coded.kind == JPEG_LS else JPEG2000

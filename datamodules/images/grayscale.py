@@ -11,6 +11,7 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import cv2
@@ -21,6 +22,9 @@ from pydicom.multival import MultiValue
 
 _SLICES = ("CT", "MR", "PT", "NM")
 """Modalities of physical values with outliers (metal, flow): without a window, percentiles limit the grey range."""
+
+MAX_WINDOWS = 8
+"""Number of windows of a header that are tried."""
 
 Values = NDArray[Any]
 Step = Callable[[Values], Values]
@@ -40,8 +44,9 @@ def display_chain(header: Dataset, stored: Values, path: list[str]) -> Step:
         path.append("range:stored")
         return lambda x: np.clip(x / white, 0.0, 1.0)
     modality = _modality(header, path)
-    padding = _padding(header)
-    voi = _voi(header, modality, stored, path) or _range(header, modality, padding, stored, path)
+    padding = _used_padding(header, stored, path)
+    inside = stored[~is_padding(stored, padding)] if padding else stored
+    voi = _voi(header, modality, inside, path) or _range(header, modality, inside, path)
     invert = header.PhotometricInterpretation == "MONOCHROME1"
     if invert:
         path.append("invert:MONOCHROME1")
@@ -56,7 +61,7 @@ def display_chain(header: Dataset, stored: Values, path: list[str]) -> Step:
         if invert:
             np.subtract(1.0, level, out=level)
         if padding:
-            level[(values >= padding[0]) & (values <= padding[1])] = 0.0
+            level[is_padding(values, padding)] = 0.0
         return level
 
     return shown
@@ -110,7 +115,9 @@ def _modality(header: Dataset, path: list[str]) -> Step:
 def _voi(header: Dataset, modality: Step, stored: Values, path: list[str]) -> Step | None:
     """Return the VOI LUT, else the first window, else ``None``; one that gives a constant image is not used."""
     values = modality(stored.ravel()[:: max(1, stored.size >> 16)].astype(np.float64))  # a sample, all in rare cases
-    for name, make in (("voi-lut:0", _voi_lut), ("window:0", _window)):
+    windows = {f"window:{i}": partial(_window, index=i) for i in range(_windows(header))}
+    makers: dict[str, Callable[[Dataset, Values], tuple[Step, str] | None]] = {"voi-lut:0": _voi_lut, **windows}
+    for name, make in makers.items():
         try:
             made = make(header, values)
         except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError):
@@ -141,11 +148,17 @@ def _voi_lut(header: Dataset, values: Values) -> tuple[Step, str] | None:
     return lambda x: levels[np.clip(np.rint(x) - first, 0, len(levels) - 1).astype(np.int64)], ""
 
 
-def _window(header: Dataset, values: Values) -> tuple[Step, str] | None:
-    """Return the first window as a function to [0, 1] (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
+def _windows(header: Dataset) -> int:
+    """Return the number of windows, at most ``MAX_WINDOWS``; the first usable one is taken."""
     if not (header.get("WindowCenter") or header.get("WindowWidth")) and header.get("WindowCenter") != 0:
-        return None
-    centre, width = number_of(header, "WindowCenter"), number_of(header, "WindowWidth")
+        return 0
+    centre = header.get("WindowCenter")
+    return min(max(1, len(centre)), MAX_WINDOWS) if isinstance(centre, MultiValue) else 1
+
+
+def _window(header: Dataset, values: Values, index: int) -> tuple[Step, str]:
+    """Return a window as a function to [0, 1] (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
+    centre, width = number_of(header, "WindowCenter", index), number_of(header, "WindowWidth", index)
     kind = str(header.get("VOILUTFunction") or "LINEAR").strip().upper()
     if centre is None or width is None or width <= 0:
         raise ValueError("no usable window")
@@ -162,8 +175,8 @@ def _window(header: Dataset, values: Values) -> tuple[Step, str] | None:
     return lambda x: np.clip((x - (c - 0.5)) / (w - 1.0) + 0.5, 0.0, 1.0), kind
 
 
-def _range(header: Dataset, modality: Step, padding: tuple[int, int] | None, stored: Values, path: list[str]) -> Step:
-    """Return the grey range of an image without usable VOI.
+def _range(header: Dataset, modality: Step, inside: Values, path: list[str]) -> Step:
+    """Return the grey range of an image without usable VOI, from its values without padding.
 
     Shallow images, and deep ones that use their depth, are shown as they are (``range:stored``: P-values, PS3.3
     C.11.2.1.2). CT, MR, PT and NM go from their 0.5th to their 99.5th percentile (``range:percentiles``); other deep
@@ -173,12 +186,10 @@ def _range(header: Dataset, modality: Step, padding: tuple[int, int] | None, sto
     white = white_of(header)
     unsigned = not header.PixelRepresentation and not header.get("ModalityLUTSequence")
     slices = header.get("Modality") in _SLICES
-    if unsigned and (white <= 255 or (not slices and int(stored.max()) > white // 2)):
+    if unsigned and (white <= 255 or (not slices and int(inside.max()) > white // 2)):
         low, high = sorted(modality(np.array([0.0, float(white)])))
         path.append("range:stored")
     else:
-        inside = stored[(stored < padding[0]) | (stored > padding[1])] if padding else stored.ravel()
-        inside = inside if inside.size else stored.ravel()
         cut = np.percentile(inside, (0.5, 99.5)) if slices else (inside.min(), inside.max())
         if slices and cut[0] == cut[1]:
             cut = (inside.min(), inside.max())
@@ -207,21 +218,41 @@ def _lut(header: Dataset, item: Dataset, signed: bool) -> tuple[int, NDArray[np.
         levels = np.atleast_1d(np.asarray(data, np.int64)) % 65536
         if len(levels) == (count + 1) // 2 < count and bits <= 8:  # two 8-bit entries a word
             levels = levels.astype("<u2").view("u1")
+    if len(levels) > count + 1:
+        raise ValueError("LUT data and descriptor contradict each other")
     levels = levels[:count].astype(np.float64)
     if len(levels) < count or not 1 <= bits <= 16:
-        raise ValueError("LUT data shorter than its descriptor says")
+        raise ValueError("LUT data and descriptor contradict each other")
     return first, levels, (1 << max(bits, int(levels.max()).bit_length())) - 1
 
 
-def _padding(header: Dataset) -> tuple[int, int] | None:
-    """Return the lowest and the highest stored value that is padding."""
+def padding_of(header: Dataset) -> tuple[int, int] | None:
+    """Return the lowest and the highest stored value that is padding, whichever sign its attribute was written with."""
     value, limit = number_of(header, "PixelPaddingValue"), number_of(header, "PixelPaddingRangeLimit")
     if value is None:
         return None
     ends = [int(v) for v in (value, value if limit is None else limit)]
+    span = 1 << int(header.BitsAllocated)
     if header.PixelRepresentation:
-        ends = [e - 65536 if e > 32767 and header.BitsAllocated == 16 else e for e in ends]
+        ends = [e - span if e >= span // 2 else e for e in ends]
+    else:
+        ends = [e + span if e < 0 else e for e in ends]
     return min(ends), max(ends)
+
+
+def is_padding(values: Values, padding: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return which stored values are padding."""
+    found: NDArray[np.bool_] = (values >= padding[0]) & (values <= padding[1])
+    return found
+
+
+def _used_padding(header: Dataset, stored: Values, path: list[str]) -> tuple[int, int] | None:
+    """Return the values that are padding; ``None`` where they would be the whole image."""
+    padding = padding_of(header)
+    if padding and is_padding(stored, padding).all():
+        path.append("padding:broken")
+        return None
+    return padding
 
 
 def white_of(header: Dataset) -> int:

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from datamodules.images.dicom import is_dicom, read_stored
-from datamodules.images.dicom_decoding import reading
+from datamodules.images.dicom import read_stored
+from datamodules.images.dicom_parsing import is_dicom, reading
 from datamodules.images.pixels import head_of, read_values, spread
 from mtmedformer.errors import DataError
 

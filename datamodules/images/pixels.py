@@ -10,22 +10,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
-from datamodules.images.dicom import Pixels, is_dicom, read_display
-from datamodules.images.dicom_decoding import MAX_BYTES, MAX_PIXELS, reading
+from datamodules.images import decoding_process
+from datamodules.images.dicom import Pixels, read_display
+from datamodules.images.dicom_parsing import MAX_BYTES, MAX_PIXELS, is_dicom, reading
+from datamodules.images.raster import decode, read_header, spread
 from datamodules.records import Record
 from mtmedformer.errors import DataError
 from mtmedformer.geometry import Floats
 
 __all__ = ["Originals", "Pixels", "head_of", "read_image", "read_values", "spread"]
-
-Image.init()  # registers every format below; Image.open does not if it is given formats
-_FORMATS = ("PNG", "JPEG", "TIFF", "PPM", "BMP", "GIF", "WEBP", "JPEG2000")
-"""Formats that Pillow may try; none of them runs a program (EPS would)."""
 
 _PGM = re.compile(rb"P([25])" + rb"(?:\s|#[^\r\n]*[\r\n])+(\d{1,9})" * 3 + rb"\s")
 
@@ -107,7 +103,22 @@ def read_values(file: Path, head: bytes, mask: bool = False) -> tuple[NDArray[An
         head: Its first bytes.
         mask: Read a mask: indices of a coloured palette, and (H, W, 4) where the file has transparency.
     """
-    return _pgm(file) if head[:2] in (b"P2", b"P5") else _pillow(file, mask)
+    if head[:2] in (b"P2", b"P5"):
+        return _pgm(file)
+    content = file.read_bytes()
+    header = read_header(content)
+    if header.rows * header.columns > MAX_PIXELS:
+        raise DataError(f"{file.name}: {header.columns} x {header.rows} pixels, over {MAX_PIXELS}; downscale it.")
+    if not header.isolated:
+        return decode(content, mask, MAX_PIXELS)
+    samples = 4 * (header.rows * header.columns or MAX_PIXELS)
+    try:
+        return decoding_process.decode_raster(content, samples, mask)
+    except RuntimeError as error:
+        raise DataError(
+            f"{file.name}: cannot be read as an image ({error}); the file is damaged, incomplete or of another kind; "
+            "copy or export it again."
+        ) from error
 
 
 def _pgm(file: Path) -> tuple[NDArray[Any], int, list[str]]:
@@ -123,78 +134,10 @@ def _pgm(file: Path) -> tuple[NDArray[Any], int, list[str]]:
         values: NDArray[Any] = np.frombuffer(content, "u1" if white < 256 else ">u2", rows * columns, header.end())
         values = values.astype(values.dtype.newbyteorder("="), copy=False)
     else:
-        values = np.array(re.sub(rb"#[^\r\n]*", b"", content[header.end() :]).split()[: rows * columns]).astype(
-            np.int64
-        )
+        values = np.fromstring(re.sub(rb"#[^\r\n]*", b"", content[header.end() :]), np.int64, rows * columns, sep=" ")
     if values.size < rows * columns or values.min() < 0 or values.max() > white:
         raise DataError(f"{file.name}: PGM values missing or above the maximum {white} of its header; save it again.")
     return values.reshape(rows, columns).astype(np.min_scalar_type(white), copy=False), white, ["decode:PGM"]
-
-
-def _pillow(file: Path, mask: bool) -> tuple[NDArray[Any], int, list[str]]:
-    with Image.open(file, formats=_FORMATS) as image:
-        path = [f"decode:{image.format}"]
-        if image.width * image.height > MAX_PIXELS:
-            raise DataError(f"{file.name}: {image.width} x {image.height} pixels, over {MAX_PIXELS}; downscale it.")
-        if image.format != "MPO" and getattr(image, "n_frames", 1) != 1:  # the further frames of an MPO are previews
-            raise DataError(f"{file.name}: has several pages or frames; save each as a file of its own.")
-        arguments = image.tile[0].args if image.tile else ""
-        raw = str(arguments[0] if isinstance(arguments, tuple) else arguments)
-        inverted = image.format == "TIFF" and image.mode.startswith("I;16") and image.tag_v2.get(262) == 0  # type: ignore[attr-defined]
-        if ";16" in raw and image.mode in ("RGB", "RGBA"):  # Pillow would drop the low bytes
-            decoded: Any = cv2.imdecode(np.frombuffer(file.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
-            channels = [2, 1, 0, 3] if mask and decoded.shape[2] == 4 else [2, 1, 0]
-            return np.ascontiguousarray(decoded[..., channels]), np.iinfo(decoded.dtype).max, path
-        if (turn := image.getexif().get(0x0112, 1)) != 1:
-            path.append(f"exif-orientation:{turn}")
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode == "P":
-            index, colours = np.asarray(upright), np.asarray(upright.convert("RGB"))
-            if mask and spread(colours):
-                _check_background(file, index, colours)
-                return index, 255, path
-            return (np.asarray(upright.convert("RGBA")) if mask else colours), 255, path
-        if upright.mode == "1":
-            return np.asarray(upright).astype(np.uint8), 1, path
-        if mask and upright.mode in ("LA", "PA", "RGBA"):
-            return np.asarray(upright.convert("RGBA")), 255, path
-        if upright.mode in ("LA", "La"):
-            return np.asarray(upright.getchannel(0)), 255, path
-        if upright.mode not in ("L", "I", "F") and not upright.mode.startswith("I;16"):
-            return np.asarray(upright.convert("RGB")), 255, path
-        values = np.asarray(upright)
-        if upright.mode == "L":
-            scale = {"L;2": 85, "L;4": 17}.get(raw[:3], 1)  # Pillow rescales 2 and 4 bits to 8
-            return values // np.uint8(scale), 255 // scale, path
-        values = values.astype(values.dtype.newbyteorder("="), copy=False)
-        if inverted:
-            path.append("invert:WhiteIsZero")
-            values = np.uint16(65535) - values
-        white = 4095 if raw == "I;12" else 65535 if upright.mode.startswith("I;16") else 0
-        if upright.mode == "I" and values.min() >= 0 and values.max() <= 65535:
-            white = 65535
-        return values, white, path
-
-
-def _check_background(file: Path, index: NDArray[Any], colours: NDArray[Any]) -> None:
-    """Raise if black, the background of a palette mask, has another index than 0."""
-    black: NDArray[np.bool_] = colours.max(axis=2) == 0
-    if (black & (index != 0)).any() and not black[index == 0].any():
-        raise DataError(
-            f"{file.name}: a palette mask in which black has index {int(index[black].min())}, not 0, so its background "
-            "is uncertain; save the class numbers as one grey channel."
-        )
-
-
-def spread(channels: NDArray[Any]) -> int:
-    """Return the largest difference between the channels of a pixel."""
-    if channels.size == 0:
-        return 0
-    lowest, highest = channels[..., 0].copy(), channels[..., 0].copy()
-    for i in (1, 2):
-        np.minimum(lowest, channels[..., i], out=lowest)
-        np.maximum(highest, channels[..., i], out=highest)
-    return int((highest - lowest).max())
 
 
 class Originals:

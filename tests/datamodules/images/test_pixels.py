@@ -232,7 +232,7 @@ def test_decompression_bomb_names_itself(tmp_path):
     content[16:24] = (200_000).to_bytes(4, "big") * 2
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     file.write_bytes(content)
-    with pytest.raises(DataError, match=r"a\.png: .*DecompressionBomb"):
+    with pytest.raises(DataError, match=r"a\.png: 200000 x 200000 pixels, over"):
         read_image(file)
 
 

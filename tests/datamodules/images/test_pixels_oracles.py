@@ -14,7 +14,7 @@ from pydicom.data import get_testdata_file
 from pydicom.pixels import get_decoder
 from torch.utils.data import DataLoader
 
-from datamodules.images import gdcm_process
+from datamodules.images import decoding_process
 from datamodules.images.dicom import read_stored
 from datamodules.images.masks import read_mask
 from datamodules.images.pixels import read_image
@@ -211,8 +211,8 @@ def test_forked_workers_each_have_their_own_gdcm(tmp_path):
 def test_gdcm_is_stopped_at_the_time_limit(tmp_path, monkeypatch):
     source = write_dicom(tmp_path / "plain.dcm", film(64, 64, bits=12), bits=12)
     run("dcmcjpeg", "+e1", source, tmp_path / "good.dcm")
-    gdcm_process._stop()  # a fresh process takes longer than no time to start
-    monkeypatch.setattr(gdcm_process, "SECONDS", 0.0)
+    decoding_process._stop()  # a fresh process takes longer than no time to start
+    monkeypatch.setattr(decoding_process, "SECONDS", 0.0)
     with pytest.raises(DataError, match="did not finish"):
         read_image(tmp_path / "good.dcm")
     monkeypatch.undo()
