@@ -22,7 +22,7 @@ class FedAvg(Aggregator):
     r"""Move each block by the weighted mean of its owners' changes, $w \leftarrow w + \sum n_k \Delta_k / \sum n_k$.
 
     Owners of a block are the sites that trained it in this round; a block without owners stays unchanged, bit for bit.
-    Running statistics of BatchNorm (floating-point buffers) are averaged like weights.
+    Running statistics of BatchNorm become those of the union of the sites' images (``RoundSums``).
 
     Other aggregators are this one with another weight (override ``weight``), another server optimizer (set ``server``)
     or another centre than the mean (override ``centre``), so they share its sums to the last bit.

@@ -81,7 +81,10 @@ class WeightedMeans:
 
 
 class RoundSums:
-    """The sums of one round: checks each update, collects its changes, and returns the merged state.
+    r"""The sums of one round: checks each update, collects its changes, and returns the merged state.
+
+    Running statistics of BatchNorm are merged to those of the union of the sites' images: the variance is the mean of
+    the sites' variances plus the variance of their means, $\bar v + \overline{m^2} - \bar m^2$.
 
     Args:
         state: The state that the sites started from (CPU tensors, not changed).
@@ -98,6 +101,8 @@ class RoundSums:
         self.centre = WeightedMeans() if centre is None else centre
         self.last: str | None = None
         self._counters: dict[str, Tensor] = {}
+        self._variances = schema.statistics() if isinstance(self.centre, WeightedMeans) else {}
+        self._squares = WeightedMeans()
 
     def receive(self, update: Update) -> list[tuple[BlockUpdate, str, Tensor]]:
         """Take the integer counters of an update and return the changes to merge: its blocks with examples.
@@ -122,6 +127,8 @@ class RoundSums:
     def add(self, key: str, change: Tensor, weight: Tensor | float) -> None:
         """Add one site's change of one tensor; the weight is above 0 and broadcasts to it."""
         self.centre.add(key, change, weight)
+        if key in self._variances:
+            self._squares.add(key, change.double().square(), weight)
 
     def finish(self, step: Callable[[str, Tensor], Tensor]) -> State:
         """Return the merged state; tensors that no site sent are those of ``state``, not copies.
@@ -131,10 +138,15 @@ class RoundSums:
                 move by their mean change.
         """
         merged = dict(self.state)
+        between: dict[str, Tensor] = {}
         for key in self.centre:
             old, mean = self.state[key], self.centre.pop(key)
+            if key in self._variances:
+                between[self._variances[key]] = self._squares.pop(key).sub_(mean.square()).clamp_min_(0)
             change = step(key, mean) if key in self.schema.parameters else mean
             merged[key] = change.add_(old).to(old.dtype)
+        for key, variance in between.items():
+            merged[key] = merged[key].double().add_(variance).to(merged[key].dtype)
         return merged | self._counters
 
 

@@ -73,6 +73,11 @@ class Schema:
         personal = {block.name for block in self.blocks if block.personal}
         return frozenset(key for key in self.shapes if key.split(".")[0] in personal)
 
+    def statistics(self) -> dict[str, str]:
+        """Return the running variance by the running mean of every BatchNorm, as keys."""
+        pairs = {key: key.removesuffix("mean") + "var" for key in self.norms if key.endswith("running_mean")}
+        return {mean: variance for mean, variance in pairs.items() if variance in self.norms}
+
     def digest(self) -> str:
         """Return a 16-digit hash of names, shapes and ownership."""
         facts = [[b.name, b.task, b.personal, [[k, self.shapes[k]] for k in b.keys]] for b in self.blocks]

@@ -21,6 +21,8 @@ from mtmedformer.errors import ConfigError
 def summands(aggregator: FedAvg, update: Update, schema: Schema) -> dict[str, Tensor]:
     r"""Return a site's summands: for every weight $c\, \Delta$ (``top``) and $c$ (``bottom``), float64.
 
+    For a running mean of BatchNorm $c\, \Delta^2$ (``square``) too, from which the merged variance follows.
+
     $c$ is the aggregator's ``weight``, $n^a (r + \kappa)$ for the Bayesian one. A block that the site did not train is
     zero in both, so the totals do not reveal which site has labels for which task. Counters and ``num_examples`` are
     not sent.
@@ -36,6 +38,7 @@ def summands(aggregator: FedAvg, update: Update, schema: Schema) -> dict[str, Te
     require_sums(aggregator)
     local = aggregator.exchange.local_keys(schema)
     sums: dict[str, Tensor] = {}
+    statistics = schema.statistics()
     for block in schema.blocks:
         sent = update.blocks.get(block.name)
         for key in (key for key in block.keys if key not in local):
@@ -45,6 +48,8 @@ def summands(aggregator: FedAvg, update: Update, schema: Schema) -> dict[str, Te
                 weight += aggregator.weight(sent, key)
                 change = sent.delta[key].double()
             sums[f"top|{key}"], sums[f"bottom|{key}"] = weight * change, weight
+            if key in statistics:
+                sums[f"square|{key}"] = weight * change.square()
     return sums
 
 
@@ -65,6 +70,12 @@ def merge_sums(aggregator: FedAvg, state: State, sums: Mapping[str, Tensor], sch
             mean = torch.where(bottom > 0, sums[f"top|{key}"] / bottom, 0.0)
             change = aggregator.server.step(key, mean) if key in schema.parameters else mean
             merged[key] = (change + state[key]).to(state[key].dtype)
+    for key, variance in schema.statistics().items():
+        bottom = sums[f"bottom|{key}"] if f"bottom|{key}" in sums else torch.zeros(())
+        if bool((bottom > 0).any()):
+            mean = torch.where(bottom > 0, sums[f"top|{key}"] / bottom, 0.0)
+            between = torch.where(bottom > 0, sums[f"square|{key}"] / bottom, 0.0).sub_(mean.square()).clamp_min_(0)
+            merged[variance] = merged[variance].double().add_(between).to(merged[variance].dtype)
     return merged | aggregator.server.untouched_state()
 
 

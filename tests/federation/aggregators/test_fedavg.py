@@ -6,6 +6,7 @@ import scipy.stats
 import torch
 
 from federation.aggregators import (
+    BayesianAggregator,
     CoordinateMedian,
     FedAdam,
     FedAvg,
@@ -34,11 +35,30 @@ def test_means_by_examples_and_of_equal_sites():
     updates = [make_update("abc"[i], state, schema, i, num_examples=n) for i, n in enumerate(counts)]
     for weights, expected in {"num_examples": counts, "equal": [1, 1, 1]}.items():
         merged = merge(FedAvg(weights), state, schema, updates)
-        for key in schema.block("encoder").keys:  # running statistics too
+        for key in set(schema.block("encoder").keys) - set(schema.statistics().values()):  # running means too
             mean = np.average(numbers(updates, key), axis=0, weights=expected)
             np.testing.assert_allclose(merged[key].numpy(), state[key].numpy() + mean, rtol=0, atol=3e-7)
     with pytest.raises(ConfigError, match="neither"):
         FedAvg("samples")
+
+
+@pytest.mark.parametrize("aggregator", [FedAvg(), FedAvgM(lookahead=True), BayesianAggregator()])
+def test_merged_batchnorm_statistics_are_those_of_the_union(aggregator):
+    state, schema = toy()
+    mean, variance = "encoder.2.running_mean", "encoder.2.running_var"
+    assert schema.statistics() == {mean: variance}
+    generator = torch.Generator().manual_seed(3)
+    images = {n: torch.randn(n, 5, generator=generator) * n / 10 + n for n in (10, 25, 4)}
+    updates = []
+    for i, (n, values) in enumerate(images.items()):
+        update = make_update("abc"[i], state, schema, i, num_examples=n)
+        update.blocks["encoder"].delta[mean] = values.mean(0) - state[mean]
+        update.blocks["encoder"].delta[variance] = values.var(0, correction=0) - state[variance]
+        updates.append(update)
+    merged = merge(aggregator, state, schema, updates)
+    union = torch.cat(list(images.values()))
+    torch.testing.assert_close(merged[mean], union.mean(0), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(merged[variance], union.var(0, correction=0), atol=2e-4, rtol=1e-5)
 
 
 def test_examples_are_counted_per_block():
