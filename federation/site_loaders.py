@@ -231,6 +231,17 @@ class PooledSite(Site):
         """Return none: the server validates the union."""
         return []
 
+    @override
+    def holding(self) -> Holding:
+        parts = [part.holding() for part in self.parts.values()]
+        return Holding(
+            site=self.site,
+            patients=sum(part.patients for part in parts),
+            images=sum(part.images for part in parts),
+            validation=sum(part.validation for part in parts),
+            labels={task: sum(part.labels.get(task, 0) for part in parts) for task in self.tasks},
+        )
+
 
 class RoundDataset(Dataset[int]):
     """One item: the server takes one step per round."""

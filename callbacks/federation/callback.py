@@ -18,7 +18,7 @@ from callbacks.federation.console import print_line, round_line, show_sites
 from callbacks.federation.server import Server
 from callbacks.federation.site_files import write_model, write_sites
 from callbacks.federation.site_loggers import SiteLoggers
-from callbacks.federation.site_trainers import Placement, SiteTrainers, processes_of, resolve_placement
+from callbacks.federation.site_trainers import LocalSteps, Placement, SiteTrainers, processes_of, resolve_placement
 from callbacks.federation.site_validation import mean_and_worst, metrics_by_site, validate_own
 from federation.aggregators.base import Aggregator
 from federation.aggregators.bayesian import BayesianAggregator
@@ -54,6 +54,10 @@ class Federation(L.Callback):
         aggregator: How updates become the next global weights; ``null`` is the Bayesian aggregator.
         site_trainer: The Trainer of a site. Its ``max_epochs`` (or ``max_steps``) is the budget of one round, by
             default one epoch; gradient clipping, accumulation and limits of training belong here too.
+        local_steps: Optimizer steps of a site per round. ``equal``: every site takes the same number, the mean over
+            the sites of the steps of ``site_trainer.max_epochs`` epochs, so that the round as a whole costs the same
+            but a small site trains as long as a large one. ``epochs``: each site trains ``site_trainer.max_epochs``
+            epochs on its own images. A number: this many steps. ``site_trainer.max_steps`` overrides it.
         placement: ``sequential``: one process trains all sites; ``isolated``: each site trains in a process of its own,
             with one thread, so that a crash affects this site only (not on GPUs); ``per_rank``: every process trains
             some sites; ``ddp``: all processes train each site together, and a site that fails on one ends the run.
@@ -65,8 +69,9 @@ class Federation(L.Callback):
             rounds, each a list of site names, which is repeated.
         align: Align the order of a site's hidden units and attention heads to that of the global model before its
             update is sent. In ordinary rounds the order does not change, and the check costs little.
-        validate_sites: Also validate each site's own model on its own data, as ``site/<site>/val/…``. Always done if
-            some weights are not exchanged (norms, personal models).
+        validate_sites: Validate each site's model after its local training, before the merge, on the site's own
+            validation images, as ``site/<site>/trained/…``; the report compares it with the merged model. A site's own
+            model that is not exchanged whole (norms, personal models) is always validated, as ``site/<site>/val/…``.
         policy: Handling of sites that fail: quorum, deadline, retries, outliers.
         privacy: Privacy policy of the updates: one for all sites, or one per site name; a site without a policy sends
             its whole update. See ``docs/privacy.md``.
@@ -81,20 +86,23 @@ class Federation(L.Callback):
         self,
         aggregator: Aggregator | None = None,
         site_trainer: Callable[[], L.Trainer] = L.Trainer,
+        local_steps: LocalSteps = "equal",
         placement: Placement = "auto",
         sites_at_once: int = 1,
         optimizer_state: Literal["reset", "keep"] = "reset",
         participation: Participation = 1.0,
         align: bool = True,
-        validate_sites: bool = False,
+        validate_sites: bool = True,
         policy: Policy = Policy(),  # noqa: B008 (frozen)
         privacy: PrivacyPolicy | dict[str, PrivacyPolicy] | None = None,
     ) -> None:
         self.aggregator = aggregator or BayesianAggregator()
-        self.site_trainer = site_trainer
+        self.site_trainer, self.local_steps = site_trainer, local_steps
         self.placement, self.optimizer_state, self.participation = placement, optimizer_state, participation
         self.sites_at_once, self.align, self.validate_sites, self.policy = sites_at_once, align, validate_sites, policy
         check_participation(participation)
+        if isinstance(local_steps, int) and local_steps < 1:
+            raise ConfigError(f"federation.local_steps is {local_steps}; set 1 or more steps, or equal, or epochs")
         if sites_at_once < 1 or (sites_at_once > 1 and placement != "isolated"):
             raise ConfigError(
                 f"federation.sites_at_once is {sites_at_once}; sites train at the same time with placement: isolated, "
@@ -110,6 +118,7 @@ class Federation(L.Callback):
         self._server: Server | None = None
         self._began = 0.0
         self._started = False
+        self._steps: int | None = None
 
     @property
     def server(self) -> Server:
@@ -186,6 +195,8 @@ class Federation(L.Callback):
         self.server.seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**31))
         self._started = True
         sites = federated_data(trainer).sites
+        pooled = self.aggregator.data == "pooled"
+        self._steps = self._trainers.local_steps(self.local_steps, self._training_sites(trainer), pooled)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_sites(self.holdings, sites, Path(trainer.default_root_dir))
         self._write_state(trainer, f"{len(self._training_sites(trainer))} sites")
@@ -207,27 +218,28 @@ class Federation(L.Callback):
         if not pooled:
             names = taking_part(self.participation, trainer.current_epoch, names, self.server.seed)
         folder = None if trainer.fast_dev_run else Path(trainer.default_root_dir)  # type: ignore[attr-defined]
-        result = self.server.run_round(names, self.sites, self.strategy(sites), self.sites_at_once, folder)
+        result = self.server.run_round(names, self.sites, self.strategy(sites), self.sites_at_once, folder, self._steps)
         self.sites.update(result.states)
         self.history.append(result.record)
         for site, metrics in result.logged.items():
             if self._trainers.placement == "isolated" and (logger := self.loggers.get(trainer, site)) is not None:
                 logger.log_metrics(metrics, result.states[site].steps)  # the isolated process could not
             self._log(pl_module, {f"site/{site}/{key}": value for key, value in metrics.items()})
-        if (self.server.sites_have_own_models or self.validate_sites) and not pooled:
+        if self.server.sites_have_own_models and not pooled:
             self._validate_own(trainer, pl_module)
 
     def strategy(self, sites: dict[str, Any]) -> SiteTrainer:
         """Return the object that trains a site of this round; a subclass may return another."""
         template, privacy = self.server.template, self.server.privacy
-        return self._trainers.strategy(sites, template, self.aggregator, self.policy.deadline, privacy)
+        validates = self.validate_sites and self.aggregator.exchange.merged and self.aggregator.data == "sites"
+        return self._trainers.strategy(sites, template, self.aggregator, self.policy.deadline, privacy, validates)
 
     def _validate_own(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate each site's own model on its own data."""
         sites, processes = self._training_sites(trainer), processes_of(trainer)
         metrics = validate_own(sites, self.server.template, processes, self.model_of, self._trainers.validation)
         logged = {f"site/{site}/val/{key}": v for site, values in metrics.items() for key, v in values.items()}
-        self._log(pl_module, logged | (mean_and_worst(metrics) if self.server.sites_have_own_models else {}))
+        self._log(pl_module, logged | mean_and_worst(metrics))
         for site, values in metrics.items():
             self.history[-1].sites.setdefault(site, SiteRecord()).metrics = values
 

@@ -114,6 +114,7 @@ class Server:
         site_trainer: SiteTrainer,
         sites_at_once: int,
         folder: Path | None,
+        steps: int | None = None,
     ) -> RoundResult:
         """Train some sites from the module's weights, and merge their updates; the Trainer's next step applies them.
 
@@ -123,11 +124,12 @@ class Server:
             site_trainer: Trains one site.
             sites_at_once: Number of sites that train at the same time, where each has a process of its own.
             folder: The run folder; ``None`` writes nothing.
+            steps: Optimizer steps of every site; ``None``: the budget of each site's Trainer.
 
         Raises:
             RoundError: Too few updates were admitted.
         """
-        plan, processes = self._plan(), processes_of(self.trainer)
+        plan, processes = self._plan(steps), processes_of(self.trainer)
         try:
             with Round(plan, states, self.aggregator, self.policy, site_trainer, processes, folder) as current:
                 result = current.run(names, self.trainers.placement == "per_rank", sites_at_once)
@@ -145,7 +147,7 @@ class Server:
         self._loop.release()
         self.module.automatic_optimization = self._automatic
 
-    def _plan(self) -> RoundPlan:
+    def _plan(self, steps: int | None) -> RoundPlan:
         state = self.aggregator.starting_state(state_of(self.module))
         return RoundPlan(
             round=self.trainer.current_epoch,
@@ -157,4 +159,5 @@ class Server:
             keep_optimizer=self.keep_optimizer,
             distributed=self.trainers.placement == "ddp",
             symmetries=self.symmetries,
+            steps=steps,
         )

@@ -11,13 +11,16 @@ import lightning as L
 
 from callbacks.federation.site_loggers import SiteLoggers
 from federation.aggregators.base import Aggregator
-from federation.client.lightning_internals import SiteBar, build_site_trainer
+from federation.client.lightning_internals import SiteBar, budget, build_site_trainer
 from federation.client.site_trainer import InProcessTrainer, IsolatedTrainer, SiteTrainer
 from federation.exchange.collectives import Processes
 from federation.privacy.policy import PrivacyPolicy
+from federation.site_loaders import Site
+from mtmedformer.errors import ConfigError
 from mtmedformer.protocols import StopsTraining
 
 Placement = Literal["auto", "sequential", "isolated", "per_rank", "ddp"]
+LocalSteps = Literal["equal", "epochs"] | int
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,30 @@ class SiteTrainers:
         """Return a Trainer for the validation of a site's own model."""
         return build_site_trainer(self._limited(), self.server, validates=True)
 
+    def local_steps(self, setting: LocalSteps, sites: Mapping[str, Site], pooled: bool) -> int | None:
+        """Return the optimizer steps of every site per round; ``None``: the budget of each site's own Trainer.
+
+        Args:
+            setting: ``equal``: the mean over the sites of the steps of ``site_trainer.max_epochs`` epochs, so that all
+                sites together take as many steps as with epochs; ``epochs``; or a number. ``site_trainer.max_steps``
+                overrides it.
+            sites: The sites that train.
+            pooled: Whether one site trains on the images of all; it takes as many steps as all sites together.
+
+        Raises:
+            ConfigError: When the number of batches of a site is unknown.
+        """
+        trainer = build_site_trainer(self._limited(), self.server)
+        epochs, steps = budget(trainer)
+        if setting == "epochs" or steps != -1 or (pooled and setting == "equal"):
+            return None
+        if setting != "equal":
+            return setting * len(sites) if pooled else setting
+        batches = [_batches(site, trainer) for site in sites.values()]
+        world = self.server.world_size if self.placement == "ddp" else 1
+        mean = epochs * sum(batches) / max(1, len(batches))
+        return max(1, round(mean / trainer.accumulate_grad_batches / world))
+
     def stop_requested(self) -> bool:
         """Return whether the run is to stop: by SIGTERM, or by a callback."""
         callbacks = self.server.callbacks  # type: ignore[attr-defined]
@@ -64,8 +91,9 @@ class SiteTrainers:
         aggregator: Aggregator,
         deadline: float | None,
         privacy: Mapping[str, PrivacyPolicy],
+        validates: bool,
     ) -> SiteTrainer:
-        """Return what trains a site: in this process, or isolated in a process of its own."""
+        """Return what trains a site, and validates it if ``validates``: in this process, or in a process of its own."""
         local = InProcessTrainer(
             sites,
             template,
@@ -75,6 +103,7 @@ class SiteTrainers:
             deadline,
             privacy,
             processes_of(self.server),
+            self.validation if validates else None,
         )
         return IsolatedTrainer(local) if self.placement == "isolated" else local
 
@@ -83,6 +112,19 @@ class SiteTrainers:
         batches = int(self.server.fast_dev_run)  # type: ignore[attr-defined]
         limits = {"limit_train_batches": batches, "limit_val_batches": batches}
         return partial(self.factory, **limits) if batches else self.factory
+
+
+def _batches(site: Site, trainer: L.Trainer) -> int:
+    """Return the training batches per epoch of a site, with the limit of its Trainer."""
+    limit = trainer.limit_train_batches
+    try:
+        batches = len(site.train_dataloader())
+    except TypeError as error:  # the length of an iterable data set
+        raise ConfigError(
+            f"site {site.site}: the length of its training data is unknown, so the steps of a round cannot be divided "
+            "equally; set federation.local_steps to a number, or to epochs"
+        ) from error
+    return int(batches * limit) if isinstance(limit, float) else min(batches, limit)
 
 
 def resolve_placement(placement: Placement, trainer: L.Trainer) -> Placement:

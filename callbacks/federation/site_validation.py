@@ -52,8 +52,7 @@ def validate_own(
     for i, (name, site) in enumerate(sites.items()):
         own: dict[str, float] | None = None
         if i % processes.world == processes.rank:
-            has_images = bool(site.val_dataloader())
-            own = validate_site(template, site, model_of(name), make_trainer) if has_images else {}
+            own = validate_site(template, site, model_of(name), make_trainer)
         own = processes.share(own, i % processes.world)
         if own:
             metrics[name] = own

@@ -7,6 +7,7 @@ from typing import Any
 
 from callbacks.reports.federation_summary import FederationSummary, site_scores, site_values
 from callbacks.reports.federation_updates import alignment, cost, drift, privacy, shares
+from callbacks.reports.federation_warnings import warnings_of
 from callbacks.reports.round_curves import Panel, lines_by_site, round_figure
 from mtmedformer.plots.html import (
     Html,
@@ -79,7 +80,7 @@ def _overview(summary: FederationSummary) -> Html:
         sentences.append(
             f"Later rounds have a lower score, the last one {number(last)}; best.ckpt holds round {best + 1}."
         )
-    return join(tiles(boxes), *sentences)
+    return join(tiles(boxes), *sentences, *(paragraph(text, "warn") for text in warnings_of(summary)))
 
 
 def _sites(summary: FederationSummary) -> Html:

@@ -16,6 +16,7 @@ from callbacks.federation.callback import Federation
 from callbacks.reports.environment import versions
 from callbacks.reports.federation_page import federation_page
 from callbacks.reports.federation_summary import FederationSummary, PartDescription
+from callbacks.reports.federation_warnings import warnings_of
 from mtmedformer.errors import UserError
 from mtmedformer.metrics.base import TaskMetrics
 from mtmedformer.module import MultiTaskModule
@@ -102,7 +103,8 @@ class FederationReport(L.Callback):
             return
         folder = Path(self.folder or trainer.default_root_dir)
         summary = self.summary(trainer, federation, state, reason)
-        write_page(folder / "report.json", json.dumps(summary.to_json(), indent=1) + "\n")
+        content = summary.to_json() | {"warnings": warnings_of(summary)}
+        write_page(folder / "report.json", json.dumps(content, indent=1) + "\n")
         write_page(folder / "report.html", federation_page(summary))
 
     def _run_state(self, trainer: L.Trainer) -> tuple[str, str] | None:

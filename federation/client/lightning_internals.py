@@ -187,12 +187,18 @@ def budget(trainer: L.Trainer) -> tuple[int, int]:
     return epochs, steps
 
 
-def continue_from(trainer: L.Trainer, epochs: int, steps: int) -> None:
-    """Set the counters of a fresh Trainer to those of its site's earlier rounds, and add its budget to them.
+def continue_from(trainer: L.Trainer, epochs: int, steps: int, more: int | None = None) -> None:
+    """Set the counters of a fresh Trainer to those of its site's earlier rounds, and add the round's budget to them.
 
     Samplers then draw new orders, loggers continue along their axis, and a resumed run equals an uninterrupted one.
+
+    Args:
+        trainer: The Trainer.
+        epochs: Epochs of the earlier rounds.
+        steps: Optimizer steps of the earlier rounds.
+        more: Optimizer steps of this round; ``None`` takes the Trainer's own budget.
     """
-    more_epochs, more_steps = budget(trainer)
+    more_epochs, more_steps = budget(trainer) if more is None else (-1, more)
     loop = trainer.fit_loop
     loop.max_epochs = -1 if more_epochs == -1 else epochs + more_epochs
     loop.epoch_loop.max_steps = -1 if more_steps == -1 else steps + more_steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -42,6 +42,7 @@ class RoundPlan:
         distributed: Whether all processes train each site together.
         symmetries: Groups of the module's units that are aligned to the global model before an update leaves; none
             leaves every unit where it is.
+        steps: Optimizer steps of every site; ``None``: each site's Trainer sets its own budget.
     """
 
     round: int
@@ -53,6 +54,7 @@ class RoundPlan:
     keep_optimizer: bool = False
     distributed: bool = False
     symmetries: PermutationGroups = ()
+    steps: int | None = None
 
 
 @dataclass
@@ -99,10 +101,11 @@ class LocalTraining(L.Callback):
         curvature: What measures the curvature.
         local_keys: Keys that never leave the site; the client objective does not apply to them.
         stop: Whether to give up the round; called after every batch.
+        held: Labelled training images of the site, by task; of any task under ``None``. Empty where it is unknown.
 
     Attributes:
-        images: Training images with at least one label.
-        labelled: Training images by the task they are labelled for.
+        images: Images with at least one label in the batches of the round; repetitions count.
+        labelled: The same by the task they are labelled for.
         curvatures: Curvature by parameter, once training is over.
         moved: By group of units, the share that alignment moved, where it moved any.
     """
@@ -115,7 +118,9 @@ class LocalTraining(L.Callback):
         curvature: Curvature,
         local_keys: frozenset[str],
         stop: Callable[[], bool],
+        held: Mapping[str | None, int],
     ) -> None:
+        self.held = held
         self.plan, self.memory, self.objective = plan, memory, objective
         self.curvature, self.local_keys, self.stop = curvature, local_keys, stop
         self.changes_gradients = objective.changes_gradients
@@ -197,8 +202,12 @@ class LocalTraining(L.Callback):
                 permute_optimizer(optimizer, pl_module, found.permutations)
 
     def num_examples(self, task: str | None) -> int:
-        """Return the labelled samples that reached a block of this task; of every task's with ``None``."""
-        return self.images if task is None else self.labelled[task]
+        """Return the different labelled images that reached a block of this task; of any task with ``None``.
+
+        Repetitions do not count: a small site that takes many steps has no more evidence than its images.
+        """
+        seen = self.images if task is None else self.labelled[task]
+        return min(seen, self.held.get(task, seen))
 
     def mean_rate(self) -> float:
         """Return the mean learning rate of the steps taken, 0 if there was none."""

@@ -50,6 +50,7 @@ class InProcessTrainer:
         deadline: Seconds per site and round; ``None`` waits as long as it takes.
         privacy: Privacy policy by site.
         processes: The processes of the run.
+        make_validator: Builds a fresh Trainer that validates a site's model after its training; ``None``: none does.
     """
 
     sites: Mapping[str, L.LightningDataModule]
@@ -60,6 +61,7 @@ class InProcessTrainer:
     deadline: float | None
     privacy: Mapping[str, PrivacyPolicy]
     processes: Processes
+    make_validator: Callable[[], L.Trainer] | None
 
     def train(self, site: str, plan: RoundPlan, state: SiteState) -> SiteResult:
         """Train a site until its budget, its deadline or the end of the run; see ``SiteTrainer.train``."""
@@ -90,6 +92,7 @@ class InProcessTrainer:
             partial(self.make_trainer, site),
             stop,
             self.privacy.get(site),
+            self.make_validator,
         )
 
 

@@ -18,6 +18,7 @@ from federation.client.outgoing_update import OutgoingUpdate
 from federation.exchange.schema import Schema, State, block_of
 from federation.exchange.update import BlockUpdate, Update
 from federation.privacy.policy import PrivacyPolicy
+from federation.site_loaders import Site
 
 __all__ = [
     "RoundPlan",
@@ -41,6 +42,8 @@ class SiteResult:
         logged: Training metrics by name.
         moved: Share of the units that alignment permuted, by group of units; empty if none was.
         privacy: Account of what was sent under the privacy policy, as plain JSON values; empty without a policy.
+        trained: Validation metrics of the site's model after its local training, before the merge, by
+            ``<task>/<metric>``; empty where it was not validated.
     """
 
     update: Update
@@ -48,6 +51,7 @@ class SiteResult:
     logged: dict[str, float]
     moved: dict[str, float] = field(default_factory=dict)
     privacy: dict[str, Any] = field(default_factory=dict)
+    trained: dict[str, float] = field(default_factory=dict)
 
 
 def train_site(
@@ -60,6 +64,7 @@ def train_site(
     make_trainer: Callable[[], L.Trainer],
     stop: Callable[[], bool] = lambda: False,
     privacy: PrivacyPolicy | None = None,
+    make_validator: Callable[[], L.Trainer] | None = None,
 ) -> SiteResult:
     """Train one site for one round and return its update; the arguments are not changed.
 
@@ -73,6 +78,8 @@ def train_site(
         make_trainer: Builds a fresh, configured Trainer.
         stop: Called after every batch; training is abandoned when it returns ``True``.
         privacy: Privacy policy that is applied to the update; ``None`` sends the whole update.
+        make_validator: Builds a fresh Trainer that validates the trained model on the site's validation images;
+            ``None`` does not validate.
 
     Raises:
         TrainingInterrupt: ``stop`` returned ``True``.
@@ -85,7 +92,7 @@ def train_site(
     measured = aggregator.exchange.curvature if privacy is None or privacy.sends_precision else None
     curvature = NoCurvature() if measured is None else measured.fresh()
     objective = aggregator.site_objective(site)
-    training = LocalTraining(plan, memory, objective, curvature, local, stop)
+    training = LocalTraining(plan, memory, objective, curvature, local, stop, _labelled(datamodule))
     outgoing = OutgoingUpdate(privacy, site, plan.round, plan.base, memory.privacy)
     trainer = make_trainer()
     outgoing.attach_dp_sgd(module, trainer)
@@ -125,7 +132,8 @@ def train_site(
     update, kept.privacy, account = outgoing.apply(update, module)
     if privacy is not None and privacy.guarantees:  # what training logs is computed from images, and no noise covers it
         return SiteResult(update, kept, {}, {}, account)
-    return SiteResult(update, kept, logged, training.moved, account)
+    trained = validate_site(template, datamodule, after, make_validator) if make_validator else {}
+    return SiteResult(update, kept, logged, training.moved, account, trained)
 
 
 def validate_site(
@@ -134,18 +142,30 @@ def validate_site(
     state: State,
     make_trainer: Callable[[], L.Trainer],
 ) -> dict[str, float]:
-    """Return the validation metrics of some weights on one site's own data, by ``<task>/<metric>``."""
+    """Return the validation metrics of some weights on one site's own data, by ``<task>/<metric>``, if any."""
+    if not datamodule.val_dataloader():
+        return {}
     module = copy_module(template)
     module.load_state_dict(state)
     with as_single_process(module), quiet_lightning(), seeded("validation"):
         results = make_trainer().validate(module, datamodule=datamodule, verbose=False)
-    return {key.removeprefix("val/"): float(value) for metrics in results for key, value in metrics.items()}
+    values = {key.removeprefix("val/"): float(value) for metrics in results for key, value in metrics.items()}
+    return {key: value for key, value in values.items() if value == value}
 
 
 def local_keys(schema: Schema, aggregator: Aggregator, privacy: PrivacyPolicy | None = None) -> frozenset[str]:
     """Return the keys of the weights that are not sent: not exchanged, or excluded by the privacy policy."""
     held = frozenset(key for key in schema.shapes if privacy is not None and not privacy.may_leave(block_of(key)))
     return aggregator.exchange.local_keys(schema) | held
+
+
+def _labelled(datamodule: L.LightningDataModule) -> dict[str | None, int]:
+    """Return the labelled training images of a site by task, of any task under ``None``; empty where it is unknown."""
+    if not isinstance(datamodule, Site):
+        return {}
+    holding = datamodule.holding()
+    labelled: dict[str | None, int] = {None: holding.images}
+    return labelled | holding.labels
 
 
 def _fit(
@@ -158,7 +178,7 @@ def _fit(
     key: tuple[object, ...],
 ) -> L.Trainer:
     """Fit a module in a fresh Trainer whose counters continue from the site's earlier rounds; return the Trainer."""
-    continue_from(trainer, memory.epochs, memory.steps)
+    continue_from(trainer, memory.epochs, memory.steps, plan.steps)
     trainer.callbacks.append(training)  # type: ignore[attr-defined]
     with seeded(*key), quiet_lightning():
         if plan.distributed:
@@ -183,7 +203,9 @@ def _personal(
     module = copy_module(template)
     module.load_state_dict(memory.weights(plan.state))
     start = SiteState(memory.epochs, memory.steps, schedulers=memory.schedulers)
-    training = LocalTraining(plan, start, copy.deepcopy(objective), NoCurvature(), plan.schema.personal_keys(), stop)
+    training = LocalTraining(
+        plan, start, copy.deepcopy(objective), NoCurvature(), plan.schema.personal_keys(), stop, {}
+    )
     _fit(module, datamodule, make_trainer(), training, plan, start, (plan.seed, plan.round, site, "personal"))
     return state_of(module)
 

@@ -26,7 +26,8 @@ class BlockUpdate:
     """A site's change of one block.
 
     Attributes:
-        num_examples: Labelled training samples of this round whose loss depends on the block; never 0.
+        num_examples: Different labelled training images of this round whose loss depends on the block; never 0. An
+            image that was seen several times counts once.
         delta: By key, the local weights minus the global ones the round began with, float32.
         precision: By key, the relative precision of the weights, mean about 1, strictly positive, of a shape that
             broadcasts to that of the weights: a scalar, one number per output row (rows, 1, …), or one per element.

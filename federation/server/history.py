@@ -17,6 +17,7 @@ class SiteRecord:
 
     Attributes:
         metrics: Validation metrics of the site's own model on its own data, ``<task>/<metric>``, where it has one.
+        trained: The same of the site's model after its local training, before the merge.
         samples: Labelled training samples by task.
         steps: Optimizer steps.
         seconds: Wall time of the local training.
@@ -31,6 +32,7 @@ class SiteRecord:
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
+    trained: dict[str, float] = field(default_factory=dict)
     samples: dict[str, int] = field(default_factory=dict)
     steps: int = 0
     seconds: float = 0.0
@@ -44,9 +46,12 @@ class SiteRecord:
     share: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, update: Update, moved: dict[str, float], privacy: dict[str, Any]) -> SiteRecord:
+    def of(
+        cls, update: Update, moved: dict[str, float], privacy: dict[str, Any], trained: dict[str, float]
+    ) -> SiteRecord:
         """Return the record of an update."""
         return cls(
+            trained=trained,
             metrics=dict(update.metrics),
             samples=dict(update.samples),
             steps=update.steps,

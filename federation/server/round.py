@@ -223,8 +223,9 @@ class Round:
         if reason:
             return SiteOutcome(site, Fault(site, f"refused: {reason}"), state=result.state)
         save_update(update, self._file(site))
-        record = SiteRecord.of(update, result.moved, result.privacy)
-        return SiteOutcome(site, state=result.state, logged=result.logged, record=record)
+        record = SiteRecord.of(update, result.moved, result.privacy, result.trained)
+        logged = result.logged | {f"trained/{key}": value for key, value in result.trained.items()}
+        return SiteOutcome(site, state=result.state, logged=logged, record=record)
 
     def _file(self, site: str) -> Path:
         return self._waiting / f"{site}.safetensors"

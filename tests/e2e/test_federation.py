@@ -485,6 +485,7 @@ def test_generated_configurations_run(name, tmp_path, monkeypatch, capsys):
     [
         ("chest_sites", "covid_cxr", {"eurorad", "journals", "radiopaedia", "sirm_italy"}),
         ("mammography_sites", "mini_mias", {"tissue_D", "tissue_F", "tissue_G"}),
+        ("pneumonia_sites", "pneumonia_cxr", {"guangzhou_children", "nih_adults", "openist"}),
     ],
 )
 def test_real_configurations_run(name, folder, sites, tmp_path, monkeypatch):

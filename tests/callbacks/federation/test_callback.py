@@ -158,7 +158,7 @@ def test_a_task_without_labels_stays_at_its_start(tmp_path):
 def test_the_servers_own_loss_state_does_not_move(tmp_path, aggregator):
     _, module, federation = run(tmp_path, Federation(aggregator()))
     assert module.loss.seen == 0
-    assert federation.sites["a"].local["loss.seen"] == 9
+    assert federation.sites["a"].local["loss.seen"] == 6  # three rounds of two steps
 
 
 def test_early_stopping_counts_rounds(tmp_path):
@@ -203,6 +203,57 @@ def test_the_budget_may_be_steps(tmp_path):
     federation = Federation(FedAvg(), lambda **kw: L.Trainer(max_steps=5, **kw))
     run(tmp_path, federation, rounds=2)
     assert {name: site.steps for name, site in federation.sites.items()} == {"a": 10, "b": 10, "c": 10}
+
+
+@pytest.mark.parametrize(
+    "local_steps, trainer, steps",
+    [
+        ("equal", {}, {"a": 2, "b": 2, "c": 2}),  # the mean of 3, 2 and 2 batches
+        ("equal", {"max_epochs": 3}, {"a": 7, "b": 7, "c": 7}),
+        ("equal", {"max_epochs": 3, "accumulate_grad_batches": 2}, {"a": 4, "b": 4, "c": 4}),
+        ("equal", {"max_epochs": 3, "limit_train_batches": 0.5}, {"a": 3, "b": 3, "c": 3}),
+        ("equal", {"max_steps": 5}, {"a": 5, "b": 5, "c": 5}),
+        ("epochs", {}, {"a": 3, "b": 2, "c": 2}),
+        (4, {}, {"a": 4, "b": 4, "c": 4}),
+    ],
+)
+def test_the_budget_of_a_round_in_steps(tmp_path, local_steps, trainer, steps):
+    federation = Federation(FedAvg(), lambda **kw: L.Trainer(**trainer, **kw), local_steps=local_steps)
+    run(tmp_path, federation, rounds=2)
+    assert [{name: site.steps for name, site in r.sites.items()} for r in federation.history] == [steps, steps]
+
+
+@pytest.mark.parametrize("local_steps, steps", [("equal", 7), ("epochs", 7), (4, 12)])
+def test_pooled_training_takes_the_steps_of_all_sites_together(tmp_path, local_steps, steps):
+    federation = Federation(Pooled(), local_steps=local_steps)
+    run(tmp_path, federation, rounds=1)
+    assert federation.history[0].sites["pooled"].steps == steps
+
+
+def test_a_round_shorter_than_an_epoch_draws_other_images_each_time(tmp_path):
+    seen = []
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            seen.append(batch.image.flatten(1).sum(1).tolist())
+
+    data = FederatedDataModule(sites={"a": ToySite(n=12)})
+    run(tmp_path, Federation(FedAvg(), lambda **kw: L.Trainer(callbacks=[Look()], **kw), local_steps=1), data=data)
+    assert len(seen) == 3
+    assert len({tuple(batch) for batch in seen}) == 3
+
+
+def test_steps_are_no_evidence(tmp_path):
+    federation = Federation(FedAvg(), local_steps=9)
+    run(tmp_path, federation, rounds=1)
+    counts = {name: record.blocks["encoder"]["num_examples"] for name, record in federation.history[0].sites.items()}
+    assert counts == {"a": 12, "b": 8, "c": 6}
+
+
+@pytest.mark.parametrize("local_steps", [0, -3])
+def test_local_steps_below_1_are_refused(local_steps):
+    with pytest.raises(ConfigError, match=r"federation\.local_steps"):
+        Federation(local_steps=local_steps)
 
 
 def test_pooled_trains_on_the_union(tmp_path):
@@ -325,14 +376,15 @@ def test_sigterm_within_a_site_stops_and_the_round_is_begun_again(tmp_path):
             if trainer.current_epoch == 1 and batch_idx == 1 and module.loss.seen > 3:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    _, whole, _ = run(tmp_path / "whole")
-    federation = Federation(FedAvg(), lambda **kw: L.Trainer(callbacks=[Kill()], **kw))
+    _, whole, _ = run(tmp_path / "whole", Federation(FedAvg(), local_steps="epochs"))
+    federation = Federation(FedAvg(), lambda **kw: L.Trainer(callbacks=[Kill()], **kw), local_steps="epochs")
     before = threading.active_count()
     with pytest.raises(SIGTERMException):
         run(tmp_path / "part", federation)
     assert threading.active_count() <= before + 1
     assert not (tmp_path / "part" / "epoch=1.ckpt").exists()
-    _, resumed, _ = run(tmp_path / "part", ckpt=tmp_path / "part" / "last.ckpt")
+    again = Federation(FedAvg(), local_steps="epochs")
+    _, resumed, _ = run(tmp_path / "part", again, ckpt=tmp_path / "part" / "last.ckpt")
     assert equal(weights(whole), weights(resumed))
 
 

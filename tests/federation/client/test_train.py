@@ -64,9 +64,9 @@ def test_num_examples_counts_the_labelled_samples_per_block():
     assert update.steps == 3
 
 
-def test_two_local_epochs_are_twice_the_examples():
+def test_two_local_epochs_are_more_steps_and_no_more_evidence():
     update = trained(trainer=make(max_epochs=2)).update
-    assert update.blocks["encoder"].num_examples == 24
+    assert update.blocks["encoder"].num_examples == 12
     assert update.steps == 6
 
 
