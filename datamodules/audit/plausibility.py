@@ -6,6 +6,7 @@ Single labels that cannot be right are left out where they are read. Here are mi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -112,22 +113,26 @@ def _boxes(name: str, truths: Sequence[BoxTruth]) -> Findings:
 
 
 def _boxes_in_one_corner(name: str, known: Sequence[tuple[Record, Measures]]) -> Findings:
-    """Find boxes in percent, or in pixels of a smaller image: all in the upper left third of images."""
-    extents, largest = [], 0.0
+    """Find boxes in percent, or in pixels of a smaller image: all in the upper left part of images."""
+    extents, corners, smallest = [], [], math.inf
     for record, measure in known:
         truth = record.truth.get(name)
         if isinstance(truth, BoxTruth) and truth.boxes:
             height, width = record.size or measure.size
-            corner = np.max(truth.boxes, axis=0)[2:]
-            extents.append(max(corner[0] / width, corner[1] / height))
-            largest = max(largest, float(corner.max()))
-    if len(extents) < LEAST_IMAGES or max(extents) > 1 / 3:
+            x, y = np.max(truth.boxes, axis=0)[2:]
+            extents.append(max(x / width, y / height))
+            corners.append(max(x, y))
+            smallest = min(smallest, height, width)
+    if len(extents) < LEAST_IMAGES or len(set(corners)) == 1:
         return {}
-    unit = "percent" if largest <= 100 else "pixels of smaller images"
+    percent = 50 < max(corners) <= 100 and smallest >= 150
+    if max(extents) > 0.5 and not percent:
+        return {}
+    unit = "percent" if percent else "pixels of smaller images"
     return {
         f"corner in {name}": (
-            f"{name}: the boxes of all {len(extents)} images lie in the upper left third of the image (no coordinate "
-            f"is above {largest:g}). Are they in {unit}? Boxes are in pixels of the file, or of the size in the "
+            f"{name}: the boxes of all {len(extents)} images lie in the upper left part of the image (no coordinate "
+            f"is above {max(corners):g}). Are they in {unit}? Boxes are in pixels of the file, or of the size in the "
             "table."
         )
     }
@@ -155,13 +160,13 @@ def _masks(what: str, name: str, channel: int, known: Sequence[tuple[Record, Mea
     count = len(own)
     full = sum(mask.inside >= 0.99 for mask in own)
     outside = sum(mask.border >= 0.9 and mask.inside < 0.99 for mask in own)
-    if count >= LEAST_MASKS and full >= 0.5 * count:
+    if full >= max(LEAST_MASKS, 0.2 * count):
         every = "every mask covers its whole image" if full == count else "the mask covers the whole image"
         return {
             f"full masks of {what}": f"{what}: {every} ({full} of {count} masks). Is the background 0, and the shape "
             "in this channel of the file?"
         }
-    if count >= LEAST_MASKS and outside >= 0.8 * count:
+    if outside >= max(LEAST_MASKS, 0.1 * count):
         return {
             f"polarity of {what}": f"{what}: {outside} of {count} masks contain the border of the image. Are shape and "
             "background exchanged? The background is 0."

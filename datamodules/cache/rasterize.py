@@ -239,7 +239,7 @@ def _mask_file(source: MaskSource, canvas: Canvas, declared: Sequence[int]) -> M
         if source.values is None:
             mask, remark = shape_of(levels)
         else:
-            mask, remark = with_values(levels, source.values, tuple(declared) or source.values), ""
+            mask, remark = with_values(levels, source.values, tuple(declared) or source.values)
     except UncertainMaskError as error:
         raise UnusableError(UNCERTAIN, error.reason) from error
     except DataError as error:

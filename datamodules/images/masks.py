@@ -46,6 +46,9 @@ SOFT_EDGES, LABELS = (
 )
 """Remarks on masks that were read by a rule."""
 
+OTHER_LEVELS = "label maps with grey edges (levels of no class are background, so shapes are too small)"
+"""Remark on a label map that was resampled."""
+
 
 class UncertainMaskError(DataError):
     """A mask that can be read in two ways.
@@ -141,7 +144,7 @@ def shape_of(levels: Levels) -> tuple[Mask, str]:
     return levels > 0, LABELS
 
 
-def with_values(levels: Levels, values: tuple[int, ...], declared: tuple[int, ...]) -> Mask:
+def with_values(levels: Levels, values: tuple[int, ...], declared: tuple[int, ...]) -> tuple[Mask, str]:
     """Return the pixels with the values of one class.
 
     Args:
@@ -149,17 +152,30 @@ def with_values(levels: Levels, values: tuple[int, ...], declared: tuple[int, ..
         values: Values of the class.
         declared: Values of all classes that the file is read for.
 
+    Returns:
+        bool (H, W), and a remark where the file has many levels of no class, as resampling leaves them along edges.
+
     Raises:
-        UncertainMaskError: The mask is not all 0, but no class has one of its values.
+        UncertainMaskError: The mask is not all 0, but no class has one of its values; or it has many levels of no
+            class, and a region without any value of a class.
     """
     present = _levels_in(levels)
-    if present.any() and not np.isin(present, declared).any():
+    other = present[(present != 0) & ~np.isin(present, declared)]
+    known = np.isin(levels, declared)
+    if len(other) and not known.any():
         listed = ", ".join(map(str, present[:FEW_LEVELS])) + (", …" if len(present) > FEW_LEVELS else "")
         raise UncertainMaskError(
             "", f"a mask of levels {listed}, and no class has one of them (values {', '.join(map(str, declared))}); "
             "correct values, or save the background as 0"
         )  # fmt: skip
-    return np.isin(levels, values)
+    if len(other) <= FEW_LEVELS:
+        return np.isin(levels, values), ""
+    if strays := _strays(levels > 0, known):
+        raise UncertainMaskError(
+            "", f"a label map with {len(other)} levels of no class, and {strays} region(s) of such levels only; save "
+            "the class numbers without resampling"
+        )  # fmt: skip
+    return np.isin(levels, values), OTHER_LEVELS
 
 
 def _around(levels: Levels) -> Levels:

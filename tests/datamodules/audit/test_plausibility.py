@@ -94,12 +94,12 @@ def test_one_box_for_all_is_a_finding_from_five_images():
     assert "all 5 images with boxes have the same ones" in sentence
 
 
-@pytest.mark.parametrize("scale, unit", [(100 / 640, "percent"), (200 / 640, "pixels of smaller images")])
+@pytest.mark.parametrize("scale, unit", [(100 / 460, "percent"), (300 / 640, "pixels of smaller images")])
 def test_boxes_in_other_units_are_a_finding(scale, unit):
     records = boxed(*[[tuple(v * scale for v in box)] for [box] in drawn(20)])  # type: ignore[misc]
     (sentence,) = of_images(records, LESIONS, measured(records, (640, 640))).values()
     assert f"Are they in {unit}?" in sentence
-    assert "all 20 images lie in the upper left third" in sentence
+    assert "all 20 images lie in the upper left part" in sentence
     assert of_images(records[:4], LESIONS, measured(records, (640, 640))) == {}
 
 
@@ -122,6 +122,7 @@ def test_ordinary_masks_pass():
     [
         ([(1.0, 1.0)] * 6, "every mask covers its whole image (6 of 6 masks)"),
         ([(1.0, 1.0)] * 4 + [(0.2, 0.0)] * 3, "the mask covers the whole image (4 of 7 masks)"),
+        ([(0.2, 0.1)] * 20 + [(0.8, 1.0)] * 3, "3 of 23 masks contain the border"),
         ([(0.8, 1.0)] * 6, "6 of 6 masks contain the border of the image. Are shape and background exchanged?"),
         ([(0.0, 0.0)] * 6, "all 6 mask files are empty"),
     ],

@@ -11,7 +11,15 @@ from PIL import Image, ImageDraw
 from pydicom.uid import JPEGBaseline8Bit
 from scipy import ndimage
 
-from datamodules.images.masks import LABELS, SOFT_EDGES, UncertainMaskError, read_mask, shape_of, with_values
+from datamodules.images.masks import (
+    LABELS,
+    OTHER_LEVELS,
+    SOFT_EDGES,
+    UncertainMaskError,
+    read_mask,
+    shape_of,
+    with_values,
+)
 from tests.fixtures.dicom_files import write_dicom
 
 SIZE = (200, 160)
@@ -251,8 +259,19 @@ def test_fractions_are_uncertain(tmp_path):
 
 
 def test_declared_values_that_do_not_occur_are_uncertain():
-    assert with_values(disc(2), (2,), (1, 2)).any()
-    assert not with_values(disc(2), (1,), (1, 2)).any()  # another class of the file is there
-    assert not with_values(np.zeros(SIZE, np.uint8), (1,), (1, 2)).any()
+    assert with_values(disc(2), (2,), (1, 2))[0].any()
+    assert not with_values(disc(2), (1,), (1, 2))[0].any()  # another class of the file is there
+    assert not with_values(np.zeros(SIZE, np.uint8), (1,), (1, 2))[0].any()
+    assert with_values(labels(127, 255), (255,), (255,))[1] == ""  # a region of another kind
     with pytest.raises(UncertainMaskError, match="levels 0, 255, and no class has one of them"):
         with_values(disc(), (1,), (1, 2))
+
+
+def test_a_resampled_label_map_is_counted_and_loses_no_region():
+    shape, remark = with_values(soft(), (255,), (255,))
+    assert remark == OTHER_LEVELS
+    assert shape.any()
+    two = disc().astype(float)
+    two[160:163, 20:23] = 255
+    with pytest.raises(UncertainMaskError, match="1 region"):
+        with_values(np.rint(ndimage.gaussian_filter(two, 3.0)).astype(np.uint8), (255, 254), (255, 254))
