@@ -132,8 +132,7 @@ class FederatedDataModule(L.LightningDataModule):
             joint: Whether images of all sites are to be evaluated together.
 
         Raises:
-            ConfigError: As in ``setup``.
-            DataError: As in ``setup``.
+            UserError: As in ``setup``.
         """
         if not self._sites:
             sources = self._named_sources() if self.named is not None else self._cut()
@@ -196,11 +195,7 @@ class FederatedDataModule(L.LightningDataModule):
         return [*self._notes, *(site.note(wanted) for site in self._sites.values() if not site.trains(tasks))]
 
     def require(self, stage: str) -> None:
-        """Check, after ``plan``, that some site has images for a stage.
-
-        Raises:
-            DataError: No site has any.
-        """
+        """Raise a ``DataError``, after ``plan``, if no site has images for a stage of the Trainer."""
         lacking = [site.lacks(stage) for site in self._sites.values()]
         if all(lacking):
             raise DataError(lacking[0])
