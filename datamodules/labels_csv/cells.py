@@ -170,6 +170,11 @@ def short(value: object) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
+def plain(names: Sequence[str]) -> str:
+    """Return names joined by commas; one that is long or has control characters is quoted, and at most 60 are given."""
+    return listed([name if name.isprintable() and len(name) <= 60 else short(name) for name in names], 60)
+
+
 def listed(words: Sequence[object], most: int = 5) -> str:
     """Return the first of several words or numbers, and how many there are more."""
     more = f" and {len(words) - most} more" if len(words) > most else ""

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from datamodules.labels_csv.cells import TableRow
+from datamodules.labels_csv.cells import TableRow, listed, plain, short
 from mtmedformer.errors import DataError, NoImagesError
 
 SEPARATORS = (",", ";", "\t", "|")
@@ -46,9 +46,9 @@ class Table:
         for column in columns:
             if column not in self.columns:
                 near = self.nearest(column)
-                hint = f"; did you mean {near!r}?" if near else ""
+                hint = f"; did you mean {short(near)}?" if near else "."
                 raise DataError(
-                    f"{self.file}: no column {column!r} ({why}){hint} The columns are {', '.join(self.columns)}."
+                    f"{self.file}: no column {column!r} ({why}){hint} The columns are {plain(self.columns)}."
                 )
 
     def nearest(self, column: str) -> str | None:
@@ -129,7 +129,7 @@ def _first_cells(line: str, separator: str) -> list[str]:
 def _header(file: Path, cells: list[str]) -> list[str]:
     twice = sorted({cell for cell in cells if cell and cells.count(cell) > 1})
     if twice:
-        raise DataError(f"{file}: column {', '.join(map(repr, twice))} appears more than once; rename or remove one")
+        raise DataError(f"{file}: column {plain(list(map(repr, twice)))} appears more than once; rename or remove one")
     return cells
 
 
@@ -144,6 +144,10 @@ def _text(file: Path, notes: list[str]) -> str:
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError:
+        if odd := _mixed(content):
+            raise DataError(
+                f"{file}: line {listed(odd)} is not UTF-8, but other lines are; save the table as UTF-8"
+            ) from None
         text = content.decode("cp1252", errors="replace")
         notes.append(f"{file.name}: not UTF-8; read as Windows-1252. Save it as UTF-8 if names look wrong.")
     if content.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
@@ -152,6 +156,22 @@ def _text(file: Path, notes: list[str]) -> str:
         line = text[: text.index("\x00")].count("\n") + 1
         raise DataError(f"{file}: line {line} has a NUL character, so it is not a text table; save it as CSV (UTF-8)")
     return text
+
+
+def _mixed(content: bytes) -> list[int]:
+    """Return the lines that are not UTF-8 in a file where others are, by its mark or by letters beyond ASCII."""
+    lines = content.splitlines()
+    odd = [n for n, line in enumerate(lines, 1) if not _is_utf8(line)]
+    others = any(not line.isascii() and _is_utf8(line) for line in lines)
+    return odd if others or content.startswith(codecs.BOM_UTF8) else []
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _unmarked(content: bytes) -> str:

@@ -722,3 +722,18 @@ def test_what_spreadsheets_add_is_read(root: Path) -> None:
 def test_a_nul_character_is_named_with_its_line(root: Path) -> None:
     with pytest.raises(DataError, match="line 3 has a NUL character"):
         read(root, "image,patient,label\na.png,1,s\nb.png,2,\x00w\n", classification=FINDING)
+
+
+def test_a_table_in_two_encodings_names_the_odd_line(root: Path) -> None:
+    good, odd = "image,patient,label\na.png,1,Ödem\n".encode(), "b.png,2,Ödem\n".encode("cp1252")
+    with pytest.raises(DataError, match="line 3 is not UTF-8, but other lines are"):
+        read(root, good + odd, classification=FINDING)
+    with pytest.raises(DataError, match="line 2 is not UTF-8"):
+        read(root, b"\xef\xbb\xbfimage,patient,label\n" + odd, classification=FINDING)
+
+
+def test_odd_names_of_columns_are_listed_without_control_characters(root: Path) -> None:
+    with pytest.raises(DataError, match=r"no column 'image'") as caught:
+        read(root, "imag\x1b[31m,patient,label," + "x" * 5000 + "\na.png,1,s,t\n", classification=FINDING)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
