@@ -196,7 +196,7 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         issues = self.quarantine.issues
         self.quarantine.issues = [i for i in issues if i.subject == IMAGE or (i.id, i.subject) in selected]
         self.splits = {record.id: splits[record.id] for record in self.records}
-        self._report(of_records(self.records, self.tasks))
+        self._report(of_records(self.records, self.tasks, self.class_place))
         self._usable = UsableRecords(self.records, self.tasks, self.quarantine, self.max_quarantine_share)
 
     def setup(self, stage: str | None = None) -> None:

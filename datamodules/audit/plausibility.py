@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from datamodules.audit.spellings import class_spellings, site_spellings
+from datamodules.audit.spellings import Place, class_spellings, site_spellings
 from datamodules.cache.entries import Measures
 from datamodules.cache.quarantine import Issue
 from datamodules.images.masks import TOO_FAINT
@@ -30,17 +30,18 @@ LEAST_MASKS = 3
 """As ``LEAST_IMAGES``, for masks that cover everything or the border."""
 
 
-def of_records(records: Sequence[Record], tasks: Mapping[str, Task]) -> Findings:
+def of_records(records: Sequence[Record], tasks: Mapping[str, Task], place: Place = lambda task, label: "") -> Findings:
     """Check classes, sites and boxes before an image is decoded.
 
     Args:
         records: The records in use.
         tasks: The tasks by name.
+        place: Returns where the table names the class of a task.
 
     Raises:
         DataError: All boxes of a task are fractions of the image.
     """
-    found = {f"spelling of {name}": sentence for name, sentence in class_spellings(records, tasks).items()}
+    found = {f"spelling of {name}": sentence for name, sentence in class_spellings(records, tasks, place).items()}
     if sentence := site_spellings(records):
         found["spelling of sites"] = sentence
     for name, task in tasks.items():

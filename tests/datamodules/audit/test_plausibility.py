@@ -210,6 +210,7 @@ def test_findings_are_logged_once_and_name_no_patient(tmp_path, caplog):
     said = [r.getMessage() for r in caplog.records if "Pneumonia" in r.getMessage() or "patient(s)" in r.getMessage()]
     assert len(said) == len(data.implausible) == 2
     assert "'PNEUMONIA' (5 images), 'Pneumonia' (5 images)" in said[1]
+    assert "labels.csv, column 'label': 5 cells 'PNEUMONIA' (lines 4, 8, 12, " in said[1]
     assert "ids of 10 patient(s) with 20 images are written in several ways" in said[0]
     assert not any("secret" in r.getMessage().lower() for r in caplog.records)
     assert len({record.patient for record in data.records}) == 10

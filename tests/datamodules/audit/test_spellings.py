@@ -36,6 +36,20 @@ def test_other_names_stay_apart(names):
     assert spelled_alike(names) == []
 
 
+@pytest.mark.parametrize(
+    "names", [("no finding", "No_Finding"), ("COVID-19", "covid19"), ("ground glass", "ground-glass"), ("T1", "t-1")]
+)
+def test_words_with_other_hyphens_are_alike(names):
+    assert spelled_alike(names, words=True) == [sorted(names)]
+
+
+@pytest.mark.parametrize(
+    "names", [("1-2", "12"), ("ER+", "ER-", "ER"), ("BI-RADS 4", "BI-RADS 40"), ("mass", "masses")]
+)
+def test_other_words_stay_apart(names):
+    assert spelled_alike(names, words=True) == []
+
+
 def record(i: int, patient: str, split: Split | None = None, file: str = "") -> Record:
     truth = {"finding": ClassTruth((1.0,))}
     return Record(f"r{i}", Path(file or f"{i}.png"), patient, truth, split=split)
