@@ -14,10 +14,10 @@ import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler
 
 from federation.partition import Holding, Partition
-from federation.site_loaders import LoaderName, NamedDataset, PooledSite, RoundDataset, Site, collate_for, size_message
+from federation.site_loaders import LoaderName, NamedDataset, PooledSite, RoundDataset, Site, check_sizes, collate_for
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError, DataError, NoImagesError
-from mtmedformer.protocols import DescribedData, LimitedData, NamedSites, RecordData, RunsRounds, SizedData, TaskedData
+from mtmedformer.protocols import DescribedData, LimitedData, NamedSites, RecordData, RunsRounds, TaskedData
 from mtmedformer.site_classes import classes_of_one_site
 
 log = logging.getLogger(__name__)
@@ -161,12 +161,7 @@ class FederatedDataModule(L.LightningDataModule):
             images = ((name, record.truth) for name, source in planned.items() for record in source.records)
             self._notes = list(dict.fromkeys([*self._notes, *classes_of_one_site(images, self.tasks).values()]))
         if joint:
-            sizes: dict[tuple[int, ...], str] = {}
-            for name, site in self._sites.items():
-                if isinstance(site.source, SizedData):
-                    sizes.setdefault(tuple(site.source.image_size), name)
-            if len(sizes) > 1:
-                raise ConfigError(size_message({name: size for size, name in sizes.items()}))
+            check_sizes(self._sites)
 
     def training_sites(self, tasks: Collection[str] | None = None) -> dict[str, Site]:
         """Return the sites that have a training image with a label.

@@ -321,6 +321,20 @@ def collate_sites(samples: list[Sample], tasks: dict[str, Task]) -> Batch:
     return collate(samples, tasks=tasks)
 
 
+def check_sizes(sites: Mapping[str, Site]) -> None:
+    """Check that the images of all sites have one size, as far as it is known before they are read.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    sizes: dict[tuple[int, ...], str] = {}
+    for name, site in sites.items():
+        if isinstance(site.source, RecordData):
+            sizes.setdefault(tuple(site.source.image_size), name)
+    if len(sizes) > 1:
+        raise ConfigError(size_message({name: size for size, name in sizes.items()}))
+
+
 def size_message(sizes: Mapping[str, Sequence[int]]) -> str:
     """Return what to do about sites whose images differ in size, by the size of a site of each."""
     found = ", ".join(f"{'x'.join(map(str, size))} at {site}" for site, size in sizes.items())

@@ -157,8 +157,10 @@ class RecordData(Protocol):
         may_lack_labels: Whether a split without any label is no error, as at a site of a federation.
         records: Records in use, complete after ``plan``.
         splits: ``train``, ``val`` or ``test`` by record id.
+        image_size: Height and width of the network's input in pixels.
     """
 
+    image_size: tuple[int, int]
     tasks: dict[str, Task]
     where: Any
     only_patients: frozenset[str] | None
@@ -195,17 +197,6 @@ class LimitedData(Protocol):
 
     limit: int | None
     num_workers: int
-
-
-@runtime_checkable
-class SizedData(Protocol):
-    """A data module whose images all have one size.
-
-    Attributes:
-        image_size: Height and width of the network's input in pixels.
-    """
-
-    image_size: tuple[int, int]
 
 
 @runtime_checkable

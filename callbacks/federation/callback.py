@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from callbacks.federation.checks import check_data, check_server, federated_data, tasks_of
+from callbacks.federation.checks import check_data, check_server, declarations, federated_data, tasks_of
 from callbacks.federation.console import print_line, round_line, show_sites
 from callbacks.federation.server import Server
 from callbacks.federation.site_files import write_model, write_sites
@@ -197,6 +197,11 @@ class Federation(L.Callback):
         sites = federated_data(trainer).sites
         pooled = self.aggregator.data == "pooled"
         self._steps = self._trainers.local_steps(self.local_steps, self._training_sites(trainer), pooled)
+        if not pooled:
+            training, site_trainer = self._training_sites(trainer), self._trainers.validation()
+            self.server.declared = declarations(
+                training, self.holdings, site_trainer, self.server.privacy, self._steps or 0
+            )
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_sites(self.holdings, sites, Path(trainer.default_root_dir))
         self._write_state(trainer, f"{len(self._training_sites(trainer))} sites")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 
 import lightning as L
@@ -10,7 +11,11 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from federation.client.lightning_internals import budget, build_site_trainer, process_timeout
 from federation.datamodule import FederatedDataModule
+from federation.partition import Holding
+from federation.privacy.policy import PrivacyPolicy
 from federation.server.admission import Policy
+from federation.server.update_checks import Declaration
+from federation.site_loaders import Site
 from mtmedformer.errors import ConfigError
 from mtmedformer.protocols import TaskedData
 
@@ -41,6 +46,41 @@ def check_data(data: object) -> FederatedDataModule:
 def tasks_of(module: L.LightningModule) -> list[str] | None:
     """Return the names of a module's tasks; ``None`` where it does not declare them."""
     return list(module.tasks) if isinstance(module, TaskedData) else None
+
+
+def declarations(
+    sites: Mapping[str, Site],
+    holdings: Sequence[Holding],
+    site_trainer: L.Trainer,
+    privacy: Mapping[str, PrivacyPolicy],
+    local_steps: int = 0,
+) -> dict[str, Declaration]:
+    """Return by site the most labelled samples that one of its rounds can use, before the first round.
+
+    It is twice the local budget in images, since samplers repeat images, and processes that share a site pad batches.
+
+    Args:
+        sites: The sites that train.
+        holdings: Their images and labels.
+        site_trainer: A configured Trainer of a site.
+        privacy: Privacy policy by site.
+        local_steps: Optimizer steps of every site per round; 0 where its Trainer sets its budget.
+    """
+    epochs, steps = budget(site_trainer)
+    found = {}
+    labels = {holding.site: {task for task, count in holding.labels.items() if count} for holding in holdings}
+    for name, site in sites.items():
+        loader = site.train_dataloader()
+        images: int | None = None
+        with suppress(TypeError):  # the length of an iterable data set is unknown
+            batch = loader.batch_size or 0
+            images = max(len(loader.dataset), len(loader) * batch)  # type: ignore[arg-type]
+            by_steps = max(steps, local_steps) * batch * site_trainer.accumulate_grad_batches
+            images = 2 * max(images * max(epochs, 1), by_steps)
+        policy = privacy.get(name)
+        known = frozenset(labels[name]) if labels.get(name) else None
+        found[name] = Declaration(images, known, policy is not None and policy.guarantees)
+    return found
 
 
 def check_server(trainer: L.Trainer, placement: str, policy: Policy, site_trainer: Callable[..., L.Trainer]) -> None:

@@ -19,7 +19,9 @@ from federation.client.train import RoundPlan, SiteState, TrainingInterrupt, sta
 from federation.exchange.schema import State, schema_of
 from federation.privacy.policy import PrivacyPolicy
 from federation.server.admission import Policy
-from federation.server.round import Round, RoundResult
+from federation.server.outcome import RoundResult
+from federation.server.round import Round
+from federation.server.update_checks import Declaration
 from mtmedformer.storage.hashing import state_hash
 
 
@@ -66,6 +68,7 @@ class Server:
     Attributes:
         merged: The next global state; empty between rounds.
         seed: Seed of the run, from which every site derives its own.
+        declared: By site, the most examples a round can use; an update that counts more is refused.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Server:
         self.trainer, self.module, self.aggregator, self.policy = trainer, module, aggregator, policy
         self.privacy, self.trainers, self.keep_optimizer = privacy, trainers, keep_optimizer
         self.seed = 0
+        self.declared: dict[str, Declaration] = {}
         self.template = copy_module(module)
         self.schema = schema_of(module)
         self.symmetries = permutation_groups(module) if align and aggregator.exchange.merged else ()
@@ -131,7 +135,8 @@ class Server:
         """
         plan, processes = self._plan(steps), processes_of(self.trainer)
         try:
-            with Round(plan, states, self.aggregator, self.policy, site_trainer, processes, folder) as current:
+            arguments = (self.aggregator, self.policy, site_trainer, processes, folder, self.declared)
+            with Round(plan, states, *arguments) as current:
                 result = current.run(names, self.trainers.placement == "per_rank", sites_at_once)
         except TrainingInterrupt:
             raise (SIGTERMException if self.trainer.received_sigterm else KeyboardInterrupt) from None

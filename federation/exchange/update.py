@@ -6,9 +6,10 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import safetensors
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -108,35 +109,99 @@ def save_update(update: Update, file: Path) -> None:
 def load_update(file: Path) -> Update:
     """Read an update from a file, without running any code in it.
 
+    The form is checked here: every fact has its type, and no key is missing, unknown or given twice. Whether the update
+    fits the model and the round is checked by ``federation.server.update_checks``.
+
     Raises:
         DataError: The file is not an update.
     """
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
-            header = json.loads(opened.metadata()["update"])
+            header = json.loads(opened.metadata()["update"], object_pairs_hook=_unique)
+            check_header(header)
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
         return assemble(header, tensors)
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{file.name}: not a site's update ({type(error).__name__}: {error})") from error
+    except Exception as error:  # torch, safetensors and json raise many kinds for damaged bytes
+        raise DataError(f"{file.name}: not a site's update ({type(error).__name__}: {error!s:.200})") from error
+
+
+def check_header(header: Any) -> None:
+    """Check the types of a header.
+
+    Raises:
+        TypeError: A value has another type.
+        ValueError: A key is missing or unknown.
+    """
+    _check_keys("header", header, {*FACTS, "blocks"})
+    for name, kind in (("site", str), ("round", int), ("base", str), ("schema", str), ("steps", int)):
+        _check_type(name, header[name], kind)
+    _check_type("seconds", header["seconds"], int, float)
+    if header["rounding"] not in get_args(Rounding):
+        raise ValueError(f"rounding is none of {', '.join(get_args(Rounding))}")
+    for name, kinds in (("metrics", (int, float)), ("samples", (int,))):
+        _check_type(name, header[name], dict)
+        for value in header[name].values():
+            _check_type(name, value, *kinds)
+    _check_type("blocks", header["blocks"], dict)
+    for block in header["blocks"].values():
+        _check_keys("block", block, {"num_examples", "scale", "step"})
+        _check_type("num_examples", block["num_examples"], int)
+        for name in ("scale", "step"):
+            _check_type(name, block[name], dict)
+            for value in block[name].values():
+                _check_type(name, value, int, float)
+
+
+def _check_keys(name: str, value: Any, keys: set[str]) -> None:
+    _check_type(name, value, dict)
+    if set(value) != keys:
+        raise ValueError(f"{name}: keys missing or unknown")
+
+
+def _check_type(name: str, value: Any, *kinds: type) -> None:
+    if type(value) not in kinds:  # a bool is an int for ``isinstance``
+        raise TypeError(f"{name} is a {type(value).__name__}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of a JSON object as a dictionary.
+
+    Raises:
+        ValueError: A key comes twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key comes twice")
+    return found
 
 
 def assemble(header: dict[str, Any], tensors: dict[str, Tensor]) -> Update:
-    """Build an update from its header and its flat arrays (the inverse of ``header`` and ``tensors``)."""
+    """Build an update from its header and its flat arrays (the inverse of ``header`` and ``tensors``).
+
+    Raises:
+        KeyError: An array belongs to a block that the header lacks.
+        ValueError: The name of an array is not one of an update, or its type does not fit the rounding.
+    """
     blocks = {
-        n: BlockUpdate(int(b["num_examples"]), {}, {}, dict(b["scale"]), dict(b["step"]))
+        n: BlockUpdate(b["num_examples"], {}, {}, dict(b["scale"]), dict(b["step"]))
         for n, b in header["blocks"].items()
     }
+    coded = {"fp16": torch.float16, "int8": torch.int8}.get(header["rounding"])
     counters: dict[str, Tensor] = {}
     extra: dict[str, Tensor] = {}
     for name, value in tensors.items():
         kind, block, key = name.split("|", 2)
         if kind == "delta":
             step = blocks[block].step.get(key)
+            if step is not None and value.dtype != coded:
+                raise ValueError(f"{value.dtype} does not fit the rounding")
             blocks[block].delta[key] = value if step is None else decoded(value, step)
         elif kind == "precision":
             blocks[block].precision[key] = value.float()
-        else:
+        elif kind in ("counter", "extra") and not block:
             (counters if kind == "counter" else extra)[key] = value
+        else:
+            raise ValueError("an array of an unknown kind")
     return Update(blocks=blocks, counters=counters, extra=extra, **{name: header[name] for name in FACTS})
 
 

@@ -1,4 +1,4 @@
-"""Admit updates to a round: checks of each update, outliers, quorum, and the policy for sites that fail."""
+"""The policy for sites that fail: quorum, deadline, retries; and outliers among the updates of a round."""
 
 from __future__ import annotations
 
@@ -8,11 +8,6 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from federation.exchange.schema import Schema
-from federation.exchange.update import Update
 from mtmedformer.errors import ConfigError, UserError
 
 SPREAD = 1 / 3  # least spread of the logarithms of the norms: where sites agree closely, small deviations are admitted
@@ -95,62 +90,6 @@ class Policy:
                 f"round {round + 1}: {admitted} of {sites} sites were admitted and federation.policy.quorum requires "
                 f"{needed}; {reasons}. See sites/<site>/faults.log; continue with --ckpt_path=last"
             )
-
-
-def refusal(update: Update, round: int, base: str, schema: Schema) -> str | None:
-    """Return the reason to refuse an update; ``None`` if it is valid.
-
-    Args:
-        update: The update of a site.
-        round: Number of the current round, from 0.
-        base: ``state_hash`` of the global weights the round began with.
-        schema: Schema of the server's model.
-    """
-    if update.schema != schema.digest():
-        return "update of another model (schema)"
-    if update.round != round or update.base != base:
-        return f"update of another round ({update.round + 1}, not {round + 1})"
-    known = {block.name: block for block in schema.blocks if not block.personal}
-    for name, block in update.blocks.items():
-        if name not in known:
-            return f"unknown block {name!r:.60}"
-        if block.num_examples <= 0:
-            return f"{name}: no examples"
-        if not set(block.delta) <= set(known[name].keys):
-            return f"{name}: unknown weights"
-        if not set(block.precision) | set(block.scale) <= set(block.delta):
-            return f"{name}: precision of weights that were not sent"
-        for key, delta in block.delta.items():
-            wrong = _wrong(key, delta, schema.shapes[key]) or _wrong_precision(key, block.precision.get(key), delta)
-            if wrong:
-                return wrong
-        if not all(math.isfinite(value) and value >= 0 for value in block.scale.values()):
-            return f"{name}: curvature that is not finite or below 0"
-    for key, counter in update.counters.items():
-        if key not in schema.counters or tuple(counter.shape) != schema.shapes[key] or counter.is_floating_point():
-            return f"{key!r:.60}: not a counter of this model"
-    if not all(bool(torch.isfinite(value).all()) for value in update.extra.values()):
-        return "extra tensors that are not finite"
-    return None
-
-
-def _wrong(key: str, delta: Tensor, shape: tuple[int, ...]) -> str | None:
-    if tuple(delta.shape) != shape:
-        return f"{key}: shape {tuple(delta.shape)}, not {shape}"
-    if not delta.is_floating_point() or not bool(torch.isfinite(delta).all()):
-        return f"{key}: not finite"
-    return None
-
-
-def _wrong_precision(key: str, precision: Tensor | None, delta: Tensor) -> str | None:
-    if precision is None:
-        return None
-    theirs = (1,) * (delta.ndim - precision.ndim) + tuple(precision.shape)
-    if len(theirs) != delta.ndim or any(p not in (1, d) for p, d in zip(theirs, delta.shape, strict=True)):
-        return f"{key}: precision of shape {tuple(precision.shape)} for weights of {tuple(delta.shape)}"
-    if not bool(torch.isfinite(precision).all()) or bool((precision < 0).any()):
-        return f"{key}: precision that is not finite or below 0"
-    return None
 
 
 def outliers(norms: Mapping[str, Mapping[str, float]], limit: float | None) -> dict[str, str]:

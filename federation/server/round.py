@@ -10,10 +10,11 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from federation.aggregators.base import Aggregator
 from federation.client.site_trainer import SiteTrainer
@@ -22,48 +23,12 @@ from federation.client.train import RoundPlan, SiteResult, SiteState
 from federation.exchange.collectives import Processes
 from federation.exchange.schema import State
 from federation.exchange.update import Update, load_update, save_update
-from federation.server.admission import Fault, Policy, outliers, refusal
+from federation.server.admission import Fault, Policy, RoundError, outliers
 from federation.server.drift import Drift
 from federation.server.history import RoundRecord, SiteRecord
-from mtmedformer.errors import ConfigError
-
-
-@dataclass
-class SiteOutcome:
-    """The result of a site's round on every process, without the arrays of its update.
-
-    Attributes:
-        site: Name of the site.
-        fault: The reason if its update is not used, or ``None``.
-        config_error: Message of a configuration error, which ends the run.
-        state: State that the site keeps for its next round.
-        logged: Its training metrics.
-        record: Its entry in the history.
-    """
-
-    site: str
-    fault: Fault | None = None
-    config_error: str = ""
-    state: SiteState | None = None
-    logged: dict[str, float] = field(default_factory=dict)
-    record: SiteRecord | None = None
-
-
-@dataclass(frozen=True)
-class RoundResult:
-    """The result of a round, equal on all processes.
-
-    Attributes:
-        merged: The next global state.
-        states: State of each site that trained, by name.
-        logged: Training metrics of every admitted site, by name.
-        record: The round's entry in the history.
-    """
-
-    merged: State
-    states: dict[str, SiteState]
-    logged: dict[str, dict[str, float]]
-    record: RoundRecord
+from federation.server.outcome import Decoded, MergeError, RoundResult, SiteOutcome
+from federation.server.update_checks import Declaration, Expected
+from mtmedformer.errors import ConfigError, DataError
 
 
 class Round:
@@ -82,6 +47,8 @@ class Round:
         processes: The processes that share the work.
         folder: The run folder: updates are kept in ``updates/``, faults are logged in ``sites/<site>/faults.log``;
             ``None`` writes neither.
+        declared: What is known of the sites from before the first round, by name; an update that counts more is
+            refused.
     """
 
     def __init__(
@@ -93,9 +60,19 @@ class Round:
         trainer: SiteTrainer,
         processes: Processes = Processes(),  # noqa: B008 (frozen)
         folder: Path | None = None,
+        declared: Mapping[str, Declaration] | None = None,
     ) -> None:
         self.plan, self.states, self.aggregator, self.policy = plan, states, aggregator, policy
         self.trainer, self.processes, self.folder = trainer, processes, folder
+        self.expected = Expected(
+            plan.round,
+            plan.base,
+            plan.schema,
+            plan.state,
+            aggregator.exchange.local_keys(plan.schema),
+            aggregator.site_objective("").sends_extra,
+            declared or {},
+        )
         waiting = None if folder is None else folder / "updates"
         if waiting is not None:
             waiting.mkdir(parents=True, exist_ok=True)
@@ -127,8 +104,9 @@ class Round:
         owners = {site: i % self.processes.world if divide else 0 for i, site in enumerate(sites)}
         mine = [site for site in sites if not divide or owners[site] == self.processes.rank]
         outcomes = self._share(owners, self._train(mine, at_once))
-        faults = self._admit(outcomes)
+        self._admit(outcomes)
         merged = self._merge(outcomes, owners)
+        faults = self._faults(outcomes)
         admitted = {site: outcome for site, outcome in outcomes.items() if outcome.fault is None}
         records = {site: outcome.record for site, outcome in admitted.items() if outcome.record is not None}
         return RoundResult(
@@ -153,23 +131,60 @@ class Round:
                 raise ConfigError(f"site {site}: {outcome.config_error}")
         return outcomes
 
-    def _admit(self, outcomes: dict[str, SiteOutcome]) -> list[Fault]:
-        """Refuse outliers, apply the policy, and return the faults of the round."""
+    def _admit(self, outcomes: dict[str, SiteOutcome]) -> None:
+        """Refuse outliers, and apply the policy."""
         norms = {s: o.record.norms for s, o in outcomes.items() if o.fault is None and o.record is not None}
         for site, reason in outliers(norms, self.policy.outlier).items():
             outcomes[site].fault = Fault(site, f"refused: {reason}")
+        self._faults(outcomes)
+
+    def _faults(self, outcomes: Mapping[str, SiteOutcome]) -> list[Fault]:
+        """Return the faults of the round.
+
+        Raises:
+            RoundError: The policy does not continue with them.
+        """
         faults = [outcome.fault for outcome in outcomes.values() if outcome.fault is not None]
         self.policy.check(self.plan.round, len(outcomes), len(outcomes) - len(faults), faults)
         return faults
 
     def _merge(self, outcomes: Mapping[str, SiteOutcome], owners: Mapping[str, int]) -> State:
-        """Add the admitted updates one at a time, complete their records, and return the next global state."""
+        """Merge the admitted updates; a site whose update cannot be merged is left out, and the merge begins anew."""
+        before = self.aggregator.state_dict()
+        while True:
+            try:
+                return self._merged(outcomes, owners)
+            except MergeError as error:
+                outcomes[error.site].fault = Fault(error.site, error.reason)
+                self.aggregator.load_state_dict(before)
+                self._faults(outcomes)
+
+    def _merged(self, outcomes: Mapping[str, SiteOutcome], owners: Mapping[str, int]) -> State:
+        """Add the admitted updates one at a time, complete their records, and return the next global state.
+
+        Raises:
+            MergeError: The update of a site cannot be merged.
+            RoundError: A merged weight is not finite.
+        """
         self.aggregator.start(self.plan.state, self.plan.schema)
         drift = Drift(self.aggregator, self.plan.schema)
         for update in self._updates(outcomes, owners):
-            drift.add(update)
-            self.aggregator.add(update)
+            failed = ""
+            try:
+                drift.add(update)
+                self.aggregator.add(update)
+            except Exception as error:
+                failed = f"its update could not be merged (raised {type(error).__name__})"
+                self._log_fault(update.site, "".join(traceback.format_exception(error)))
+            if self.processes.any(bool(failed)):
+                raise MergeError(update.site, failed or "its update could not be merged on another process")
         merged = self.aggregator.finish()
+        wrong = [key for key, value in merged.items() if value is not self.plan.state.get(key) and not _finite(value)]
+        if wrong:
+            raise RoundError(
+                f"round {self.plan.round + 1}: the merged weights are not finite ({wrong[0]}); continue from the last "
+                "complete round with --ckpt_path=last and a lower learning rate or another aggregator"
+            )
         for site, measured in drift.finish(self.plan.state, merged).items():
             record = outcomes[site].record
             assert record is not None
@@ -177,12 +192,31 @@ class Round:
         return merged
 
     def _updates(self, outcomes: Mapping[str, SiteOutcome], owners: Mapping[str, int]) -> Iterator[Update]:
-        """Yield the admitted updates in the order of the site names, each on every process."""
+        """Yield the admitted updates in the order of the site names, each on every process.
+
+        Raises:
+            MergeError: The file of a site cannot be read any more.
+        """
         for site, outcome in outcomes.items():
             if outcome.fault is None:
-                file = self._file(site)
-                yield self.processes.share(load_update(file) if file.exists() else None, owners[site])
-                file.unlink(missing_ok=True)
+                own = self._decode(site) if self.processes.rank == owners[site] else None
+                decoded = self.processes.share(own, owners[site])
+                if decoded.update is None:
+                    raise MergeError(site, decoded.fault)
+                yield decoded.update
+
+    def _decode(self, site: str) -> Decoded:
+        """Read the update of a site from disk, and check it."""
+        try:
+            update = load_update(self._file(site))
+            reason = self.expected.refusal(site, update)
+        except DataError as error:
+            self._log_fault(site, str(error))
+            return Decoded(fault="refused: its update cannot be read")
+        except Exception as error:
+            self._log_fault(site, "".join(traceback.format_exception(error)))
+            return Decoded(fault=f"refused: its update could not be checked (raised {type(error).__name__})")
+        return Decoded(fault=f"refused: {reason}") if reason else Decoded(update)
 
     def _kept(self, outcomes: Mapping[str, SiteOutcome]) -> dict[str, SiteState]:
         """Return the new states of the sites. A refused update was sent too, so it counts for the privacy account."""
@@ -216,14 +250,17 @@ class Round:
         return outcome
 
     def _receive(self, site: str, result: SiteResult) -> SiteOutcome:
-        update = result.update
-        reason = refusal(update, self.plan.round, self.plan.base, self.plan.schema)
-        if update.site != site:
-            reason = "update of another site"
-        if reason:
-            return SiteOutcome(site, Fault(site, f"refused: {reason}"), state=result.state)
-        save_update(update, self._file(site))
-        record = SiteRecord.of(update, result.moved, result.privacy, result.trained)
+        """Write an update to disk as it was sent, and check what is read back."""
+        try:
+            save_update(result.update, self._file(site))
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            self._log_fault(site, "".join(traceback.format_exception(error)))
+            fault = Fault(site, f"refused: its update has no form ({type(error).__name__})")
+            return SiteOutcome(site, fault, state=result.state)
+        decoded = self._decode(site)
+        if decoded.update is None:
+            return SiteOutcome(site, Fault(site, decoded.fault), state=result.state)
+        record = SiteRecord.of(decoded.update, result.moved, result.privacy, result.trained)
         logged = result.logged | {f"trained/{key}": value for key, value in result.trained.items()}
         return SiteOutcome(site, state=result.state, logged=logged, record=record)
 
@@ -238,6 +275,10 @@ class Round:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "faults.log").open("a") as log:
             log.write(f"round {self.plan.round + 1}: {text.rstrip()}\n")
+
+
+def _finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or bool(torch.isfinite(value).all())
 
 
 def _fault_of(error: Exception) -> str:

@@ -19,7 +19,7 @@ from federation.exchange.update import load_update, norms_of, save_update, sha25
 from federation.privacy import accounting
 from federation.privacy.accounting import PrivacyMemory, epsilon
 from federation.privacy.policy import policies_by_site
-from federation.server.admission import refusal
+from federation.server.update_checks import Expected
 from mtmedformer.errors import ConfigError, DataError
 from tests.fixtures.toy_federation import Toy, make_update, toy
 
@@ -141,7 +141,7 @@ def test_with_noise_nothing_else_computed_from_images_is_sent():
     assert {key for block in sent.blocks.values() for key in block.delta} == {k for k in TRAINED if k[:4] != "loss"}
     assert report.norm is None, "the norm after clipping is not reported either"
     assert report.clipped is None
-    assert refusal(sent, 0, sent.base, toy()[1]) is None
+    assert Expected(0, sent.base, toy()[1]).refusal(sent.site, sent) is None
 
 
 def test_frozen_weights_are_not_sent_with_noise():
@@ -246,7 +246,7 @@ def test_bytes_are_counted_as_sent_and_the_file_gives_float32_back(tmp_path, rou
             for key, value in getattr(block, kind).items():
                 assert torch.equal(getattr(back.blocks[name], kind)[key], value)
     assert sha256(back) == report.sha256
-    assert refusal(back, 0, back.base, toy()[1]) is None
+    assert Expected(0, back.base, toy()[1]).refusal(back.site, back) is None
 
 
 @pytest.mark.parametrize("rounding", ["fp16", "int8"])

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from federation.server.admission import RoundError
+from federation import FedAvg
+from federation.server.admission import RoundError, outliers
 from federation.server.run_state import read_state
 from tests.fixtures.faulty_federation import SECRET, train
 
@@ -67,6 +68,10 @@ def without(tmp_path_factory):
         ("name", "encoder: unknown weights"),
         ("twice", "update of another round (1, not 2)"),
         ("huge", "times the median"),
+        ("count", "encoder: more examples than the site declared (1000000000000, at most"),
+        ("overflow", "encoder: more examples than the site declared (about 10^400"),
+        ("formless", "its update has no form (AttributeError)"),
+        ("step", "encoder.1.bias: rounding step that is not a number above 0"),
     ],
 )
 def test_a_round_continues_without_a_failed_site(tmp_path, without, kind, words):
@@ -81,6 +86,52 @@ def test_a_round_continues_without_a_failed_site(tmp_path, without, kind, words)
     assert (federation.exit_code, read_state(tmp_path).state) == (0, "finished")
     assert "missing: b in 1" in read_state(tmp_path).reason
     assert not (tmp_path / "updates").exists()
+
+
+def test_a_site_whose_update_raises_in_the_merge_is_left_out(tmp_path, without, monkeypatch):
+    add = FedAvg.add
+
+    def fails_for_b(self, update):
+        add(self, update)  # what it has changed by then is undone
+        if update.site == "b" and update.round == 1:
+            raise RuntimeError(SECRET)
+
+    monkeypatch.setattr(FedAvg, "add", fails_for_b)
+    module, federation = train(tmp_path, {})
+    (fault,) = federation.history[1].faults
+    assert (fault.site, fault.fault) == ("b", "its update could not be merged (raised RuntimeError)")
+    assert set(federation.history[1].sites) == {"a", "c", "d"}
+    assert equal(weights(module), without("b", [1]))
+    assert SECRET in (tmp_path / "sites/b/faults.log").read_text()
+
+
+@pytest.mark.parametrize("bayes", [False, True])
+def test_an_update_that_changes_on_the_disk_is_left_out(tmp_path, without, monkeypatch, bayes):
+    from federation.server import round
+
+    def damages(norms, limit):
+        for file in tmp_path.glob("updates/round-2-*/b.safetensors"):
+            file.write_bytes(file.read_bytes()[:-20])
+        return outliers(norms, limit)
+
+    monkeypatch.setattr(round, "outliers", damages)
+    module, federation = train(tmp_path, {}, bayes=bayes)
+    (fault,) = federation.history[1].faults
+    assert (fault.site, fault.fault) == ("b", "refused: its update cannot be read")
+    assert equal(weights(module), without("b", [1], bayes=bayes))
+
+
+def test_merged_weights_that_are_not_finite_end_the_run_before_they_are_used(tmp_path, monkeypatch):
+    finish = FedAvg.finish
+
+    def overflows(self):
+        merged = finish(self)
+        return merged | {"encoder.1.bias": merged["encoder.1.bias"] / 0}
+
+    monkeypatch.setattr(FedAvg, "finish", overflows)
+    with pytest.raises(RoundError, match=r"round 1: the merged weights are not finite \(encoder.1.bias\)"):
+        train(tmp_path, {})
+    assert read_state(tmp_path).state == "failed"
 
 
 def test_the_error_message_of_a_site_is_not_printed(tmp_path, capsys):
