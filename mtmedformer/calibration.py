@@ -46,8 +46,21 @@ def plain(calibration: Mapping[str, TaskCalibration]) -> dict[str, Any]:
 
 
 def restored(stored: Mapping[str, Any]) -> dict[str, TaskCalibration]:
-    """Return the calibration from the dicts that ``plain`` made."""
-    return {task: TaskCalibration(**one) for task, one in stored.items()}
+    """Return the calibration from the dicts that ``plain`` made.
+
+    Raises:
+        ConfigError: They have another form, or a temperature or threshold is no usable number.
+    """
+    try:
+        calibration = {str(task): TaskCalibration(**one) for task, one in stored.items()}
+        temperatures = [one.temperature for one in calibration.values() if one.temperature is not None]
+        thresholds = [t for one in calibration.values() for by in one.thresholds.values() for t in by.values()]
+        usable = all(0 < t < math.inf for t in temperatures) and all(math.isfinite(t) for t in thresholds)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(f"its calibration has the format of another version ({error})") from error
+    if not usable:
+        raise ConfigError("its calibration has a temperature or threshold that is not a finite, positive number")
+    return calibration
 
 
 def fit_temperature(curve: Floats, decisions: float, images: int, prior: float | None = PRIOR) -> tuple[float, float]:

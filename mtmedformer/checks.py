@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError
+from mtmedformer.storage.hashing import digest_fits
 
 
 def check_tasks(
@@ -127,6 +130,65 @@ def check_resumed(stored: Sequence[Mapping[str, Any]], configured: Sequence[Mapp
                     f"optimizer.{key}={now:g}, but the run you resume was trained with {then:g}. Keep that value, or "
                     "start a new run from its weights with model.init_weights=PATH instead of --ckpt_path."
                 )
+
+
+@contextmanager
+def no_larger_than(state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Stop the construction of a model that becomes much larger than its stored weights, before its memory is used.
+
+    Args:
+        state: The stored weights.
+
+    Raises:
+        ConfigError: The model has more than about twice as many weights.
+    """
+    largest, most = 2 * sum(tensor.numel() for tensor in state.values()) + 2**24, 4 * len(state) + 10_000
+    weights = parameters = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal weights, parameters
+        weights += 0 if parameter is None else parameter.numel()
+        parameters += 1
+        if weights > largest or parameters > most:
+            raise ConfigError("the configuration describes a much larger model than the file holds weights of")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def check_digest(checkpoint: Mapping[str, Any], source: str = "--ckpt_path") -> None:
+    """Check that the weights of a checkpoint have the digest that was stored with them.
+
+    Args:
+        checkpoint: The checkpoint; one without a digest passes.
+        source: The file, for the message.
+
+    Raises:
+        ConfigError: They have another one.
+    """
+    if not digest_fits(checkpoint):
+        raise ConfigError(
+            f"{source}: its weights do not have the digest that was stored with them; they were damaged or exchanged. "
+            "Use another copy"
+        )
+
+
+def malformed(checkpoint: Any) -> str | None:
+    """Return what is wrong with the form of a checkpoint, in a few words; ``None`` where its parts have their types."""
+    if not isinstance(checkpoint, dict):
+        return f"it is a {type(checkpoint).__name__}"
+    state = checkpoint.get("state_dict")
+    if not isinstance(state, dict):
+        return "it has no state_dict"
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
+        return "its state_dict holds something other than tensors"
+    for key in ("hyper_parameters", "calibration", "callbacks"):
+        if not isinstance(checkpoint.get(key, {}), dict | None):
+            return f"its {key} are a {type(checkpoint[key]).__name__}"
+    return None
 
 
 def check_weights(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from mtmedformer.batch import Batch, with_entries
 from mtmedformer.calibration import plain, restored
-from mtmedformer.checks import check_gradient_aggregation, check_resumed, check_tasks, check_weights
+from mtmedformer.checks import check_digest, check_gradient_aggregation, check_resumed, check_tasks, check_weights
 from mtmedformer.encoders.base import Encoder
 from mtmedformer.encoders.pretrained import load_weights
 from mtmedformer.heads.base import TaskHead
@@ -154,6 +154,7 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
         Raises:
             ConfigError: Weights differ in name or shape, or the optimizer in its settings.
         """
+        check_digest(checkpoint)
         check_weights(self.state_dict(), checkpoint["state_dict"])
         for optimizer in checkpoint.get("optimizer_states", ()) if resumed else ():
             check_resumed(optimizer["param_groups"], self._configured_groups())

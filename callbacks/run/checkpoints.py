@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.run.lightning_internals import load_loader_states
 from mtmedformer.storage.atomic_write import atomic_write, remove_partial_files
+from mtmedformer.storage.hashing import WEIGHTS_DIGEST, state_hash
 
 
 class ResumePoint(Callback):
@@ -111,7 +113,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint.
+        """Write a checkpoint, with a digest of its weights that is checked when it is read.
 
         Args:
             checkpoint: The checkpoint.
@@ -124,5 +126,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        if isinstance(state := checkpoint.get("state_dict"), Mapping):
+            checkpoint = checkpoint | {WEIGHTS_DIGEST: state_hash(state)}
         with atomic_write(Path(path)) as part, part.open("wb") as stream:  # a stream: no file name in the archive
             torch.save(checkpoint, stream)

@@ -9,14 +9,16 @@ limits, devices, loggers, callbacks.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from mtmedformer.checks import malformed, no_larger_than
+from mtmedformer.commands.named_classes import check_stored, own_words
 from mtmedformer.commands.yaml_files import read_yaml
 from mtmedformer.errors import ConfigError
 
@@ -39,26 +41,53 @@ FREE_KEYS = frozenset(
 """Keys within the compared sections that may differ: where and how fast, but not what is trained."""
 
 
-def with_checkpoint_base(argv: list[str], stack: ExitStack) -> list[str]:
-    """Put the model of the checkpoint, and the data of its run, before the user's arguments, which override them."""
+def with_checkpoint_base(argv: list[str], stack: ExitStack, trusted: bool = False) -> list[str]:
+    """Put the model of the checkpoint, and the data of its run, before the user's arguments, which override them.
+
+    Args:
+        argv: The command line.
+        stack: Deletes the file of the configuration when it is closed.
+        trusted: Allow classes of other projects.
+
+    Raises:
+        ConfigError: The checkpoint or the configuration of its run is damaged, or names a class that is not allowed;
+            nothing is imported then.
+    """
     checkpoint = _value(argv, "--ckpt_path")
     if not argv or argv[0] not in LIGHTNING_COMMANDS or not checkpoint or not Path(checkpoint).is_file():
         return argv
     stored = read_checkpoint(checkpoint)
-    hparams = dict(stored.get("hyper_parameters", {}))
+    hparams = dict(stored.get("hyper_parameters") or {})
     base: dict[str, Any] = {}
+    own = own_words(argv)
     if "_class_path" in hparams:
         class_path = hparams.pop("_class_path")
         hparams.pop("_instantiator", None)
         base["model"] = {"class_path": class_path, "init_args": hparams}
+        check_stored(base["model"], f"--ckpt_path={checkpoint}", own, trusted)
+        if argv[0] != "fit":
+            base["model"] = without_weight_files(base["model"])
     folder = Path(checkpoint).parent.parent
     if argv[0] != "fit" and not _configures(argv, "data") and (run := run_config(folder)):
+        if run.get("data") is not None:
+            check_stored(run["data"], str(folder / "config.yaml"), own, trusted)
         base["data"] = run.get("data")
     if not base:
         return argv
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     (folder / "checkpoint.yaml").write_text(yaml.safe_dump(base))
     return [argv[0], "--config", str(folder / "checkpoint.yaml"), *argv[1:]]
+
+
+def without_weight_files(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the description of a model without files and downloads for its first weights, which are overwritten."""
+    arguments = dict(model["init_args"]) | {"init_weights": None}
+    encoder = arguments.get("encoder")
+    if isinstance(encoder, Mapping) and isinstance(own := encoder.get("init_args"), Mapping):
+        unused = {"pretrained": False, "checkpoint_path": None}
+        own = dict(own) | {key: value for key, value in unused.items() if key in own}
+        arguments["encoder"] = {"class_path": encoder.get("class_path"), "init_args": own}
+    return {"class_path": model["class_path"], "init_args": arguments}
 
 
 def _configures(argv: list[str], key: str) -> bool:
@@ -92,12 +121,39 @@ def read_checkpoint(file: str) -> dict[str, Any]:
         ConfigError: It is damaged, or contains other objects than tensors and plain values.
     """
     try:
-        stored: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+        stored = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:  # torch raises many kinds for an unreadable file
         raise ConfigError(
-            f"--ckpt_path={file}: not a checkpoint that can be read safely ({type(error).__name__})"
+            f"--ckpt_path={file}: not a checkpoint that can be read safely: it is damaged, or contains objects other "
+            f"than tensors and plain values, and unpickling objects can run any code ({type(error).__name__})"
         ) from error
-    return stored
+    if wrong := malformed(stored):
+        raise ConfigError(f"--ckpt_path={file}: not a checkpoint ({wrong})")
+    checkpoint: dict[str, Any] = stored
+    return checkpoint
+
+
+@contextmanager
+def building(checkpoint: str | None) -> Iterator[None]:
+    """Bound the size of the model that a checkpoint describes, and turn what its construction raises into one sentence.
+
+    Args:
+        checkpoint: The file; with ``None`` nothing is changed.
+
+    Raises:
+        ConfigError: The model is much larger than the stored weights, or its arguments make no model.
+    """
+    if not checkpoint:
+        yield
+        return
+    try:
+        with no_larger_than(read_checkpoint(checkpoint)["state_dict"]):
+            yield
+    except (RuntimeError, MemoryError, OverflowError, ZeroDivisionError, IndexError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        raise ConfigError(
+            f"--ckpt_path={checkpoint}: the model it describes cannot be built ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def difference(run: Mapping[str, Any], now: Mapping[str, Any], sections: Collection[str] = COMPARED) -> str | None:

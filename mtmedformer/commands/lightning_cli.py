@@ -30,6 +30,7 @@ import mtmedformer
 from mtmedformer.batch import Task
 from mtmedformer.checks import check_tasks
 from mtmedformer.commands.checkpoint_config import (
+    building,
     difference,
     existing_checkpoint,
     read_checkpoint,
@@ -38,6 +39,7 @@ from mtmedformer.commands.checkpoint_config import (
 )
 from mtmedformer.commands.lightning_internals import CLIWithoutCheckpointParsing
 from mtmedformer.commands.messages import parser_message
+from mtmedformer.commands.named_classes import TRUSTED
 from mtmedformer.commands.predict_images import with_images
 from mtmedformer.errors import ConfigError
 from mtmedformer.module import MultiTaskModule
@@ -52,8 +54,9 @@ def main(argv: list[str]) -> int:
         argv: Arguments as on the command line, the command first.
     """
     check_packages()
+    trusted, argv = TRUSTED in argv, [one for one in argv if one != TRUSTED]
     with ExitStack() as stack:
-        trainer = CommandLine(with_images(argv, stack)).trainer
+        trainer = CommandLine(with_images(argv, stack, trusted), trusted).trainer
     run_callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return max((one.exit_code for one in run_callbacks if isinstance(one, HasExitCode)), default=0)
 
@@ -85,6 +88,7 @@ class CommandLine(CLIWithoutCheckpointParsing):
 
     Args:
         argv: Arguments as on the command line, the subcommand first.
+        trusted: Allow classes of other projects in a checkpoint and the configuration of its run.
 
     Attributes:
         run_folder: The run folder.
@@ -92,8 +96,8 @@ class CommandLine(CLIWithoutCheckpointParsing):
         continues: Whether ``fit`` continues the run in the folder.
     """
 
-    def __init__(self, argv: list[str]) -> None:
-        self.argv = argv
+    def __init__(self, argv: list[str], trusted: bool = False) -> None:
+        self.argv, self.trusted = argv, trusted
         self.run_folder = Path()
         self.new_folder: callbacks.RunFolder | None = None
         self.continues = False
@@ -107,7 +111,8 @@ class CommandLine(CLIWithoutCheckpointParsing):
                 parser_class=Parser,
                 parser_kwargs={
                     "prog": "mtmedformer",
-                    "description": "Train one transformer on several tasks in the same medical image.",
+                    "description": "Train one transformer on several tasks in the same medical image. With --trusted, "
+                    "--ckpt_path may name classes of other projects; importing them runs their code.",
                     "version": mtmedformer.__version__,
                 },
                 subclass_mode_model=True,
@@ -124,7 +129,7 @@ class CommandLine(CLIWithoutCheckpointParsing):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with the configuration of the checkpoint as the base that the command line overrides."""
         with ExitStack() as stack:
-            self.config = parser.parse_args(with_checkpoint_base(self.argv, stack))
+            self.config = parser.parse_args(with_checkpoint_base(self.argv, stack, self.trusted))
 
     def after_instantiate_classes(self) -> None:
         """Set the module's optimizer and schedule from the top-level sections, and how it was configured.
@@ -229,7 +234,8 @@ class CommandLine(CLIWithoutCheckpointParsing):
                 identity = callbacks.run_identity(arguments.as_dict(), folder, subcommand, checkpoint, rounds)
                 for key, value in identity.items():
                     arguments[key] = value
-        super().instantiate_classes()
+        with building(self.config[self.subcommand].get("ckpt_path")):
+            super().instantiate_classes()
         self.config = saved
 
     def before_fit(self) -> None:

@@ -12,6 +12,7 @@ import yaml
 
 from mtmedformer.commands.checkpoint_config import run_config
 from mtmedformer.commands.load.preparation import PREPARATION, preparation
+from mtmedformer.commands.named_classes import check_stored, own_words
 from mtmedformer.errors import ConfigError
 
 USAGE = "mtmedformer predict --ckpt_path CKPT --images DIR|FILE… --output DIR [--dicom=false] [--overlays=false]"
@@ -22,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"predict: {message}; usage: {USAGE}")
 
 
-def with_images(argv: list[str], stack: ExitStack) -> list[str]:
+def with_images(argv: list[str], stack: ExitStack, trusted: bool = False) -> list[str]:
     """Turn ``--images``, ``--output``, ``--dicom`` and ``--overlays`` into a configuration; other arguments stay.
 
     The preprocessing is that of ``config.yaml`` in the run folder of the checkpoint. Other arguments of the command
@@ -31,6 +32,7 @@ def with_images(argv: list[str], stack: ExitStack) -> list[str]:
     Args:
         argv: The command line, the subcommand first.
         stack: Deletes the file of the configuration when it is closed.
+        trusted: Allow a preset of another project in the ``config.yaml``.
 
     Raises:
         ConfigError: An argument is missing or contradicts another, or the preprocessing is unknown.
@@ -63,7 +65,7 @@ def with_images(argv: list[str], stack: ExitStack) -> list[str]:
     configuration = {
         "data": {
             "class_path": "datamodules.ImageFolderDataModule",
-            "init_args": {"images": given.images, **_preparation(Path(known.ckpt_path), rest)},
+            "init_args": {"images": given.images, **_preparation(Path(known.ckpt_path), rest, trusted)},
         },
         "trainer": {"callbacks": [_writer(given)], "default_root_dir": given.output},
     }
@@ -72,13 +74,15 @@ def with_images(argv: list[str], stack: ExitStack) -> list[str]:
     return ["predict", "--config", str(folder / "images.yaml"), *rest, f"--trainer.default_root_dir={given.output}"]
 
 
-def _preparation(checkpoint: Path, rest: list[str]) -> dict[str, Any]:
+def _preparation(checkpoint: Path, rest: list[str], trusted: bool) -> dict[str, Any]:
     """Return the preprocessing of the run of a checkpoint, unless the command line sets all of it."""
     chosen = [name for name in PREPARATION if any(a.split("=")[0].startswith(f"--data.{name}") for a in rest)]
     if len(chosen) == len(PREPARATION):
         return {}
     file = checkpoint.parent.parent / "config.yaml"
     stored = preparation((run_config(file.parent) or {}).get("data"))
+    if stored.get("preset") is not None:
+        check_stored(stored["preset"], str(file), own_words(rest), trusted)
     if "image_size" not in stored and "image_size" not in chosen:
         raise ConfigError(
             f"predict --images: {file} has no preprocessing of the training; set it with "

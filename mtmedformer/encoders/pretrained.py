@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from mtmedformer.checks import check_digest, malformed
 from mtmedformer.errors import ConfigError
 
 WRAPPERS = re.compile(r"^(?:(?:module|model|backbone|encoder|body|network|net|trunk|_orig_mod)\.)+")
@@ -133,6 +134,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"{path}: refused, because it is damaged or holds objects besides tensors, and unpickling objects can run "
             "any code; where you trust it, save its state_dict() alone, or safetensors, and load that"
         ) from error
+    if malformed(content) is None:
+        check_digest(content, str(path))
     for key in CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from mtmedformer.batch import Kind, Target, Task
 from mtmedformer.encoders.base import Encoder
+from mtmedformer.errors import ConfigError
 from mtmedformer.metrics.base import TaskMetrics
 from mtmedformer.storage.constructor_arguments import RecordsArguments
+from mtmedformer.storage.safe_text import is_printable, printable
 
 
 class TaskHead(RecordsArguments, nn.Module, ABC):
@@ -37,6 +39,7 @@ class TaskHead(RecordsArguments, nn.Module, ABC):
     def __init__(self, classes: Sequence[str]) -> None:
         super().__init__()
         self.classes = tuple(classes)
+        _check_names("classes", self.classes)
 
     @abstractmethod
     def build(self, channels: int, strides: Sequence[int]) -> None:
@@ -91,11 +94,18 @@ def build_heads(heads: Mapping[str, TaskHead], encoder: Encoder) -> nn.ModuleDic
 
     Each head draws its weights from its own random stream, so that its first weights do not depend on the other heads.
     """
+    _check_names("names of heads", heads)
     base = int(torch.randint(2**31, ()))
     for name, head in heads.items():
         with _seeded_by(base, name):
             head.build(encoder.channels, encoder.strides)
     return nn.ModuleDict(heads)
+
+
+def _check_names(what: str, names: Iterable[str]) -> None:
+    """Refuse names with control characters: they are printed, and written into reports and file names."""
+    if wrong := [name for name in names if not is_printable(str(name))]:
+        raise ConfigError(f"{what}: '{printable(str(wrong[0]))}' has characters that cannot be printed; rename it")
 
 
 @contextmanager

@@ -6,12 +6,17 @@ import ast
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 LENGTH = 16
 """Hexadecimal digits a digest is cut to: 64 bits, enough to distinguish models and files."""
+
+
+WEIGHTS_DIGEST = "weights_sha256"
+"""Key of a checkpoint: ``state_hash`` of its ``state_dict``. It finds damaged and exchanged weights, no forgery."""
 
 
 def state_hash(state: Mapping[str, Tensor], header: str = "") -> str:
@@ -30,6 +35,16 @@ def state_hash(state: Mapping[str, Tensor], header: str = "") -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def digest_fits(checkpoint: Mapping[str, Any]) -> bool:
+    """Return whether the weights of a checkpoint have the digest that was stored with them, if one was.
+
+    Args:
+        checkpoint: Its ``state_dict``, and the digest under ``WEIGHTS_DIGEST``.
+    """
+    digest = checkpoint.get(WEIGHTS_DIGEST)
+    return digest is None or digest == state_hash(checkpoint["state_dict"])
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:

@@ -140,6 +140,7 @@ def test_a_second_call_skips_finished_images_and_another_model_is_refused(
     assert len(written) == 8
     stored = torch.load(checkpoint, weights_only=True)
     next(iter(stored["state_dict"].values())).add_(1)
+    assert stored.pop("weights_sha256")  # another model, not the same one damaged
     other = tmp_path / "run/checkpoints/other.ckpt"
     other.parent.mkdir(parents=True)
     torch.save(stored, other)

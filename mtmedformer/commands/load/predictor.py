@@ -23,6 +23,9 @@ from mtmedformer.errors import ConfigError, DataError
 from mtmedformer.inference.results import NOTE, FoundBox, image_result
 from mtmedformer.module import MultiTaskModule
 
+LARGEST_SIDE = 16384
+"""Largest side of the network's input in pixels: a larger one is a damaged description."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -153,13 +156,17 @@ def load(
         own = build(described, Preset, PRESET_HOMES, trusted, str(stored.source))  # type: ignore[type-abstract]
     elif described is None:
         own = PlainPreset()
+    elif described is not own:
+        raise ConfigError(f"{stored.source}: its preset is {described!r}; give load(path, preset=...)")
     return Predictor(module.to(device), _height_width(size), preset or own)
 
 
 def _height_width(size: Any) -> tuple[int, int] | None:
     if size is None:
         return None
-    sides = [size, size] if isinstance(size, int) else list(size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side >= 16 for side in sides):
-        raise ConfigError(f"image_size is {size}; give (height, width) in pixels, at least 16 each")
+    sides = list(size) if isinstance(size, list | tuple) else [size, size]
+    if len(sides) != 2 or not all(isinstance(side, int) and 16 <= side <= LARGEST_SIDE for side in sides):
+        raise ConfigError(
+            f"image_size is {size}; give (height, width) in pixels, at least 16 and at most {LARGEST_SIDE} each"
+        )
     return sides[0], sides[1]

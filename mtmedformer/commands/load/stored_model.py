@@ -20,10 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mtmedformer.calibration import restored
+from mtmedformer.checks import check_digest, malformed, no_larger_than
 from mtmedformer.commands.load.preparation import preparation
+from mtmedformer.commands.named_classes import check_plain
 from mtmedformer.commands.yaml_files import read_yaml
-from mtmedformer.errors import ConfigError
+from mtmedformer.errors import ConfigError, UserError
 from mtmedformer.module import MultiTaskModule
+from mtmedformer.storage.hashing import weights_digest
 
 ABOUT, WEIGHTS, GRAPH, CONFIG = "model.json", "model.safetensors", "model.onnx", "config.yaml"
 """Files of an export."""
@@ -39,6 +42,9 @@ PRESET_HOMES = ("datamodules", "datamodules.images.presets")
 """Packages and modules whose classes a model file may name, including the modules below them."""
 
 T = TypeVar("T")
+
+LARGEST_ABOUT = 8 * 2**20
+"""Largest description of a model in bytes."""
 
 NO_PART = "loss."
 """Prefix of the weights of the loss, which predictions do not use."""
@@ -87,7 +93,8 @@ def build_model(stored: StoredModel, trusted: bool = False) -> MultiTaskModule:
     Raises:
         ConfigError: The file names a class of another project, or weights and configuration do not match.
     """
-    module = build(stored.model, MultiTaskModule, MODEL_HOMES, trusted, str(stored.source))
+    with no_larger_than(stored.weights):
+        module = build(stored.model, MultiTaskModule, MODEL_HOMES, trusted, str(stored.source))
     unused = {name: tensor for name, tensor in module.state_dict().items() if name.startswith(NO_PART)}
     broken = [name for name, tensor in stored.weights.items() if not tensor.float().isfinite().all()]
     if broken:
@@ -95,8 +102,6 @@ def build_model(stored: StoredModel, trusted: bool = False) -> MultiTaskModule:
     try:
         module.on_load_checkpoint({"state_dict": stored.weights | unused})  # explains a different architecture
         module.calibration = restored(stored.calibration)
-    except TypeError as error:
-        raise ConfigError(f"{stored.source}: its calibration has the format of another version ({error})") from error
     except ConfigError as error:
         raise ConfigError(f"{stored.source}: {str(error).removeprefix('--ckpt_path ')}") from error
     module.load_state_dict(stored.weights | unused)
@@ -125,7 +130,9 @@ def build(
             arguments = value.get("init_args") or {}
             try:
                 return kind(**{name: made(one) for name, one in arguments.items()})
-            except (TypeError, ValueError, AttributeError) as error:
+            except UserError:
+                raise
+            except Exception as error:  # the arguments may be anything, and so may what they raise
                 raise ConfigError(f"{source}: {value['class_path']} cannot be built ({error})") from error
         if isinstance(value, Mapping):
             return {key: made(one) for key, one in value.items()}
@@ -162,13 +169,17 @@ def _class(path: Any, bases: tuple[type, ...], homes: tuple[str, ...], trusted: 
 def _read_checkpoint(path: Path) -> StoredModel:
     try:
         stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-        weights = {name: tensor for name, tensor in stored["state_dict"].items() if not name.startswith(NO_PART)}
-        arguments = dict(stored.get("hyper_parameters") or {})
     except Exception as error:  # torch raises many types of exceptions for unreadable files
         raise ConfigError(
             f"{path}: refused, because it is no complete checkpoint or contains objects other than tensors and plain "
             f"values, and unpickling objects can run any code ({type(error).__name__})"
         ) from error
+    if wrong := malformed(stored):
+        raise ConfigError(f"{path}: is no complete checkpoint ({wrong})")
+    check_digest(stored, str(path))
+    weights = {name: tensor for name, tensor in stored["state_dict"].items() if not name.startswith(NO_PART)}
+    arguments = dict(stored.get("hyper_parameters") or {})
+    check_plain(arguments, str(path))
     class_path = arguments.pop("_class_path", None)
     arguments.pop("_instantiator", None)
     if class_path is None:
@@ -182,6 +193,7 @@ def _read_checkpoint(path: Path) -> StoredModel:
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{run}: is not the config.yaml of a run ({type(error).__name__})") from error
     try:
+        check_plain(section, str(run))
         prepared = preparation(section)
     except ConfigError:  # the sites differ; the caller of load chooses
         prepared = {}
@@ -191,6 +203,8 @@ def _read_checkpoint(path: Path) -> StoredModel:
 
 def _read_export(folder: Path) -> StoredModel:
     try:
+        if (folder / ABOUT).stat().st_size > LARGEST_ABOUT:
+            raise ValueError("too large")
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         model, calibration, prepared = _for_prediction(about["model"]), about["calibration"], about["preparation"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -204,6 +218,14 @@ def _read_export(folder: Path) -> StoredModel:
         raise ConfigError(
             f"{folder / WEIGHTS}: missing or damaged ({error}); export with --format=safetensors or both"
         ) from error
+    check_plain(about, str(folder / ABOUT))
+    if not isinstance(calibration, dict) or not isinstance(prepared, dict):
+        raise ConfigError(f"{folder / ABOUT}: its calibration or preparation is damaged; export the model again")
+    if weights_digest(weights) != about.get("weights"):
+        raise ConfigError(
+            f"{folder / WEIGHTS}: its weights do not have the digest in {ABOUT}; they were damaged or exchanged. "
+            "Export the model again"
+        )
     return StoredModel(folder, model, weights, calibration, prepared)
 
 
