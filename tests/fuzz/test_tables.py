@@ -3,6 +3,7 @@
 ``MTMEDFORMER_FUZZ=1000 pytest tests/fuzz/test_tables.py`` reads 1000 tables per test.
 """
 
+import contextlib
 import csv
 import io
 import math
@@ -18,7 +19,7 @@ from datamodules.labels_csv.columns import BoxColumns, ClassColumns, MaskColumns
 from datamodules.labels_csv.datamodule import LabelsCSVDataModule
 from datamodules.records import BoxTruth, ClassTruth, MaskTruth
 from mtmedformer.errors import UserError
-from tests.fuzz.mutations import mutate_bytes, mutate_cells, seeds
+from tests.fuzz.mutations import ODD_CELLS, mutate_bytes, mutate_cells, seeds
 
 HEADER = ["image", "patient", "site", "split", "label", "fluid", "has_boxes", "boxes", "box_labels", "mask"]
 HEADER += ["height", "width", "view", "laterality"]
@@ -163,6 +164,33 @@ def test_tables_with_mutated_bytes(root):
             check(data, content)
             accepted += 1
     print(f"bytes: {refused} refused, {accepted} accepted")
+
+
+def test_odd_cells_in_every_column(root):
+    """Put one odd value into one row, or into a whole column; decode some of the tables as well."""
+    every = [(column, cell, whole) for column in range(len(HEADER)) for cell in ODD_CELLS for whole in (False, True)]
+    refused = decoded = 0
+    for seed in seeds(40):
+        column, cell, whole = every[seed * 7919 % len(every)]
+        rows = [list(row) for row in ROWS]
+        for row in rows[1:] if whole else rows[4:5]:
+            row[column] = cell
+        content = text_of(rows, ",").encode("utf-8", "replace")
+        data = read(root, content, given=bool(seed % 3))
+        if isinstance(data, str):
+            message_is_one_sentence(data)
+            refused += 1
+            continue
+        check(data, content)
+        if not whole:
+            lost = {issue.id for issue in data.quarantine.issues}
+            assert len(data.records) + len({i for i in lost if i.startswith("line")}) >= COUNT - 1
+        if seed % 8 == 0:
+            decoded += 1
+            with contextlib.suppress(UserError):
+                data.setup(None)
+                assert all(len(images[0].image) for images in data.datasets.values())
+    print(f"odd cells: {refused} refused, {decoded} decoded")
 
 
 @pytest.mark.parametrize("separator", SEPARATORS)
