@@ -17,7 +17,7 @@ from typing import Any
 
 from mtmedformer.errors import DataError
 
-BLANK = frozenset({"", "nan", "na", "n/a", "none", "null"})
+BLANK = frozenset({"", "nan", "-nan", "na", "n/a", "#n/a", "#na", "<na>", "none", "null"})
 """Text of cells without a value, in lower case."""
 
 YES = frozenset({"true", "t", "yes", "y", "x", "present", "positive", "pos"})
@@ -31,6 +31,7 @@ LONGEST_PATH, LONGEST_PART = 4096, 255
 """Longest path and part of a path in bytes (Linux; other systems have smaller limits)."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_FAULT = re.compile(r"#(REF!|VALUE!|NAME\?|DIV/0!|NUM!|NULL!|SPILL!|CALC!)")  # of a formula in a spreadsheet
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -59,9 +60,11 @@ class TableRow:
         """Return a cell's text as a name.
 
         Raises:
-            CellError: It is too long, or has line breaks or other control characters.
+            CellError: It is too long, has line breaks or other control characters, or is the fault of a formula.
         """
         text = self.text(column)
+        if column and is_fault(text):
+            raise self.error(column, "cell is a fault of a formula", "write its value")
         if column and (len(text) > LONGEST_NAME or _UNPRINTABLE.search(text)):
             raise self.error(
                 column, "cell is no name", f"write at most {LONGEST_NAME} characters in one line; is a quote left open?"
@@ -162,6 +165,11 @@ def number(value: object) -> float | None:
     except OverflowError:  # an integer of more than 308 digits
         return None
     return result if math.isfinite(result) else None
+
+
+def is_fault(text: str) -> bool:
+    """Return whether a text is what a spreadsheet shows in place of a value that it cannot compute."""
+    return bool(_FAULT.fullmatch(text))
 
 
 def short(value: object) -> str:

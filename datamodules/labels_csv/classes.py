@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datamodules.labels_csv.cells import BLANK, LONGEST_NAME, TableRow, lines, listed, number
+from datamodules.labels_csv.cells import BLANK, LONGEST_NAME, TableRow, is_fault, lines, listed, number
 from datamodules.loading.samplers import plain_name
 from mtmedformer.batch import Task
 from mtmedformer.errors import DataError
@@ -40,7 +40,7 @@ class FoundClasses:
             row: Its row.
             blank: Whether a word such as ``None`` is read as blank.
         """
-        if not value or len(value) > LONGEST_NAME or not value.isprintable():
+        if not value or len(value) > LONGEST_NAME or not value.isprintable() or is_fault(value):
             return  # reading the row reports it
         kind = self.blank if blank and value.lower() in BLANK else self.lines
         kind.setdefault(value, []).append(row.line)

@@ -34,6 +34,7 @@ SPLITS: dict[str, Split] = {
     "test": "test",
     "testing": "test",
 }
+UNKNOWN_SPLIT = "unknown split"
 SIDES = {"l": "L", "left": "L", "r": "R", "right": "R"}
 
 
@@ -168,6 +169,10 @@ class LabelsCSVDataModule(MedicalDataModule):
                 issues.append(Issue(f"line {row.line}", "", IMAGE, broken.reason, broken.detail))
         if not rows:
             raise DataError(f"{table.file}: no row can be used. {issues[0].detail}")
+        splits = Counter(row.text(self.split_column).lower() for row in table.rows)
+        odd = [issue for issue in issues if issue.reason == UNKNOWN_SPLIT]
+        if any(count > 1 for word, count in splits.items() if word and word not in SPLITS) and odd:
+            raise DataError(f"{table.file}: {odd[0].detail}")  # the name of a part, not a slip
         # totals and remarks below a spreadsheet: a word where other rows name a file
         words = [row for row, record in rows.items() if not (record.file.suffix or os.path.isfile(record.file))]
         for row in words if len(words) < len(rows) else []:
@@ -182,19 +187,27 @@ class LabelsCSVDataModule(MedicalDataModule):
         """Return the record of a row, without labels.
 
         Raises:
-            CellError: The row names no image, or a cell is no name.
-            DataError: The split is unknown, or the path is outside the folder.
+            CellError: The row names no image or no patient, the split is unknown, or a cell is no name.
+            DataError: The path is outside the folder.
         """
         if not row.text(self.image_column):
             raise row.error(self.image_column, "row without an image", "name the file or remove the row")
         split = row.text(self.split_column).lower()
         if split and split not in SPLITS:
-            raise DataError(
-                f"{row.file}: line {row.line}, column {self.split_column!r}: {short(split)} is not a split; write "
-                "train, val or test, or leave it blank"
+            raise CellError(
+                UNKNOWN_SPLIT,
+                f"{row.file.name} line {row.line}, column {self.split_column!r}: {short(split)} is not a split; write "
+                "train, val or test, or leave it blank",
             )
-        groups = self.group_columns if self.group_columns is not None else ["client"]
         file = row.path(self.image_column, self.root)
+        if self.patient_column and not row.text(self.patient_column):
+            if not file.suffix and not os.path.isfile(file):
+                raise row.error(
+                    self.image_column, "image file missing", "no such file; correct the name or remove the row"
+                )
+            fix = "fill it; if every image is another patient, set data.init_args.patient_column to null"
+            raise row.error(self.patient_column, "row without a patient", fix)
+        groups = self.group_columns if self.group_columns is not None else ["client"]
         return Record(
             id=file.stem,
             file=file,

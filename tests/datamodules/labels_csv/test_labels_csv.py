@@ -737,3 +737,34 @@ def test_odd_names_of_columns_are_listed_without_control_characters(root: Path) 
         read(root, "imag\x1b[31m,patient,label," + "x" * 5000 + "\na.png,1,s,t\n", classification=FINDING)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 500
+
+
+def test_one_odd_split_is_quarantined_and_a_name_of_a_part_is_refused(root: Path) -> None:
+    rows = "".join(f"{n}.png,{n},s,{'test' if n in 'ab' else 'train'}\n" for n in "abcdef")
+    table = "image,patient,label,split\n" + rows
+    records, data, _ = read(root, table.replace("f,s,train", "f,s,?"), classification=FINDING)
+    assert set(records) == set("abcde")
+    assert details(data) == [
+        "labels.csv line 7, column 'split': '?' is not a split; write train, val or test, or leave it blank"
+    ]
+    with pytest.raises(DataError, match="line 2, column 'split': 'holdout' is not a split"):
+        read(root, table.replace("test", "holdout"), classification=FINDING)
+
+
+def test_a_row_without_a_patient_is_quarantined(root: Path) -> None:
+    table = "image,patient,label\n" + "".join(f"{n}.png,{n},{c}\n" for n, c in zip("abcdef", "ststst", strict=True))
+    records, data, _ = read(root, table.replace("c.png,c", "c.png,NA"), classification=FINDING)
+    assert set(records) == set("abdef")
+    assert "line 4, column 'patient': 'NA'; fill it" in details(data)[0]
+    data.plan()
+    with pytest.raises(DataError, match=r"no row can be used.*column 'patient'.*patient_column to null"):
+        read(root, "image,patient,label\na.png,,s\nb.png,,t\n", classification=FINDING)
+
+
+@pytest.mark.parametrize("fault", ["#REF!", "#VALUE!", "#DIV/0!", "#NAME?"])
+def test_a_fault_of_a_formula_is_no_class(root: Path, fault: str) -> None:
+    table = f"image,patient,label\na.png,1,s\nb.png,2,t\nc.png,3,{fault}\nd.png,4,#N/A\n"
+    records, data, found = read(root, table, classification=FINDING)
+    assert found.tasks["finding"].classes == ("s", "t")
+    assert [sorted(records[i].truth) for i in "abcd"] == [["finding"], ["finding"], [], []]
+    assert reasons(data) == {"finding: cell is a fault of a formula": 1}
