@@ -124,7 +124,7 @@ def write_table(root: Path, users: list[dict]) -> None:
         has_boxes = row.pop("has_det")
         for user in users:
             for label in user.get("classification", {}).values():
-                row[label["column"]] = label["classes"][patient % 3]
+                row[label["column"]] = label["classes"][patient % len(label["classes"])]
                 row |= {label["flag"]: 1} if "flag" in label else {}
             for boxes in user.get("detection", {}).values():
                 row["box_labels"] = row["box_labels"].replace("nodule", boxes["classes"][n % len(boxes["classes"])])
