@@ -28,7 +28,7 @@ from datamodules.loading.catalogue import advice, check_catalogue, check_negativ
 from datamodules.loading.dataset import CachedDataset, EpochSampler, ResumableLoader
 from datamodules.loading.samplers import NEGATIVE_CLASSES, Strategy, TaskSampler, describe_positives, plain_name
 from datamodules.loading.splits import TooFewPatientsError, assign_splits
-from datamodules.loading.stages import Part, lacking, served, serves
+from datamodules.loading.stages import Part, drawn_share, lacking, served, serves
 from datamodules.loading.usable_records import UsableRecords, count_labelled
 from datamodules.records import Catalogue, Record, Split
 from mtmedformer.batch import Task, collate
@@ -321,6 +321,8 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
                 raise DataError(f"{self.salt}: none of the {len(split)} images of split {name} can be used for {names}")
             if name == "train" and kept and (sentence := advice(kept, self.tasks)):
                 log_warning(sentence)
+            if needed == {"test": "test"} and (sentence := drawn_share(self.salt, kept, len(self.records))):
+                rank_zero_info(sentence)
             if name == "train" and self.sampler == "positive":
                 rank_zero_info(describe_positives(kept, self.tasks, self.negative))
             if kept:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from datamodules.records import Split
+from datamodules.records import Record, Split
 from mtmedformer.errors import DataError
 
 Part = Literal["train", "val", "test", "all"]
@@ -59,3 +59,17 @@ def lacking(name: str, stage: str, splits: Mapping[str, Split]) -> DataError:
     """
     held = ", ".join(f"{count} {split}" for split, count in sorted(Counter(splits.values()).items())) or "no"
     return DataError(f"{name}: no image to {stage}; its splits hold {held} images. Fix: {_FIXES[stage]}")
+
+
+def drawn_share(name: str, tested: Sequence[Record], count: int) -> str:
+    """Return a sentence if the images to test were drawn from a set without a test split of its own, else nothing.
+
+    Args:
+        name: Name of the data set.
+        tested: The images to test.
+        count: Number of images of the set.
+    """
+    if len(tested) == count or any(record.split == "test" for record in tested):
+        return ""
+    share = f"{len(tested)} of {count} images are tested: a share of the patients"
+    return f"{name}: {share}; data.init_args.test_split=all tests all"
