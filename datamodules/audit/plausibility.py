@@ -68,7 +68,7 @@ def of_images(
     found = _white_films([measure for _, measure in known])
     for name, task in tasks.items():
         if task.kind == "detection":
-            found |= _boxes_in_one_corner(name, known)
+            found |= _boxes_in_images(name, known)
         elif task.kind == "segmentation":
             _check_faint(name, known, issues)
             for channel, label in enumerate(task.classes):
@@ -113,9 +113,9 @@ def _boxes(name: str, truths: Sequence[BoxTruth]) -> Findings:
     return found
 
 
-def _boxes_in_one_corner(name: str, known: Sequence[tuple[Record, Measures]]) -> Findings:
-    """Find boxes in percent, or in pixels of a smaller image: all in the upper left part of images."""
-    extents, corners, smallest = [], [], math.inf
+def _boxes_in_images(name: str, known: Sequence[tuple[Record, Measures]]) -> Findings:
+    """Find boxes in percent or in pixels of a smaller image, all in the upper left part, and boxes of whole images."""
+    extents, corners, smallest, whole = [], [], math.inf, 0
     for record, measure in known:
         truth = record.truth.get(name)
         if isinstance(truth, BoxTruth) and truth.boxes:
@@ -124,6 +124,10 @@ def _boxes_in_one_corner(name: str, known: Sequence[tuple[Record, Measures]]) ->
             extents.append(max(x / width, y / height))
             corners.append(max(x, y))
             smallest = min(smallest, height, width)
+            left, top, right, bottom = truth.boxes[0]
+            whole += max(left, top) <= 1 and right >= width - 1 and bottom >= height - 1
+    if len(extents) >= LEAST_IMAGES and whole == len(extents):
+        return {f"whole boxes of {name}": f"{name}: the boxes of all {whole} images cover the whole image."}
     if len(extents) < LEAST_IMAGES or len(set(corners)) == 1:
         return {}
     percent = 50 < max(corners) <= 100 and smallest >= 150

@@ -47,7 +47,8 @@ SOFT_EDGES, LABELS = (
 """Remarks on masks that were read by a rule."""
 
 OTHER_LEVELS = "label maps with grey edges (levels of no class are background, so shapes are too small)"
-"""Remark on a label map that was resampled."""
+VOID = "label maps with level 255 beside class numbers (taken as background; it often means: not annotated)"
+"""Remarks on label maps that were resampled, or have a level that is a class of none."""
 
 
 class UncertainMaskError(DataError):
@@ -135,7 +136,7 @@ def shape_of(levels: Levels) -> tuple[Mask, str]:
                 "", f"a mask of grey levels with {strays} region(s) below half the largest level; save 0 and 255"
             )
         return shape, SOFT_EDGES
-    if soft or not few or (top == 255 and above[-2] < 26):  # 255 beside class numbers often means: not annotated
+    if soft or not few or (top == 255 and above[-2] < 26):  # 255: see ``VOID``
         listed = ", ".join(map(str, above[:FEW_LEVELS])) + (", …" if not few else "")
         raise UncertainMaskError(
             "", f"a mask of grey levels ({listed}) that are neither edges nor areas of labels; save 0 and 255, or "
@@ -153,7 +154,8 @@ def with_values(levels: Levels, values: tuple[int, ...], declared: tuple[int, ..
         declared: Values of all classes that the file is read for.
 
     Returns:
-        bool (H, W), and a remark where the file has many levels of no class, as resampling leaves them along edges.
+        bool (H, W), and a remark where the file has level 255 or many levels of no class, as resampling leaves them
+        along edges.
 
     Raises:
         UncertainMaskError: The mask is not all 0, but no class has one of its values; or it has many levels of no
@@ -169,7 +171,8 @@ def with_values(levels: Levels, values: tuple[int, ...], declared: tuple[int, ..
             "correct values, or save the background as 0"
         )  # fmt: skip
     if len(other) <= FEW_LEVELS:
-        return np.isin(levels, values), ""
+        void = 255 in other and max(declared) < 26
+        return np.isin(levels, values), VOID if void else ""
     if strays := _strays(levels > 0, known):
         raise UncertainMaskError(
             "", f"a label map with {len(other)} levels of no class, and {strays} region(s) of such levels only; save "

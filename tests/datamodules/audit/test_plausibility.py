@@ -103,6 +103,13 @@ def test_boxes_in_other_units_are_a_finding(scale, unit):
     assert of_images(records[:4], LESIONS, measured(records, (640, 640))) == {}
 
 
+def test_boxes_of_whole_images_are_a_finding():
+    records = boxed(*[[(0.0, 0.0, 400.0 + i, 300.0 + i)] for i in range(6)])
+    measures = {record.id: Measures((300 + i, 400 + i), 0.1) for i, record in enumerate(records)}
+    assert list(of_images(records, LESIONS, measures)) == ["whole boxes of lesions"]
+    assert of_images(records[:4], LESIONS, measures) == {}
+
+
 def test_ordinary_masks_pass():
     rng = np.random.default_rng(0)
     for shares in (

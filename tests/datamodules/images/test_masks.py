@@ -7,6 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from pydicom.uid import JPEGBaseline8Bit
 from scipy import ndimage
@@ -15,6 +17,7 @@ from datamodules.images.masks import (
     LABELS,
     OTHER_LEVELS,
     SOFT_EDGES,
+    VOID,
     UncertainMaskError,
     read_mask,
     shape_of,
@@ -275,3 +278,24 @@ def test_a_resampled_label_map_is_counted_and_loses_no_region():
     two[160:163, 20:23] = 255
     with pytest.raises(UncertainMaskError, match="1 region"):
         with_values(np.rint(ndimage.gaussian_filter(two, 3.0)).astype(np.uint8), (255, 254), (255, 254))
+
+
+def test_level_255_beside_class_numbers_is_counted():
+    assert with_values(labels(1, 255), (1,), (1, 2))[1] == VOID
+    assert with_values(labels(1, 255), (1,), (1, 255))[1] == ""
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_mask_that_is_not_empty_never_becomes_empty(data):
+    kind = data.draw(st.sampled_from([np.uint8, np.uint16, np.int32]))
+    pool = data.draw(st.lists(st.integers(0, 255), min_size=1, max_size=12))
+    size = data.draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
+    levels = np.random.default_rng(data.draw(st.integers(0, 99))).choice(pool, size).astype(kind)
+    try:
+        shape, _ = shape_of(levels)
+    except UncertainMaskError:
+        assert levels.any()
+        return
+    assert shape.any() == levels.any()
+    assert not shape[levels == 0].any()
