@@ -318,7 +318,8 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
             kept = [r for r in kept if name == "predict" or self.tasks.keys() & r.truth.keys()]
             if split and not kept and not self.may_lack_labels:
                 names = ", ".join(self.tasks)
-                raise DataError(f"{self.salt}: none of the {len(split)} images of split {name} can be used for {names}")
+                why = f"none of the {len(split)} images of split {name} can be used for {names}"
+                raise DataError(f"{self.salt}: {why}; label some of them, or choose another seed or {name}_fraction")
             if name == "train" and kept and (sentence := advice(kept, self.tasks)):
                 log_warning(sentence)
             if needed == {"test": "test"} and (sentence := drawn_share(self.salt, kept, len(self.records))):

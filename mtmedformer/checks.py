@@ -69,7 +69,7 @@ def _difference(head: Task, data: Task, place: Callable[[str, str], str]) -> str
     if set(head.classes) == set(data.classes):
         return f"{found}; write them in this order."
     parts = [
-        f"the data have no class {name!r}{_meant(name, data.classes)}"
+        f"the data have no class {name!r}{_meant(name, data.classes)}{_at(place(data.name, name))}"
         for name in head.classes
         if name not in data.classes
     ]

@@ -103,7 +103,7 @@ class Quarantine:
             raise DataError(
                 f"{len(ids)} of {total} {what} cannot be used, more than max_quarantine_share={max_share:g} allows. "
                 f"The first ones:\n{reasons}\n"
-                "Correct the files or the paths in the table, or raise max_quarantine_share to train without them."
+                "Correct the files or the table, or raise max_quarantine_share to train without them."
             )
 
     def write(self, folder: Path | str) -> Path:

@@ -20,8 +20,8 @@ from mtmedformer.errors import DataError
 BLANK = frozenset({"", "nan", "-nan", "na", "n/a", "#n/a", "#na", "<na>", "none", "null"})
 """Text of cells without a value, in lower case."""
 
-YES = frozenset({"true", "t", "yes", "y", "x", "present", "positive", "pos"})
-NO = frozenset({"false", "f", "no", "n", "absent", "negative", "neg"})
+YES = frozenset({"true", "t", "yes", "y", "x", "✓", "on", "present", "positive", "pos"})
+NO = frozenset({"false", "f", "no", "n", "off", "absent", "negative", "neg"})
 """Words of a cell that holds 1 or 0, in lower case."""
 
 LONGEST_NAME = 200

@@ -83,7 +83,8 @@ class FoundClasses:
             names = ", ".join(sorted({repr(match(value, task.classes)) for value in odd}))
             notes.append(f"{place}: {lines(odd)} read as class {names} of {task.name!r}")
         if self._as_blank(task.classes) and not any(plain_name(value) in negative for value in self.lines):
-            notes.append(f"{place}: {self._as_blank(task.classes)}")
+            one = f". Task {task.name!r} is left with a single class, {', '.join(map(repr, self.lines))}"
+            notes.append(f"{place}: {self._as_blank(task.classes)}{one if len(self.lines) == 1 else ''}")
         return notes
 
     def place(self, label: str) -> str:

@@ -44,6 +44,8 @@ def test_a_class_that_the_head_lacks_is_named_with_its_place():
     text = refusal(task("a", "b"), task("12", "a", "b"), place=lambda task, label: f"{task} {label} line 14")
     assert "the head lacks '12' (finding 12 line 14)" in text
     assert "add" not in text
+    text = refusal(task("none", "a", "b"), task("a", "b"), place=lambda task, label: f"{task}: 4 cells {label}")
+    assert "the data have no class 'none' (finding: 4 cells none)" in text
 
 
 def test_a_task_with_a_single_class_is_named():

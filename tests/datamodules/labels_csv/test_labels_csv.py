@@ -506,7 +506,9 @@ def test_words_read_as_blank_are_named_where_no_other_class_is_a_negative_one(ro
     assert found.tasks["finding"].classes == ("mass",)
     [note] = found.notes
     assert f"column 'label': 2 cells {word!r} (lines 3, 5) read as blank (unknown)" in note
-    assert f"classes: [{word!r}, 'mass']" in note
+    assert f"classes: [{word!r}, 'mass']. Task 'finding' is left with a single class, 'mass'" in note
+    given = {"finding": ClassColumns("label", classes=["well", "mass"])}
+    assert "left with a single class, 'mass'" in read(root, table, classification=given)[2].notes[0]
     assert data.class_place("finding", "mass").startswith("labels.csv, column 'label': 2 cells 'mass' (lines 2, 4); ")
     spec = {"finding": ClassColumns("label", classes=[word, "mass"])}
     records, data, found = read(root, table, classification=spec)
@@ -576,8 +578,8 @@ def test_one_number_in_several_formats_is_one_class(root: Path) -> None:
     assert read(root, "image,patient,label\na.png,1,0\nb.png,2,1\n", classification=FINDING)[2].notes == []
 
 
-YES = ("1", "1.0", "01", "Y", "y", "yes", "Yes", "TRUE", "true", "t", "T", "x", "X", "present", "pos")
-NO = ("0", "0.0", "00", "N", "n", "no", "No", "FALSE", "false", "f", "F", "absent", "neg", "-0")
+YES = ("1", "1.0", "01", "Y", "y", "yes", "Yes", "TRUE", "true", "t", "T", "x", "X", "present", "pos", "on", "✓")
+NO = ("0", "0.0", "00", "N", "n", "no", "No", "FALSE", "false", "f", "F", "absent", "neg", "-0", "off")
 
 
 @pytest.mark.parametrize("yes, no", list(itertools.zip_longest(YES, NO, fillvalue="0")))
