@@ -324,8 +324,9 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
                 log_warning(sentence)
             if needed == {"test": "test"} and (sentence := drawn_share(self.salt, kept, len(self.records))):
                 rank_zero_info(sentence)
-            if name == "train" and self.sampler == "positive":
-                rank_zero_info(describe_positives(kept, self.tasks, self.negative))
+            sampled = name == "train" and self.sampler == "positive" and self.only_patients is None
+            if sampled and (sentence := describe_positives(kept, self.tasks, self.negative)):
+                rank_zero_info(f"{self.salt}: {sentence}")
             if kept:
                 self.datasets[name] = CachedDataset(
                     kept,

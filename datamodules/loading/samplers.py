@@ -108,19 +108,27 @@ def positives_by_task(
 
 
 def describe_positives(records: Sequence[Record], tasks: dict[str, Task], negative: Collection[str] = NEGATIVE) -> str:
-    """Return a sentence on what the sampler counts as positive and as negative; arguments as in `positives`."""
+    """Return a sentence on what the sampler counts as positive and as negative, or nothing if no record is positive.
+
+    Args:
+        records: The records.
+        tasks: The tasks by name.
+        negative: Names of the negative classes (see `positives`).
+    """
+    hits = positives_by_task(records, tasks, negative)
+    if not hits:
+        return ""
     words = sorted({word for record in records for word in strata(record, tasks) if is_positive(word, negative)})
     parts = []
-    for name in positives_by_task(records, tasks, negative):
+    for name in hits:
         present = [word.split("=", 1)[1] for word in words if word.startswith(f"{name}=")]
         parts.append(name if present == ["+"] else f"{name}: {', '.join(present)}")
     classes = {c for task in tasks.values() if task.kind == "classification" for c in task.classes}
-    without = sorted(c for c in classes if plain_name(c) in negative)
-    count = int(positives(records, tasks, negative).sum())
+    without = ", ".join(sorted(c for c in classes if plain_name(c) in negative)) or "none"
+    count = int(np.any(list(hits.values()), axis=0).sum())
     return (
-        f"sampler: {count} of {len(records)} training images are positive"
-        + (f" ({'; '.join(parts)})" if parts else ": each task has none, or more than half of the images")
-        + (f"; negative classes: {', '.join(without)}" if without else "; no class is negative" if classes else "")
+        f"sampler: {count} of {len(records)} training images are positive ({'; '.join(parts)}); "
+        f"negative classes: {without}"
     )
 
 

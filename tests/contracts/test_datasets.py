@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -269,6 +269,19 @@ def test_a_new_split_by_patient_needs_no_official_one(dataset, root):
     module.plan()
     assert not any("dropped from train or val" in note for note in module.catalogue().notes)
     assert set(module.splits.values()) == {"train", "val", "test"}
+
+
+def test_a_set_without_a_training_part_can_be_tested(dataset, root, catalogue, monkeypatch):
+    tested = replace(catalogue, records=[replace(record, split="test") for record in catalogue.records])
+    data = dataset.build(root)
+    monkeypatch.setattr(data, "catalogue", lambda: tested)
+    data.plan()
+    data.require("test")
+    data.require("predict")
+    assert set(data.splits.values()) == {"test"}
+    for stage in ("fit", "validate"):
+        with pytest.raises(DataError, match=f"no image to {stage}; its splits hold {len(data.records)} test images"):
+            data.require(stage)
 
 
 def test_config_starts_with_its_command_and_parses(dataset):
