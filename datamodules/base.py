@@ -21,7 +21,6 @@ from datamodules.cache.cache import Cache
 from datamodules.cache.entries import Measures
 from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import IMAGE, Quarantine
-from datamodules.images.pixels import Originals
 from datamodules.images.presets import ChestPreset, PlainPreset, Preset
 from datamodules.loading.arguments import check_arguments, height_width
 from datamodules.loading.catalogue import advice, check_catalogue, check_negative, choose_tasks, select, some_patients
@@ -30,6 +29,7 @@ from datamodules.loading.samplers import NEGATIVE_CLASSES, Strategy, TaskSampler
 from datamodules.loading.splits import TooFewPatientsError, assign_splits
 from datamodules.loading.stages import Part, drawn_share, lacking, served, serves
 from datamodules.loading.usable_records import UsableRecords, count_labelled
+from datamodules.loading.white_level import PreparedImages, WhiteLevel
 from datamodules.records import Catalogue, Record, Split
 from mtmedformer.batch import Task, collate
 from mtmedformer.errors import DataError
@@ -37,7 +37,7 @@ from mtmedformer.errors import DataError
 log = logging.getLogger(__name__)
 
 
-class MedicalDataModule(Originals, L.LightningDataModule, ABC):
+class MedicalDataModule(PreparedImages, L.LightningDataModule, ABC):
     """Serve images with labels of several tasks: split by patient, decoded once, augmented, in batches.
 
     A data set implements ``catalogue`` and nothing else. Splits are made from the whole catalogue, before ``tasks`` and
@@ -70,6 +70,8 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         max_quarantine_share: Largest share, 0 to 1, of the images, or of the images labelled for one task, that may be
             unusable.
         limit: Use this many patients only, drawn with the seed; for tests.
+        white_level: The value of white in 16-bit PNG and TIFF images, for example 16383; ``auto`` takes that of the run
+            of the checkpoint, else one that fits all images of the set.
         test_split: The split that ``test`` reads, or ``all``, for a set that took no part in training. ``test`` is val
             where there is no test split.
         predict_split: The split that ``predict`` reads, or ``all``.
@@ -113,6 +115,7 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         cache_max_gb: float = 20.0,
         max_quarantine_share: float = 0.2,
         limit: int | None = None,
+        white_level: WhiteLevel = "auto",
         test_split: Part = "test",
         predict_split: Part = "test",
     ) -> None:
@@ -138,6 +141,8 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         self.cache_max_gb = cache_max_gb
         self.max_quarantine_share = max_quarantine_share
         self.limit = limit
+        self.white_level = white_level
+        self._files_of_set: list[Path] = []
         self.test_split: Part = test_split
         self.predict_split: Part = predict_split
         check_arguments(self)
@@ -180,6 +185,7 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         if sentence:
             self._report({"spelling of patients": sentence})
         records = some_patients(united, self.limit, self.seed)
+        self._files_of_set = [record.file for record in records]
         check_negative(self.negative_classes, catalogue.tasks)
         shares = (self.val_fraction, self.test_fraction, self.seed, self.official_splits, self.fold, self.folds)
         try:
@@ -303,6 +309,7 @@ class MedicalDataModule(Originals, L.LightningDataModule, ABC):
         if not wanted:
             return
         records = list({record.id: record for split in wanted.values() for record in split}.values())
+        self._report(self.settle_white_level(self._files_of_set, self.salt, self.cache.folder, self.num_workers))
         keys = dict(zip((r.id for r in records), self.preprocessing.keys(records), strict=True))
         reports = self.cache.fill(records, list(keys.values()), self.preprocessing, self.num_workers)
         before = self.quarantine.summary()

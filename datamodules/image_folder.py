@@ -21,10 +21,10 @@ from datamodules.base import log_warning
 from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import IMAGE, Issue
 from datamodules.images.dicom_parsing import is_dicom
-from datamodules.images.pixels import Originals
 from datamodules.images.presets import ChestPreset, PlainPreset, Preset
 from datamodules.loading.arguments import height_width
 from datamodules.loading.single_image import prepare_file
+from datamodules.loading.white_level import PreparedImages, WhiteLevel, check_white_level
 from datamodules.public.layout import is_litter
 from datamodules.records import Record
 from mtmedformer.batch import Batch, Sample, collate
@@ -42,7 +42,7 @@ _JSON, _PICTURES = "images", ("overlays", "explanations", "uncertainty")
 """Subfolders of a folder of predictions: of one JSON per image, and of one picture per image."""
 
 
-class ImageFolderDataModule(Originals, L.LightningDataModule):
+class ImageFolderDataModule(PreparedImages, L.LightningDataModule):
     """Serve images for ``predict``, without a table and without labels.
 
     Each image is read when its batch is due and prepared as training images are (display chain, frame, size). Nothing
@@ -55,6 +55,8 @@ class ImageFolderDataModule(Originals, L.LightningDataModule):
         preset: Framing, as in training; ``null`` for the whole image.
         batch_size: Images per batch.
         num_workers: Processes that read; 0 reads in the main process.
+        white_level: The value of white in 16-bit images; ``auto`` takes that of the training, else one that fits all
+            images.
 
     Attributes:
         records: The images, complete after ``setup``.
@@ -71,6 +73,7 @@ class ImageFolderDataModule(Originals, L.LightningDataModule):
         preset: Preset | None = ChestPreset(),  # noqa: B008  presets have no state
         batch_size: int = 1,
         num_workers: int = 2,
+        white_level: WhiteLevel = "auto",
     ) -> None:
         super().__init__()
         self.images = images
@@ -78,6 +81,8 @@ class ImageFolderDataModule(Originals, L.LightningDataModule):
         self.preset = preset
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.white_level = white_level
+        check_white_level(white_level)
         if batch_size < 1 or num_workers < 0:
             raise ConfigError(f"data: batch_size={batch_size} must be at least 1 and num_workers={num_workers} 0")
         self.preprocessing = Preprocessing(preset or PlainPreset(), self.image_size)
@@ -90,10 +95,12 @@ class ImageFolderDataModule(Originals, L.LightningDataModule):
         """Size, name and plain arguments of the preprocessing, for the record kept beside the predictions."""
         preset = self.preprocessing.preset
         plain = {k: v for k, v in vars(preset).items() if isinstance(v, str | int | float | None)}
-        return {"image_size": list(self.image_size), "preset": {"name": type(preset).__name__, **plain}}
+        level = self.preprocessing.white_level
+        white = {} if level is None else {"white_level": level}
+        return {"image_size": list(self.image_size), "preset": {"name": type(preset).__name__, **plain}, **white}
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the image files; no pixel is read.
+        """Find the image files; pixels are read only to find a white level that is not known.
 
         Raises:
             DataError: A path does not exist, or there is no image.
@@ -106,6 +113,7 @@ class ImageFolderDataModule(Originals, L.LightningDataModule):
             log_warning(note)
         self.failures[:] = found.failures
         self.records = [Record(id=name, file=file, patient=name) for name, file in found.images.items()]
+        self.settle_white_level(list(found.images.values()), "these images", compare=False)
 
     def skip_finished(self, finished: Callable[[Mapping[str, Path]], Collection[str]]) -> None:
         """Leave out the images whose results exist.

@@ -15,6 +15,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSamp
 
 from federation.partition import Holding, Partition
 from federation.site_loaders import LoaderName, NamedDataset, PooledSite, RoundDataset, Site, check_sizes, collate_for
+from federation.site_states import SiteStates
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError, DataError, NoImagesError
 from mtmedformer.protocols import DescribedData, LimitedData, NamedSites, RecordData, RunsRounds, TaskedData
@@ -23,7 +24,7 @@ from mtmedformer.site_classes import classes_of_one_site
 log = logging.getLogger(__name__)
 
 
-class FederatedDataModule(L.LightningDataModule):
+class FederatedDataModule(SiteStates, L.LightningDataModule):
     """Sites that train separately and are validated together.
 
     Either ``sites`` names one data set per site, or ``data`` is one data set that is cut into sites: ``by`` a

@@ -6,6 +6,8 @@ import hashlib
 from collections import Counter
 from typing import Any
 
+from lightning import LightningDataModule
+
 from federation.datamodule import FederatedDataModule
 from mtmedformer.protocols import ClassLabels, RecordDataset, SplitData
 
@@ -25,7 +27,8 @@ def data_identity(data: Any) -> dict[str, Any]:
 
     Returns:
         ``dataset``, its class; ``digest``; ``images``, ``patients`` and ``labelled`` (images by task) of each split;
-        for a federation ``sites``, the same for each site. Only ``dataset`` for a data module without records.
+        ``white_level`` where there are 16-bit images; for a federation ``sites``, the same for each site. Only
+        ``dataset`` for a data module without records.
     """
     name = type(data).__name__
     if isinstance(data, FederatedDataModule):
@@ -46,7 +49,8 @@ def data_identity(data: Any) -> dict[str, Any]:
         lines += [
             f"{split} {key} {_classes(record, images.tasks)}" for record, key in zip(records, images.keys, strict=True)
         ]
-    return {"dataset": name, **counts, "digest": _digest(sorted(lines))} if lines else {"dataset": name}
+    state = data.state_dict() if isinstance(data, LightningDataModule) else {}  # the white level, where there is one
+    return {"dataset": name, **counts, **state, "digest": _digest(sorted(lines))} if lines else {"dataset": name}
 
 
 def _classes(record: Any, tasks: Any) -> str:

@@ -1,8 +1,9 @@
 """How records become cache entries, and how an entry is named: by a digest of everything that decides its content.
 
-The name covers the bytes of the image and mask files, boxes and polygons, the framed size, the preset's framing, the
-code that decodes and draws (``PIXEL_CODE``) and the versions of the libraries that decode (``DECODERS``). So a changed
-file, a corrected box or another crop is decoded again; a copied folder or a changed comment is not.
+The name covers the bytes of the image and mask files, boxes and polygons, the framed size, the white level, the
+preset's framing, the code that decodes and draws (``PIXEL_CODE``) and the versions of the libraries that decode
+(``DECODERS``). So a changed file, a corrected box or another crop is decoded again; a copied folder or a changed
+comment is not.
 """
 
 from __future__ import annotations
@@ -62,14 +63,16 @@ class Preprocessing:
     Attributes:
         preset: Computes the frame.
         size: ``(height, width)`` of the network's input in pixels.
+        white_level: The value of white in all 16-bit images of the set; ``None`` if it has none.
     """
 
     preset: Preset
     size: tuple[int, int]
+    white_level: int | None = None
 
     def apply(self, record: Record) -> CacheEntry | Issue:
         """Decode an image and draw its masks and boxes (see ``datamodules.cache.rasterize.rasterize``)."""
-        return rasterize(record, self.preset, self.size)
+        return rasterize(record, self.preset, self.size, self.white_level)
 
     def report(self, record: Record) -> Report:
         """Decode an image for its issues and remarks alone."""
@@ -78,7 +81,12 @@ class Preprocessing:
 
     def keys(self, records: Sequence[Record]) -> list[str]:
         """Return the name of each record's entry: 40 hexadecimal digits. Files are read and digested, not decoded."""
-        settings = {"code": _code(), "preset": _describe_preset(self.preset), "size": self.size}
+        settings = {
+            "code": _code(),
+            "preset": _describe_preset(self.preset),
+            "size": self.size,
+            "white": self.white_level,
+        }
         common = json.dumps(settings, sort_keys=True, default=str)
         with ThreadPoolExecutor(8) as pool:
             return list(pool.map(lambda record: _key(common, record), records))

@@ -81,20 +81,23 @@ class Canvas:
         return np.asarray(points, np.float64).reshape(-1, 2) * factors
 
 
-def rasterize(record: Record, preset: Preset, size: tuple[int, int]) -> CacheEntry | Issue:
+def rasterize(
+    record: Record, preset: Preset, size: tuple[int, int], white_level: int | None = None
+) -> CacheEntry | Issue:
     """Decode one image, frame it, and draw its masks and boxes in that frame.
 
     Args:
         record: The image file and its labels.
         preset: Computes the frame (crop, flip, letterbox).
         size: ``(height, width)`` of the frame in pixels.
+        white_level: The value of white in 16-bit images of the set.
 
     Returns:
         The entry; a task whose label cannot be used has an issue and neither mask nor boxes. If the image itself cannot
         be used, its issue instead of an entry.
     """
     try:
-        pixels = _read(record)
+        pixels = _read(record, white_level)
     except UnusableError as error:
         return error.issue(record, IMAGE)
     height, width = pixels.pixels.shape
@@ -213,11 +216,11 @@ def draw(source: MaskSource, canvas: Canvas, declared: Sequence[int] = ()) -> Ma
     return mask
 
 
-def _read(record: Record) -> Pixels:
+def _read(record: Record, white_level: int | None) -> Pixels:
     if not os.path.isfile(record.file):  # pathlib raises where a name is too long
         raise UnusableError("image file missing", str(record.file), transient=True)
     try:
-        pixels = read_image(record.file)
+        pixels = read_image(record.file, white_level)
     except DataError as error:
         raise UnusableError("image unreadable", str(error), transient=True) from error
     values = pixels.pixels

@@ -17,39 +17,44 @@ from datamodules.images import decoding_process
 from datamodules.images.dicom import Pixels, read_display
 from datamodules.images.dicom_parsing import MAX_BYTES, MAX_PIXELS, is_dicom, reading
 from datamodules.images.raster import decode, read_header, spread
-from datamodules.records import Record
+from datamodules.images.tiff_directories import read_directory, tiff_start
 from mtmedformer.errors import DataError
-from mtmedformer.geometry import Floats
 
-__all__ = ["Originals", "Pixels", "head_of", "read_image", "read_values", "spread"]
+__all__ = ["Pixels", "brightest", "head_of", "read_image", "read_values", "spread"]
+
+LEVELS = (255, 1023, 4095, 16383, 65535)
+"""White levels of 16-bit files: of 8, 10, 12, 14 and 16 bits."""
 
 _PGM = re.compile(rb"P([25])" + rb"(?:\s|#[^\r\n]*[\r\n])+(\d{1,9})" * 3 + rb"\s")
 
 _LUMINANCE = tuple(np.float32(w) for w in (0.299, 0.587, 0.114))  # ITU-R BT.601, as JPEG
 
 
-def read_image(file: Path) -> Pixels:
+def read_image(file: Path, white_level: int | None = None) -> Pixels:
     """Read an image as displayed.
 
     DICOM goes through modality LUT, VOI LUT or window, inversion and padding. In other formats white is the largest
-    value the format has, except that a 16-bit file without a value above 4095 (255) has 12-bit (8-bit) data and is
-    scaled so (``range:4095``, ``range:255``); equal colour channels are one grey channel, others become luminance
-    (ITU-R BT.601); transparency is dropped and an EXIF orientation applied.
+    value the format has, except in 16-bit files, which may hold fewer bits (see ``white_level``); equal colour channels
+    are one grey channel, others become luminance (ITU-R BT.601); transparency is dropped and an EXIF orientation
+    applied.
 
     Args:
         file: A DICOM, PNG, JPEG, TIFF, PGM, BMP, GIF, WebP or JPEG 2000 file of one image.
+        white_level: The value of white in a 16-bit file, as for all images of its set; ``None`` takes the smallest of
+            ``LEVELS`` that this image does not exceed.
 
     Raises:
-        DataError: The file is missing, empty, damaged, not a single image, or has values without a known white.
+        DataError: The file is missing, empty, damaged, not a single image, or has values without a known white or
+            above it.
     """
     head = head_of(file)
     if is_dicom(head):
         return read_display(file)
     with reading(file, "an image"):
-        return _display(file, *read_values(file, head))
+        return _display(file, *read_values(file, head), white_level)
 
 
-def _display(file: Path, values: NDArray[Any], white: int, path: list[str]) -> Pixels:
+def _display(file: Path, values: NDArray[Any], white: int, path: list[str], white_level: int | None) -> Pixels:
     if values.ndim == 3 and spread(values) == 0:
         values = values[..., 0]
         path.append("equal-channels")
@@ -57,9 +62,9 @@ def _display(file: Path, values: NDArray[Any], white: int, path: list[str]) -> P
         red, green, blue = (values[..., i] * weight for i, weight in enumerate(_LUMINANCE))
         values = red + green + blue
         path.append("luminance")
-    if white == 65535 and 0 < (most := values.max()) < 4096:
-        white = 255 if most < 256 else 4095
-        path.append(f"range:{white}")
+    if white == 65535:
+        white = white_of_values(values, white_level, file.name)
+        path += [f"range:{white}"] if white < 65535 else []
     if white == 0:  # no integer format: only [0, 1] has a known range
         if not (values.min() >= 0 and values.max() <= 1):
             raise DataError(
@@ -70,6 +75,49 @@ def _display(file: Path, values: NDArray[Any], white: int, path: list[str]) -> P
     pixels = np.empty(values.shape, np.float32)
     np.divide(values, np.float32(white), out=pixels, dtype=np.float32, casting="unsafe")
     return Pixels(pixels, white.bit_length(), tuple(path))
+
+
+def white_of_values(values: NDArray[Any], white_level: int | None, name: str) -> int:
+    """Return the value that is white in 16-bit values: that of their set, else the smallest of ``LEVELS`` above them.
+
+    Raises:
+        DataError: A value is above the white level of the set.
+    """
+    most = float(values.max())
+    if white_level is None:
+        return next(level for level in LEVELS if level >= most)
+    if most > white_level:
+        raise DataError(
+            f"{name}: a 16-bit image with values up to {most:g}, above the white level {white_level} of its set; save "
+            "it with the white of the other images, or set data.white_level."
+        )
+    return white_level
+
+
+def brightest(file: Path) -> int | None:
+    """Return the largest value of a 16-bit file; ``None`` for other and for unreadable files."""
+    try:
+        head = head_of(file)
+        if is_dicom(head) or not _maybe_deep(file, head):
+            return None
+        with reading(file, "an image"):
+            values, white, _ = read_values(file, head)
+    except DataError:  # reading the image later gives the reason
+        return None
+    return int(values.max()) if white == 65535 else None
+
+
+def _maybe_deep(file: Path, head: bytes) -> bool:
+    """Return whether a file may have 16 bits, from its headers."""
+    if head[:8] == b"\x89PNG\r\n\x1a\n":
+        return head[24] == 16
+    if head[:2] in (b"P2", b"P5"):
+        return b"65535" in head
+    if tiff_start(head) is not None:
+        with reading(file, "an image"):
+            content = file.read_bytes()
+            return read_directory(content, tiff_start(content) or 0).number(258, 1) > 8
+    return head[:4] in (b"\xff\x4f\xff\x51", b"\0\0\0\x0c")
 
 
 def head_of(file: Path) -> bytes:
@@ -138,27 +186,3 @@ def _pgm(file: Path) -> tuple[NDArray[Any], int, list[str]]:
     if values.size < rows * columns or values.min() < 0 or values.max() > white:
         raise DataError(f"{file.name}: PGM values missing or above the maximum {white} of its header; save it again.")
     return values.reshape(rows, columns).astype(np.min_scalar_type(white), copy=False), white, ["decode:PGM"]
-
-
-class Originals:
-    """The files and original pixels of a data module's records, for overlays and DICOM outputs."""
-
-    records: list[Record]
-
-    @property
-    def files(self) -> dict[str, Path]:
-        """The image file of each record, by its id."""
-        return {record.id: record.file for record in self.records}
-
-    def original(self, file: Path) -> Floats:
-        """Read the whole image as displayed: float32 (H, W) in [0, 1].
-
-        Raises:
-            DataError: The file cannot be read.
-        """
-        return read_image(file).pixels
-
-    def is_dicom(self, file: Path) -> bool:
-        """Return whether an image file is DICOM, from its first bytes."""
-        with file.open("rb") as stream:
-            return is_dicom(stream.read(132))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from datamodules.loading.white_level import WhiteLevel, check_white_level
 from mtmedformer.errors import ConfigError
 
 
@@ -15,6 +16,7 @@ class Arguments(Protocol):
     limit: int | None
     max_quarantine_share: float
     cache_max_gb: float
+    white_level: WhiteLevel
 
 
 def height_width(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -44,6 +46,7 @@ def check_arguments(data: Arguments) -> None:
     ):
         if value is not None and value < least:
             raise ConfigError(f"data.init_args.{name} is {value}; it must be at least {least}")
+    check_white_level(data.white_level)
     if not 0 <= data.max_quarantine_share <= 1:
         raise ConfigError(f"data.init_args.max_quarantine_share is {data.max_quarantine_share}; it is a share, 0 to 1")
     if data.cache_max_gb <= 0:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import Issue
 from datamodules.cache.rasterize import SMALLEST_SIDE
+from datamodules.images.pixels import white_of_values
 from datamodules.loading.dataset import meta_of, pixels_of
 from datamodules.records import Record
 from mtmedformer.batch import Meta, Sample
@@ -40,8 +41,8 @@ def prepare_array(
     """Frame an array of grey values; the result is that of a file with the same values.
 
     Args:
-        image: (H, W), 0 is black: float in [0, 1], uint8, or uint16. A uint16 array without a value above 4095 (255)
-            holds 12-bit (8-bit) values, as in files.
+        image: (H, W), 0 is black: float in [0, 1], uint8, or uint16, whose white level is that of ``preprocessing``,
+            as in files.
         preprocessing: Frame and size of the network's input.
         laterality: ``L`` or ``R`` where the side of a mammogram is known.
 
@@ -49,7 +50,7 @@ def prepare_array(
         DataError: The array has another shape or type, values outside its range, one value throughout, or a side
             below 8 pixels.
     """
-    pixels, levels = _grey(image)
+    pixels, levels = _grey(image, preprocessing.white_level)
     frame = preprocessing.preset.frame(pixels, preprocessing.size, laterality)
     rounded = np.rint(warp(pixels, frame).clip(0, 1) * levels)  # as a cache entry of 8 or 16 bits
     size = (int(pixels.shape[0]), int(pixels.shape[1]))
@@ -57,7 +58,7 @@ def prepare_array(
     return Sample(torch.from_numpy(np.divide(rounded, levels, dtype=np.float32))[None], {}, meta)
 
 
-def _grey(image: NDArray[Any]) -> tuple[Floats, int]:
+def _grey(image: NDArray[Any], white_level: int | None) -> tuple[Floats, int]:
     """Return an array as float32 (H, W) in [0, 1], and the white level of the entry that its file would have."""
     if image.ndim != 2 or min(image.shape) < SMALLEST_SIDE:
         raise DataError(f"the array has shape {image.shape}; give one grey image (height, width) of at least 8 x 8")
@@ -66,9 +67,8 @@ def _grey(image: NDArray[Any]) -> tuple[Floats, int]:
     if image.dtype == np.uint8:
         return np.divide(image, 255, dtype=np.float32), 255
     if image.dtype == np.uint16:
-        most = int(image.max())
-        white = 255 if most < 256 else 4095 if most < 4096 else 65535
-        return np.divide(image, white, dtype=np.float32), 255 if white == 255 else 65535
+        white = white_of_values(image, white_level, "the array")
+        return np.divide(image, white, dtype=np.float32), 255 if white <= 255 else 65535
     if image.dtype.kind != "f" or not (image.min() >= 0 and image.max() <= 1):  # NaN compares False
         raise DataError(
             f"the array is {image.dtype} from {image.min()} to {image.max()}; give float in [0, 1] (0 black, 1 white), "

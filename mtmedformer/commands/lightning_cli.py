@@ -38,6 +38,7 @@ from mtmedformer.commands.checkpoint_config import (
     with_checkpoint_base,
 )
 from mtmedformer.commands.lightning_internals import CLIWithoutCheckpointParsing
+from mtmedformer.commands.load.preparation import data_state
 from mtmedformer.commands.messages import parser_message
 from mtmedformer.commands.named_classes import TRUSTED
 from mtmedformer.commands.predict_images import with_images
@@ -217,8 +218,7 @@ class CommandLine(CLIWithoutCheckpointParsing):
 
     def resolved_config(self) -> dict[str, Any]:
         """Return the whole configuration of the subcommand as plain values, all defaults filled in."""
-        config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-        return dict(config[str(self.subcommand)])
+        return dict(yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[str(self.subcommand)])
 
     def instantiate_classes(self) -> None:
         """Instantiate with the identity of the run in W&B filled in, which is not saved with the configuration."""
@@ -230,9 +230,8 @@ class CommandLine(CLIWithoutCheckpointParsing):
                 arguments = logger.init_args
                 rounds = self.subcommand == "fit" and config.get("federation") is not None
                 checkpoint = config.ckpt_path if self.continues else None
-                folder, subcommand = Path(self.run_folder), str(self.subcommand)
-                identity = callbacks.run_identity(arguments.as_dict(), folder, subcommand, checkpoint, rounds)
-                for key, value in identity.items():
+                given = (arguments.as_dict(), Path(self.run_folder), str(self.subcommand), checkpoint, rounds)
+                for key, value in callbacks.run_identity(*given).items():
                     arguments[key] = value
         with building(self.config[self.subcommand].get("ckpt_path")):
             super().instantiate_classes()
@@ -263,7 +262,8 @@ class CommandLine(CLIWithoutCheckpointParsing):
         checkpoint = self.config[self.subcommand].get("ckpt_path")
         if checkpoint and isinstance(self.model, MultiTaskModule):
             resumed = self.subcommand == "fit" and self.config["fit"].get("federation") is None
-            self.model.check_checkpoint(read_checkpoint(checkpoint), resumed)
+            self.model.check_checkpoint(stored := read_checkpoint(checkpoint), resumed)
+            self.datamodule.load_state_dict(data_state(stored))  # Lightning restores it after setup
         if isinstance(self.datamodule, TaskedData) and self.datamodule.tasks:
             self._check_tasks(self.datamodule.tasks)
         self._check_federation()  # what needs no record

@@ -254,7 +254,7 @@ def test_the_trainer_predicts_and_tests_every_image_once(root: Path) -> None:
 def test_a_stage_decodes_its_own_splits_only(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     real = rasterize.read_image
-    monkeypatch.setattr(rasterize, "read_image", lambda file: (read.append(file.stem), real(file))[1])
+    monkeypatch.setattr(rasterize, "read_image", lambda file, *more: (read.append(file.stem), real(file, *more))[1])
     data = ready(Films(root), "test")
     assert set(data.datasets) == {"test"}
     assert sorted(read) == sorted(record.id for record in data.datasets["test"].records)
@@ -372,7 +372,7 @@ def test_splits_do_not_depend_on_the_tasks_or_sites_kept(root: Path) -> None:
 
 def test_a_single_task_baseline_decodes_nothing_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ready(Films(root))
-    monkeypatch.setattr(rasterize, "read_image", lambda file: pytest.fail(f"{file} decoded again"))
+    monkeypatch.setattr(rasterize, "read_image", lambda file, *_: pytest.fail(f"{file} decoded again"))
     ready(Films(root, tasks=["lesions"], where={"c": ["0", "1"]}, sampler="sqrt"))
 
 

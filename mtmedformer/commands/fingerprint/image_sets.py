@@ -27,6 +27,7 @@ class ImageSet:
         quarantine: Images and labels that were left out.
         implausible: Sentences on labels and films that are probably wrong in the whole set.
         negative: Names of the negative classes, as the data set gives them to its sampler.
+        white_level: The value of white in its 16-bit images; ``None`` if it has none.
     """
 
     dataset: str
@@ -37,6 +38,7 @@ class ImageSet:
     quarantine: Quarantine
     implausible: Sequence[str] = ()
     negative: frozenset[str] = NEGATIVE
+    white_level: int | None = None
 
 
 def read_images(data: MedicalDataModule) -> ImageSet:
@@ -49,7 +51,7 @@ def read_images(data: MedicalDataModule) -> ImageSet:
     facts = image_statistics(data.datasets)
     return ImageSet(
         type(data).__name__, facts, data.tasks, (data.image_size[0], data.image_size[1]), data.batch_size,
-        data.quarantine, tuple(data.implausible.values()), data.negative,
+        data.quarantine, tuple(data.implausible.values()), data.negative, data.preprocessing.white_level,
     )  # fmt: skip
 
 

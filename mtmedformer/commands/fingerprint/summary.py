@@ -108,6 +108,8 @@ class Fingerprint:
             of masks, spellings.
         warnings: Sentences to read before training.
         sites: Fingerprints of the sites of a federation by name; empty for a single data set.
+        white_level: The value of white in 16-bit images (``data.white_level``); ``None`` where no file needs it, and
+            for sites of different levels.
     """
 
     dataset: str
@@ -130,6 +132,7 @@ class Fingerprint:
     implausible: list[str]
     warnings: list[str]
     sites: dict[str, Fingerprint] = field(default_factory=dict)
+    white_level: int | None = None
 
 
 def summarise(images: ImageSet) -> Fingerprint:
@@ -165,6 +168,7 @@ def summarise(images: ImageSet) -> Fingerprint:
         suggestion=suggestion,
         implausible=list(images.implausible),
         warnings=_warnings(images, leaks, shortcuts),
+        white_level=images.white_level,
     )
 
 
@@ -185,6 +189,7 @@ def summarise_sites(sites: Mapping[str, ImageSet], tasks: dict[str, Task]) -> tu
         quarantine.add(images.quarantine.issues, images.quarantine.remarks.elements())
     names = " and ".join(sorted({images.dataset for images in sites.values()}))
     implausible = [f"{name}: {sentence}" for name, images in sites.items() for sentence in images.implausible]
+    levels = {images.white_level for images in sites.values()} - {None}
     together = summarise(
         ImageSet(
             f"Federation of {names}",
@@ -195,6 +200,7 @@ def summarise_sites(sites: Mapping[str, ImageSet], tasks: dict[str, Task]) -> tu
             quarantine,
             implausible,
             first.negative,
+            levels.pop() if len(levels) == 1 else None,
         )
     )
     parts = {name: summarise(images) for name, images in sites.items()}

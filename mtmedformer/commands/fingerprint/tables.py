@@ -26,6 +26,8 @@ def show(summary: Fingerprint, console: Console) -> None:
         f"Images: median {_median_size(summary)} px (5-95 %: {_range(summary)}); pixel spacing {_spacing(summary)}; "
         f"kept region {height} x {width} px."
     )
+    if summary.white_level is not None:
+        console.print(f"White level of the 16-bit images: {summary.white_level} (data.white_level).")
     console.print(f"Leak check: {summary.leaks.summary()}.")
     if summary.shortcuts:
         best = summary.shortcuts[0]

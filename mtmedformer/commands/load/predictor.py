@@ -59,15 +59,23 @@ class Predictor:
         module: The model, in evaluation mode.
         image_size: ``(height, width)`` of its input, or ``None`` if it is not known.
         preset: How images are framed.
+        white_level: The value of white in 16-bit images of its training; ``None`` if there were none.
 
     Attributes:
         module: The model; ``module(image)`` gives raw outputs.
         image_size: As given.
         preset: As given.
+        white_level: As given.
     """
 
-    def __init__(self, module: MultiTaskModule, image_size: tuple[int, int] | None, preset: Preset) -> None:
-        self.module, self.image_size, self.preset = module, image_size, preset
+    def __init__(
+        self,
+        module: MultiTaskModule,
+        image_size: tuple[int, int] | None,
+        preset: Preset,
+        white_level: int | None = None,
+    ) -> None:
+        self.module, self.image_size, self.preset, self.white_level = module, image_size, preset, white_level
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -87,7 +95,7 @@ class Predictor:
 
         Args:
             image: A file (DICOM, PNG, JPEG, TIFF …), or grey values (H, W) with 0 as black: float in [0, 1], uint8, or
-                uint16; a uint16 array without a value above 4095 (255) holds 12-bit (8-bit) values, as in files.
+                uint16, divided by the white level of the training, as files are.
             laterality: ``L`` or ``R``, the side of a mammogram, if it is known and not in the file.
             score: Minimum score of a box.
 
@@ -116,7 +124,7 @@ class Predictor:
                 "the preparation of this model's images is not known, because the config.yaml of its run is missing or "
                 "its sites prepare them differently; use load(path, image_size=(HEIGHT, WIDTH), preset=...)"
             )
-        preprocessing = Preprocessing(self.preset, self.image_size)
+        preprocessing = Preprocessing(self.preset, self.image_size, self.white_level)
         if isinstance(image, np.ndarray):
             return prepare_array(image, preprocessing, laterality)
         file = Path(image)
@@ -158,7 +166,8 @@ def load(
         own = PlainPreset()
     elif described is not own:
         raise ConfigError(f"{stored.source}: its preset is {described!r}; give load(path, preset=...)")
-    return Predictor(module.to(device), _height_width(size), preset or own)
+    white = stored.preparation.get("white_level")
+    return Predictor(module.to(device), _height_width(size), preset or own, white if isinstance(white, int) else None)
 
 
 def _height_width(size: Any) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mtmedformer.errors import ConfigError
@@ -17,7 +18,7 @@ def preparation(data: Any) -> dict[str, Any]:
         data: The section ``data`` of the ``config.yaml`` of a run.
 
     Returns:
-        ``image_size`` and ``preset``, as far as the section has them.
+        ``image_size``, ``preset`` and a ``white_level`` that is a number, as far as the section has them.
 
     Raises:
         ConfigError: Two sites prepare images differently.
@@ -26,10 +27,25 @@ def preparation(data: Any) -> dict[str, Any]:
     sites = arguments.get("sites")
     nested = [arguments.get("data"), *(sites.values() if isinstance(sites, dict) else ())]
     ways = [preparation(one) for one in nested if isinstance(one, dict) and "class_path" in one]
-    ways = ways or [{name: arguments[name] for name in PREPARATION if name in arguments}]
+    level = arguments.get("white_level")
+    white = {"white_level": level} if isinstance(level, int) else {}
+    ways = ways or [{name: arguments[name] for name in PREPARATION if name in arguments} | white]
     if any(way != ways[0] for way in ways):
         raise ConfigError(
             "predict --images: the sites of this run prepare images differently; choose one way with "
             "--data.image_size=[HEIGHT,WIDTH] and --data.preset=datamodules.ChestPreset (or another)"
         )
     return ways[0]
+
+
+def data_state(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of the data module in a checkpoint; empty where it has none.
+
+    Args:
+        stored: The contents of a checkpoint.
+
+    Returns:
+        ``white_level``: the white level of the 16-bit images of the training, or one for each site of a federation.
+    """
+    states = [value for value in stored.values() if isinstance(value, Mapping) and set(value) == {"white_level"}]
+    return dict(states[0]) if states else {}

@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from datamodules.loading.white_level import common_level
 from mtmedformer.calibration import restored
 from mtmedformer.checks import check_digest, malformed, no_larger_than
-from mtmedformer.commands.load.preparation import preparation
+from mtmedformer.commands.load.preparation import data_state, preparation
 from mtmedformer.commands.named_classes import check_plain
 from mtmedformer.commands.yaml_files import read_yaml
 from mtmedformer.errors import ConfigError, UserError
@@ -59,7 +60,7 @@ class StoredModel:
         model: ``class_path`` and ``init_args`` of the module, without its loss and without files to load.
         weights: Its tensors by name, without those of the loss.
         calibration: As from ``mtmedformer.calibration.plain``; empty if there is none.
-        preparation: ``image_size`` and ``preset`` of its training; empty if they are not known.
+        preparation: ``image_size``, ``preset`` and ``white_level`` of its training, as far as they are known.
     """
 
     source: Path
@@ -197,6 +198,8 @@ def _read_checkpoint(path: Path) -> StoredModel:
         prepared = preparation(section)
     except ConfigError:  # the sites differ; the caller of load chooses
         prepared = {}
+    if (level := common_level(data_state(stored))) is not None:
+        prepared = prepared | {"white_level": level}
     model = _for_prediction({"class_path": class_path, "init_args": arguments})
     return StoredModel(path, model, weights, dict(stored.get("calibration") or {}), prepared)
 

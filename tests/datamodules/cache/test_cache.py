@@ -70,9 +70,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     real = rasterize.read_image
 
-    def counting(file: Path) -> Pixels:
+    def counting(file: Path, white_level: int | None) -> Pixels:
         names.append(file.name)
-        return real(file)
+        return real(file, white_level)
 
     monkeypatch.setattr(rasterize, "read_image", counting)
     return names
@@ -391,11 +391,11 @@ def test_entries_of_this_run_are_not_evicted(tmp_path: Path, films: Path) -> Non
 def _slow_fill(folder: Path, films: Path, log: Path, seconds: float) -> None:
     real = rasterize.read_image
 
-    def slow(file: Path) -> Pixels:
+    def slow(file: Path, white_level: int | None) -> Pixels:
         with log.open("a") as stream:
             stream.write(f"{file.name}\n")
         time.sleep(seconds)
-        return real(file)
+        return real(file, white_level)
 
     rasterize.read_image = slow
     fill(Cache(folder), records(films))

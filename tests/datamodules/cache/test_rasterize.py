@@ -355,7 +355,7 @@ def test_an_image_that_cannot_be_read_is_an_issue_and_tried_again(tmp_path: Path
 def test_values_that_are_not_numbers_are_an_issue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(0).random(SIZE, np.float32)
     pixels[3, 3] = np.nan
-    monkeypatch.setattr("datamodules.cache.rasterize.read_image", lambda file: Pixels(pixels, 16, ()))
+    monkeypatch.setattr("datamodules.cache.rasterize.read_image", lambda *_: Pixels(pixels, 16, ()))
     issue = rasterize(Record("a", film(tmp_path), "p"), PlainPreset(), (32, 32))
     assert not isinstance(issue, CacheEntry)
     assert issue.reason == "image with values that are not numbers"
@@ -405,7 +405,7 @@ def test_a_label_outside_the_crop_does_not_become_negative(tmp_path: Path, mammo
 def test_a_side_that_differs_from_the_header_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(0).random(SIZE, np.float32)
     monkeypatch.setattr(
-        "datamodules.cache.rasterize.read_image", lambda file: Pixels(pixels, 16, (), (0.1, 0.2), "CC", "L")
+        "datamodules.cache.rasterize.read_image", lambda *_: Pixels(pixels, 16, (), (0.1, 0.2), "CC", "L")
     )
     entry = rasterized(Record("a", film(tmp_path), "p", laterality="R"))
     assert entry.remarks == (OTHER_SIDE,)
