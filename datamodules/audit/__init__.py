@@ -1,1 +1,1 @@
-"""Checks of a data set: near-duplicates, shortcuts, statistics."""
+"""Checks of a data set: plausibility of labels, near-duplicates, shortcuts, statistics."""

@@ -184,8 +184,8 @@ def _masks(what: str, name: str, channel: int, known: Sequence[tuple[Record, Mea
 
 
 def _white_films(measures: Sequence[Measures]) -> Findings:
-    white = sum(measure.border >= 0.85 for measure in measures)
-    if len(measures) < LEAST_IMAGES or white < 0.5 * len(measures):
+    white = sum(measure.border >= 0.9 for measure in measures)
+    if white < max(LEAST_IMAGES, 0.25 * len(measures)):
         return {}
     return {
         "white films": f"{white} of {len(measures)} images have a white border. Are they negatives (bones dark), or "

@@ -152,6 +152,7 @@ def test_faint_jpeg_masks_beside_empty_ones_are_refused():
 def test_white_films_are_a_finding():
     records = boxed(*[[]] * 10)
     assert of_images(records, {}, measured(records, border=0.6)) == {}
+    assert of_images(records, {}, measured(records[:6]) | measured(records[6:], border=0.95)) == {}  # four
     (sentence,) = of_images(records, {}, measured(records[:4]) | measured(records[4:], border=0.95)).values()
     assert "6 of 10 images have a white border" in sentence
 
