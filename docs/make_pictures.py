@@ -48,7 +48,7 @@ def prediction(run: Path) -> None:
 def federation(run: Path) -> None:
     """Draw the scores by round and site from the ``report.json`` of a federation, as its report does."""
     report = json.loads((run / "report.json").read_text())
-    pooled = {entry["round"]: entry["metrics"] for entry in report["pooled"]}
+    pooled = {entry["round"] - 1: entry["metrics"] for entry in report["pooled"]}
     sites = [site["site"] for site in report["sites"]]
     score = {site: _line(report, f"site/{site}/val/score") for site in sites}
     panels = [Panel("score", score, {number: metrics["val/score"] for number, metrics in pooled.items()})]
@@ -64,7 +64,7 @@ def federation(run: Path) -> None:
 
 def _line(report: dict, key: str) -> dict[int, float]:
     """Return a metric by round, without the rounds in which it is unknown."""
-    values = {entry["round"]: entry["validation"].get(key) for entry in report["history"]}
+    values = {entry["round"] - 1: entry["validation"].get(key) for entry in report["history"]}
     return {number: value for number, value in values.items() if value is not None}
 
 

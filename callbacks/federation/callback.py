@@ -19,7 +19,7 @@ from callbacks.federation.server import Server
 from callbacks.federation.site_files import write_model, write_sites
 from callbacks.federation.site_loggers import SiteLoggers
 from callbacks.federation.site_trainers import LocalSteps, Placement, SiteTrainers, processes_of, resolve_placement
-from callbacks.federation.site_validation import mean_and_worst, metrics_by_site, validate_own
+from callbacks.federation.site_validation import mean_and_worst, metrics_by_site, primary_metrics, validate_own
 from federation.aggregators.base import Aggregator
 from federation.aggregators.bayesian import BayesianAggregator
 from federation.client.lightning_internals import note_sigterm_per_process
@@ -29,7 +29,7 @@ from federation.exchange.schema import State, schema_of
 from federation.partition import Holding
 from federation.privacy.policy import PrivacyPolicy, policies_by_site
 from federation.server.admission import Policy
-from federation.server.history import RoundRecord, SiteRecord, faults_text
+from federation.server.history import RoundRecord, SiteRecord, compact, faults_text
 from federation.server.participation import Participation, check_participation, taking_part
 from federation.server.run_state import RunState, Status, write_state
 from federation.site_loaders import Site
@@ -226,6 +226,7 @@ class Federation(L.Callback):
         result = self.server.run_round(names, self.sites, self.strategy(sites), self.sites_at_once, folder, self._steps)
         self.sites.update(result.states)
         self.history.append(result.record)
+        self._log(pl_module, {"round": result.record.round + 1})
         for site, metrics in result.logged.items():
             if self._trainers.placement == "isolated" and (logger := self.loggers.get(trainer, site)) is not None:
                 logger.log_metrics(metrics, result.states[site].steps)  # the isolated process could not
@@ -278,6 +279,7 @@ class Federation(L.Callback):
         if self.history and trainer.is_global_zero:
             rounds, seconds = int(trainer.max_epochs or 1), time.perf_counter() - self._began
             print_line(trainer, round_line(self.history[-1], rounds, seconds))
+        compact(self.history, primary_metrics(pl_module))
         self._write_state(trainer, faults_text(self.history))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from enum import Enum
 
 import lightning as L
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+)
 from lightning.pytorch.strategies import DDPStrategy
 
-from federation.client.lightning_internals import budget, build_site_trainer, process_timeout
+from federation.client.lightning_internals import budget, build_site_trainer, private_settings, process_timeout
 from federation.datamodule import FederatedDataModule
 from federation.partition import Holding
 from federation.privacy.policy import PrivacyPolicy
@@ -89,16 +95,7 @@ def check_server(trainer: L.Trainer, placement: str, policy: Policy, site_traine
     Raises:
         ConfigError: There is one.
     """
-    for name, value, neutral in (
-        ("gradient_clip_val", trainer.gradient_clip_val, (None, 0, 0.0)),
-        ("accumulate_grad_batches", trainer.accumulate_grad_batches, (1,)),
-        ("max_steps", trainer.max_steps, (-1,)),
-        ("limit_train_batches", trainer.limit_train_batches, (1, 1.0)),
-    ):
-        if value not in neutral and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise ConfigError(
-                f"trainer.{name}={value} has no effect on rounds; set federation.site_trainer.{name} instead"
-            )
+    _check_settings(trainer)
     if trainer.max_epochs in (None, -1):
         raise ConfigError("trainer.max_epochs counts the rounds; set it to 1 or more")
     if placement == "isolated" and trainer.strategy.root_device.type != "cpu":
@@ -109,6 +106,51 @@ def check_server(trainer: L.Trainer, placement: str, policy: Policy, site_traine
     if trainer.world_size > 1:
         _check_group(trainer, placement, policy)
     budget(build_site_trainer(site_trainer, trainer))
+
+
+def _check_settings(trainer: L.Trainer) -> None:
+    private = private_settings(trainer)
+    for name, value, neutral in (
+        ("overfit_batches", trainer.overfit_batches, (0,)),  # type: ignore[attr-defined]  # sets limit_train_batches
+        ("gradient_clip_val", trainer.gradient_clip_val, (None, 0)),
+        ("gradient_clip_algorithm", trainer.gradient_clip_algorithm, (None,)),
+        ("accumulate_grad_batches", trainer.accumulate_grad_batches, (1,)),
+        ("max_steps", trainer.max_steps, (-1,)),
+        ("limit_train_batches", trainer.limit_train_batches, (1,)),
+        ("detect_anomaly", private["detect_anomaly"], (False,)),
+        ("sync_batchnorm", private["sync_batchnorm"], (False,)),
+        ("use_distributed_sampler", private["use_distributed_sampler"], (True,)),
+    ):
+        if value not in neutral and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"trainer.{name}={_plain(value)} has no effect on rounds; set federation.site_trainer.{name} instead"
+            )
+    if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+        raise ConfigError(
+            "trainer.reload_dataloaders_every_n_epochs has no effect on rounds, in which every site's loaders are made "
+            "anew; remove it"
+        )
+    every = trainer.check_val_every_n_epoch
+    if every is not None and trainer.val_check_interval not in (None, 1):
+        raise ConfigError(
+            f"trainer.val_check_interval={trainer.val_check_interval}: a round is one step of the server, and is "
+            "validated after it; set trainer.check_val_every_n_epoch to validate every n rounds"
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        name = type(callback).__name__
+        if isinstance(callback, GradientAccumulationScheduler):
+            raise ConfigError(
+                f"trainer.callbacks: {name} has no effect on rounds; put it in federation.site_trainer.callbacks"
+            )
+        if isinstance(callback, BatchSizeFinder | LearningRateFinder):
+            raise ConfigError(
+                f"trainer.callbacks: {name} cannot search in rounds; run it without the federation section, and set "
+                "the value that it finds"
+            )
+
+
+def _plain(value: object) -> object:
+    return value.value if isinstance(value, Enum) else value
 
 
 def _check_group(trainer: L.Trainer, placement: str, policy: Policy) -> None:

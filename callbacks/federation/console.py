@@ -38,7 +38,8 @@ def round_line(record: RoundRecord, rounds: int, seconds: float) -> str:
         rounds: Number of rounds of the run.
         seconds: Duration of the round, validation included.
     """
-    parts = [f"round {record.round + 1}/{rounds}", f"{len(record.sites)} site{'s' * (len(record.sites) != 1)}"]
+    count = sum(site.contributed for site in record.sites.values())
+    parts = [f"round {record.round + 1}/{rounds}", f"{count} site{'s' * (count != 1)}"]
     parts += [f"without {fault.site} ({fault.fault})" for fault in record.faults]
     scores = {k.split("/")[1]: v for k, v in record.validation.items() if k.endswith("/val/score")}
     known = {site: score for site, score in scores.items() if score == score}

@@ -36,6 +36,11 @@ def metrics_by_site(module: L.LightningModule) -> dict[str, float]:
     return metrics
 
 
+def primary_metrics(module: L.LightningModule) -> dict[str, str]:
+    """Return the main metric of every task."""
+    return {task: metric.primary for task, metric in _val_metrics(module).items() if isinstance(metric, TaskMetrics)}
+
+
 def _val_metrics(module: object) -> Mapping[str, object]:
     return module.val_metrics if isinstance(module, ValidatedModule) else {}
 

@@ -132,5 +132,9 @@ def _array_names(federation: Federation) -> dict[str, list[str]]:
     """Return the names of the arrays that each site with a privacy policy sent last."""
     names: dict[str, list[str]] = {}
     for record in federation.history:
-        names |= {name: site.privacy["names"] for name, site in record.sites.items() if site.privacy}
+        names |= {
+            name: site.privacy["names"]
+            for name, site in record.sites.items()
+            if isinstance(site.privacy.get("names"), list)
+        }
     return names

@@ -44,7 +44,10 @@ class PrivacySummary:
     @classmethod
     def of(cls, site: SiteRecord) -> PrivacySummary | None:
         """Return the summary of a site's record, ``None`` without a privacy policy."""
-        return cls(**site.privacy | {"names": len(site.privacy["names"])}) if site.privacy else None
+        if not site.privacy:
+            return None
+        names = site.privacy["names"]  # of earlier rounds only their number is kept
+        return cls(**site.privacy | {"names": names if isinstance(names, int) else len(names)})
 
 
 def change_norm(site: SiteRecord) -> float | None:
@@ -146,14 +149,14 @@ class FederationSummary:
             "rounds": {"done": len(self.history), "asked": self.rounds},
             "aggregator": {"class": self.aggregator.name, "options": dict(self.aggregator.options)},
             "history": [_round_json(record) for record in self.history],
-            "pooled": [{"round": number, "metrics": dict(metrics)} for number, metrics in sorted(self.pooled.items())],
+            "pooled": [{"round": number + 1, "metrics": dict(one)} for number, one in sorted(self.pooled.items())],
         }
         plain: dict[str, Any] = _finite(values)
         return plain
 
 
 def _round_json(record: RoundRecord) -> dict[str, Any]:
-    """Return a round without the entries of single tensors, which are too many for a report."""
+    """Return a round with its number from 1, as on the page."""
     sites = {}
     for name, site in record.sites.items():
         values: dict[str, Any] = asdict(site) | {"num_examples": num_examples(site)}
@@ -161,7 +164,7 @@ def _round_json(record: RoundRecord) -> dict[str, Any]:
         privacy = PrivacySummary.of(site)
         values["privacy"] = asdict(privacy) if privacy else None
         sites[name] = values
-    return asdict(record) | {"sites": sites}
+    return asdict(record) | {"round": record.round + 1, "sites": sites}
 
 
 def _finite(value: Any) -> Any:

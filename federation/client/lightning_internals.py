@@ -187,6 +187,16 @@ def budget(trainer: L.Trainer) -> tuple[int, int]:
     return epochs, steps
 
 
+def private_settings(trainer: L.Trainer) -> dict[str, Any]:
+    """Return the arguments of a Trainer that it keeps under private names only."""
+    connector = trainer._accelerator_connector
+    return {
+        "detect_anomaly": trainer._detect_anomaly,
+        "sync_batchnorm": connector._layer_sync is not None,
+        "use_distributed_sampler": connector.use_distributed_sampler,
+    }
+
+
 def continue_from(trainer: L.Trainer, epochs: int, steps: int, more: int | None = None) -> None:
     """Set the counters of a fresh Trainer to those of its site's earlier rounds, and add the round's budget to them.
 

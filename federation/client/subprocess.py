@@ -15,6 +15,7 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from federation.client.train import SiteResult, SiteState, TrainingInterrupt
 from federation.exchange.update import load_update, save_update
@@ -95,11 +96,12 @@ def _run(work: Callable[[Callable[[], bool]], SiteResult], box: Path, server: in
     try:
         result = work(lambda: os.getppid() != server)
         save_update(result.update, box / "update.safetensors")
-        rest = {"logged": result.logged, "moved": result.moved, "privacy": result.privacy}
+        rest = {"logged": result.logged, "moved": result.moved, "privacy": result.privacy, "trained": result.trained}
         torch.save({"state": result.state.plain(), "rest": rest}, box / "kept.pt")
     except BaseException as error:
         facts = {"kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
-        (box / "error.json").write_text(json.dumps(facts | {"is_config_error": isinstance(error, ConfigError)}))
+        of_config = isinstance(error, ConfigError | MisconfigurationException)
+        (box / "error.json").write_text(json.dumps(facts | {"is_config_error": of_config}))
         os._exit(1)
     os._exit(0)  # without the inherited exit handlers, which are the server's
 

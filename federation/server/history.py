@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ class SiteRecord:
         steps: Optimizer steps.
         seconds: Wall time of the local training.
         rounding: Number format of the update's changes.
-        blocks: By block that was sent, ``num_examples``, and ``scale`` and ``step`` by key (see ``BlockUpdate``).
+        blocks: By block that was sent, ``num_examples``; nothing by tensor, which would make checkpoints large.
         norms: L2 norm of the change by block.
         bytes: Size of the update's arrays.
         moved: Share of the units that alignment permuted, by group of units; empty if none was.
@@ -45,6 +45,11 @@ class SiteRecord:
     cosine: float | None = None
     share: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def contributed(self) -> bool:
+        """Whether an update of the site was merged; otherwise only its own model was validated."""
+        return bool(self.blocks)
+
     @classmethod
     def of(
         cls, update: Update, moved: dict[str, float], privacy: dict[str, Any], trained: dict[str, float]
@@ -57,7 +62,7 @@ class SiteRecord:
             steps=update.steps,
             seconds=update.seconds,
             rounding=update.rounding,
-            blocks=update.header()["blocks"],
+            blocks={name: {"num_examples": block.num_examples} for name, block in update.blocks.items()},
             norms=norms_of(update),
             bytes=update.nbytes(),
             moved=moved,
@@ -83,6 +88,22 @@ class RoundRecord:
     seconds: float = 0.0
     validation: dict[str, float] = field(default_factory=dict)
 
+    def compact(self, primary: Mapping[str, str]) -> None:
+        """Drop what reports show of the last round only; the loggers have it (``metrics.csv``).
+
+        Kept are the scores and the main metrics by site.
+
+        Args:
+            primary: Main metric by task.
+        """
+        main = {"score", *(f"{task}/{metric}" for task, metric in primary.items())}
+        for site in self.sites.values():
+            site.metrics = {key: value for key, value in site.metrics.items() if key in main}
+            site.trained = {key: value for key, value in site.trained.items() if key in main}
+        by_site = {key: key.removeprefix("val/").partition("/site=") for key in self.validation}
+        kept = {key for key, (metric, found, _) in by_site.items() if not found or metric in main}
+        self.validation = {key: value for key, value in self.validation.items() if key in kept}
+
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain containers, for a checkpoint or a JSON file."""
         return asdict(self)
@@ -92,6 +113,24 @@ class RoundRecord:
         """Return the record from the result of ``to_dict``."""
         sites = {name: SiteRecord(**site) for name, site in values["sites"].items()}
         return cls(**{**values, "sites": sites, "faults": [Fault(**fault) for fault in values["faults"]]})
+
+
+def compact(history: Sequence[RoundRecord], primary: Mapping[str, str]) -> None:
+    """Make all records but the last small, once the last one is complete: they are in every checkpoint.
+
+    Of the names of the arrays that a site sent under a privacy policy, only the last list is kept, and before it the
+    number.
+
+    Args:
+        history: The rounds in order; changed in place.
+        primary: Main metric by task.
+    """
+    if len(history) > 1:
+        history[-2].compact(primary)
+    for name, site in history[-1].sites.items() if history else ():
+        for earlier in (record.sites[name] for record in history[:-1] if name in record.sites):
+            if site.privacy and isinstance(earlier.privacy.get("names"), list):
+                earlier.privacy = earlier.privacy | {"names": len(earlier.privacy["names"])}
 
 
 def faults_text(history: Sequence[RoundRecord]) -> str:

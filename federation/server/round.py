@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from federation.aggregators.base import Aggregator
@@ -233,7 +234,7 @@ class Round:
         for attempt in range(self.policy.retries + 1):
             try:
                 result = self.trainer.train(site, self.plan, self.states.get(site, SiteState()))
-            except ConfigError as error:
+            except (ConfigError, MisconfigurationException) as error:
                 return SiteOutcome(site, config_error=str(error))
             except Exception as error:
                 if self.plan.distributed and not isinstance(error, SiteTimeoutError):

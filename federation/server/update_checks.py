@@ -89,6 +89,8 @@ class Expected:
             if name not in known:
                 yield f"unknown block {name!r:.60}"
             yield from self._of_block(known[name], block, update, declared)
+        if not update.blocks:
+            yield "it changes no weight (no labelled image in its training)"
         yield from self._of_counters(update.counters)
         yield from self._of_extra(update)
         yield from _of_facts(update, declared)

