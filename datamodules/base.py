@@ -181,9 +181,8 @@ class MedicalDataModule(PreparedImages, L.LightningDataModule, ABC):
         check_catalogue(catalogue, type(self).__name__)
         for note in catalogue.notes:
             log_warning(note)
-        united, sentence = unite_patients(catalogue.records)
-        if sentence:
-            self._report({"spelling of patients": sentence})
+        united, found = unite_patients(catalogue.records)
+        self._report(found)
         records = some_patients(united, self.limit, self.seed)
         self._files_of_set = [record.file for record in records]
         check_negative(self.negative_classes, catalogue.tasks)
@@ -282,12 +281,10 @@ class MedicalDataModule(PreparedImages, L.LightningDataModule, ABC):
         )
 
     def _report(self, found: Mapping[str, str]) -> None:
-        """Keep sentences on what is implausible, and log those that are new.
-
-        A part of a data set that was cut into sites logs nothing before decoding: the whole set has logged it.
-        """
+        """Keep sentences on what is implausible, and log those that are new."""
+        logged = self.only_patients is not None and self._usable is None  # by the set that was cut into sites
         for key, sentence in found.items():
-            if key not in self.implausible and (self.only_patients is None or self._usable is not None):
+            if key not in self.implausible and not logged:
                 log_warning(f"{self.salt}: {sentence}")
         self.implausible |= found
 

@@ -40,7 +40,7 @@ def spelled_alike(names: Iterable[str], words: bool = False) -> list[list[str]]:
     return [sorted(group) for _, group in sorted(groups.items()) if len(group) > 1]
 
 
-def unite_patients(records: Sequence[Record]) -> tuple[list[Record], str]:
+def unite_patients(records: Sequence[Record]) -> tuple[list[Record], dict[str, str]]:
     """Give one spelling to patient ids that differ in spelling only, so that no split separates a patient's images.
 
     A patient key that contains the image's file name stands for one image and is left as it is.
@@ -49,19 +49,20 @@ def unite_patients(records: Sequence[Record]) -> tuple[list[Record], str]:
         records: All records of a data set.
 
     Returns:
-        The records in their order, and a sentence for the user, without ids; empty where nothing is united.
+        The records in their order, and a sentence by what it is about, without ids; none where nothing is united.
     """
     counts = Counter(record.patient for record in records if record.file.name not in record.patient)
     groups = spelled_alike(counts)
     if not groups:
-        return list(records), ""
+        return list(records), {}
     chosen = {name: max(group, key=lambda n: counts[n]) for group in groups for name in group}
     images = sum(counts[name] for name in chosen)
     sentence = (
         f"The ids of {len(groups)} patient(s) with {images} images are written in several ways ({WAYS}); each counts "
         "as one patient. Write every id in one way, or give different patients ids that differ otherwise."
     )
-    return [replace(r, patient=chosen.get(r.patient, r.patient)) for r in records], sentence
+    united = [replace(r, patient=chosen.get(r.patient, r.patient)) for r in records]
+    return united, {"spelling of patients": sentence}
 
 
 def class_spellings(

@@ -60,11 +60,12 @@ TASKS = {"finding": Task("finding", "classification", ("ill",), multi_label=True
 
 def test_a_patient_in_two_spellings_is_one():
     records = [record(0, "P7"), record(1, "p7"), record(2, "P7"), record(3, "P8")]
-    united, sentence = unite_patients(records)
+    united, found = unite_patients(records)
+    (sentence,) = found.values()
     assert [r.patient for r in united] == ["P7", "P7", "P7", "P8"]
     assert "1 patient(s) with 3 images" in sentence
     assert "P7" not in sentence
-    assert unite_patients(records[2:]) == (records[2:], "")
+    assert unite_patients(records[2:]) == (records[2:], {})
 
 
 def test_no_split_separates_the_spellings_of_a_patient():
@@ -83,7 +84,7 @@ def test_official_splits_that_separate_the_spellings_are_refused():
 
 def test_images_that_are_their_own_patients_are_left_as_they_are():
     records = [record(0, "a/1.png", file="a/1.png"), record(1, "a/01.png", file="a/01.png")]
-    assert unite_patients(records) == (records, "")
+    assert unite_patients(records) == (records, {})
 
 
 def test_classes_in_two_spellings_are_counted():
