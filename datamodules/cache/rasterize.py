@@ -27,7 +27,7 @@ from mtmedformer.geometry import Bytes, Floats, Frame, Ints, boxes_to_frame, com
 ASPECT_TOLERANCE = 0.01
 """Largest relative difference between the aspect ratios of a mask and its image; beyond it the mask is rejected."""
 
-UNCERTAIN = "mask that can be read in two ways"
+UNCERTAIN = "uncertain mask"
 """Reason of the issue of a mask that ``datamodules.images.masks`` refuses."""
 
 FRACTIONS = "boxes in the first pixel, as fractions of the image are"

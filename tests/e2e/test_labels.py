@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from mtmedformer.commands.main import main
 from tests.fixtures.small_set import small_config, write_config, write_small_set
@@ -65,7 +66,8 @@ def test_faint_jpeg_masks_are_not_empty(root, tmp_path, capsys):
 
 def test_findings_are_warnings_of_fit_and_a_section_of_fingerprint(root, tmp_path, caplog, capsys):
     for file in (root / "masks").glob("*.png"):
-        Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
+        soft = ndimage.gaussian_filter(np.asarray(Image.open(file)).astype(float), 1)
+        Image.fromarray(255 - np.rint(soft).astype(np.uint8)).save(file)
     rewrite(root, lambda row: row | {"patient": row["patient"].upper() if row["view"] == "AP" else row["patient"]})
     with caplog.at_level(logging.WARNING):
         assert run("fit", root, tmp_path, "--trainer.fast_dev_run=true") == 0
@@ -76,4 +78,5 @@ def test_findings_are_warnings_of_fit_and_a_section_of_fingerprint(root, tmp_pat
     found = json.loads((tmp_path / "print" / "fingerprint.json").read_text())
     assert found["patients"] == 10
     assert len(found["implausible"]) == 2
+    assert any("masks with grey edges (pixels of at least half" in warning for warning in found["warnings"])
     assert capsys.readouterr().out.count("Implausible:") == 2
