@@ -70,8 +70,7 @@ class MedicalDataModule(PreparedImages, L.LightningDataModule, ABC):
         max_quarantine_share: Largest share, 0 to 1, of the images, or of the images labelled for one task, that may be
             unusable.
         limit: Use this many patients only, drawn with the seed; for tests.
-        white_level: The value of white in 16-bit PNG and TIFF images, for example 16383; ``auto`` takes that of the run
-            of the checkpoint, else one that fits all images of the set.
+        white_level: The value of white in 16-bit images; ``auto`` takes that of the training, else one for the set.
         test_split: The split that ``test`` reads, or ``all``, for a set that took no part in training. ``test`` is val
             where there is no test split.
         predict_split: The split that ``predict`` reads, or ``all``.
@@ -142,7 +141,6 @@ class MedicalDataModule(PreparedImages, L.LightningDataModule, ABC):
         self.max_quarantine_share = max_quarantine_share
         self.limit = limit
         self.white_level = white_level
-        self._files_of_set: list[Path] = []
         self.test_split: Part = test_split
         self.predict_split: Part = predict_split
         check_arguments(self)
@@ -184,7 +182,7 @@ class MedicalDataModule(PreparedImages, L.LightningDataModule, ABC):
         united, found = unite_patients(catalogue.records)
         self._report(found)
         records = some_patients(united, self.limit, self.seed)
-        self._files_of_set = [record.file for record in records]
+        self.files_of_set = [record.file for record in records]
         check_negative(self.negative_classes, catalogue.tasks)
         shares = (self.val_fraction, self.test_fraction, self.seed, self.official_splits, self.fold, self.folds)
         try:
@@ -306,7 +304,7 @@ class MedicalDataModule(PreparedImages, L.LightningDataModule, ABC):
         if not wanted:
             return
         records = list({record.id: record for split in wanted.values() for record in split}.values())
-        self._report(self.settle_white_level(self._files_of_set, self.salt, self.cache.folder, self.num_workers))
+        self._report(self.settle_white_level(self.salt, self.cache.folder, self.num_workers))
         keys = dict(zip((r.id for r in records), self.preprocessing.keys(records), strict=True))
         reports = self.cache.fill(records, list(keys.values()), self.preprocessing, self.num_workers)
         before = self.quarantine.summary()
@@ -321,8 +319,7 @@ class MedicalDataModule(PreparedImages, L.LightningDataModule, ABC):
             kept = [usable[r.id] for r in split if r.id in usable]
             kept = [r for r in kept if name == "predict" or self.tasks.keys() & r.truth.keys()]
             if split and not kept and not self.may_lack_labels:
-                names = ", ".join(self.tasks)
-                why = f"none of the {len(split)} images of split {name} can be used for {names}"
+                why = f"none of the {len(split)} images of split {name} can be used for {', '.join(self.tasks)}"
                 raise DataError(f"{self.salt}: {why}; label some of them, or choose another seed or {name}_fraction")
             if name == "train" and kept and (sentence := advice(kept, self.tasks)):
                 log_warning(sentence)

@@ -113,7 +113,8 @@ class ImageFolderDataModule(PreparedImages, L.LightningDataModule):
             log_warning(note)
         self.failures[:] = found.failures
         self.records = [Record(id=name, file=file, patient=name) for name, file in found.images.items()]
-        self.settle_white_level(list(found.images.values()), "these images", compare=False)
+        self.files_of_set = list(found.images.values())
+        self.settle_white_level("these images", compare=False)
 
     def skip_finished(self, finished: Callable[[Mapping[str, Path]], Collection[str]]) -> None:
         """Leave out the images whose results exist.

@@ -42,11 +42,13 @@ class PreparedImages:
         records: The images.
         preprocessing: How they are decoded and framed, with the white level once it is known.
         white_level: As configured: a number, or ``auto``.
+        files_of_set: Files of all images of the set, of which ``records`` may be a part.
     """
 
     records: list[Record]
     preprocessing: Preprocessing
     white_level: WhiteLevel
+    files_of_set: list[Path]
     _trained: int | None = None
 
     @property
@@ -68,12 +70,11 @@ class PreparedImages:
             return is_dicom(stream.read(132))
 
     def settle_white_level(
-        self, files: Sequence[Path], name: str, folder: Path | None = None, workers: int = 0, compare: bool = True
+        self, name: str, folder: Path | None = None, workers: int = 0, compare: bool = True
     ) -> dict[str, str]:
         """Put the white level into ``preprocessing``: that configured, that of the training, or that of the files.
 
         Args:
-            files: All images of the set.
             name: Name of the set, for the log.
             folder: Folder that keeps the brightest values of files.
             workers: Processes that read them.
@@ -84,8 +85,8 @@ class PreparedImages:
         """
         level = check_white_level(self.white_level)
         if level is None and self.preprocessing.white_level is None:
-            compare = compare and len(files) > _TOO_FEW
-            found = find_white_level(files, folder, workers) if compare or not self._trained else None
+            compare = compare and len(self.files_of_set) > _TOO_FEW
+            found = find_white_level(self.files_of_set, folder, workers) if compare or not self._trained else None
             level = self._trained or found
             if level is not None:
                 whose = "of the training" if self._trained else f"found in {name}"
