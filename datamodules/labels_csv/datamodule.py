@@ -247,7 +247,9 @@ class LabelsCSVDataModule(MedicalDataModule):
     def _require(self, table: Table, specs: dict[str, Columns]) -> None:
         """Raise if a configured column is missing; columns with their default names may be missing."""
         for name, spec in specs.items():
-            table.require(columns_of(spec), f"task {name!r} is read from it")
+            table.require(
+                columns_of(spec), f"task {name!r} is read from it; data.init_args.tasks can leave the task out"
+            )
         if self.patient_column:
             why = "it keeps a patient's images in one split; null counts every image as a patient of its own"
             table.require([self.patient_column], why)

@@ -113,7 +113,7 @@ def read_labels(file: Path, key: str) -> Table:
     if repeated:
         notes.append(f"{file.name}: {repeated} further header line(s) skipped")
     table = Table(file, header, rows, notes)
-    table.require([key], "it names the image file of each row")
+    table.require([key], "it names the image file of each row; another name is set by data.init_args.image_column")
     if not rows:
         raise NoImagesError(f"{file}: the table has a header but no row")
     return table
