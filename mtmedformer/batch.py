@@ -10,8 +10,8 @@ of width ``W`` spans ``[0, W]``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
 import torch
@@ -107,15 +107,7 @@ class _Movable:
 
     def _map(self, move: Any) -> Self:
         def walk(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return move(value)
-            if isinstance(value, _Movable):
-                return value._map(move)
-            if isinstance(value, dict):
-                return {k: walk(v) for k, v in value.items()}
-            if isinstance(value, list):
-                return [walk(v) for v in value]
-            return value
+            return [move(one) for one in value] if isinstance(value, list) else move(value)
 
         return replace(self, **{f.name: walk(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var, arg-type]
 
@@ -158,9 +150,11 @@ class SegmentationTarget(_Movable):
 Target = ClassificationTarget | DetectionTarget | SegmentationTarget
 
 
-@dataclass
 class Batch(_Movable):
     """What a training step receives.
+
+    Not a dataclass: Lightning converts every tensor of a dataclass to the precision of the weights, which would round
+    boxes to several pixels. The network converts the image alone.
 
     Attributes:
         image: float32 (B, C, H, W) in [0, 1].
@@ -168,9 +162,15 @@ class Batch(_Movable):
         meta: One ``Meta`` per image.
     """
 
-    image: Tensor
-    targets: dict[str, Target] = field(default_factory=dict)
-    meta: list[Meta] = field(default_factory=list)
+    def __init__(self, image: Tensor, targets: dict[str, Target] | None = None, meta: list[Meta] | None = None) -> None:
+        self.image, self.targets, self.meta = image, targets or {}, meta or []
+
+    def _map(self, move: Any) -> Batch:
+        return Batch(move(self.image), {name: one._map(move) for name, one in self.targets.items()}, self.meta)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield the images as one tensor, from which Lightning takes the size of the batch."""
+        yield self.image
 
     def __len__(self) -> int:
         return len(self.image)
@@ -206,7 +206,7 @@ def with_entries(batch: Batch, tasks: dict[str, Task]) -> Batch:
         return batch
     nothing: list[Tensor | Boxes | None] = [None] * len(batch)
     made = {name: _target(task, nothing, batch.image[0]).to(batch.image.device) for name, task in absent.items()}
-    return replace(batch, targets=batch.targets | made)
+    return Batch(batch.image, batch.targets | made, batch.meta)
 
 
 def _target(task: Task, truths: list[Tensor | Boxes | None], image: Tensor) -> Target:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning as L
@@ -108,6 +110,7 @@ class MultiTaskNetwork(L.LightningModule):
         return losses, terms, {name: int(targets[name].present.sum()) for name in losses}
 
     def _pyramid(self, image: Tensor) -> list[Tensor]:
+        image = image.to(self.dtype)
         if self.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
         pyramid: list[Tensor] = self.encoder(image)
@@ -115,6 +118,17 @@ class MultiTaskNetwork(L.LightningModule):
 
     def _heads(self) -> dict[str, TaskHead]:
         return cast("dict[str, TaskHead]", dict(self.heads.items()))
+
+
+@contextmanager
+def new_tensors_in_float32() -> Iterator[None]:
+    """Create tensors in float32 whatever the precision of the weights, which Lightning makes the default in a step."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def image_size(image: Tensor) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning as L
@@ -201,7 +201,7 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
 def _rows(batch: Batch, rows: list[int]) -> Batch:
     index = torch.tensor(rows, device=batch.image.device)
     targets = {name: target[index] for name, target in batch.targets.items()}
-    return replace(batch, image=batch.image[index], targets=targets, meta=[batch.meta[row] for row in rows])
+    return Batch(batch.image[index], targets, [batch.meta[row] for row in rows])
 
 
 def _loss(output: Any) -> Tensor:

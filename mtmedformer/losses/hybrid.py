@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,15 @@ class HybridLoss(RecordsArguments, nn.Module):
         for task, weight in self.weights.items():
             if not 0 <= weight < float("inf"):
                 raise ConfigError(f"loss.weights.{task} is {weight}; a weight is a number of at least 0 (0: leave out)")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep the precision of weights and running means where that of the model is converted."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            return converted if converted.dtype == tensor.dtype else tensor.to(converted.device)
+
+        return super()._apply(moved, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     @property
     def aggregates_gradients(self) -> bool:
