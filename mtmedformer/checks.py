@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError
+from mtmedformer.optim import CONFIGURED
 from mtmedformer.storage.hashing import digest_fits
 
 
@@ -111,7 +112,8 @@ def check_resumed(stored: Sequence[Mapping[str, Any]], configured: Sequence[Mapp
 
     Args:
         stored: Parameter groups of the optimizer in the checkpoint.
-        configured: Parameter groups of the model, with ``lr`` and ``weight_decay``.
+        configured: Parameter groups of the model, with ``lr`` and ``weight_decay``. A schedule may have changed the
+            ``lr`` in the checkpoint; compared is the configured one, which is kept beside it.
 
     Raises:
         ConfigError: Number of groups, or learning rate or weight decay of a group differs.
@@ -123,7 +125,8 @@ def check_resumed(stored: Sequence[Mapping[str, Any]], configured: Sequence[Mapp
             "model.init_weights=PATH instead of --ckpt_path."
         )
     for before, group in zip(stored, configured, strict=True):
-        lr, weight_decay = before.get("initial_lr", before["lr"]), before.get("weight_decay", group["weight_decay"])
+        lr = before.get(CONFIGURED, before.get("initial_lr", before["lr"]))
+        weight_decay = before.get("weight_decay", group["weight_decay"])
         for key, now, then in (("lr", group["lr"], lr), ("weight_decay", group["weight_decay"], weight_decay)):
             if not math.isclose(float(now), float(then), rel_tol=1e-6):
                 raise ConfigError(

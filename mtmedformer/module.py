@@ -24,8 +24,8 @@ from mtmedformer.inference.predictor import TiledPredictor
 from mtmedformer.inference.results import check_finite
 from mtmedformer.losses.hybrid import HybridLoss
 from mtmedformer.metrics.base import MetricsByTask, TaskMeans
-from mtmedformer.network import MultiTaskNetwork, image_size
-from mtmedformer.optim import parameter_groups, scheduled
+from mtmedformer.network import MultiTaskNetwork, image_size, new_tensors_in_float32
+from mtmedformer.optim import Interval, follows_per_epoch, parameter_groups, scheduled, step_followers
 from mtmedformer.protocols import TaskedData
 from mtmedformer.storage.constructor_arguments import RecordsArguments, class_path, hyperparameters
 
@@ -41,6 +41,9 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
         optimizer: Makes the optimizer from parameter groups. The top-level section ``optimizer`` of a configuration
             sets it, too, and takes precedence.
         lr_scheduler: Makes the learning-rate schedule from the optimizer, likewise; ``None`` keeps the rate constant.
+        lr_interval: When the schedule is stepped, ``step`` or ``epoch``; ``None``: per step for ``WarmupCosine``,
+            ``OneCycleLR`` and ``CyclicLR``, per epoch for any other.
+        lr_monitor: Name of the logged metric that the schedule follows; ``None`` is the schedule's own.
         init_weights: A file of weights to start from (``.safetensors``, or a pickle of tensors), own or encoder-only.
             Unlike ``--ckpt_path`` it restores no optimizer, epoch or metric.
         layer_decay: Learning-rate factor from one encoder depth to the next shallower one, in (0, 1]; 1 turns it off.
@@ -55,7 +58,7 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
         ConfigError: When ``tasks`` or ``loss.weights`` names a task that has no head.
     """
 
-    not_recorded = frozenset({"optimizer", "lr_scheduler"})
+    not_recorded = frozenset({"optimizer", "lr_scheduler", "lr_interval", "lr_monitor"})
 
     def __init__(
         self,
@@ -65,6 +68,8 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
         tasks: list[str] | None = None,
         optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=5e-4, weight_decay=0.05),
         lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Interval | None = None,
+        lr_monitor: str | None = None,
         init_weights: str | None = None,
         layer_decay: float = 1.0,
         tile: tuple[int, int] | None = None,
@@ -79,11 +84,13 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
         self.loss = loss or HybridLoss()
         self.loss.build(list(self.heads), dropped=[name for name in heads if name not in self.heads])
         self.optimizer, self.lr_scheduler, self.layer_decay = optimizer, lr_scheduler, layer_decay
+        self.lr_interval, self.lr_monitor = lr_interval, lr_monitor
         self.val_metrics, self.test_metrics = self._fresh_metrics(), self._fresh_metrics()
         self.val_losses = TaskMeans(self.heads)
         self._stage: str | None = None
         self._labelled_heads: set[str] = set()
         self._seed = 0
+        self._last_batch: Batch | None = None
         self._task_losses: tuple[dict[str, Tensor], dict[str, int]] = ({}, {})
         self.weights_report = load_weights(self, init_weights) if init_weights else None
         if channels_last:
@@ -94,6 +101,8 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
     def setup(self, stage: str) -> None:
         """Check that the data set, the trainer and the heads fit together."""
         self._stage = stage
+        if self.trainer.precision == "64-true":
+            self.double()  # before a checkpoint is loaded; Lightning converts afterwards
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(datamodule, TaskedData):
             check_tasks(stage, self.tasks, datamodule.tasks)
@@ -105,11 +114,13 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
         evaluating = self.trainer.testing or self.trainer.validating
         return with_entries(batch, self.tasks) if evaluating else batch
 
+    @new_tensors_in_float32()
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the hybrid loss of a batch; log each task's terms where they were labelled."""
         losses, terms, present = self.task_losses(*self.labelled(batch))
         loss: Tensor = self.loss(losses, present)
         self._task_losses = losses, present
+        self._last_batch = batch if self.loss.needs_update else None
         self._labelled_heads.update(name for name, count in present.items() if count)
         for name, count in present.items():
             if count:
@@ -168,18 +179,26 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
         key = f"{self._seed} {self.current_epoch} {batch_idx} {self.global_rank}"
         torch.manual_seed(zlib.crc32(key.encode()))
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Compute the losses again for a weighting that uses the effect of the step (FAMO); not at a server."""
-        if self.loss.needs_update and self.automatic_optimization:
-            with torch.no_grad():
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take a step; then compute the losses again for a weighting that uses its effect (FAMO)."""
+        super().optimizer_step(*args, **kwargs)
+        if self._last_batch is not None:
+            batch, self._last_batch = self._last_batch, None
+            with torch.no_grad(), self.trainer.precision_plugin.train_step_context(), new_tensors_in_float32():
                 losses, _, present = self.task_losses(*self.labelled(batch))
             self.loss.update(losses, present)
 
     def on_train_epoch_end(self) -> None:
-        """Log the current weights, and end the epoch of an epoch-wise weighting (DWA); not at a federation's server."""
+        """Log the current weights, and end the epoch of weighting and schedule; not at a federation's server."""
         if self.automatic_optimization:
             self.log_dict({f"loss_weight/{name}": value for name, value in self.loss.factors().items()})
             self.loss.on_epoch_end()
+            step_followers(self.trainer)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step a schedule, unless it was stepped at the end of the epoch already."""
+        if not follows_per_epoch(scheduler, self.trainer):
+            super().lr_scheduler_step(scheduler, metric)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Remove the gradients of heads without a label in this step, so that weight decay does not move them.
@@ -193,6 +212,7 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
                     head.zero_grad(set_to_none=True)
         self._labelled_heads.clear()
 
+    @new_tensors_in_float32()
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Update the validation metrics and losses of every labelled task; return the raw outputs.
 
@@ -207,6 +227,7 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
                 self.val_metrics.of(name).update(predictions, batch.targets[name], batch.meta)
         return dict(outputs)
 
+    @new_tensors_in_float32()
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Update the test metrics of every task; return the predictions, uncalibrated ones as ``raw/<task>``.
 
@@ -220,6 +241,7 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
             self.test_metrics.of(name).update(predictions[name], batch.targets[name], batch.meta)
         return predictions
 
+    @new_tensors_in_float32()
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Return the predictions of a batch by task, in pixels of the network's input."""
         return self.predict_whole(batch.image)
@@ -249,7 +271,13 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
         optimizer = self.optimizer(self._configured_groups())
         if self.lr_scheduler is None:
             return optimizer
-        return scheduled(optimizer, self.lr_scheduler(optimizer), self.trainer)
+        return scheduled(optimizer, self.lr_scheduler(optimizer), self.trainer, self.lr_interval, self.lr_monitor)
+
+    def check_optimizer(self) -> None:
+        """Build optimizer and schedule once, so that a mistake in their settings is found before the data are read."""
+        optimizer = self.optimizer(self._configured_groups())
+        if self.lr_scheduler is not None:
+            self.lr_scheduler(optimizer)
 
     def _configured_groups(self) -> list[dict[str, Any]]:
         defaults = self.optimizer([{"params": []}]).defaults

@@ -63,8 +63,8 @@ class PredictionStrategy(Protocol):
 class StepSchedule(Protocol):
     """A learning-rate schedule over the optimizer steps of the whole training; others are stepped per epoch."""
 
-    def spread(self, total_steps: int) -> None:
-        """Set the number of optimizer steps of the whole training, before the first step."""
+    def spread(self, total_steps: int, endless: bool = False) -> None:
+        """Set the optimizer steps of the whole training, or of the first epoch of one without an end."""
 
 
 @runtime_checkable
