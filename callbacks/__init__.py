@@ -14,6 +14,7 @@ from callbacks.reports.overlays import Overlays
 from callbacks.reports.reliability_report import ReliabilityReport
 from callbacks.run.checkpoints import AtomicCheckpoints, LastCheckpoint, ResumePoint
 from callbacks.run.model_summary import PartsSummary, StartWeights
+from callbacks.run.progress import RunBar
 from callbacks.run.run_folder import (
     QuarantineReport,
     RunFolder,
@@ -23,7 +24,7 @@ from callbacks.run.run_folder import (
     run_folder_of,
 )
 from callbacks.run.run_logger import RunLogger
-from callbacks.run.wandb_run import WandbRecord, run_identity
+from callbacks.run.wandb_run import WandbRecord, check_wandb_names, run_identity
 
 __all__ = [
     "AtomicCheckpoints",
@@ -43,12 +44,14 @@ __all__ = [
     "QuarantineReport",
     "ReliabilityReport",
     "ResumePoint",
+    "RunBar",
     "RunFolder",
     "RunLogger",
     "RunStart",
     "StartWeights",
     "TunePosterior",
     "WandbRecord",
+    "check_wandb_names",
     "is_run_folder_of",
     "latest_run_folder",
     "run_folder_of",

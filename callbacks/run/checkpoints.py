@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.run.lightning_internals import load_loader_states
 from mtmedformer.storage.atomic_write import atomic_write, remove_partial_files
@@ -22,9 +23,9 @@ from mtmedformer.storage.hashing import WEIGHTS_DIGEST, state_hash
 class ResumePoint(Callback):
     """Keeps a valid ``checkpoints/last.ckpt`` from the first step on, and stops at the first Ctrl-C.
 
-    After the first Ctrl-C (or a SIGTERM handled like it) the running step is finished, the state is saved, and training
-    stops; the second one stops at once. A resumed run continues with the next batch and ends with the same weights as
-    an uninterrupted one.
+    After the first Ctrl-C or SIGTERM the running step is finished, the state is saved, and training stops; a second
+    Ctrl-C stops at once. With several processes, all stop after the same step. A resumed run continues with the next
+    batch and ends with the same weights as an uninterrupted one.
 
     Args:
         folder: Folder of the checkpoints.
@@ -59,14 +60,16 @@ class ResumePoint(Callback):
         """Stop after a Ctrl-C in the last step of the epoch before; its checkpoint has been written."""
         if self._stop:
             self._restore_handler()
-            raise KeyboardInterrupt
+            words = f"stopped by Ctrl-C after epoch {trainer.current_epoch}; continue with --ckpt_path={self.file}"
+            raise KeyboardInterrupt(words)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Save and stop after a Ctrl-C in this step; the last step of an epoch is followed by validation first."""
-        if self._stop and not trainer.is_last_batch:
+        """Save and stop after a signal in this step; the last step of an epoch is followed by validation first."""
+        if trainer.is_last_batch:
+            return
+        if trainer.strategy.reduce_boolean_decision(self._stop or trainer.received_sigterm, all=False):
             trainer.save_checkpoint(self.file, weights_only=False)
-            self._restore_handler()
-            raise KeyboardInterrupt
+            raise self._end(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the usual handling of Ctrl-C."""
@@ -75,13 +78,20 @@ class ResumePoint(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the usual handling of Ctrl-C and print how to resume."""
         self._restore_handler()
-        if self.file.exists() and trainer.training:
-            rank_zero_info(f"Stopped at epoch {trainer.current_epoch}. Resume with: --ckpt_path {self.file}")
+        by_signal = isinstance(exception, KeyboardInterrupt | SystemExit)  # the command line prints those
+        if self.file.exists() and trainer.training and not by_signal:
+            rank_zero_info(f"Stopped in epoch {trainer.current_epoch + 1}. Resume with: --ckpt_path {self.file}")
+
+    def _end(self, trainer: Trainer) -> BaseException:
+        """Return the exception that ends the training after a signal, with the words to be shown."""
+        self._restore_handler()
+        kind, by = (SIGTERMException, "SIGTERM") if trainer.received_sigterm else (KeyboardInterrupt, "Ctrl-C")
+        return kind(f"stopped by {by} in epoch {trainer.current_epoch + 1}; continue with --ckpt_path={self.file}")
 
     def _interrupt(self, *args: Any) -> None:
         if self._stop:
             self._restore_handler()
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"stopped by Ctrl-C; continue with --ckpt_path={self.file}")
         self._stop = True
         rank_zero_info("\nCtrl-C: finishing this step, then saving. Press again to stop at once.")
 
@@ -97,12 +107,24 @@ class LastCheckpoint(ModelCheckpoint):
     The ``save_last`` of a ``ModelCheckpoint`` that monitors a metric is not enough: it is written only in epochs with a
     new best value.
 
+    After ``StochasticWeightAveraging`` it is written once more, with the averaged weights, which Lightning puts into
+    the module after the last checkpoint.
+
     Args:
         folder: Folder of the checkpoints.
     """
 
     def __init__(self, folder: str) -> None:
-        super().__init__(folder, filename="last", enable_version_counter=False)
+        super().__init__(folder, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the averaged weights, where weights were averaged."""
+        super().on_train_end(trainer, pl_module)
+        run_callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        averaging = [one for one in run_callbacks if isinstance(one, StochasticWeightAveraging)]
+        if averaging and averaging[0].n_averaged is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(Path(str(self.dirpath), "last.ckpt"), weights_only=False)
+            rank_zero_info("last.ckpt has the averaged weights, best.ckpt those of the best epoch before averaging.")
 
 
 class AtomicCheckpoints(TorchCheckpointIO):

@@ -89,12 +89,19 @@ class RunFolder:
         return True
 
 
-def latest_run_folder(root: Path) -> Path:
-    """Return the newest of ``root``, ``root-2``, ``root-3`` … that a run has taken; ``root`` where none has."""
-    folder, number = root, 2
+def latest_run_folder(root: Path, checkpoint: str = "") -> Path:
+    """Return the newest of ``root``, ``root-2``, ``root-3`` … that a run has taken; ``root`` where none has.
+
+    Args:
+        root: The configured folder.
+        checkpoint: Name of a checkpoint: the newest run that has it, where one does. A run that was killed before its
+            first checkpoint has none.
+    """
+    taken, number = [root], 2
     while (newer := root.with_name(f"{root.name}-{number}")).joinpath(LOCK).exists():
-        folder, number = newer, number + 1
-    return folder
+        taken, number = [*taken, newer], number + 1
+    having = [folder for folder in taken if checkpoint and (folder / "checkpoints" / checkpoint).is_file()]
+    return (having or taken)[-1]
 
 
 def run_folder_of(checkpoint: Path) -> Path | None:

@@ -16,7 +16,8 @@ from mtmedformer.storage.atomic_write import atomic_write
 class RunLogger(Logger):
     """Writes ``metrics.csv`` into the run folder; a resumed run appends to the rows that are there.
 
-    The file is created with its first row. Columns are sorted by name; a new metric adds a column.
+    Epochs are counted from 1. The file is created with its first row. Columns are sorted by name; a new metric adds a
+    column.
 
     Args:
         folder: The run folder.
@@ -56,6 +57,8 @@ class RunLogger(Logger):
         }
         if step is not None:
             row["step"] = step
+        if "epoch" in row:
+            row["epoch"] += 1  # Lightning counts from 0
         if not row.keys() <= set(self._columns):
             self._rewrite(row)
         with self.file.open("a", newline="", encoding="utf-8") as stream:

@@ -57,6 +57,19 @@ def run_identity(
     return {key: value for key, value in values.items() if configured.get(key) is None}
 
 
+def check_wandb_names(arguments: Mapping[str, Any]) -> None:
+    """Let W&B check the names in the arguments of ``WandbLogger``, before anything is written.
+
+    Raises:
+        wandb.errors.UsageError: A name has characters that W&B does not take.
+    """
+    import wandb
+
+    names = {"project": "project", "entity": "entity", "id": "run_id", "name": "run_name"}
+    settings: Any = wandb.Settings
+    settings(**{field: str(arguments[key]) for key, field in names.items() if arguments.get(key)})
+
+
 class WandbRecord(Callback):
     """Logs tags, code version, data identity and, at the end of ``fit``, the best checkpoint as an artifact.
 
