@@ -24,6 +24,9 @@ from mtmedformer.errors import ConfigError
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
+KEYWORDS = frozenset({"last", "best", "null"})
+"""Values of ``--ckpt_path`` that are no file."""
+
 COMPARED = ("seed_everything", "model", "data", "optimizer", "lr_scheduler", "federation")
 """Sections that are the same in a run and its continuation."""
 
@@ -54,9 +57,9 @@ def with_checkpoint_base(argv: list[str], stack: ExitStack, trusted: bool = Fals
             nothing is imported then.
     """
     checkpoint = _value(argv, "--ckpt_path")
-    if not argv or argv[0] not in LIGHTNING_COMMANDS or not checkpoint or not Path(checkpoint).is_file():
+    if not argv or argv[0] not in LIGHTNING_COMMANDS or checkpoint is None or checkpoint in KEYWORDS:
         return argv
-    stored = read_checkpoint(checkpoint)
+    stored = read_checkpoint(str(existing_checkpoint(Path(checkpoint))))
     hparams = dict(stored.get("hyper_parameters") or {})
     base: dict[str, Any] = {}
     own = own_words(argv)
@@ -205,6 +208,8 @@ def _short(value: Any) -> str:
 
 def existing_checkpoint(checkpoint: Path) -> Path:
     """Return the path of a checkpoint, or raise a ``ConfigError`` that lists what lies beside where it should be."""
+    if checkpoint == Path():
+        raise ConfigError("--ckpt_path is empty; name a checkpoint's file, last or best, or leave the option out")
     if not checkpoint.is_file():
         there = sorted(p.name for p in checkpoint.parent.glob("*.ckpt")) if checkpoint.parent.is_dir() else []
         raise ConfigError(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from pkgutil import resolve_name
@@ -16,7 +15,6 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -42,6 +40,8 @@ from mtmedformer.commands.load.preparation import data_state
 from mtmedformer.commands.messages import parser_message
 from mtmedformer.commands.named_classes import TRUSTED
 from mtmedformer.commands.predict_images import with_images
+from mtmedformer.commands.run_callbacks import run_callbacks
+from mtmedformer.commands.trainer_settings import check_settings
 from mtmedformer.errors import ConfigError
 from mtmedformer.module import MultiTaskModule
 from mtmedformer.protocols import HasExitCode, PlannedData, TaskedData
@@ -130,7 +130,15 @@ class CommandLine(CLIWithoutCheckpointParsing):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with the configuration of the checkpoint as the base that the command line overrides."""
         with ExitStack() as stack:
-            self.config = parser.parse_args(with_checkpoint_base(self.argv, stack, self.trusted))
+            argv = with_checkpoint_base(self.argv, stack, self.trusted)
+            try:
+                self.config = parser.parse_args(argv)
+            except ConfigError as error:
+                if argv == self.argv or "required" not in str(error):
+                    raise
+                fix = "no config.yaml lies in the run folder of the checkpoint; name model and data with --config=FILE"
+                raise ConfigError(f"{error}: {fix}") from error
+        check_settings(self.config[self.config.subcommand], str(self.config.subcommand))
 
     def after_instantiate_classes(self) -> None:
         """Set the module's optimizer and schedule from the top-level sections, and how it was configured.
@@ -160,9 +168,16 @@ class CommandLine(CLIWithoutCheckpointParsing):
         root = Path(config.trainer.default_root_dir or "runs/run")
         keyword = config.get("ckpt_path") if config.get("ckpt_path") in {"last", "best"} else None
         if keyword:
-            config.ckpt_path = str(callbacks.latest_run_folder(root) / "checkpoints" / f"{keyword}.ckpt")
-        if config.get("ckpt_path"):
+            config.ckpt_path = str(
+                callbacks.latest_run_folder(root, f"{keyword}.ckpt") / "checkpoints" / f"{keyword}.ckpt"
+            )
+        if config.get("ckpt_path") is not None:
             existing_checkpoint(Path(config.ckpt_path))
+        elif self.subcommand != "fit" and config.model.get("init_args", {}).get("init_weights", ...) is None:
+            raise ConfigError(
+                f"{self.subcommand}: the model is not trained; name a checkpoint with --ckpt_path=PATH (or last, best) "
+                "or its weights with --model.init_weights=PATH"
+            )
         if self.subcommand == "fit":
             folder = self._folder_of_fit(root, keyword)
         else:
@@ -233,6 +248,7 @@ class CommandLine(CLIWithoutCheckpointParsing):
                 given = (arguments.as_dict(), Path(self.run_folder), str(self.subcommand), checkpoint, rounds)
                 for key, value in callbacks.run_identity(*given).items():
                     arguments[key] = value
+                callbacks.check_wandb_names(arguments.as_dict())
         with building(self.config[self.subcommand].get("ckpt_path")):
             super().instantiate_classes()
         self.config = saved
@@ -260,6 +276,8 @@ class CommandLine(CLIWithoutCheckpointParsing):
             UserError: They do not fit, or the data cannot be read.
         """
         checkpoint = self.config[self.subcommand].get("ckpt_path")
+        if self.subcommand == "fit" and isinstance(self.model, MultiTaskModule):
+            self.model.check_optimizer()
         if checkpoint and isinstance(self.model, MultiTaskModule):
             resumed = self.subcommand == "fit" and self.config["fit"].get("federation") is None
             self.model.check_checkpoint(stored := read_checkpoint(checkpoint), resumed)
@@ -296,44 +314,12 @@ class CommandLine(CLIWithoutCheckpointParsing):
         if trainer.logger is not False:
             loggers = [one for one in _listed(trainer.logger) if isinstance(one, Logger)]
             kwargs["logger"] = [callbacks.RunLogger(str(self.run_folder)), *loggers]
-        kwargs["callbacks"] = self._callbacks(config, _listed(trainer.callbacks))
+        name = "config.yaml" if self.subcommand == "fit" else f"config_{self.subcommand}.yaml"
+        start = callbacks.RunStart(self.new_folder or self.run_folder, self.record, name)
+        kwargs["callbacks"] = run_callbacks(
+            config, str(self.subcommand), self.run_folder, start, self._logs_checkpoints()
+        )
         return super().instantiate_trainer(**kwargs)
-
-    def _callbacks(self, config: Namespace, chosen: list[Callback]) -> list[Callback]:
-        """Return the configured callbacks and those that every run needs, unless one of their kind is configured."""
-        folder, fits = str(self.run_folder), self.subcommand == "fit"
-        checkpoints = f"{folder}/checkpoints"
-        trainer = config.trainer
-        defaults: list[tuple[type[Callback], Callable[[], Callback]]] = [
-            (callbacks.QuarantineReport, lambda: callbacks.QuarantineReport(folder)),
-            (callbacks.MetricsReport, lambda: callbacks.MetricsReport(folder)),
-            (callbacks.ReliabilityReport, lambda: callbacks.ReliabilityReport(folder)),
-            (callbacks.ModelReport, lambda: callbacks.ModelReport(folder)),
-            (callbacks.PredictionWriter, lambda: callbacks.PredictionWriter(f"{folder}/predictions")),
-        ]
-        if trainer.enable_model_summary is not False:
-            defaults.append((ModelSummary, callbacks.PartsSummary))
-        if trainer.enable_progress_bar is not False:
-            defaults.append((ProgressBar, lambda: TQDMProgressBar(leave=True)))
-        if self.subcommand in {"fit", "validate"}:
-            defaults.append((callbacks.Overlays, lambda: callbacks.Overlays(folder)))
-            defaults.append((callbacks.MetricsTable, callbacks.MetricsTable))
-        if fits and trainer.enable_checkpointing is not False:
-            defaults += [
-                (callbacks.ResumePoint, lambda: callbacks.ResumePoint(checkpoints)),
-                (ModelCheckpoint, lambda: _best(checkpoints)),
-                (callbacks.LastCheckpoint, lambda: callbacks.LastCheckpoint(checkpoints)),
-            ]
-        if fits and config.federation is not None:
-            chosen.append(config.federation)
-            defaults.append((callbacks.FederationReport, lambda: callbacks.FederationReport(folder)))
-        chosen.sort(key=lambda callback: isinstance(callback, callbacks.PredictionWriter))  # after those that add files
-        missing = [make() for kind, make in defaults if not any(isinstance(c, kind) for c in chosen)]
-        wandb = next((lg for lg in _listed(trainer.logger) if isinstance(lg, WandbLogger)), None)
-        if wandb is not None:
-            missing.append(callbacks.WandbRecord(Path(folder), artifact=not self._logs_checkpoints()))
-        name = "config.yaml" if fits else f"config_{self.subcommand}.yaml"
-        return [callbacks.RunStart(self.new_folder or self.run_folder, self.record, name), *chosen, *missing]
 
     def _logs_checkpoints(self) -> bool:
         """Return whether a configured W&B logger logs the checkpoints itself."""
@@ -344,7 +330,3 @@ class CommandLine(CLIWithoutCheckpointParsing):
 def _listed(value: Any) -> list[Any]:
     """Return one value, several or none as a list."""
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _best(folder: str) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, filename="best", monitor="val/score", mode="max", enable_version_counter=False)

@@ -18,6 +18,9 @@ from mtmedformer.errors import ConfigError
 
 LIGHTNING_CLI = "mtmedformer.commands.lightning_cli"
 
+USELESS = ("litlogger", "litmodels", "Skipping setting a", "TPU available", "Detected KeyboardInterrupt", "to estimate")
+"""Parts of messages of Lightning that are not shown."""
+
 
 class Command(NamedTuple):
     """A command: its line in the help, and the module whose ``main(argv)`` runs it."""
@@ -41,9 +44,9 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0: done. 1: failed or interrupted; continue with ``--ckpt_path=last`` (``predict --images``: some images failed;
-    repeat the command). 2: an error in the command or the configuration, explained on standard error. 3: done, but
-    incomplete, by the ``exit_code`` of a callback.
+    0: done. 1: failed; continue with ``--ckpt_path=last`` (``predict --images``: some images failed; repeat the
+    command). 2: an error in the command or the configuration, explained on standard error. 3: done, but incomplete, by
+    the ``exit_code`` of a callback. 130 and 143: stopped by Ctrl-C or SIGTERM; continue as after 1.
 
     Args:
         argv: Arguments, the command first; ``None`` takes those of this process.
@@ -58,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     _quieten()
     try:
         return _run(argv)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
         message, exit_code = explain(error)
         if exit_code is None:
             raise
@@ -109,7 +112,7 @@ def _quieten() -> None:
 
 def _is_useful(record: logging.LogRecord) -> bool:
     message = record.getMessage()
-    return not any(word in message for word in ("litlogger", "litmodels", "Skipping setting a", "TPU available"))
+    return not any(words in message for words in USELESS)
 
 
 if __name__ == "__main__":

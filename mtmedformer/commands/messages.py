@@ -8,44 +8,49 @@ import textwrap
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from mtmedformer.commands.library_errors import mistake
 from mtmedformer.errors import ConfigError, UserError
 from mtmedformer.storage.safe_text import printable
 from mtmedformer.storage.write_errors import system_error
+
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes after Ctrl-C (SIGINT) and SIGTERM: 128 and the number of the signal, as in a shell."""
 
 
 def print_error(message: str) -> None:
     """Print an error as one paragraph on standard error."""
     text = printable(" ".join(message.split()))
-    print(textwrap.fill(f"mtmedformer: {text}", width=100, break_long_words=False), file=sys.stderr)
+    first = f"mtmedformer:\N{NO-BREAK SPACE}{text}"  # the message begins beside the name, and no path is broken
+    lines = textwrap.fill(first, width=100, break_long_words=False, break_on_hyphens=False)
+    print(lines.replace("\N{NO-BREAK SPACE}", " "), file=sys.stderr)
 
 
 def explain(error: BaseException) -> tuple[str, int | None]:
     """Return the message and exit code of an error that a user can act on; the code is ``None`` for any other."""
     if isinstance(error, UserError):
         return str(error), error.exit_code
-    from lightning.fabric.utilities.exceptions import MisconfigurationException  # here, because it imports torch
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-    if isinstance(error, MisconfigurationException):
-        return str(error), 2
-    if isinstance(error, ValueError) and (cause := user_error(error)):  # jsonargparse wraps what a constructor raises
-        return str(cause), cause.exit_code
-    if isinstance(error, SIGTERMException):  # a SystemExit without a code, which would mean success
-        return "stopped by SIGTERM; continue with --ckpt_path=last", 1
-    if found := system_error(error):  # last, because a UserError may have such a cause
-        words, code = found
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted by Ctrl-C", INTERRUPTED
+    if isinstance(error, SystemExit):
+        return _explain_exit(error)
+    if found := mistake(error):
+        return found
+    if system := system_error(error):  # last, because a UserError may have such a cause
+        words, code = system
         again = "mend it and continue, fit with --ckpt_path=last, predict with the same command"
         return f"{words}; {'choose another path or change its permissions' if code == 2 else again}", code
     return "", None
 
 
-def user_error(error: BaseException | None) -> UserError | None:
-    """Return the ``UserError`` among the causes of an exception, if there is one; a missing package counts as one."""
-    while error is not None and not isinstance(error, UserError):
-        if isinstance(error, ModuleNotFoundError) and "pip install" in str(error):  # a logger, a profiler
-            return ConfigError(str(error).replace("`", "'"))
-        error = error.__cause__ or error.__context__
-    return error
+def _explain_exit(error: SystemExit) -> tuple[str, int | None]:
+    """Return the message and exit code where Lightning ended the process after a signal."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException  # here, because it imports torch
+
+    if isinstance(error, SIGTERMException):  # without a code, which would mean success
+        return str(error) or "stopped by SIGTERM; continue a training with --ckpt_path=last", TERMINATED
+    if isinstance(error.__context__, KeyboardInterrupt):
+        return str(error.__context__) or "interrupted by Ctrl-C", INTERRUPTED
+    return "", None
 
 
 def parser_message(message: str, error: BaseException | None, known: Iterable[str]) -> str:
@@ -63,6 +68,13 @@ def parser_message(message: str, error: BaseException | None, known: Iterable[st
     nested = _nested(error)
     if nested is not None and key:
         return f"{key[1]}: {nested}"
+    absent = re.search(r"dot import path string: (\S+)|given class_path '(\S+)':\s+(No module named|module)", message)
+    if absent and key:
+        name = absent[1] or absent[2]
+        return (
+            f"{key[1]}: there is no class {name}; give the name of a class of Lightning, torch or MTMedFormer, or the "
+            "whole import path of your own"
+        )
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     reasons = [line.removeprefix("- ") for line in lines if line.startswith("- ") and "NoneType" not in line]
     text = f"{key[1]}: {'; '.join(dict.fromkeys(reasons))}" if key and reasons else " ".join(lines)

@@ -150,7 +150,7 @@ def epochs_done(training: Training) -> float:
     if total <= 0:
         return 0.0
     epochs = [int(row["epoch"]) for row in training.logged() if row.get("epoch", "").isdigit()]
-    return min(1.0, (max(epochs) + 1) / total) if epochs else 0.0
+    return min(1.0, max(epochs) / total) if epochs else 0.0
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,112 @@
+"""Settings of Lightning's Trainer that a run cannot have: refused by name, before anything is built or written.
+
+``docs/training_options.md`` lists what works and what is refused, with reasons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum
+from importlib.util import find_spec
+from typing import Any
+
+from jsonargparse import Namespace
+
+from mtmedformer.errors import ConfigError
+
+PRECISIONS = frozenset({"32-true", "32", "16-mixed", "16", "bf16-mixed", "bf16", "bf16-true", "64-true", "64"})
+"""Values of ``trainer.precision`` that train right."""
+
+HALVED = "16-true"
+"""Trains with no optimizer whose state underflows, such as AdamW; a trained model can be applied in it."""
+
+SHARDED = ("fsdp", "deepspeed", "model_parallel", "modelparallel", "xla", "single_xla")
+"""Beginnings of the names of strategies that divide the weights over devices, or need other hardware."""
+
+IN_MEMORY = ("spawn", "fork", "notebook", "popen")
+"""Parts of the names of strategies whose processes are copies of this one, not commands."""
+
+REFUSED_CALLBACKS = {
+    "LearningRateFinder": "it gives all layers one learning rate, which schedule and layer_decay then replace, and "
+    "config.yaml would not have it. Search with 'mtmedformer sweep' over optimizer.lr",
+    "BatchSizeFinder": "it changes data.batch_size after config.yaml is written, so the run could be neither repeated "
+    "nor resumed. Set data.batch_size",
+    "BackboneFinetuning": "it needs a module with the attribute backbone; train the encoder more slowly with "
+    "model.layer_decay",
+}
+"""Lightning's callbacks that do not work with these models, and what to use instead."""
+
+
+def check_settings(config: Namespace, command: str) -> None:
+    """Check the seed and the section ``trainer`` of a command.
+
+    Args:
+        config: The configuration of the command.
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Raises:
+        ConfigError: A setting that cannot work; the message names it, the reason and the fix.
+    """
+    seed, trainer = config.get("seed_everything"), config.trainer
+    if not isinstance(seed, bool | None) and not 0 <= seed < 2**32:
+        raise ConfigError(f"seed_everything={seed}: a seed is a whole number from 0 to {2**32 - 1}")
+    precision = str(trainer.precision or "32-true")
+    if precision not in PRECISIONS and not (precision == HALVED and command != "fit"):
+        why = "the optimizer's state underflows in half precision" if precision == HALVED else "it is not supported"
+        raise ConfigError(f"trainer.precision={precision}: {why}; choose 32-true, bf16-mixed, 16-mixed or bf16-true")
+    if trainer.barebones:
+        raise ConfigError(
+            "trainer.barebones=true: a run without logs, checkpoints and callbacks keeps nothing; to measure speed use "
+            "--trainer.profiler=simple"
+        )
+    if next(_names(trainer.profiler)).lower().startswith("xla"):
+        raise ConfigError("trainer.profiler=xla: it needs a TPU; choose simple, advanced or pytorch")
+    _check_strategy(trainer.strategy)
+    for callback in trainer.callbacks or ():
+        for key, value in (callback.get("init_args") or {}).items():
+            if isinstance(value, Enum):  # a default that jsonargparse cannot write into config.yaml (Timer)
+                callback.init_args[key] = value.value
+    if command == "fit":
+        _check_fit(trainer, federated=config.get("federation") is not None)
+
+
+def _check_strategy(strategy: Any) -> None:
+    names = list(_names(strategy))
+    if any(name.lower().startswith(SHARDED) for name in names):
+        raise ConfigError(
+            f"trainer.strategy={names[0]}: checkpoints hold the whole model, which this strategy divides over devices; "
+            "use ddp"
+        )
+    if any(word in name.lower() for name in names for word in IN_MEMORY):
+        raise ConfigError(
+            f"trainer.strategy={names[0]}: results in the memory of its processes would be lost; use ddp, which starts "
+            "the command once per device"
+        )
+
+
+def _check_fit(trainer: Namespace, federated: bool) -> None:
+    for key in ("max_epochs", "max_steps", "limit_train_batches"):
+        if trainer.get(key) is not None and trainer[key] == 0:
+            raise ConfigError(f"trainer.{key}=0: nothing would be trained")
+    if trainer.accumulate_grad_batches < 1:
+        raise ConfigError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: it is at least 1")
+    precision = str(trainer.precision)
+    if federated and precision in {"bf16-true", "64-true", "64"}:
+        raise ConfigError(f"trainer.precision={precision}: updates of sites need 32-true weights; use bf16-mixed")
+    for callback in trainer.callbacks or ():
+        name = next(_names(callback)).rpartition(".")[2]
+        if name in REFUSED_CALLBACKS:
+            raise ConfigError(f"trainer.callbacks: {name} cannot be used, because {REFUSED_CALLBACKS[name]}")
+        if name == "LearningRateMonitor" and trainer.logger is False:
+            raise ConfigError("trainer.callbacks: LearningRateMonitor needs a logger, but trainer.logger is false")
+        if name == "DeviceStatsMonitor" and find_spec("psutil") is None:
+            raise ConfigError("trainer.callbacks: DeviceStatsMonitor needs psutil: pip install psutil")
+
+
+def _names(value: Any) -> Iterator[str]:
+    """Yield the name of a class or of a shortcut in the configuration, and its start method where it has one."""
+    if isinstance(value, Namespace):
+        yield str(value.class_path).rpartition(".")[2]
+        yield str((value.get("init_args") or {}).get("start_method", ""))
+    else:
+        yield str(value)
