@@ -152,8 +152,7 @@ def test_a_run_resumed_after_ctrl_c_equals_an_uninterrupted_one(images, tmp_path
     file = write_config(config, tmp_path / "broken.yaml")
     callback = f"{{class_path: test_cli.KillAt, init_args: {{epoch: {epoch}, batch: {batch}}}}}"
     sys.modules["test_cli"] = sys.modules[__name__]
-    with pytest.raises(SystemExit):
-        main(["fit", "--config", file, f"--trainer.callbacks=[{callback}]"])
+    assert main(["fit", "--config", file, f"--trainer.callbacks=[{callback}]"]) == 130
     assert main(["fit", "--config", file, "--ckpt_path=last"]) == 0
     expected, resumed = (weights_of(tmp_path / run / "checkpoints/last.ckpt") for run in ("run", "broken"))
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
@@ -252,7 +251,18 @@ CLASSES = "--model.heads.organ.init_args.classes=[liver]"
         ["fit", "--data.tasks=[organ]"],
         ["fit", "--data.root=/nowhere"],
         ["fit", "--trainer.max_epocs=3"],
+        ["fit", "--seed_everything=-5"],
+        ["fit", "--trainer.barebones=true"],
+        ["fit", "--trainer.precision=16-true"],
+        ["fit", "--trainer.devices=2", "--trainer.strategy=ddp_spawn"],
+        ["fit", "--trainer.callbacks+=LearningRateMonitor", "--trainer.logger=false"],
+        ["fit", "--trainer.logger=WandbLogger", "--trainer.logger.project=a/b"],
+        ["fit", "--trainer.logger=WandbLogger", "--trainer.logger.offline=true", "--trainer.logger.log_model=all"],
+        ["fit", "--optimizer.lr=-1"],
+        ["fit", "--optimizer=LBFGS", "--model.layer_decay=0.5"],
+        ["fit", "--lr_scheduler=OneCycleLR", "--lr_scheduler.max_lr=0.01"],
         ["fit", "--ckpt_path=last"],
+        ["fit", "--ckpt_path="],
         ["fit", "--ckpt_path=BEST", "--model.encoder.channels=8"],
         ["fit", "--ckpt_path=BEST", "--optimizer.lr=0.5"],
         ["fit", "--ckpt_path=ALONE", "--optimizer.lr=0.5"],
@@ -261,6 +271,9 @@ CLASSES = "--model.heads.organ.init_args.classes=[liver]"
         ["fit", "--trainer.logger=lightning.pytorch.loggers.WandbLogger", CLASSES],
         ["fit", "--trainer.callbacks+=StartWeights", "--data.root=/nowhere"],
         ["test", "--ckpt_path=BEST", "--data.root=/nowhere"],
+        ["test"],
+        ["test", "--ckpt_path=moved.ckpt"],
+        ["validate", "--ckpt_path="],
         ["test", "--ckpt_path=BEST", CLASSES],
         ["predict", "--ckpt_path=BEST", "--data.root=/nowhere"],
         ["predict", "--ckpt_path=BEST", CLASSES],

@@ -249,7 +249,7 @@ def test_an_interval_stays_within_the_limits_of_its_metric(tmp_path):
         assert getattr(value, of).error > 0.2
 
 
-@pytest.mark.parametrize(("text", "share"), [("step,epoch\n3,0\n7", 0.25), ("step,epoch\n3,0\n7,1\n", 0.5), ("st", 0)])
+@pytest.mark.parametrize(("text", "share"), [("step,epoch\n3,1\n7", 0.25), ("step,epoch\n3,1\n7,2\n", 0.5), ("st", 0)])
 def test_progress_is_read_from_a_half_written_file(tmp_path, text, share):
     training = Training("plain", "seed0", {"trainer": {"max_epochs": 4}}, "key", tmp_path)
     (tmp_path / "run").mkdir()
