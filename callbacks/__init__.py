@@ -21,6 +21,7 @@ from callbacks.run.run_folder import (
     RunStart,
     is_run_folder_of,
     latest_run_folder,
+    lock_run,
     run_folder_of,
 )
 from callbacks.run.run_logger import RunLogger
@@ -54,6 +55,7 @@ __all__ = [
     "check_wandb_names",
     "is_run_folder_of",
     "latest_run_folder",
+    "lock_run",
     "run_folder_of",
     "run_identity",
 ]

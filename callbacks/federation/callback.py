@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from federation.client.lightning_internals import note_sigterm_per_process
 from federation.client.site_trainer import SiteTrainer
 from federation.client.train import SiteState, state_of
 from federation.exchange.schema import State, schema_of
+from federation.exchange.update import WAITING
 from federation.partition import Holding
 from federation.privacy.policy import PrivacyPolicy, policies_by_site
 from federation.server.admission import Policy
@@ -203,7 +205,9 @@ class Federation(L.Callback):
                 training, self.holdings, site_trainer, self.server.privacy, self._steps or 0
             )
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            shutil.rmtree(Path(trainer.default_root_dir, WAITING), ignore_errors=True)  # of a killed process
             write_sites(self.holdings, sites, Path(trainer.default_root_dir))
+        trainer.strategy.barrier()  # no process writes updates before
         self._write_state(trainer, f"{len(self._training_sites(trainer))} sites")
 
     # --- a round ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import lightning as L
@@ -105,7 +106,10 @@ class SiteTrainers:
             processes_of(self.server),
             self.validation if validates else None,
         )
-        return IsolatedTrainer(local) if self.placement == "isolated" else local
+        if self.placement != "isolated":
+            return local
+        writes = not self.server.fast_dev_run  # type: ignore[attr-defined]
+        return IsolatedTrainer(local, Path(self.server.default_root_dir) if writes else None)
 
     def _limited(self) -> Callable[..., L.Trainer]:
         """Return the factory, limited to the batches of the server's ``fast_dev_run``."""

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,7 +23,7 @@ RUN_DIR = "MTMEDFORMER_RUN_DIR"
 """Environment variable with the run folder, for the processes that the first process of a run launches."""
 
 LOCK = "run.lock"
-"""Empty file that marks a folder as taken by a run."""
+"""Empty file that marks a folder as taken by a run; locked while a process trains it."""
 
 
 class RunFolder:
@@ -41,6 +42,7 @@ class RunFolder:
 
     def __init__(self, root: Path) -> None:
         self._lock: TextIO | None = None
+        self._unlock: Callable[[], None] | None = None
         if os.environ.get("LOCAL_RANK", "0") != "0":
             self.path = Path(os.environ.get(RUN_DIR, root))
             return
@@ -51,7 +53,7 @@ class RunFolder:
         os.environ[RUN_DIR] = str(self.path)
 
     def create(self) -> None:
-        """Create the folder and mark it as taken; does nothing in a launched process, or the second time.
+        """Create the folder, mark it as taken and lock it; does nothing in a launched process, or the second time.
 
         Raises:
             ConfigError: Another computer has created it in the meantime.
@@ -63,10 +65,13 @@ class RunFolder:
             (self.path / LOCK).touch(exist_ok=False)
         except FileExistsError:
             raise ConfigError(f"{self.path}: another run has just taken this run folder; start again") from None
+        self._unlock = lock_run(self.path)
         self.release()
 
     def release(self) -> None:
-        """Give up the reservation of a folder that was not created."""
+        """Give up the reservation of a folder that was not created, or the lock of one whose run has ended."""
+        if self._lock is None and self._unlock is not None:
+            self._unlock()
         if self._lock is not None:
             Path(self._lock.name).unlink(missing_ok=True)
             fcntl.flock(self._lock, fcntl.LOCK_UN)
@@ -87,6 +92,31 @@ class RunFolder:
             self.release()
             return False
         return True
+
+
+def lock_run(folder: Path) -> Callable[[], None]:
+    """Lock the folder of a run for this process, so that no second process trains it; the lock ends with the process.
+
+    Returns:
+        What gives the lock up again; without effect in a launched process, where the file system has no locks, or in a
+        folder that no run has taken.
+
+    Raises:
+        ConfigError: Another process holds the lock.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0" or not (folder / LOCK).is_file():
+        return lambda: None
+    file = (folder / LOCK).open("r+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not inherited by forked ones
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ConfigError(
+            f"{folder}: another process trains this run now; wait until it has ended, or stop it first"
+        ) from None
+    except OSError:  # a network drive without locks
+        pass
+    return file.close
 
 
 def latest_run_folder(root: Path, checkpoint: str = "") -> Path:

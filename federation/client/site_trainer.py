@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import lightning as L
@@ -15,6 +16,7 @@ from federation.client.local_training import RoundPlan, SiteState, TrainingInter
 from federation.client.subprocess import SiteTimeoutError, train_isolated
 from federation.client.train import SiteResult, train_site
 from federation.exchange.collectives import Processes
+from federation.exchange.update import WAITING
 from federation.privacy.policy import PrivacyPolicy
 
 
@@ -102,9 +104,11 @@ class IsolatedTrainer:
 
     Attributes:
         local: Trains the site in the forked process.
+        folder: The run folder, in which the processes leave their results; ``None``: the system's temporary folder.
     """
 
     local: InProcessTrainer
+    folder: Path | None = None
 
     def train(self, site: str, plan: RoundPlan, state: SiteState) -> SiteResult:
         """Train a site in a process of its own; see ``SiteTrainer.train``.
@@ -117,4 +121,5 @@ class IsolatedTrainer:
         def work(stop: Callable[[], bool]) -> SiteResult:
             return self.local.train_until(stop, site, plan, state)
 
-        return train_isolated(work, None, self.local.deadline, self.local.stop)
+        waiting = None if self.folder is None else self.folder / WAITING
+        return train_isolated(work, waiting, self.local.deadline, self.local.stop)

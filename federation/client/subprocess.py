@@ -56,7 +56,7 @@ def train_isolated(
 
     Args:
         work: Trains the site; its argument returns, after every batch, whether to stop.
-        folder: Folder of the files; ``None`` is the temporary folder of the system.
+        folder: Folder of the files, created if needed; ``None`` is the temporary folder of the system.
         deadline: Seconds to wait; ``None`` waits as long as it takes.
         stop: Whether the run is to stop; called every tenth of a second.
 
@@ -67,6 +67,8 @@ def train_isolated(
         SiteTrainingError: When the training raised an error.
         ConfigError: When the training raised one.
     """
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     box = Path(tempfile.mkdtemp(prefix="site-", dir=folder))
     process = multiprocessing.get_context("fork").Process(target=_run, args=(work, box, os.getpid()))
     until = time.monotonic() + (deadline or float("inf"))

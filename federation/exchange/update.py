@@ -21,6 +21,12 @@ from mtmedformer.storage.hashing import state_hash
 FACTS = ("site", "round", "base", "schema", "metrics", "samples", "steps", "seconds", "rounding")
 """Fields of the header of an update, besides its blocks."""
 
+WAITING = "updates"
+"""Folder in the run folder for updates of the current round and files of isolated sites, which may hold private keys.
+
+It exists during a round only: what is there when a run starts was left by a killed process.
+"""
+
 
 @dataclass
 class BlockUpdate:

@@ -23,7 +23,7 @@ from federation.client.subprocess import SiteCrashError, SiteTimeoutError, SiteT
 from federation.client.train import RoundPlan, SiteResult, SiteState
 from federation.exchange.collectives import Processes
 from federation.exchange.schema import State
-from federation.exchange.update import Update, load_update, save_update
+from federation.exchange.update import WAITING, Update, load_update, save_update
 from federation.server.admission import Fault, Policy, RoundError, outliers
 from federation.server.drift import Drift
 from federation.server.history import RoundRecord, SiteRecord
@@ -74,7 +74,7 @@ class Round:
             aggregator.site_objective("").sends_extra,
             declared or {},
         )
-        waiting = None if folder is None else folder / "updates"
+        waiting = None if folder is None else folder / WAITING
         if waiting is not None:
             waiting.mkdir(parents=True, exist_ok=True)
         self._waiting = Path(tempfile.mkdtemp(prefix=f"round-{plan.round + 1}-", dir=waiting))

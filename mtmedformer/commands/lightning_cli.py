@@ -222,14 +222,14 @@ class CommandLine(CLIWithoutCheckpointParsing):
                 )
             if keyword or (run and not differs and callbacks.is_run_folder_of(root, folder)):
                 self.continues = True
+                self.resources.callback(callbacks.lock_run(folder))
                 return folder
-        chosen = callbacks.RunFolder(root)
-        self.resources.callback(chosen.release)
-        self.new_folder = chosen
+        self.new_folder = callbacks.RunFolder(root)
+        self.resources.callback(self.new_folder.release)
         if folder is not None:
             why = differs or (f"trainer.default_root_dir is {root}" if run else f"{folder} has no config.yaml")
-            rank_zero_info(f"Training from {config.ckpt_path} in a new run folder, {chosen.path}: {why}.")
-        return chosen.path
+            rank_zero_info(f"Training from {config.ckpt_path} in a new run folder, {self.new_folder.path}: {why}.")
+        return self.new_folder.path
 
     def resolved_config(self) -> dict[str, Any]:
         """Return the whole configuration of the subcommand as plain values, all defaults filled in."""

@@ -114,6 +114,20 @@ def test_fit_runs_rounds_and_counts_them(trained):
     assert "site/south/train/nodules/loss" not in logged, "the site south has no boxes"
 
 
+def test_a_run_that_another_process_trains_is_not_resumed(trained, tmp_path, capsys):
+    folder, config = trained
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, 2); print(1, flush=True); input()"
+    command = [sys.executable, "-c", hold, str(folder / "run.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline()
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        assert main(["fit", "--config", config, "--ckpt_path=last"]) == 2
+        assert "another process trains this run now" in " ".join(capsys.readouterr().err.split())
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+        other.communicate("\n")
+    assert main(["fit", "--config", config, "--ckpt_path=last"]) == 0, "the other process has ended"
+
+
 def test_the_matrix_of_sites_and_tasks_is_written(trained):
     folder, _ = trained
     north, south = json.loads((folder / "sites.json").read_text())
@@ -430,7 +444,7 @@ def test_options_reach_the_sites_from_the_command_line(images, tmp_path):
     state = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["callbacks"]["Federation"]
     assert {name: site["steps"] for name, site in state["sites"].items()} == {"north": 2, "south": 2}
     assert state["sites"]["north"]["optimizers"]
-    assert "organ/dice" in state["history"][0]["sites"]["south"]["metrics"]
+    assert "organ/dice" in state["history"][0]["sites"]["south"]["trained"]
 
 
 def test_the_same_data_without_the_federation_key_is_trained_on_pooled(images, tmp_path):

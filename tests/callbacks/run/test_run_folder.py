@@ -1,13 +1,15 @@
 """Run folders are claimed once, found again, and their CSV goes on where the interrupted run left it."""
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks import RunFolder, RunLogger, latest_run_folder, run_folder_of
-from callbacks.run.run_folder import is_run_folder_of
+from callbacks.run.run_folder import is_run_folder_of, lock_run
 from mtmedformer.errors import ConfigError
 
 
@@ -15,6 +17,7 @@ def claim_run_folder(root):
     """Choose and create a run folder; return its path."""
     folder = RunFolder(root)
     folder.create()
+    folder.release()
     return folder.path
 
 
@@ -99,3 +102,26 @@ def test_other_processes_write_no_rows(tmp_path, monkeypatch):
     logger.log_metrics({"loss": 1.0}, 1)
     logger.save()
     assert (tmp_path / "metrics.csv").read_text() == "epoch,loss\n0,1.5\n"
+
+
+def test_a_run_is_locked_for_other_processes_until_it_ends(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    tries = (
+        "import fcntl, sys; f = open(sys.argv[1], 'r+')\n"
+        "try: fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB); print('free')\nexcept OSError: print('locked')"
+    )
+
+    def state() -> str:
+        command = [sys.executable, "-c", tries, str(folder.path / "run.lock")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert state() == "locked"
+    folder.release()
+    assert state() == "free"
+    unlock = lock_run(folder.path)
+    assert state() == "locked"
+    unlock()
+    assert state() == "free"
+    lock_run(tmp_path / "no run")()
+    assert not (tmp_path / "no run").exists()

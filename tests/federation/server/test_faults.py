@@ -245,6 +245,26 @@ def test_a_killed_server_resumes_with_the_same_bits(tmp_path, without, where):
     assert not list(tmp_path.rglob("*.part*"))
 
 
+def test_what_a_killed_round_left_is_in_the_run_folder_and_gone_after_the_next_start(tmp_path, monkeypatch):
+    run, temporary = tmp_path / "run", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    process = start(run, faults={"b": {"0": "late"}}, rounds=1, placement="isolated")
+    began = time.monotonic()
+    while not list(run.glob("updates/round-1-*/a.safetensors")) and time.monotonic() - began < 100:
+        time.sleep(0.1)
+    while not list(run.glob("updates/site-*")) and time.monotonic() - began < 100:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    left = [path for path in (run / "updates").iterdir() if path.is_dir()]
+    assert {path.name.split("-")[0] for path in left} == {"round", "site"}
+    assert all(path.stat().st_mode & 0o077 == 0 for path in left), "private keys of sites may be in them"
+    assert not [path for path in temporary.iterdir() if path.name.startswith(("site-", "round-"))]
+    train(run, rounds=1, placement="isolated")
+    assert not (run / "updates").exists()
+
+
 @pytest.mark.slow
 def test_the_processes_of_isolated_sites_end_with_a_killed_server(tmp_path):
     process = start(tmp_path, faults={"b": {"1": "late"}}, placement="isolated")
