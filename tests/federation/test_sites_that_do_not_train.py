@@ -11,7 +11,7 @@ from callbacks.federation.console import round_line
 from datamodules import LabelsCSVDataModule
 from datamodules.labels_csv.columns import BoxColumns, ClassColumns, MaskColumns
 from federation import FederatedDataModule
-from federation.server.history import RoundRecord
+from federation.server.history import RoundRecord, SiteRecord
 from federation.server.participation import check_participation
 from mtmedformer.batch import Meta, Sample, collate
 from mtmedformer.errors import ConfigError, DataError
@@ -173,4 +173,5 @@ def test_a_schedule_names_sites_that_train_and_each_once():
         check_participation([["a", "c"]], ["a", "b", "c"], ["a", "b"])
     with pytest.raises(ConfigError, match="a comes twice in entry 2"):
         check_participation([["a"], ["a", "a"]])
-    assert "1 site ·" in round_line(RoundRecord(0, {"a": None}), 2, 1.0)  # type: ignore[dict-item]
+    trained, validated = SiteRecord(blocks={"encoder": {"num_examples": 1}}), SiteRecord(metrics={"score": 0.5})
+    assert "1 site ·" in round_line(RoundRecord(0, {"a": trained, "b": validated}), 2, 1.0)
