@@ -33,6 +33,9 @@ COMPARED = ("seed_everything", "model", "data", "optimizer", "lr_scheduler", "fe
 TRAINER_KEYS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 """Keys of ``trainer`` that are the same, too: they decide what a step does."""
 
+OF_LIGHTNING = {"pytorch-lightning_version": str, "epoch": int, "global_step": int}
+"""Keys that Lightning reads from every checkpoint, with their types."""
+
 FREE_KEYS = frozenset(
     {
         *("num_workers", "cache_dir", "cache_max_gb", "predict_split"),  # of a data set
@@ -149,8 +152,15 @@ def building(checkpoint: str | None) -> Iterator[None]:
     if not checkpoint:
         yield
         return
+    stored = read_checkpoint(checkpoint)
+    for key, kind in OF_LIGHTNING.items():
+        if not isinstance(stored.get(key), kind):
+            raise ConfigError(
+                f"--ckpt_path={checkpoint}: not a checkpoint of 'fit' (it has no {key}); give one, or load its weights "
+                "with --model.init_weights"
+            )
     try:
-        with no_larger_than(read_checkpoint(checkpoint)["state_dict"]):
+        with no_larger_than(stored["state_dict"]):
             yield
     except (RuntimeError, MemoryError, OverflowError, ZeroDivisionError, IndexError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else "no reason given"

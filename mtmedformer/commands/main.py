@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import resource
 import sys
 import warnings
 from typing import NamedTuple
@@ -15,6 +16,9 @@ from typing import NamedTuple
 import mtmedformer
 from mtmedformer.commands.messages import explain, print_error
 from mtmedformer.errors import ConfigError
+
+FEWEST_FILES, USUAL_FILES = 128, 4096
+"""Files that a process must be allowed to open, and the limit that it raises its own to where it may."""
 
 LIGHTNING_CLI = "mtmedformer.commands.lightning_cli"
 
@@ -60,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else 2
     _quieten()
     try:
+        _check_process()
         return _run(argv)
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         message, exit_code = explain(error)
@@ -94,6 +99,29 @@ def _run(argv: list[str]) -> int:
     arguments = argv if command.module == LIGHTNING_CLI else argv[1:]
     exit_code: int = importlib.import_module(command.module).main(arguments)
     return exit_code
+
+
+def _check_process() -> None:
+    """Refuse to start where the process could only fail later, in a worker or without a message.
+
+    Raises:
+        ConfigError: The current folder is gone, or too few files may be open.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError("the current folder does not exist any more; change to another one") from error
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    now = max(soft, USUAL_FILES if hard == resource.RLIM_INFINITY else min(hard, USUAL_FILES))
+    if now > soft:  # workers share tensors by open files
+        resource.setrlimit(resource.RLIMIT_NOFILE, (now, hard))
+    if now < FEWEST_FILES:
+        raise ConfigError(
+            f"a process may open only {now} files here, and processes that read images would hang; allow at least "
+            f"{FEWEST_FILES} with 'ulimit -n {FEWEST_FILES}'"
+        )
 
 
 def _quieten() -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mtmedformer.storage.write_errors import name_file
+
 
 @contextmanager
 def atomic_write(file: Path) -> Iterator[Path]:
@@ -28,6 +30,9 @@ def atomic_write(file: Path) -> Iterator[Path]:
         os.replace(part, file)
         if os.name == "posix":  # other systems do not open folders
             _flush(file.parent, os.O_RDONLY)
+    except Exception as error:
+        name_file(error, file)
+        raise
     finally:
         part.unlink(missing_ok=True)
 

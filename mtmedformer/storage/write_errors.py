@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 _FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "the file is too large"}
 _LIMITS = _FULL | {
@@ -18,6 +19,7 @@ _CLOSED = {
     errno.EPERM: "operation not permitted",
     errno.ENOTDIR: "a part of the path is a file and not a folder",
     errno.EISDIR: "it is a folder",
+    errno.EEXIST: "something else with this name is there",
     errno.ENAMETOOLONG: "the path is too long",
     errno.ELOOP: "too many symbolic links",
 }
@@ -62,6 +64,13 @@ def system_error(error: BaseException) -> tuple[str, int] | None:
                 if re.search(pattern, str(one)):
                     return words, 2 if words in _CLOSED.values() else 1
     return None
+
+
+def name_file(error: BaseException, file: Path) -> None:
+    """Add the name of a file to the ``OSError`` among the causes of an exception; a write has none by itself."""
+    for one in _chain(error):
+        if isinstance(one, OSError) and one.errno is not None and one.filename is None:
+            one.filename = str(file)
 
 
 def ends_every_write(error: BaseException) -> bool:

@@ -11,7 +11,7 @@ from mtmedformer.commands.main import main
 from mtmedformer.commands.named_classes import check_stored, own_words
 from mtmedformer.errors import ConfigError
 from mtmedformer.storage.hashing import WEIGHTS_DIGEST, state_hash
-from tests.fixtures.stored_models import description, write_checkpoint
+from tests.fixtures.stored_models import OF_FIT, description, write_checkpoint
 
 COMMANDS = ("predict", "test", "validate", "fit", "predict --images")
 
@@ -33,7 +33,7 @@ def foreign(tmp_path, monkeypatch):
 
 def stored(folder: Path, hyper_parameters=lambda given: given, data=lambda given: given) -> Path:
     """Write a run whose model and data are changed by functions."""
-    file = write_checkpoint(folder)
+    file = write_checkpoint(folder, **OF_FIT)
     checkpoint = torch.load(file, weights_only=True)
     checkpoint["hyper_parameters"] = hyper_parameters(checkpoint["hyper_parameters"])
     torch.save(checkpoint, file)
