@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from torch.utils.data import DataLoader
@@ -28,6 +29,7 @@ from mtmedformer.module import MultiTaskModule
 from mtmedformer.plots.html import Html, figure, write_page
 from mtmedformer.plots.style import class_colours
 from mtmedformer.protocols import DescribedData
+from mtmedformer.storage.shared_config import without_paths
 
 
 class ModelReport(Callback):
@@ -163,8 +165,9 @@ def _model_description(trainer: Trainer, module: MultiTaskModule) -> ModelDescri
 
 
 def _config(folder: Path) -> str:
-    """Return the configuration of the training, or else of the test, as text."""
+    """Return the configuration of the training, or else of the test, as text, without the paths of this computer."""
     for name in ("config.yaml", "config_test.yaml"):
         if (folder / name).is_file():
-            return (folder / name).read_text()
+            config = yaml.safe_load((folder / name).read_text(encoding="utf-8"))
+            return yaml.safe_dump(without_paths(config), sort_keys=False, allow_unicode=True)
     return ""

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import WandbLogger
 from mtmedformer.errors import ConfigError
 from mtmedformer.protocols import QuarantiningData
 from mtmedformer.storage.atomic_write import atomic_write
+from mtmedformer.storage.shared_config import without_paths
 
 RUN_DIR = "MTMEDFORMER_RUN_DIR"
 """Environment variable with the run folder, for the processes that the first process of a run launches."""
@@ -180,6 +181,8 @@ class AtStart(Callback):
 class RunStart(AtStart):
     """Creates the run folder, and saves the resolved configuration in it and in the loggers that keep one.
 
+    Loggers get it without the paths of this computer.
+
     Args:
         folder: The run folder.
         config: The whole configuration, as plain values.
@@ -196,11 +199,12 @@ class RunStart(AtStart):
         folder = self.folder.path if isinstance(self.folder, RunFolder) else self.folder
         with atomic_write(folder / self.filename) as part:
             part.write_text(yaml.safe_dump(self.config, sort_keys=False), encoding="utf-8")
+        shared = without_paths(self.config)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.experiment.config.update(self.config, allow_val_change=True)
+                logger.experiment.config.update(shared, allow_val_change=True)
             else:
-                logger.log_hyperparams(self.config)
+                logger.log_hyperparams(shared)
 
 
 class QuarantineReport(AtStart):

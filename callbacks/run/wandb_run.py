@@ -26,6 +26,10 @@ TAG = 64
 """Longest tag W&B takes."""
 
 
+PRIVATE = {"WANDB_CONSOLE": "off", "WANDB_X_DISABLE_META": "true"}
+"""Settings of W&B: no copy of the console and no record of arguments and folders, which contain paths of the site."""
+
+
 def run_identity(
     configured: Mapping[str, Any], folder: Path, command: str, checkpoint: str | None, rounds: bool
 ) -> dict[str, str]:
@@ -43,6 +47,8 @@ def run_identity(
     Returns:
         Some of ``id``, ``name``, ``group`` and ``job_type``.
     """
+    for setting, value in PRIVATE.items():
+        os.environ.setdefault(setting, value)
     values: dict[str, str] = {}
     if "WANDB_SWEEP_ID" not in os.environ and "WANDB_RUN_ID" not in os.environ:
         own = configured.get("id") or configured.get("version")

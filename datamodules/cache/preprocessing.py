@@ -35,6 +35,7 @@ PIXEL_CODE = (
     "mtmedformer/batch.py",
     "mtmedformer/errors.py",
     "mtmedformer/geometry.py",
+    "mtmedformer/storage/safe_text.py",
 )
 """Folders and files whose code can change an entry. A change in any of them decodes every image again.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mtmedformer.errors import DataError
+from mtmedformer.storage.safe_text import cell, printable
 
 IMAGE = "image"
 """Subject of an issue that makes the whole image unusable, not only the label of one task."""
@@ -37,6 +38,10 @@ class Issue:
     reason: str
     detail: str = ""
     transient: bool = False
+
+
+def _texts(issue: Issue) -> tuple[str, ...]:
+    return issue.id, issue.file, issue.subject, issue.reason, issue.detail
 
 
 @dataclass
@@ -116,5 +121,5 @@ class Quarantine:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
-            writer.writerows((i.id, i.file, i.subject, i.reason, i.detail) for i in self.issues)
+            writer.writerows([cell(printable(text)) for text in _texts(issue)] for issue in self.issues)
         return path

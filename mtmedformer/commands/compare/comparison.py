@@ -13,6 +13,7 @@ from mtmedformer.commands.compare.statistics import Estimate, Summary, Verdict
 from mtmedformer.commands.compare.study import Average, Checkpoint
 from mtmedformer.commands.compare.trainings import Models, Split, write_json
 from mtmedformer.storage.atomic_write import atomic_write
+from mtmedformer.storage.safe_text import cell
 
 NAN = float("nan")
 
@@ -176,7 +177,9 @@ def write_csv(comparison: Comparison, file: Path) -> None:
     with atomic_write(file) as part, part.open("w", newline="") as lines:
         writer = csv.DictWriter(lines, _COLUMNS)
         writer.writeheader()
-        writer.writerows(map(_plain, rows))
+        writer.writerows(
+            {key: cell(one) if isinstance(one, str) else one for key, one in _plain(row).items()} for row in rows
+        )
 
 
 _COLUMNS = ["metric", "variant", "evaluated", "runs", "mean", "mean_low", "mean_high", "share", "worst_site", "worst"]

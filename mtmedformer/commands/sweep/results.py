@@ -19,6 +19,7 @@ from rich.table import Table
 from mtmedformer.commands.sweep.trials import TrialResult
 from mtmedformer.errors import ConfigError
 from mtmedformer.storage.atomic_write import atomic_write
+from mtmedformer.storage.safe_text import cell
 
 PRIMARY = re.compile(r"val/[^/]+/(auroc|map50|dice)")
 """The metrics whose mean is ``val/score``, one per task."""
@@ -72,12 +73,14 @@ def write_csv(rows: Sequence[TrialResult], front: set[int], file: Path) -> None:
     metrics = sorted({name for row in rows for name in row.metrics})
     with atomic_write(file) as part, part.open("w", newline="") as lines:
         writer = csv.writer(lines)
-        writer.writerow(["trial", "value", "front", "epoch", "seconds", *parameters, *metrics, "failed"])
+        names = (cell(name) for name in (*parameters, *metrics))
+        writer.writerow(["trial", "value", "front", "epoch", "seconds", *names, "failed"])
         for row in rows:
             head = [row.number, "" if row.value is None else row.value, int(row.number in front), row.epoch]
             values = [row.parameters.get(key, "") for key in parameters]
+            values = [cell(value) if isinstance(value, str) else value for value in values]
             writer.writerow(
-                [*head, round(row.seconds, 1), *values, *(row.metrics.get(m, "") for m in metrics), row.reason]
+                [*head, round(row.seconds, 1), *values, *(row.metrics.get(m, "") for m in metrics), cell(row.reason)]
             )
 
 
