@@ -199,14 +199,12 @@ def collate(samples: Sequence[Sample], tasks: dict[str, Task]) -> Batch:
     )
 
 
-def with_entries(batch: Batch, tasks: dict[str, Task]) -> Batch:
-    """Return a batch that has an entry for every task; in the added entries no image is labelled."""
-    absent = {name: task for name, task in tasks.items() if name not in batch.targets}
-    if not absent:
-        return batch
+def add_entries(batch: Batch, tasks: dict[str, Task]) -> None:
+    """Add to a batch, in place, an entry for every task without one; no image is labelled in it."""
     nothing: list[Tensor | Boxes | None] = [None] * len(batch)
-    made = {name: _target(task, nothing, batch.image[0]).to(batch.image.device) for name, task in absent.items()}
-    return Batch(batch.image, batch.targets | made, batch.meta)
+    for name, task in tasks.items():
+        if name not in batch.targets:
+            batch.targets[name] = _target(task, nothing, batch.image[0]).to(batch.image.device)
 
 
 def _target(task: Task, truths: list[Tensor | Boxes | None], image: Tensor) -> Target:

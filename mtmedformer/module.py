@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from mtmedformer.batch import Batch, with_entries
+from mtmedformer.batch import Batch, add_entries
 from mtmedformer.calibration import plain, restored
 from mtmedformer.checks import check_digest, check_gradient_aggregation, check_resumed, check_tasks, check_weights
 from mtmedformer.encoders.base import Encoder
@@ -108,11 +108,6 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
             check_tasks(stage, self.tasks, datamodule.tasks)
         if stage == "fit" and self.loss.aggregates_gradients:
             check_gradient_aggregation(self.trainer)
-
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Add empty targets for the tasks that the data set lacks, in evaluation."""
-        evaluating = self.trainer.testing or self.trainer.validating
-        return with_entries(batch, self.tasks) if evaluating else batch
 
     @new_tensors_in_float32()
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -216,8 +211,9 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Update the validation metrics and losses of every labelled task; return the raw outputs.
 
-        Validation never uses a calibration, because that is fitted on it.
+        The batch gets an entry for every task. Validation never uses a calibration, because that is fitted on it.
         """
+        add_entries(batch, self.tasks)
         outputs = self(batch.image)
         losses, _, present = self.task_losses(outputs, batch.targets)
         for name, head in self._heads().items():
@@ -231,9 +227,12 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Update the test metrics of every task; return the predictions, uncalibrated ones as ``raw/<task>``.
 
+        The batch gets an entry for every task.
+
         Raises:
             DataError: An output is NaN or infinite: the metrics would be of some other images.
         """
+        add_entries(batch, self.tasks)
         predictions = self.predict_whole(batch.image, raw=True)
         for i in range(len(batch)):
             check_finite(predictions, i, self.tasks)

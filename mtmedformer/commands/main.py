@@ -132,7 +132,6 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
     # predict: every image was finished before
     warnings.filterwarnings("ignore", r"Total length of `ImageBatches` across ranks is zero")
-    warnings.filterwarnings("ignore", r"You have overridden `on_after_batch_transfer`")  # the module's is meant
     warnings.filterwarnings("ignore", r"The dirpath has changed from .*")  # resumed in a new run folder
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_useful)
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", module="lightning")
