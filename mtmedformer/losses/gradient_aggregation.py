@@ -23,8 +23,9 @@ from mtmedformer.losses.weighting import Weighting, stream
 class GradientAggregation(Weighting):
     """Combine the tasks' gradients of the shared parameters instead of their losses, by an aggregator of torchjd.
 
-    One backward pass per task through the encoder. Single device, no AMP gradient scaler, no DDP: its hooks do not
-    cover these gradients. A batch that labels one task, and every head, gets plain gradients.
+    One backward pass per task through the encoder. With accumulated batches, the mean of the batches' aggregates.
+    Single device, no AMP gradient scaler, no DDP: its hooks do not cover these gradients. A batch that labels one task,
+    and every head, gets plain gradients.
 
     Args:
         aggregator: Name of a class of ``torchjd.aggregation`` (``UPGrad``, ``PCGrad``, ``MGDA``, ``CAGrad``, ``IMTLG``
@@ -51,7 +52,7 @@ class GradientAggregation(Weighting):
         if isinstance(self.aggregator, Stateful):
             raise ConfigError(
                 f"loss.weighting.aggregator: {aggregator} keeps a state over steps that a batch without one of the "
-                f"tasks would break; use one of {', '.join(_choices())}"
+                f"tasks would break; use one of {', '.join(choices())}"
             )
         self.seed = seed
 
@@ -71,22 +72,29 @@ class GradientAggregation(Weighting):
         """Return the weights the aggregator gave last to each task's gradient (1 where it has no such weights)."""
         return self.last.clone()
 
-    def aggregate(self, losses: Tensor, present: Tensor, shared: Sequence[nn.Parameter]) -> None:
+    def aggregate(self, losses: Tensor, present: Tensor, shared: Sequence[nn.Parameter], scale: float = 1.0) -> None:
         """Add the aggregate of the tasks' gradients to ``.grad`` of the shared parameters; frees the graph.
 
         Args:
             losses: float (n,), already multiplied by the user's weights.
             present: bool (n,), at least one True.
             shared: Parameters whose gradients are aggregated, each with ``requires_grad``.
+            scale: Multiplies the aggregate.
         """
         rows = present.nonzero().flatten().tolist()
         # the pyramid's levels depend on one another, so the cut must be at the parameters, never at the features
         backward([losses[i] for i in rows], inputs=shared, parallel_chunk_size=1)
+        accumulated = [p.grad for p in shared]
+        for parameter in shared:
+            parameter.grad = None
         devices = [losses.device] if losses.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(stream(self.seed, int(self.draws)))
             aggregator: Aggregator = self.aggregator if len(rows) > 1 else aggregation.Sum()
             weights = cast("Tensor | None", jac_to_grad(shared, aggregator))
+        for parameter, before in zip(shared, accumulated, strict=True):
+            grad = cast("Tensor", parameter.grad) * scale
+            parameter.grad = grad if before is None else before + grad
         self.draws += 1
         if weights is not None:
             self.last[rows] = weights.detach().to(self.last)
@@ -126,7 +134,8 @@ class NNLSProjector(DualConeProjector):
         return torch.as_tensor(weights, device=G.device, dtype=G.dtype)
 
 
-def _choices() -> list[str]:
+def choices() -> list[str]:
+    """Return the names of the aggregators of torchjd that can be used."""
     every = ((name, getattr(aggregation, name)) for name in aggregation.__all__)
     return [
         name
@@ -139,7 +148,7 @@ def _choices() -> list[str]:
 def _aggregator(name: str, options: dict[str, Any]) -> Aggregator:
     cls = getattr(aggregation, name, None)
     if not (isclass(cls) and issubclass(cls, Aggregator)):
-        raise ConfigError(f"loss.weighting.aggregator: {name!r} is unknown; choose one of {', '.join(_choices())}")
+        raise ConfigError(f"loss.weighting.aggregator: {name!r} is unknown; choose one of {', '.join(choices())}")
     if "projector" in signature(cls).parameters:
         options = {"projector": NNLSProjector(), **options}
     try:

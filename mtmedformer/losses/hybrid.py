@@ -132,12 +132,13 @@ class HybridLoss(RecordsArguments, nn.Module):
             present: As in ``forward``.
             shared: Parameters that several tasks use (the encoder's).
             own: All other parameters.
-            scale: Multiplies every loss; one over the number of accumulated batches.
+            scale: Multiplies the gradients; one over the number of accumulated batches. The losses are aggregated
+                unscaled, because not every aggregator is proportional to them (FairGrad).
         """
         if not isinstance(self.weighting, GradientAggregation):
             raise RuntimeError("HybridLoss.backward is for gradient aggregators only: call forward(...).backward()")
         values, mask = self._gather(losses, present)
-        values = values * self.weight * scale
+        values = values * self.weight
         if not self._any(present):
             values.sum().backward()  # type: ignore[no-untyped-call]
             return
@@ -147,9 +148,9 @@ class HybridLoss(RecordsArguments, nn.Module):
             grads = torch.autograd.grad(values.sum(), own, retain_graph=bool(shared), allow_unused=True)
             for parameter, grad in zip(own, grads, strict=True):
                 if grad is not None:
-                    parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+                    parameter.grad = grad * scale if parameter.grad is None else parameter.grad + grad * scale
         if shared:
-            self.weighting.aggregate(values, mask, shared)
+            self.weighting.aggregate(values, mask, shared, scale)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of this module's parameters without weight decay: all of them."""

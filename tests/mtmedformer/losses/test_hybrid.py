@@ -248,5 +248,5 @@ def test_invalid_aggregators_are_refused_with_a_message(monkeypatch):
 
 
 def test_every_aggregator_named_in_messages_exists():
-    assert {"UPGrad", "PCGrad", "MGDA", "CAGrad", "Sum", "Mean"} <= set(gradients._choices())
-    assert not {"GradVac", "NashMTL", "Aggregator", "WeightedAggregator"} & set(gradients._choices())
+    assert {"UPGrad", "PCGrad", "MGDA", "CAGrad", "Sum", "Mean"} <= set(gradients.choices())
+    assert not {"GradVac", "NashMTL", "Aggregator", "WeightedAggregator"} & set(gradients.choices())
