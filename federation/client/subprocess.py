@@ -11,6 +11,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 
@@ -19,7 +20,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from federation.client.train import SiteResult, SiteState, TrainingInterrupt
 from federation.exchange.update import load_update, save_update
-from mtmedformer.errors import ConfigError
+from mtmedformer.errors import ConfigError, UserError
+from mtmedformer.storage.atomic_write import atomic_write
+from mtmedformer.storage.write_errors import ends_every_write
+
+NOT_WRITTEN = 74
+"""Exit code of a site's process that could not write its result (``EX_IOERR``)."""
 
 
 class SiteTimeoutError(Exception):
@@ -41,6 +47,12 @@ class SiteTrainingError(Exception):
     def __init__(self, text: str, kind: str, message: str) -> None:
         super().__init__(text)
         self.kind, self.message = kind, message
+
+
+class SiteResultError(UserError):
+    """The server's disk has no room for the result of a site, so that no site can be trained."""
+
+    exit_code = 1
 
 
 def train_isolated(
@@ -65,6 +77,7 @@ def train_isolated(
         SiteTimeoutError: When the deadline passed; the process is ended.
         SiteCrashError: When the process was killed.
         SiteTrainingError: When the training raised an error.
+        SiteResultError: When the disk has no room for its result.
         ConfigError: When the training raised one.
     """
     if folder is not None:
@@ -80,6 +93,11 @@ def train_isolated(
                 raise TrainingInterrupt
             if time.monotonic() > until and process.is_alive():
                 raise SiteTimeoutError
+        if process.exitcode == NOT_WRITTEN:
+            raise SiteResultError(
+                f"{box.parent}: no space left for the result of a site, or another limit of the disk; mend it and "
+                "continue with --ckpt_path=last"
+            )
         if process.exitcode:
             raise _error_of(box, process.exitcode)
         kept = torch.load(box / "kept.pt", weights_only=True)
@@ -96,16 +114,26 @@ def _run(work: Callable[[Callable[[], bool]], SiteResult], box: Path, server: in
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)  # the threads of the server's pool were not forked, and waiting for them would not end
     try:
-        result = work(lambda: os.getppid() != server)
-        save_update(result.update, box / "update.safetensors")
-        rest = {"logged": result.logged, "moved": result.moved, "privacy": result.privacy, "trained": result.trained}
-        torch.save({"state": result.state.plain(), "rest": rest}, box / "kept.pt")
+        _write(work(lambda: os.getppid() != server), box)
     except BaseException as error:
         facts = {"kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
         of_config = isinstance(error, ConfigError | MisconfigurationException)
-        (box / "error.json").write_text(json.dumps(facts | {"is_config_error": of_config}))
+        with suppress(OSError), atomic_write(box / "error.json") as part:
+            part.write_text(json.dumps(facts | {"is_config_error": of_config}))
         os._exit(1)
     os._exit(0)  # without the inherited exit handlers, which are the server's
+
+
+def _write(result: SiteResult, box: Path) -> None:
+    """Write the result of a site; end the process with ``NOT_WRITTEN`` where the disk has no room for it."""
+    rest = {"logged": result.logged, "moved": result.moved, "privacy": result.privacy, "trained": result.trained}
+    try:
+        save_update(result.update, box / "update.safetensors")
+        torch.save({"state": result.state.plain(), "rest": rest}, box / "kept.pt")
+    except Exception as error:
+        if ends_every_write(error):
+            os._exit(NOT_WRITTEN)
+        raise
 
 
 def _error_of(folder: Path, exit_code: int) -> Exception:

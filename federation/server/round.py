@@ -19,7 +19,7 @@ from torch import Tensor
 
 from federation.aggregators.base import Aggregator
 from federation.client.site_trainer import SiteTrainer
-from federation.client.subprocess import SiteCrashError, SiteTimeoutError, SiteTrainingError
+from federation.client.subprocess import SiteCrashError, SiteResultError, SiteTimeoutError, SiteTrainingError
 from federation.client.train import RoundPlan, SiteResult, SiteState
 from federation.exchange.collectives import Processes
 from federation.exchange.schema import State
@@ -98,6 +98,7 @@ class Round:
 
         Raises:
             ConfigError: A site cannot train because of the configuration.
+            SiteResultError: The disk has no room for the result of a site.
             RoundError: Too few updates were admitted.
             TrainingInterrupt: The run was stopped.
         """
@@ -236,6 +237,8 @@ class Round:
                 result = self.trainer.train(site, self.plan, self.states.get(site, SiteState()))
             except (ConfigError, MisconfigurationException) as error:
                 return SiteOutcome(site, config_error=str(error))
+            except SiteResultError:
+                raise
             except Exception as error:
                 if self.plan.distributed and not isinstance(error, SiteTimeoutError):
                     raise  # the other processes still train the site, and would wait for this one for ever

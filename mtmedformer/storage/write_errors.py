@@ -40,6 +40,9 @@ _TEXTS = (
 _SELDOM = ("RuntimeError", "SafetensorError", "OperationalError", "OSError")
 """Classes of the exceptions that carry such messages."""
 
+_NAME = "written_file"
+"""Attribute that ``name_file`` gives to exceptions that have none for the name of a file."""
+
 
 def system_error(error: BaseException) -> tuple[str, int] | None:
     """Return what the system refused, and the exit code of a command that it ends; ``None`` for any other error.
@@ -56,21 +59,30 @@ def system_error(error: BaseException) -> tuple[str, int] | None:
     chain = list(_chain(error))
     for one in chain:
         if isinstance(one, OSError) and one.errno in _LIMITS | _CLOSED:
-            where = f"{one.filename}: " if one.filename is not None else ""
-            return f"{where}{(_LIMITS | _CLOSED)[one.errno]}", 1 if one.errno in _LIMITS else 2
+            return f"{_where(one)}{(_LIMITS | _CLOSED)[one.errno]}", 1 if one.errno in _LIMITS else 2
     for one in chain:
         if type(one).__name__ in _SELDOM:
             for pattern, words in _TEXTS:
                 if re.search(pattern, str(one)):
-                    return words, 2 if words in _CLOSED.values() else 1
+                    return f"{_where(one)}{words}", 2 if words in _CLOSED.values() else 1
     return None
 
 
 def name_file(error: BaseException, file: Path) -> None:
-    """Add the name of a file to the ``OSError`` among the causes of an exception; a write has none by itself."""
+    """Add the name of a file to the exceptions of a failed write among the causes of an exception.
+
+    The system names no file where a write fails, and torch and safetensors name none at all.
+    """
     for one in _chain(error):
-        if isinstance(one, OSError) and one.errno is not None and one.filename is None:
-            one.filename = str(file)
+        if isinstance(one, OSError) and one.errno is not None:
+            one.filename = str(file) if one.filename is None else one.filename
+        elif type(one).__name__ in _SELDOM:
+            setattr(one, _NAME, getattr(one, _NAME, str(file)))
+
+
+def _where(error: BaseException) -> str:
+    name = getattr(error, "filename", None) or getattr(error, _NAME, None)
+    return "" if name is None else f"{name}: "
 
 
 def ends_every_write(error: BaseException) -> bool:

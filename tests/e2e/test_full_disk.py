@@ -1,5 +1,6 @@
 """A disk that is full or read-only, on a real file system of a few hundred kilobytes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from mtmedformer.commands.main import main
+from tests.e2e.test_federation import federated
 from tests.fixtures.small_set import small_config, write_config
 from tests.fixtures.stored_models import OF_FIT, description, write_checkpoint
 
@@ -52,6 +54,25 @@ def test_a_full_disk_ends_a_training_in_words_with_the_last_checkpoint_whole(ima
         assert bool(files) == checkpoint
         for file in files:
             torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("placement", ["sequential", "isolated"])
+def test_a_full_disk_ends_a_federation_in_words_and_it_is_continued(images, small_disk, tmp_path, capsys, placement):
+    disk = small_disk("size=2000k")
+    config = federated(images, tmp_path, rounds=1, placement=placement)
+    config["trainer"]["default_root_dir"] = str(disk / "run")
+    file = write_config(config, tmp_path / "config.yaml")
+    assert main(["fit", "--config", file]) == 1
+    message = errors(capsys).split("mtmedformer: ")[1]
+    assert "no space left" in message
+    assert str(disk / "run/updates") in message
+    assert [path.name for path in disk.rglob("*.ckpt")] == ["last.ckpt"]
+    torch.load(disk / "run/checkpoints/last.ckpt", weights_only=True)
+    assert not [*disk.rglob(".*.part"), *disk.rglob("updates")]
+    assert json.loads((disk / "run/run_state.json").read_text())["state"] == "failed"
+    subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+    assert main(["fit", "--config", file, "--ckpt_path=last"]) == 0
+    assert (disk / "run/checkpoints/best.ckpt").is_file()
 
 
 def test_a_full_disk_ends_predict_and_test_in_words(images, small_disk, tmp_path, capsys):

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from mtmedformer.commands.messages import explain
 from mtmedformer.errors import ConfigError
-from mtmedformer.storage.write_errors import ends_every_write, system_error
+from mtmedformer.storage.write_errors import ends_every_write, name_file, system_error
 
 
 class FullStream:
@@ -82,3 +82,22 @@ def test_other_errors_are_left_alone():
     mistake = ConfigError("data.root=x: choose another")
     mistake.__cause__ = OSError(errno.EACCES, "Permission denied")
     assert explain(mistake) == ("data.root=x: choose another", 2)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError("1000 requested and 12 written"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_the_message_names_the_file_that_was_written(error, tmp_path):
+    text = str(error)
+    for name in ("inner.npy", "outer.npy"):
+        name_file(error, tmp_path / name)
+    words, code = system_error(error)
+    assert code == 1
+    assert words.startswith(f"{tmp_path / 'inner.npy'}: ")
+    assert isinstance(error, OSError) or str(error) == text
