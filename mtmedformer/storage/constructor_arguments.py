@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+WEIGHT_FILES = frozenset({"init_weights", "checkpoint_path"})
+"""Arguments that name a file of first weights."""
+
 
 class RecordsArguments:
     """Keeps the constructor arguments of every subclass as ``init_args``, defaults included.
@@ -58,11 +61,23 @@ def class_path(cls: type) -> str:
 def hyperparameters(class_path: str, init_args: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hyperparameters of a module in the form in which LightningCLI stores and rebuilds them.
 
+    Files of first weights are left out (``None``): a checkpoint contains the weights that came of them, and is handed
+    on, so it must not depend on paths of the computer or contain them.
+
     Args:
         class_path: Import path of the module's class.
         init_args: Its constructor arguments as plain values.
     """
-    return {"_class_path": class_path, "_instantiator": "lightning.pytorch.cli.instantiate_module", **init_args}
+    kept = _without_weight_files(init_args)
+    return {"_class_path": class_path, "_instantiator": "lightning.pytorch.cli.instantiate_module", **kept}
+
+
+def _without_weight_files(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: None if key in WEIGHT_FILES else _without_weight_files(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_weight_files(one) for one in value]
+    return value
 
 
 def _recorded(cls: type[RecordsArguments], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
