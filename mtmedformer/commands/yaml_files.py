@@ -5,6 +5,7 @@ Importing this module gives the rule to jsonargparse too, for config files and v
 
 from __future__ import annotations
 
+import sys
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import yaml
 from jsonargparse import get_loader, set_loader
 
 from mtmedformer.errors import ConfigError
+
+FORMER_KEYS = {"client_trainer": "site_trainer"}
+"""Keys of the section ``federation`` by their former names."""
 
 _Parser: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _load = get_loader("yaml")
@@ -82,7 +86,20 @@ def _name(key: yaml.Node) -> str:
 
 def _checked(stream: str, path: str | PathLike[str] = "") -> Any:
     check_keys(stream, path)
-    return _load(stream)
+    return _with_present_names(_load(stream))
+
+
+def _with_present_names(values: Any) -> Any:
+    """Replace the former names of keys of the section ``federation``, with a note."""
+    section = values.get("federation") if isinstance(values, dict) else None
+    for part in (section, section.get("init_args") if isinstance(section, dict) else None):
+        for old, new in FORMER_KEYS.items():
+            if isinstance(part, dict) and old in part and new not in part:
+                part[new] = part.pop(old)
+                print(
+                    f"federation.{old} is now called federation.{new}; rename it in the configuration", file=sys.stderr
+                )
+    return values
 
 
 set_loader("yaml", _checked, (yaml.YAMLError,))

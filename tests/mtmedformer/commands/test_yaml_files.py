@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import get_loader
 
 from mtmedformer.commands.main import main
 from mtmedformer.commands.yaml_files import check_keys, read_yaml
@@ -99,3 +100,14 @@ def test_a_key_twice_on_the_command_line_or_in_a_nested_file_is_refused(tmp_path
     Path("config.yaml").write_text("data: data.yaml\n")
     assert main(["fit", "--config=config.yaml"]) == 2
     assert "class_path is given twice (lines 1 and 2)" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "section", ["{client_trainer: {a: 1}}", "{class_path: X, init_args: {client_trainer: {a: 1}}}"]
+)
+def test_a_former_key_of_a_federation_is_read_with_a_note(section, capsys):
+    read = get_loader("yaml")(f"federation: {section}\ndata: {{client_trainer: 2}}")
+    part = read["federation"].get("init_args", read["federation"])
+    assert part == {"site_trainer": {"a": 1}}
+    assert read["data"] == {"client_trainer": 2}
+    assert "federation.client_trainer is now called federation.site_trainer" in capsys.readouterr().err
