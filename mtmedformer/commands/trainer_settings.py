@@ -23,7 +23,7 @@ HALVED = "16-true"
 SHARDED = ("fsdp", "deepspeed", "model_parallel", "modelparallel", "xla", "single_xla")
 """Beginnings of the names of strategies that divide the weights over devices, or need other hardware."""
 
-IN_MEMORY = ("spawn", "fork", "notebook", "popen")
+IN_MEMORY = ("spawn", "fork", "notebook")
 """Parts of the names of strategies whose processes are copies of this one, not commands."""
 
 REFUSED_CALLBACKS = {

@@ -101,7 +101,7 @@ def test_model_card_agrees_with_the_report(tested):
 def test_federation_report_stays_beside_the_test_report(federated):
     report = json.loads((federated / "report.json").read_text())
     assert report["state"]["state"] == "finished"
-    assert [entry["round"] for entry in report["history"]] == [0, 1]
+    assert [entry["round"] for entry in report["history"]] == [1, 2]
     assert {s["site"]: s["labels"]["nodules"] for s in report["sites"]}["south"] == 0
     page = read(federated / "report.html")
     assert "south has no labels for nodules" in page.text
