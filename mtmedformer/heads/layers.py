@@ -14,8 +14,8 @@ from mtmedformer.normalization import group_norm
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """Layers whose output for an image depends on the other images of the batch."""
 
-head_norm = partial(group_norm, max_groups=8, min_channels=1)
-"""The GroupNorm of the heads: 8 groups, or the largest smaller number that divides the channels."""
+head_norm = partial(group_norm, max_groups=8, min_channels=2)
+"""The GroupNorm of the heads: at most 8 groups of at least 2 channels, so that a map of one pixel has a variance."""
 
 
 def pick_levels(strides: Sequence[int], wanted: Sequence[int]) -> list[int]:

@@ -179,6 +179,16 @@ def tensors(predictions: Any) -> list[Tensor]:
     return [predictions] if isinstance(predictions, Tensor) else [t for p in predictions for t in p.values()]
 
 
+@pytest.mark.parametrize("channels", [8, 12])
+def test_a_pyramid_of_few_channels_and_one_pixel_is_read(case, channels):
+    head = case.head()
+    head.build(channels, STRIDES)
+    outputs = head.train()([torch.rand(1, channels, max(1, 32 // s), max(1, 32 // s)) for s in STRIDES], (32, 32))
+    loss = torch.stack(list(head.loss(outputs, case.target(1, (32, 32))).values())).sum()
+    loss.backward()
+    assert loss.isfinite()
+
+
 def test_unlabelled_rows_do_not_change_loss_and_gradient(case):
     head, rows = built(case), torch.tensor([0, 2])
     target = case.target(4, SIZE)
