@@ -133,6 +133,8 @@ def _quieten() -> None:
     # predict: every image was finished before
     warnings.filterwarnings("ignore", r"Total length of `ImageBatches` across ranks is zero")
     warnings.filterwarnings("ignore", r"The dirpath has changed from .*")  # resumed in a new run folder
+    # metrics of torchmetrics are combined before; per-task training losses cannot be, see docs/training_options.md
+    warnings.filterwarnings("ignore", r"It is recommended to use `self.log\(.*sync_dist=True")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_useful)
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", module="lightning")
 
