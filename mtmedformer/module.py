@@ -25,7 +25,7 @@ from mtmedformer.inference.results import check_finite
 from mtmedformer.losses.hybrid import HybridLoss
 from mtmedformer.metrics.base import MetricsByTask, TaskMeans
 from mtmedformer.network import MultiTaskNetwork, image_size, new_tensors_in_float32
-from mtmedformer.optim import Interval, follows_per_epoch, parameter_groups, scheduled, step_followers
+from mtmedformer.optim import Interval, check_schedule, follows_per_epoch, parameter_groups, scheduled, step_followers
 from mtmedformer.protocols import TaskedData
 from mtmedformer.storage.constructor_arguments import RecordsArguments, class_path, hyperparameters
 
@@ -276,7 +276,7 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
         """Build optimizer and schedule once, so that a mistake in their settings is found before the data are read."""
         optimizer = self.optimizer(self._configured_groups())
         if self.lr_scheduler is not None:
-            self.lr_scheduler(optimizer)
+            check_schedule(self.lr_scheduler(optimizer))
 
     def _configured_groups(self) -> list[dict[str, Any]]:
         defaults = self.optimizer([{"params": []}]).defaults

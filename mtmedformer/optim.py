@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
@@ -136,6 +137,27 @@ def scheduled(
         if entry["interval"] == "epoch" and followed.startswith("val/"):
             entry["frequency"] = trainer.check_val_every_n_epoch or 1  # it has a new value after a validation only
     return {"optimizer": optimizer, "lr_scheduler": entry}  # type: ignore[return-value]
+
+
+def check_schedule(schedule: Any) -> None:
+    """Step a schedule of torch once and read its state, to find arguments with which it would fail in training.
+
+    Args:
+        schedule: A schedule of an optimizer that is not used afterwards.
+
+    Raises:
+        ConfigError: It fails.
+    """
+    if not type(schedule).__module__.startswith("torch.optim"):
+        return
+    try:
+        if not isinstance(schedule, ReduceLROnPlateau):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before")
+                schedule.step()
+        schedule.state_dict()
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"lr_scheduler: {type(schedule).__name__} fails with these arguments: {error}") from error
 
 
 def step_followers(trainer: L.Trainer) -> None:

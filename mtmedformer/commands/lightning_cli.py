@@ -5,6 +5,7 @@ Importing the packages here makes the short names of their classes work on the c
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from contextlib import ExitStack
@@ -41,7 +42,7 @@ from mtmedformer.commands.messages import parser_message
 from mtmedformer.commands.named_classes import TRUSTED
 from mtmedformer.commands.predict_images import with_images
 from mtmedformer.commands.run_callbacks import run_callbacks
-from mtmedformer.commands.trainer_settings import check_settings
+from mtmedformer.commands.trainer_settings import check_batch_norm, check_settings, check_validation
 from mtmedformer.errors import ConfigError
 from mtmedformer.module import MultiTaskModule
 from mtmedformer.protocols import HasExitCode, PlannedData, TaskedData
@@ -278,6 +279,8 @@ class CommandLine(CLIWithoutCheckpointParsing):
         checkpoint = self.config[self.subcommand].get("ckpt_path")
         if self.subcommand == "fit" and isinstance(self.model, MultiTaskModule):
             self.model.check_optimizer()
+            if self.config["fit"].trainer.sync_batchnorm:
+                check_batch_norm(self.trainer, self.model)
         if checkpoint and isinstance(self.model, MultiTaskModule):
             resumed = self.subcommand == "fit" and self.config["fit"].get("federation") is None
             self.model.check_checkpoint(stored := read_checkpoint(checkpoint), resumed)
@@ -290,6 +293,10 @@ class CommandLine(CLIWithoutCheckpointParsing):
             self._check_tasks(self.datamodule.tasks)
             self._check_federation()
             self.datamodule.require(str(self.subcommand))
+        if self.subcommand == "fit" and isinstance(self.datamodule, datamodules.MedicalDataModule):
+            images = list(self.datamodule.splits.values()).count("train")
+            per_step = self.datamodule.batch_size * self.trainer.world_size
+            check_validation(self.config["fit"].trainer, math.ceil(images / per_step))
 
     def _check_federation(self) -> None:
         rounds = self.config_init[self.subcommand].get("federation")

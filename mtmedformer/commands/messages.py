@@ -68,9 +68,12 @@ def parser_message(message: str, error: BaseException | None, known: Iterable[st
     nested = _nested(error)
     if nested is not None and key:
         return f"{key[1]}: {nested}"
+    several = re.search(r"Multiple subclasses with name (\S+)\. .* ambiguity: ([\w., ]+)\.", message)
+    if several and key:
+        return f"{key[1]}: several classes are called {several[1]}; give the whole import path, one of {several[2]}"
     absent = re.search(r"dot import path string: (\S+)|given class_path '(\S+)':\s+(No module named|module)", message)
-    if absent and key:
-        name = absent[1] or absent[2]
+    name = (absent[1] or absent[2]) if absent else ""
+    if name and key and not _is_number(name):
         return (
             f"{key[1]}: there is no class {name}; give the name of a class of Lightning, torch or MTMedFormer, or the "
             "whole import path of your own"
@@ -89,3 +92,11 @@ def _nested(error: BaseException | None) -> ConfigError | None:
     while error is not None and not isinstance(error, ConfigError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -11,8 +11,12 @@ from importlib.util import find_spec
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import nn
 
 from mtmedformer.errors import ConfigError
+from mtmedformer.heads.layers import BATCH_NORMS
 
 PRECISIONS = frozenset({"32-true", "32", "16-mixed", "16", "bf16-mixed", "bf16", "bf16-true", "64-true", "64"})
 """Values of ``trainer.precision`` that train right."""
@@ -62,12 +66,61 @@ def check_settings(config: Namespace, command: str) -> None:
     if next(_names(trainer.profiler)).lower().startswith("xla"):
         raise ConfigError("trainer.profiler=xla: it needs a TPU; choose simple, advanced or pytorch")
     _check_strategy(trainer.strategy)
+    _check_optimizer(config)
     for callback in trainer.callbacks or ():
         for key, value in (callback.get("init_args") or {}).items():
             if isinstance(value, Enum):  # a default that jsonargparse cannot write into config.yaml (Timer)
                 callback.init_args[key] = value.value
     if command == "fit":
         _check_fit(trainer, federated=config.get("federation") is not None)
+
+
+def _check_optimizer(config: Namespace) -> None:
+    optimizer, schedule = (next(_names(config.get(key))) for key in ("optimizer", "lr_scheduler"))
+    if optimizer == "SparseAdam":
+        raise ConfigError("optimizer=SparseAdam: it needs sparse gradients, which no layer here has; use AdamW")
+    if schedule in {"SequentialLR", "ChainedScheduler"}:
+        raise ConfigError(
+            f"lr_scheduler={schedule}: it is made of schedules of the same optimizer, which a configuration cannot "
+            "name; use WarmupCosine, or a class of your own that takes the optimizer and builds them"
+        )
+
+
+def check_validation(trainer: Namespace, batches: int) -> None:
+    """Check that an epoch is long enough for its validations.
+
+    Args:
+        trainer: The section ``trainer`` of ``fit``.
+        batches: Batches of an epoch, per process.
+
+    Raises:
+        ConfigError: The first validation would come after the end of the epoch.
+    """
+    interval, limit = trainer.val_check_interval, trainer.limit_train_batches
+    if trainer.check_val_every_n_epoch is None or not isinstance(interval, int) or trainer.overfit_batches:
+        return
+    if isinstance(limit, int):
+        batches = min(batches, limit)
+    if interval > batches:
+        raise ConfigError(
+            f"trainer.val_check_interval={interval}: an epoch has {batches} batches; to count batches over epochs, set "
+            "trainer.check_val_every_n_epoch=null"
+        )
+
+
+def check_batch_norm(trainer: Trainer, model: nn.Module) -> None:
+    """Check that the batch normalisation of a model can be synchronized, where the trainer is to do so.
+
+    Raises:
+        ConfigError: The processes are on CPUs, for which torch has no synchronized batch normalisation.
+    """
+    strategy = trainer.strategy
+    on_cpus = isinstance(strategy, ParallelStrategy) and strategy.root_device.type == "cpu"
+    if on_cpus and any(isinstance(module, BATCH_NORMS) for module in model.modules()):
+        raise ConfigError(
+            "trainer.sync_batchnorm=true: torch synchronizes batch normalisation between GPUs only; leave it out, or "
+            "choose an encoder without batch normalisation"
+        )
 
 
 def _check_strategy(strategy: Any) -> None:
@@ -88,8 +141,14 @@ def _check_fit(trainer: Namespace, federated: bool) -> None:
     for key in ("max_epochs", "max_steps", "limit_train_batches"):
         if trainer.get(key) is not None and trainer[key] == 0:
             raise ConfigError(f"trainer.{key}=0: nothing would be trained")
-    if trainer.accumulate_grad_batches < 1:
-        raise ConfigError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: it is at least 1")
+    for key in ("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps"):
+        if trainer.get(key) is not None and trainer[key] < 1:
+            raise ConfigError(f"trainer.{key}={trainer[key]}: it is at least 1")
+    if trainer.val_check_interval == 0:
+        raise ConfigError(
+            "trainer.val_check_interval=0: it is a number of batches of at least 1, or a share of the epoch above 0; "
+            "trainer.limit_val_batches=0 turns validation off"
+        )
     precision = str(trainer.precision)
     if federated and precision in {"bf16-true", "64-true", "64"}:
         raise ConfigError(f"trainer.precision={precision}: updates of sites need 32-true weights; use bf16-mixed")
