@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console
 from rich.table import Table
 
 from federation.partition import Holding
 from federation.server.history import RoundRecord
 from mtmedformer.metrics.base import known_mean
+from mtmedformer.plots.terminal import SafeConsole
 
 
 def show_sites(holdings: Sequence[Holding], notes: Sequence[str] = ()) -> None:
@@ -25,7 +25,7 @@ def show_sites(holdings: Sequence[Holding], notes: Sequence[str] = ()) -> None:
     for h in holdings:
         counts = [str(h.labels[t] or "–") for t in tasks]
         table.add_row(h.site, str(h.patients), str(h.images), str(h.validation), *counts)
-    Console().print(table)
+    SafeConsole().print(table)
     for note in notes:
         print(note)
 

@@ -146,7 +146,7 @@ class PredictionFolder:
         with atomic_write(self.root / "failed.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
             rows.writerow(["image", "reason", "detail", "note"])
-            rows.writerows([cell(e["image"]), e["failed"], cell(e.get("detail", "")), NOTE] for e in failed)
+            rows.writerows([cell(e["image"]), e["failed"], cell(printable(e.get("detail", ""))), NOTE] for e in failed)
         return len(failed)
 
     def _write_coco(self, part: Path, tasks: Json) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 
 import mtmedformer
 from callbacks.prediction.dicom.model_identity import ModelIdentity
@@ -22,6 +21,7 @@ from mtmedformer.calibration import plain
 from mtmedformer.errors import ConfigError, DataError
 from mtmedformer.inference.results import NOTE, image_result
 from mtmedformer.module import MultiTaskModule
+from mtmedformer.plots.terminal import SafeConsole
 from mtmedformer.protocols import CalibratedModel, OriginalImages, ResumablePrediction
 from mtmedformer.storage.hashing import weights_digest
 from mtmedformer.storage.safe_text import printable
@@ -219,7 +219,7 @@ class PredictionWriter(Callback):
             return
         folder = self._writer.folder
         failed = folder.write_tables({name: asdict(task) for name, task in self._tasks.items()})
-        Console().print(f"Written: {folder.root}", highlight=False, soft_wrap=True)
+        SafeConsole().print(f"Written: {folder.root}", highlight=False, soft_wrap=True)
         if failed:
             self.exit_code = 3
             log.warning("%d images failed; the reasons are in %s", failed, folder.root / "failed.csv")

@@ -7,10 +7,10 @@ import math
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from rich.table import Table
 
 from mtmedformer.metrics.base import TaskMetrics
+from mtmedformer.plots.terminal import SafeConsole
 
 HIDDEN = ("sensitivity_at_", "map75", "n_")
 """Beginnings of the names of metrics that are logged and written, but not shown on the screen."""
@@ -46,7 +46,7 @@ class MetricsTable(Callback):
         """Print the metrics of the best epoch and the run folder."""
         if self._best and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             print_metrics(self._best, "val", f"Validation, best epoch ({self._epoch} of {trainer.current_epoch})")
-            Console().print(f"Run folder: {trainer.default_root_dir}")
+            SafeConsole().print(f"Run folder: {trainer.default_root_dir}")
 
     def state_dict(self) -> dict[str, object]:
         """Return the best epoch so far, for a resumed run."""
@@ -85,7 +85,7 @@ class MetricsReport(Callback):
             finite = {key: None if math.isnan(value) else value for key, value in report.items()}  # JSON has no NaN
             file.write_text(json.dumps(finite, indent=2, sort_keys=True) + "\n")
             print_metrics(report, "test", "Test, with 95 % intervals over patients")
-            Console().print(f"Written: {file}")
+            SafeConsole().print(f"Written: {file}")
 
 
 def print_metrics(metrics: dict[str, float], split: str, title: str) -> None:
@@ -100,19 +100,19 @@ def print_metrics(metrics: dict[str, float], split: str, title: str) -> None:
         split: ``val`` or ``test``.
         title: Printed above.
     """
-    console = Console()
-    console.print(f"\n[bold]{title}[/bold]")
+    console = SafeConsole()
+    console.print(f"\n{title}", style="bold")
     for task in dict.fromkeys(k.split("/")[1] for k in metrics if k.count("/") > 1):
         values = {k.split("/", 2)[2]: v for k, v in metrics.items() if k.startswith(f"{split}/{task}/")}
         if values.get("n_images") == 0:
-            console.print(f"[bold]{task}[/bold]: no image has a label for it; not measured")
+            console.print(f"{task}: no image has a label for it; not measured")
             continue
         console.print(_task_table(task, {k: v for k, v in values.items() if "=" not in k}))
         groups = _groups(values)
         if groups:
             console.print(_group_table(task, groups, values))
     if f"{split}/score" in metrics:
-        console.print(f"score (mean of the tasks' primary metrics): [bold]{_number(metrics[f'{split}/score'])}[/bold]")
+        console.print(f"score (mean of the tasks' primary metrics): {_number(metrics[f'{split}/score'])}")
 
 
 def _task_table(task: str, values: dict[str, float]) -> Table:

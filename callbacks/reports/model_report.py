@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from torch.utils.data import DataLoader
 
 from callbacks.reports.cases import Case, case_figure, prediction_quality, select_cases
@@ -28,6 +27,7 @@ from mtmedformer.metrics.base import TaskMetrics, known_mean
 from mtmedformer.module import MultiTaskModule
 from mtmedformer.plots.html import Html, figure, write_page
 from mtmedformer.plots.style import class_colours
+from mtmedformer.plots.terminal import SafeConsole
 from mtmedformer.protocols import DescribedData
 from mtmedformer.storage.shared_config import without_paths
 
@@ -85,7 +85,7 @@ class ModelReport(Callback):
         pictures = self._pictures(trainer, pl_module) if self.cases else {}
         write_page(page, model_page(evaluation, pictures, class_colours(pl_module.tasks.values())))
         write_page(folder / "model_card.md", model_card(evaluation, page.name))
-        Console().print(f"Written: {page} and {folder / 'model_card.md'}", markup=False, soft_wrap=True)
+        SafeConsole().print(f"Written: {page} and {folder / 'model_card.md'}", markup=False, soft_wrap=True)
 
     def evaluation(self, trainer: Trainer, module: MultiTaskModule) -> ModelEvaluation:
         """Return the results of the test that just ended."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from rich.table import Table
 
 from callbacks.evaluation.calibrate import labelled_scores
@@ -19,6 +18,7 @@ from mtmedformer.metrics.base import TaskMetrics
 from mtmedformer.metrics.calibration import CalibrationMetrics, Reliability
 from mtmedformer.metrics.detection import DetectionMetrics
 from mtmedformer.module import MultiTaskModule
+from mtmedformer.plots.terminal import SafeConsole
 from mtmedformer.storage.atomic_write import atomic_write
 
 
@@ -159,7 +159,7 @@ class ReliabilityReport(Callback):
                 one.errors["nll"],
             ]
             table.add_row(name, *(f"{value:.3f}" for value in values))
-        Console().print(table)
+        SafeConsole().print(table)
 
 
 def threshold_results(

@@ -9,11 +9,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from mtmedformer.module import MultiTaskModule
+from mtmedformer.plots.terminal import SafeConsole
 from mtmedformer.storage.hashing import state_hash
 
 
@@ -32,7 +32,7 @@ class PartsSummary(ModelSummary):
         for name, task in pl_module.tasks.items():
             table.add_row(name, f"{task.kind}: {', '.join(task.classes)}", f"{_size(pl_module.heads[name]):,}")
         table.add_row("all", "", f"{_size(pl_module):,}")
-        Console().print(table)
+        SafeConsole().print(table)
         for report in (getattr(encoder, "report", None), pl_module.weights_report):
             if report is not None:
                 print(report)  # which tensors ``encoder.checkpoint_path`` and ``init_weights`` filled

@@ -25,6 +25,7 @@ from mtmedformer.commands.compare.trainings import Training, prepare, salt_of, t
 from mtmedformer.commands.parser import ToolParser
 from mtmedformer.errors import ConfigError
 from mtmedformer.plots.html import write_page
+from mtmedformer.plots.terminal import SafeConsole
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     if options.seeds:
         study = replace(study, seeds=_seeds(options.seeds, study.seeds))
     output = options.output or Path("runs/compare") / "-".join(filter(None, (study.name, study.form)))
-    console = Console()
+    console = SafeConsole()
     if options.dry_run:
         return _dry_run(study, output, options, console)
     return _run(study, output, options, console)

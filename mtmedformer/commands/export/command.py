@@ -32,6 +32,7 @@ from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
 from mtmedformer.inference.results import NOTE
 from mtmedformer.module import MultiTaskModule
+from mtmedformer.plots.terminal import SafeConsole
 from mtmedformer.storage.atomic_write import atomic_write
 from mtmedformer.storage.hashing import weights_digest
 
@@ -110,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
     )
     given = parser.parse_args(argv)
     graph = export(given.ckpt_path, given.output, given.format, given.trusted)
-    console = Console()
+    console = SafeConsole()
     if graph is not None:
         _show(graph, console)
     for name in (ABOUT, CONFIG, WEIGHTS, GRAPH):

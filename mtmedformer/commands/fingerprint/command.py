@@ -27,6 +27,7 @@ from mtmedformer.commands.fingerprint.summary import Fingerprint, summarise, sum
 from mtmedformer.commands.fingerprint.tables import show
 from mtmedformer.commands.yaml_files import read_yaml
 from mtmedformer.errors import ConfigError
+from mtmedformer.plots.terminal import SafeConsole
 
 
 def main(argv: Sequence[str]) -> int:
@@ -76,7 +77,7 @@ def fingerprint(data: L.LightningDataModule, output: Path, console: Console | No
         raise ConfigError(
             f"--output {output}: {error.strerror or error}; choose a folder that can be written"
         ) from error
-    console = console or Console()
+    console = console or SafeConsole(markup=True)
     show(summary, console)
     for note in data.notes() if isinstance(data, FederatedDataModule) else ():
         console.print(f"! {note}", markup=False, soft_wrap=True)

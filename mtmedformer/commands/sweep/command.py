@@ -19,6 +19,7 @@ from mtmedformer.commands.sweep.study import front, next_trial, open_study, unfi
 from mtmedformer.commands.sweep.sweep_file import Sweep, read_sweep
 from mtmedformer.commands.sweep.trials import TrialResult, load_result, read_result, run_trials, save_result
 from mtmedformer.errors import ConfigError
+from mtmedformer.plots.terminal import SafeConsole
 
 MOST_FAILURES = 3
 """A sweep stops after this many failed trials if none has succeeded."""
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     named = [Objective.parse(text) for text in options.metrics.split(",")] if options.metrics else []
     output = options.output or Path("runs/sweeps") / sweep.name
     output.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = SafeConsole()
     try:
         with FileLock(output / "sweep.lock", timeout=0):
             study = open_study(sweep, output)

@@ -243,6 +243,15 @@ def test_unreadable_files_are_listed_and_the_others_are_predicted(tmp_path):
     assert rows_of(tmp_path / "out/failed.csv") == []
 
 
+def test_a_failed_image_with_control_characters_in_its_name_is_listed_with_escapes(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/\x1b[31mbad.png").write_bytes(b"no image")
+    assert predict([tmp_path / "images"], tmp_path / "out").exit_code == 3
+    text = (tmp_path / "out/failed.csv").read_text()
+    assert "\x1b" not in text
+    assert text.count("\\x1b[31mbad.png") == 2, "in the name and in the detail"
+
+
 def test_run_without_a_readable_image_fails_without_a_crash(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG and no more")
     assert predict([tmp_path / "broken.png"], tmp_path / "out").exit_code == 3
