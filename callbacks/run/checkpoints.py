@@ -123,6 +123,10 @@ class LastCheckpoint(ModelCheckpoint):
         run_callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         averaging = [one for one in run_callbacks if isinstance(one, StochasticWeightAveraging)]
         if averaging and averaging[0].n_averaged is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            average = averaging[0].state_dict()["average_model_state"]
+            for name, buffer in pl_module.named_buffers():  # Lightning averages parameters only
+                if name in average:
+                    average[name].copy_(buffer)
             trainer.save_checkpoint(Path(str(self.dirpath), "last.ckpt"), weights_only=False)
             rank_zero_info("last.ckpt has the averaged weights, best.ckpt those of the best epoch before averaging.")
 
