@@ -12,8 +12,8 @@ from pathlib import Path
 import pandas as pd
 import pydicom
 from PIL import Image
-from pydicom.errors import InvalidDicomError
 
+from datamodules.images.dicom_parsing import reading
 from datamodules.records import BoxTruth, ClassTruth, Record
 from mtmedformer.errors import DataError
 
@@ -98,13 +98,14 @@ def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
 def image_size(file: Path) -> tuple[int, int] | None:
     """Return (height, width) in pixels from an image file's header, ``None`` if the file cannot be read."""
     try:
-        if file.suffix.lower() == ".dcm":
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
-            return int(header.Rows), int(header.Columns)
-        with Image.open(file) as image:
-            return image.height, image.width
-    except (InvalidDicomError, OSError, ValueError, AttributeError, TypeError, EOFError, NotImplementedError) as error:
-        log.warning("%s cannot be read as an image (%s); download it again", file, type(error).__name__)
+        with reading(file, "an image"):
+            if file.suffix.lower() == ".dcm":
+                header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
+                return int(header.Rows), int(header.Columns)
+            with Image.open(file) as image:
+                return image.height, image.width
+    except DataError as error:
+        log.warning("%s; the image is not used", error)
         return None
 
 

@@ -1,5 +1,7 @@
 import logging
 import os
+import struct
+import zlib
 
 import pytest
 
@@ -107,3 +109,11 @@ def test_patients_of_later_splits_leave_the_earlier_ones(tmp_path):
 def test_repeated_ids_are_numbered(tmp_path):
     records = [Record(name, tmp_path, "p") for name in ("a", "b", "a", "a")]
     assert [r.id for r in unique_ids(records)] == ["a", "b", "a_2", "a_3"]
+
+
+def test_the_size_of_a_damaged_or_hostile_image_is_unknown(tmp_path):
+    ihdr = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
+    huge = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + ihdr + struct.pack(">I", zlib.crc32(ihdr)) + b"\0\0\0\1IDAT\0"
+    for name, content in (("huge.png", huge), ("cut.png", huge[:20]), ("empty.jpg", b""), ("no.dcm", b"no DICOM")):
+        (tmp_path / name).write_bytes(content)
+        assert layout.image_size(tmp_path / name) is None, name
