@@ -128,7 +128,7 @@ def test_the_same_command_continues_after_ctrl_c(images, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 1, printed
+    assert process.returncode == 130, printed
     assert "the same command continues" in printed
     begun = {int(row["epoch"]) for row in rows_of(folder / "metrics.csv")}
     assert max(begun) < 30

@@ -22,6 +22,7 @@ from mtmedformer.commands.compare.results import compare
 from mtmedformer.commands.compare.runner import run_trainings
 from mtmedformer.commands.compare.study import Study, read_study
 from mtmedformer.commands.compare.trainings import Training, prepare, salt_of, trainings_of
+from mtmedformer.commands.messages import INTERRUPTED, TERMINATED
 from mtmedformer.commands.parser import ToolParser
 from mtmedformer.errors import ConfigError
 from mtmedformer.plots.html import write_page
@@ -32,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the trainings of a study that are not finished, and write ``comparison.json``, ``.csv`` and ``.html``.
 
     Returns:
-        0; 1 when a training failed or Ctrl-C was pressed. The same command continues the study.
+        0; 1 when a training failed; 130 after Ctrl-C, 143 after SIGTERM. The same command continues the study.
     """
     options = _parser().parse_args(argv)
     study = read_study(options.config, options.form, _overrides(options.set))
@@ -121,7 +122,7 @@ def _run(study: Study, output: Path, options: argparse.Namespace, console: Conso
         f"{study.name}: {len(trainings)} trainings, {len(trainings) - len(waiting)} finished before, {jobs} at a time",
         highlight=False,
     )
-    salt, interrupted, failed = salt_of(output), False, []
+    salt, interrupted, failed = salt_of(output), 0, []
     for training in waiting:
         prepare(training, study, salt)
     previous = signal.signal(signal.SIGTERM, _interrupt)  # otherwise the trainings, in sessions of their own, go on
@@ -129,8 +130,8 @@ def _run(study: Study, output: Path, options: argparse.Namespace, console: Conso
         failed = run_trainings(
             waiting, jobs, options.split, console, gpus, options.any_code, lambda one: _wandb_variables(study, one)
         )
-    except KeyboardInterrupt:
-        interrupted = True
+    except KeyboardInterrupt as stop:
+        interrupted = TERMINATED if stop.args else INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, previous)
     _report(study, trainings, output, options, console)
@@ -139,11 +140,11 @@ def _run(study: Study, output: Path, options: argparse.Namespace, console: Conso
         console.print(f"failed: {training.variant} {training.run}, see {log}", highlight=False)
     if interrupted:
         console.print("Interrupted; the same command continues the study.")
-    return 1 if interrupted or failed else 0
+    return interrupted or int(bool(failed))
 
 
 def _interrupt(*args: object) -> None:
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt("SIGTERM")
 
 
 def _jobs(jobs: int | None, config: Mapping[str, Any]) -> tuple[int, int]:

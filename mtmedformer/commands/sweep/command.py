@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from optuna.trial import TrialState
 from rich.console import Console
 
+from mtmedformer.commands.messages import INTERRUPTED
 from mtmedformer.commands.parser import ToolParser
 from mtmedformer.commands.sweep.results import Objective, draw, objectives, points_of, show, write_csv
 from mtmedformer.commands.sweep.study import front, next_trial, open_study, unfinished
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the trials of a sweep that have not ended, and write ``results.csv`` and ``pareto.png``.
 
     Returns:
-        0; 1 when a trial failed or Ctrl-C was pressed. The same command continues the sweep.
+        0; 1 when a trial failed; 130 after Ctrl-C. The same command continues the sweep.
     """
     options, more = _parser().parse_known_args(argv)
     if odd := [word for word in more if not re.fullmatch(r"--\w+(\.\w+)+=.*", word, re.DOTALL)]:
@@ -47,7 +48,8 @@ def main(argv: Sequence[str]) -> int:
         with FileLock(output / "sweep.lock", timeout=0):
             study = open_study(sweep, output)
             interrupted = _run(study, sweep, options, output, console)
-            return _report(study, sweep, named, output, console) or int(interrupted)
+            failed = _report(study, sweep, named, output, console)
+            return INTERRUPTED if interrupted else failed
     except Timeout as error:
         raise ConfigError(f"--output {output}: a sweep is running there already; choose another folder") from error
 
