@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from datamodules.base import MedicalDataModule
+from datamodules.images.dicom_parsing import reading
 from datamodules.images.masks import read_mask
 from datamodules.images.presets import BreastPreset, Preset
 from datamodules.public.layout import (
@@ -316,7 +317,7 @@ def _is_binary(file: Path) -> bool:
     if file.suffix.lower() == ".dcm":
         values = read_mask(file).astype(np.int64)
     else:  # read_mask would make any JPEG binary
-        with Image.open(file) as image:
+        with reading(file, "a mask"), Image.open(file) as image:
             values = np.asarray(image.convert("L"), np.int64)
     low, high = int(values.min()), int(values.max())
     slack = 0.1 * (high - low)

@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 from PIL import Image
 
 from datamodules.base import MedicalDataModule
+from datamodules.images.dicom_parsing import reading
 from datamodules.public.layout import files_below, locate, one_hot, read_table, require_records, rows_of
 from datamodules.records import Catalogue, ClassTruth, MaskSource, MaskTruth, Record, Truth
 from mtmedformer.batch import Task
@@ -211,8 +212,5 @@ def _lung_masks(folder: Path, chosen: Path | None) -> tuple[dict[str, MaskSource
 
 
 def _any_lung(file: Path) -> bool:
-    try:
-        with Image.open(file) as mask:
-            return mask.convert("L").getbbox() is not None
-    except OSError as error:
-        raise DataError(f"lung mask {file} cannot be read: {error}") from error
+    with reading(file, "a lung mask"), Image.open(file) as mask:
+        return mask.convert("L").getbbox() is not None

@@ -106,9 +106,11 @@ def test_a_class_or_view_that_is_not_in_the_table_raises(root, options):
 def test_missing_mask_folder_and_broken_mask_are_named(root, tmp_path):
     with pytest.raises(DataError, match="lung_masks="):
         read_catalogue(root, lung_masks=tmp_path / "nothing")
-    (tmp_path / "a-1.jpeg").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"a-1\.jpeg cannot be read"):
-        read_catalogue(root, lung_masks=tmp_path)
+    huge = b"P5 60000 60000 255\n"  # more pixels than Pillow opens
+    for content in (b"no image", huge):
+        (tmp_path / "a-1.jpeg").write_bytes(content)
+        with pytest.raises(DataError, match=r"a-1\.jpeg: cannot be read as a lung mask"):
+            read_catalogue(root, lung_masks=tmp_path)
 
 
 @pytest.mark.slow  # decodes 1.2 gigapixels
