@@ -19,6 +19,7 @@ from mtmedformer.calibration import plain, restored
 from mtmedformer.checks import check_digest, check_gradient_aggregation, check_resumed, check_tasks, check_weights
 from mtmedformer.encoders.base import Encoder
 from mtmedformer.encoders.pretrained import load_weights
+from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
 from mtmedformer.inference.predictor import TiledPredictor
 from mtmedformer.inference.results import check_finite
@@ -55,7 +56,7 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
         compile: Backend of ``torch.compile`` for the encoder, for example ``inductor``; ``None`` does not compile.
 
     Raises:
-        ConfigError: When ``tasks`` or ``loss.weights`` names a task that has no head.
+        ConfigError: When ``tasks`` or ``loss.weights`` names a task that has no head, or a number is out of its range.
     """
 
     not_recorded = frozenset({"optimizer", "lr_scheduler", "lr_interval", "lr_monitor"})
@@ -78,6 +79,8 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
         channels_last: bool = False,
         compile: str | None = None,
     ) -> None:
+        if not 0 < layer_decay <= 1:
+            raise ConfigError(f"model.layer_decay is {layer_decay}; it must be above 0 and at most 1")
         super().__init__(encoder, heads, tasks, TiledPredictor(tile, overlap, flip_tta), channels_last)
         if self.init_args is not None:
             self.save_hyperparameters(hyperparameters(class_path(type(self)), self.init_args), logger=False)

@@ -33,11 +33,16 @@ class WarmupCosine(LRScheduler):
         warmup: Share of the training in which the rate rises, in [0, 1).
         floor: Final learning rate as a share of the optimizer's, in [0, 1].
 
+    Raises:
+        ConfigError: When a share is out of its range.
+
     Reference:
         Loshchilov & Hutter, SGDR, ICLR 2017, equation 5, without restarts.
     """
 
     def __init__(self, optimizer: Optimizer, warmup: float = 0.05, floor: float = 0.01) -> None:
+        if not (0 <= warmup < 1 and 0 <= floor <= 1):
+            raise ConfigError(f"lr_scheduler: warmup {warmup} must be in [0, 1) and floor {floor} in [0, 1]")
         self.warmup, self.floor, self.total_steps, self.endless = warmup, floor, 1, False
         super().__init__(optimizer)
 

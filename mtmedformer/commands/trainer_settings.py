@@ -144,6 +144,8 @@ def _check_fit(trainer: Namespace, federated: bool) -> None:
     for key in ("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps"):
         if trainer.get(key) is not None and trainer[key] < 1:
             raise ConfigError(f"trainer.{key}={trainer[key]}: it is at least 1")
+    if (trainer.gradient_clip_val or 0) < 0:
+        raise ConfigError(f"trainer.gradient_clip_val={trainer.gradient_clip_val}: it is a norm above 0, or null")
     if trainer.val_check_interval == 0:
         raise ConfigError(
             "trainer.val_check_interval=0: it is a number of batches of at least 1, or a share of the epoch above 0; "

@@ -76,6 +76,8 @@ class SharedEncoder(Encoder):
         size = (img_size, img_size) if isinstance(img_size, int) else img_size
         if size is not None and min(size) < 1:
             raise ConfigError(f"encoder.img_size is {img_size}; it must be at least 1 pixel")
+        if not 0 <= drop_path_rate < 1:
+            raise ConfigError(f"encoder.drop_path_rate is {drop_path_rate}; it must be in [0, 1)")
         kwargs = {**(model_kwargs or {}), "in_chans": in_chans, "num_classes": 0}
         if drop_path_rate:
             kwargs["drop_path_rate"] = drop_path_rate

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mtmedformer.errors import ConfigError
 from mtmedformer.inference.tiling import predict_tiled
 from mtmedformer.protocols import PredictingModule
 
@@ -20,11 +21,20 @@ class TiledPredictor:
         tile: ``(height, width)`` of the window; ``None`` predicts every image as a whole.
         overlap: Overlap of neighbouring windows as a share of the window, in [0, 1).
         flip_tta: Whether to average over each window and its mirror.
+
+    Raises:
+        ConfigError: When a number is out of its range.
     """
 
     tile: tuple[int, int] | None = None
     overlap: float = 0.25
     flip_tta: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tile is not None and min(self.tile) < 1:
+            raise ConfigError(f"model.tile is {list(self.tile)}; height and width must be at least 1 pixel")
+        if not 0 <= self.overlap < 1:
+            raise ConfigError(f"model.overlap is {self.overlap}; it must be in [0, 1)")
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -103,6 +103,7 @@ REFUSED = [  # options of the page, arguments, words of the sentence
     ("trainer.max_epochs=0", "--trainer.max_epochs=0", "nothing would be trained"),
     ("trainer.max_steps=0", "--trainer.max_steps=0", "nothing would be trained"),
     ("trainer.accumulate_grad_batches", "--trainer.accumulate_grad_batches=0", "at least 1"),
+    ("trainer.gradient_clip_val", "--trainer.gradient_clip_val=-1", "norm above 0"),
     ("check_val_every_n_epoch", "--trainer.check_val_every_n_epoch=0", "at least 1"),
     ("log_every_n_steps", "--trainer.log_every_n_steps=0", "at least 1"),
     ("trainer.val_check_interval", "--trainer.val_check_interval=0", "at least 1"),

@@ -1,6 +1,7 @@
 """The laws of the whole model: partial labels, untouched tasks, equal seeds, parameter groups, schedules."""
 
 import copy
+import re
 
 import lightning as L
 import pytest
@@ -272,3 +273,20 @@ def test_a_part_that_cannot_be_described_is_not_recorded():
 
     module = MultiTaskModule(SharedEncoder("mtmedformer_tiny", channels=16), {"organ": OwnHead(["organ"], object())})
     assert dict(module.hparams) == {}
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: SharedEncoder(name="mtmedformer_tiny", drop_path_rate=1.5), "encoder.drop_path_rate is 1.5"),
+        (lambda: SharedEncoder(name="mtmedformer_tiny", drop_path_rate=-1.0), "encoder.drop_path_rate is -1.0"),
+        (lambda: TiledPredictor((0, 0)), "model.tile is [0, 0]"),
+        (lambda: TiledPredictor(overlap=1.0), "model.overlap is 1.0"),
+        (lambda: model(layer_decay=0.0), "model.layer_decay is 0"),
+        (lambda: WarmupCosine(torch.optim.SGD([torch.zeros(1)], 0.1), warmup=2.0), "warmup 2.0 must be in [0, 1)"),
+        (lambda: WarmupCosine(torch.optim.SGD([torch.zeros(1)], 0.1), floor=-0.1), "floor -0.1 in [0, 1]"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(make, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        make()
