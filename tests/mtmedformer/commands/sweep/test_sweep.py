@@ -211,7 +211,7 @@ def test_trials_save_after_ctrl_c_and_the_next_start_continues_them(monkeypatch,
             raise KeyboardInterrupt
 
     monkeypatch.setattr(trials.time, "sleep", sleep)
-    assert main(arguments) == 1
+    assert main(arguments) == 130
     assert "the same command continues" in capsys.readouterr().out
     assert len(list((tmp_path / "out").glob("trials/*/checkpoints/last.ckpt"))) == 2
     assert main(arguments) == 0
