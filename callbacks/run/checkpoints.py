@@ -63,9 +63,14 @@ class ResumePoint(Callback):
             words = f"stopped by Ctrl-C after epoch {trainer.current_epoch}; continue with --ckpt_path={self.file}"
             raise KeyboardInterrupt(words)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Save and stop after a signal in this step; the last step of an epoch is followed by validation first."""
-        if trainer.is_last_batch:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save and stop after a signal in this step; the last step of an epoch is followed by validation first.
+
+        A step of several accumulated batches is finished first, since a checkpoint has no gradients.
+        """
+        if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if trainer.strategy.reduce_boolean_decision(self._stop or trainer.received_sigterm, all=False):
             trainer.save_checkpoint(self.file, weights_only=False)
