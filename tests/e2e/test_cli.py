@@ -2,9 +2,7 @@
 
 import csv
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,17 +35,6 @@ def rows_of(file: Path) -> list[dict[str, str]]:
 
 def weights_of(file: Path) -> dict[str, torch.Tensor]:
     return torch.load(file, weights_only=True)["state_dict"]
-
-
-class KillAt(L.Callback):
-    """Sends this process Ctrl-C during one training step."""
-
-    def __init__(self, epoch: int, batch: int) -> None:
-        self.epoch, self.batch = epoch, batch
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if (trainer.current_epoch, batch_idx) == (self.epoch, self.batch):
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_fit_writes_all_files_of_a_run_folder(trained, capsys):
@@ -150,8 +137,7 @@ def test_a_run_resumed_after_ctrl_c_equals_an_uninterrupted_one(images, tmp_path
     assert main(["fit", "--config", whole]) == 0
     config["trainer"]["default_root_dir"] = str(tmp_path / "broken")
     file = write_config(config, tmp_path / "broken.yaml")
-    callback = f"{{class_path: test_cli.KillAt, init_args: {{epoch: {epoch}, batch: {batch}}}}}"
-    sys.modules["test_cli"] = sys.modules[__name__]
+    callback = f"{{class_path: tests.fixtures.stopping.StopAt, init_args: {{epoch: {epoch}, batch: {batch}}}}}"
     assert main(["fit", "--config", file, f"--trainer.callbacks=[{callback}]"]) == 130
     assert main(["fit", "--config", file, "--ckpt_path=last"]) == 0
     expected, resumed = (weights_of(tmp_path / run / "checkpoints/last.ckpt") for run in ("run", "broken"))
