@@ -63,19 +63,19 @@ def merge_sums(aggregator: FedAvg, state: State, sums: Mapping[str, Tensor], sch
         schema: The model's schema.
     """
     require_sums(aggregator)
-    merged = dict(state)
+    merged, statistics = dict(state), schema.statistics()
+    between: dict[str, Tensor] = {}
     for name, bottom in sums.items():
         kind, key = name.split("|", 1)
         if kind == "bottom" and bool((bottom > 0).any()):
             mean = torch.where(bottom > 0, sums[f"top|{key}"] / bottom, 0.0)
+            if key in statistics:
+                squares = torch.where(bottom > 0, sums[f"square|{key}"] / bottom, 0.0)
+                between[statistics[key]] = squares.sub_(mean.square()).clamp_min_(0)
             change = aggregator.server.step(key, mean) if key in schema.parameters else mean
             merged[key] = (change + state[key]).to(state[key].dtype)
-    for key, variance in schema.statistics().items():
-        bottom = sums[f"bottom|{key}"] if f"bottom|{key}" in sums else torch.zeros(())
-        if bool((bottom > 0).any()):
-            mean = torch.where(bottom > 0, sums[f"top|{key}"] / bottom, 0.0)
-            between = torch.where(bottom > 0, sums[f"square|{key}"] / bottom, 0.0).sub_(mean.square()).clamp_min_(0)
-            merged[variance] = merged[variance].double().add_(between).to(merged[variance].dtype)
+    for key, variance in between.items():
+        merged[key] = merged[key].double().add_(variance).to(merged[key].dtype)
     return merged | aggregator.server.untouched_state()
 
 
