@@ -196,11 +196,11 @@ class Federation(L.Callback):
         """Keep the seed of the run, from which every site derives its own; write the first files of the run."""
         self.server.seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**31))
         self._started = True
-        sites = federated_data(trainer).sites
+        sites, training = federated_data(trainer).sites, self._training_sites(trainer)
         pooled = self.aggregator.data == "pooled"
-        self._steps = self._trainers.local_steps(self.local_steps, self._training_sites(trainer), pooled)
+        self._steps = self._trainers.local_steps(self.local_steps, training, pooled)
         if not pooled:
-            training, site_trainer = self._training_sites(trainer), self._trainers.validation()
+            site_trainer = self._trainers.validation()
             self.server.declared = declarations(
                 training, self.holdings, site_trainer, self.server.privacy, self._steps or 0
             )
@@ -208,7 +208,7 @@ class Federation(L.Callback):
             shutil.rmtree(Path(trainer.default_root_dir, WAITING), ignore_errors=True)  # of a killed process
             write_sites(self.holdings, sites, Path(trainer.default_root_dir))
         trainer.strategy.barrier()  # no process writes updates before
-        self._write_state(trainer, f"{len(self._training_sites(trainer))} sites")
+        self._write_state(trainer, f"{len(training)} sites")
 
     # --- a round ------------------------------------------------------------------------------------------------------
 
