@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
 from mtmedformer.batch import ClassificationTarget, Target
-from mtmedformer.errors import ConfigError
-from mtmedformer.heads.base import TaskHead
-from mtmedformer.heads.layers import enlarge, pick_levels
+from mtmedformer.heads.attention_pooling import AttentionPoolingHead
 from mtmedformer.losses.classification import BinaryCrossEntropy, ClassLoss, CrossEntropy
 from mtmedformer.metrics.base import TaskMetrics
 from mtmedformer.metrics.classification import ClassificationMetrics
@@ -27,13 +24,8 @@ class ClassificationOutputs:
     attention: Tensor
 
 
-class ClassificationHead(TaskHead):
-    r"""Pools pyramid tokens by gated attention and classifies the pooled features.
-
-    Each attention head scores token $h$ with $w^\top(\tanh(V h) \odot \sigma(U h))$, takes the softmax over the tokens
-    of all its levels and pools its share of the channels. The maximum of each channel over the tokens is added
-    (``peak``), because in a mean over a thousand tokens the signal and the gradient of a lesion in one token are a
-    thousand times smaller. The attention map does not show the contribution of the maxima.
+class ClassificationHead(AttentionPoolingHead):
+    """Classifies features that `AttentionPoolingHead` pools.
 
     Args:
         classes: Class names in channel order.
@@ -46,9 +38,6 @@ class ClassificationHead(TaskHead):
 
     Raises:
         ConfigError: A term does not fit the classes.
-
-    Reference:
-        Ilse et al., Attention-based deep multiple instance learning, ICML 2018, equation 9.
     """
 
     kind = "classification"
@@ -63,46 +52,16 @@ class ClassificationHead(TaskHead):
         num_heads: int = 4,
         peak: bool = True,
     ) -> None:
-        super().__init__(classes)
+        super().__init__(classes, len(classes), strides, width, num_heads, peak)
         self.multi_label = multi_label
-        self.strides = tuple(sorted(strides))
-        self.width = width
-        self.num_heads = num_heads
-        self.peak = peak
         default: dict[str, ClassLoss] = {"cross_entropy": BinaryCrossEntropy() if multi_label else CrossEntropy()}
         self.terms = nn.ModuleDict(terms or default)
         for term in (terms or default).values():
             term.check(len(self.classes), multi_label)
 
     @override
-    def build(self, channels: int, strides: Sequence[int]) -> None:
-        self.levels = pick_levels(strides, self.strides)
-        width = self.width or channels
-        if width % self.num_heads:
-            raise ConfigError(f"num_heads: {self.num_heads} does not divide the head's width of {width}")
-        self.token = nn.ModuleList(nn.Conv2d(channels, width, 1) for _ in self.levels)
-        self.norm = nn.ModuleList(nn.LayerNorm(width) for _ in self.levels)
-        self.gate = nn.Linear(width, 2 * (width // 2))
-        self.score = nn.Linear(width // 2, self.num_heads)
-        features = 2 * width if self.peak else width
-        self.classifier = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, len(self.classes)))
-
-    @override
     def forward(self, pyramid: list[Tensor], size: tuple[int, int]) -> ClassificationOutputs:
-        maps = [pyramid[level] for level in self.levels]
-        tokens = torch.cat(
-            [
-                F.gelu(norm(token(x).flatten(2).transpose(1, 2)))
-                for token, norm, x in zip(self.token, self.norm, maps, strict=True)
-            ],
-            dim=1,
-        )
-        content, gate = self.gate(tokens).chunk(2, dim=-1)
-        attention = self.score(content.tanh() * gate.sigmoid()).float().softmax(dim=1)
-        values = tokens.view(*tokens.shape[:2], self.num_heads, -1)
-        pooled = (attention.to(values.dtype).unsqueeze(3) * values).sum(1).flatten(1)
-        features = torch.cat([pooled, tokens.amax(dim=1)], dim=1) if self.peak else pooled
-        return ClassificationOutputs(self.classifier(features), self._on_finest_level(attention.mean(2), maps))
+        return ClassificationOutputs(*self.pooled(pyramid))
 
     @override
     def loss(self, outputs: ClassificationOutputs, target: Target) -> dict[str, Tensor]:
@@ -128,10 +87,6 @@ class ClassificationHead(TaskHead):
         """Return the logit of a class, float32 (B,)."""
         return outputs.logits[:, label].float()
 
-    def attention_map(self, outputs: ClassificationOutputs, size: tuple[int, int]) -> Tensor:
-        """Return the attention per pixel, float32 (B, H, W), without the contribution of the channel maxima."""
-        return enlarge(outputs.attention[:, None].float(), self.strides[0], size)[:, 0]
-
     def exported(self, outputs: ClassificationOutputs, size: tuple[int, int]) -> dict[str, Tensor]:
         """Return the probabilities (B, K) under the empty name, and ``attention`` (B, h, w)."""
         return {"": self.predict(outputs, size), "attention": outputs.attention.float()}
@@ -143,14 +98,3 @@ class ClassificationHead(TaskHead):
     @override
     def metrics(self) -> TaskMetrics:
         return ClassificationMetrics(self.classes, self.multi_label)
-
-    def _on_finest_level(self, attention: Tensor, maps: list[Tensor]) -> Tensor:
-        """Spread the attention (B, T) of all levels over the cells of the finest level, with a sum of 1."""
-        (h, w), finest = maps[0].shape[-2:], self.strides[0]
-        total = attention.new_zeros(attention.shape[0], h, w)
-        parts = torch.split(attention, [m.shape[-2] * m.shape[-1] for m in maps], dim=1)
-        for part, level, stride in zip(parts, maps, self.strides, strict=True):
-            repeat = stride // finest
-            spread = part.view(-1, *level.shape[-2:]).repeat_interleave(repeat, 1).repeat_interleave(repeat, 2)
-            total = total + spread[:, :h, :w] / repeat**2
-        return total / total.sum((1, 2), keepdim=True)
