@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError
 from mtmedformer.optim import CONFIGURED
+from mtmedformer.protocols import PlannedData, TaskedData
 from mtmedformer.storage.hashing import digest_fits
 
 
@@ -62,6 +63,26 @@ def check_tasks(
             )
     if absent:
         rank_zero_info(f"Not evaluated, because the data have no labels for it: {', '.join(absent)}")
+
+
+def tasks_of(data: object) -> Mapping[str, Task]:
+    """Return the tasks of a data module, from which a model with ``heads: auto`` gets its heads; read its records.
+
+    Args:
+        data: The data module of the Trainer, if there is one.
+
+    Raises:
+        ConfigError: It declares no tasks.
+        UserError: Its records cannot be read.
+    """
+    if isinstance(data, PlannedData):
+        data.plan()
+    if not isinstance(data, TaskedData) or not data.tasks:
+        raise ConfigError(
+            f"model.heads is auto, but the data ({'none' if data is None else type(data).__name__}) declare no tasks "
+            "to build heads for; name the heads in model.heads, or take the model from a checkpoint with --ckpt_path"
+        )
+    return data.tasks
 
 
 def _difference(head: Task, data: Task, place: Callable[[str, str], str]) -> str:

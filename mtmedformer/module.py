@@ -6,7 +6,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -14,13 +14,21 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from mtmedformer.batch import Batch, add_entries
+from mtmedformer.batch import Batch, Task, add_entries
 from mtmedformer.calibration import plain, restored
-from mtmedformer.checks import check_digest, check_gradient_aggregation, check_resumed, check_tasks, check_weights
+from mtmedformer.checks import (
+    check_digest,
+    check_gradient_aggregation,
+    check_resumed,
+    check_tasks,
+    check_weights,
+    tasks_of,
+)
 from mtmedformer.encoders.base import Encoder
 from mtmedformer.encoders.pretrained import load_weights
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
+from mtmedformer.heads.from_tasks import heads_for
 from mtmedformer.inference.predictor import TiledPredictor
 from mtmedformer.inference.results import check_finite
 from mtmedformer.losses.hybrid import HybridLoss
@@ -28,7 +36,7 @@ from mtmedformer.metrics.base import MetricsByTask, TaskMeans
 from mtmedformer.network import MultiTaskNetwork, image_size, new_tensors_in_float32
 from mtmedformer.optim import Interval, check_schedule, follows_per_epoch, parameter_groups, scheduled, step_followers
 from mtmedformer.protocols import TaskedData
-from mtmedformer.storage.constructor_arguments import RecordsArguments, class_path, hyperparameters
+from mtmedformer.storage.constructor_arguments import RecordsArguments, class_path, describe, hyperparameters
 
 
 class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
@@ -37,6 +45,8 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
     Args:
         encoder: The shared encoder; its pyramid feeds every head.
         heads: Task heads by task name. The names are the keys of ``Batch.targets`` and of every logged metric.
+            ``auto`` builds the default head of each task of the data when they are known: in ``setup``, or earlier by
+            ``add_heads``. A checkpoint holds the heads as built.
         loss: How the task losses become one loss; ``None`` is fixed weights of 1, brought to one scale at the start.
         tasks: Keep only the heads of these names; ``None`` keeps all. ``[lungs]`` is the single-task baseline.
         optimizer: Makes the optimizer from parameter groups. The top-level section ``optimizer`` of a configuration
@@ -64,7 +74,7 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
     def __init__(
         self,
         encoder: Encoder,
-        heads: dict[str, TaskHead],
+        heads: dict[str, TaskHead] | Literal["auto"] = "auto",
         loss: HybridLoss | None = None,
         tasks: list[str] | None = None,
         optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=5e-4, weight_decay=0.05),
@@ -85,28 +95,58 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
         if self.init_args is not None:
             self.save_hyperparameters(hyperparameters(class_path(type(self)), self.init_args), logger=False)
         self.loss = loss or HybridLoss()
-        self.loss.build(list(self.heads), dropped=[name for name in heads if name not in self.heads])
+        self.only_tasks, self.init_weights = tasks, init_weights
         self.optimizer, self.lr_scheduler, self.layer_decay = optimizer, lr_scheduler, layer_decay
         self.lr_interval, self.lr_monitor = lr_interval, lr_monitor
-        self.val_metrics, self.test_metrics = self._fresh_metrics(), self._fresh_metrics()
-        self.val_losses = TaskMeans(self.heads)
         self._stage: str | None = None
         self._labelled_heads: set[str] = set()
         self._seed = 0
         self._last_batch: Batch | None = None
         self._task_losses: tuple[dict[str, Tensor], dict[str, int]] = ({}, {})
-        self.weights_report = load_weights(self, init_weights) if init_weights else None
+        if heads != "auto":
+            self._complete(heads)
         if channels_last:
             self.encoder.to(memory_format=torch.channels_last)
         if compile:
             self.encoder.compile(backend=compile)
 
+    @property
+    def awaits_tasks(self) -> bool:
+        """Whether the heads are still to be built from the tasks of the data (``heads: auto``)."""
+        return not self.heads
+
+    def add_heads(self, tasks: Mapping[str, Task]) -> None:
+        """Build the heads of a model with ``heads: auto``; does nothing where they exist.
+
+        Args:
+            tasks: Tasks of the data by name.
+
+        Raises:
+            ConfigError: There is none, or ``tasks`` or ``loss.weights`` of the model names one that is not among them.
+        """
+        if not self.awaits_tasks:
+            return
+        heads = heads_for(tasks)
+        self.heads = self._built(heads, self.only_tasks)
+        self._complete(heads)
+        if self.init_args is not None:
+            self.init_args["heads"] = self.hparams["heads"] = {name: describe(head) for name, head in heads.items()}
+
+    def _complete(self, heads: Mapping[str, TaskHead]) -> None:
+        """Prepare the loss and the metrics of the heads, and load the first weights."""
+        self.loss.build(list(self.heads), dropped=[name for name in heads if name not in self.heads])
+        self.val_metrics, self.test_metrics = self._fresh_metrics(), self._fresh_metrics()
+        self.val_losses = TaskMeans(self.heads)
+        self.weights_report = load_weights(self, self.init_weights) if self.init_weights else None
+
     def setup(self, stage: str) -> None:
-        """Check that the data set, the trainer and the heads fit together."""
+        """Build the heads where they are ``auto``; check that the data set, the trainer and the heads fit together."""
         self._stage = stage
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.awaits_tasks:
+            self.add_heads(tasks_of(datamodule))
         if self.trainer.precision == "64-true":
             self.double()  # before a checkpoint is loaded; Lightning converts afterwards
-        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(datamodule, TaskedData):
             check_tasks(stage, self.tasks, datamodule.tasks)
         if stage == "fit" and self.loss.aggregates_gradients:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtmedformer.batch import Batch, Target, Task
 from mtmedformer.calibration import TaskCalibration
@@ -26,7 +26,7 @@ class MultiTaskNetwork(L.LightningModule):
 
     Args:
         encoder: The shared encoder; its pyramid feeds every head.
-        heads: Task heads by task name.
+        heads: Task heads by task name; with ``auto`` there is none until ``add_heads``.
         tasks: Keep only the heads of these names; ``None`` keeps all.
         predictor: How whole images are predicted.
         channels_last: Use the channels-last memory format.
@@ -42,14 +42,14 @@ class MultiTaskNetwork(L.LightningModule):
     def __init__(
         self,
         encoder: Encoder,
-        heads: dict[str, TaskHead],
+        heads: dict[str, TaskHead] | Literal["auto"],
         tasks: list[str] | None,
         predictor: PredictionStrategy,
         channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.heads = build_heads(_chosen(heads, tasks), encoder)
+        self.heads = nn.ModuleDict() if heads == "auto" else self._built(heads, tasks)
         self.predictor = predictor
         self.channels_last = channels_last
         self.calibration: dict[str, TaskCalibration] = {}
@@ -109,6 +109,9 @@ class MultiTaskNetwork(L.LightningModule):
         losses = {name: torch.stack(list(t.values())).sum() for name, t in terms.items()}
         return losses, terms, {name: int(targets[name].present.sum()) for name in losses}
 
+    def _built(self, heads: dict[str, TaskHead], tasks: list[str] | None) -> nn.ModuleDict:
+        return build_heads(_chosen(heads, tasks), self.encoder)
+
     def _pyramid(self, image: Tensor) -> list[Tensor]:
         image = image.to(self.dtype)
         if self.channels_last:
@@ -139,7 +142,8 @@ def image_size(image: Tensor) -> tuple[int, int]:
 def _chosen(heads: dict[str, TaskHead], tasks: list[str] | None) -> dict[str, TaskHead]:
     if not heads:
         raise ConfigError(
-            "model.heads is empty; name at least one, for example {lungs: {class_path: SegmentationHead}}"
+            "model.heads is empty; name at least one, for example {lungs: {class_path: SegmentationHead}}, or leave "
+            "model.heads out: it is then built from the tasks of the data"
         )
     unknown = sorted(set(tasks or []) - set(heads))
     if unknown:

@@ -36,6 +36,7 @@ from federation.server.participation import Participation, check_participation, 
 from federation.server.run_state import RunState, Status, write_state
 from federation.site_loaders import Site
 from mtmedformer.errors import ConfigError, UserError
+from mtmedformer.module import MultiTaskModule
 
 
 class Federation(L.Callback):
@@ -166,6 +167,8 @@ class Federation(L.Callback):
         if stage != "fit":
             return
         data = federated_data(trainer)
+        if isinstance(pl_module, MultiTaskModule) and pl_module.awaits_tasks:  # before the module's own setup
+            pl_module.add_heads(data.tasks)
         self.check(trainer, pl_module, data)
         note_sigterm_per_process(trainer)
         self._exported = {}

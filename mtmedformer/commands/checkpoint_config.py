@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse import Namespace
 
+import callbacks
 from mtmedformer.checks import malformed, no_larger_than
 from mtmedformer.commands.named_classes import check_stored, own_words
 from mtmedformer.commands.yaml_files import read_yaml
@@ -62,17 +64,10 @@ def with_checkpoint_base(argv: list[str], stack: ExitStack, trusted: bool = Fals
     checkpoint = _value(argv, "--ckpt_path")
     if not argv or argv[0] not in LIGHTNING_COMMANDS or checkpoint is None or checkpoint in KEYWORDS:
         return argv
-    stored = read_checkpoint(str(existing_checkpoint(Path(checkpoint))))
-    hparams = dict(stored.get("hyper_parameters") or {})
     base: dict[str, Any] = {}
     own = own_words(argv)
-    if "_class_path" in hparams:
-        class_path = hparams.pop("_class_path")
-        hparams.pop("_instantiator", None)
-        base["model"] = {"class_path": class_path, "init_args": hparams}
-        check_stored(base["model"], f"--ckpt_path={checkpoint}", own, trusted)
-        if argv[0] != "fit":
-            base["model"] = without_weight_files(base["model"])
+    if model := stored_model(checkpoint, argv, trusted):
+        base["model"] = model if argv[0] == "fit" else without_weight_files(model)
     folder = Path(checkpoint).parent.parent
     if argv[0] != "fit" and not _configures(argv, "data") and (run := run_config(folder)):
         if run.get("data") is not None:
@@ -81,8 +76,29 @@ def with_checkpoint_base(argv: list[str], stack: ExitStack, trusted: bool = Fals
     if not base:
         return argv
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    (folder / "checkpoint.yaml").write_text(yaml.safe_dump(base))
+    (folder / "checkpoint.yaml").write_text(yaml.safe_dump(base, sort_keys=False))
     return [argv[0], "--config", str(folder / "checkpoint.yaml"), *argv[1:]]
+
+
+def stored_model(checkpoint: str, argv: list[str], trusted: bool = False) -> dict[str, Any] | None:
+    """Return the description of the model in a checkpoint; ``None`` where it has none.
+
+    Args:
+        checkpoint: The file.
+        argv: The command line; classes that it or its files name are allowed.
+        trusted: Allow classes of other projects.
+
+    Raises:
+        ConfigError: The checkpoint is damaged, or names a class that is not allowed.
+    """
+    hparams = dict(read_checkpoint(str(existing_checkpoint(Path(checkpoint)))).get("hyper_parameters") or {})
+    if "_class_path" not in hparams:
+        return None
+    class_path = hparams.pop("_class_path")
+    hparams.pop("_instantiator", None)
+    model = {"class_path": class_path, "init_args": hparams}
+    check_stored(model, f"--ckpt_path={checkpoint}", own_words(argv), trusted)
+    return model
 
 
 def without_weight_files(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,6 +230,22 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def checkpoint_file(config: Namespace) -> str:
+    """Return the file that ``--ckpt_path`` names, also where it is ``last`` or ``best``.
+
+    Args:
+        config: The configuration of a subcommand, with a ``ckpt_path``.
+
+    Raises:
+        ConfigError: There is no such checkpoint yet.
+    """
+    if config.ckpt_path not in {"last", "best"}:
+        return str(config.ckpt_path)
+    root = Path(config.trainer.default_root_dir or "runs/run")
+    folder = callbacks.latest_run_folder(root, f"{config.ckpt_path}.ckpt")
+    return str(folder / "checkpoints" / f"{config.ckpt_path}.ckpt")
 
 
 def existing_checkpoint(checkpoint: Path) -> Path:

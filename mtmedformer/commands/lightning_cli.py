@@ -28,8 +28,10 @@ import federation
 import mtmedformer
 from mtmedformer.batch import Task
 from mtmedformer.checks import check_tasks
+from mtmedformer.commands.auto_heads import AUTO, add_heads, with_heads_of_checkpoint
 from mtmedformer.commands.checkpoint_config import (
     building,
+    checkpoint_file,
     difference,
     existing_checkpoint,
     read_checkpoint,
@@ -139,6 +141,9 @@ class CommandLine(CLIWithoutCheckpointParsing):
                     raise
                 fix = "no config.yaml lies in the run folder of the checkpoint; name model and data with --config=FILE"
                 raise ConfigError(f"{error}: {fix}") from error
+            whole = with_heads_of_checkpoint(argv, self.config[self.config.subcommand], stack, self.trusted)
+            if whole != argv:
+                self.config = parser.parse_args(whole)
         check_settings(self.config[self.config.subcommand], str(self.config.subcommand))
 
     def after_instantiate_classes(self) -> None:
@@ -161,6 +166,8 @@ class CommandLine(CLIWithoutCheckpointParsing):
             self.model.lr_scheduler = lambda opt: instantiate_class(opt, scheduler)
         model = self.config_dump["model"]
         arguments = {k: v for k, v in model["init_args"].items() if k not in MultiTaskModule.not_recorded}
+        if arguments.get("heads") == AUTO:
+            arguments["heads"] = self.record["model"]["init_args"]["heads"]
         self.model.save_hyperparameters(hyperparameters(model["class_path"], arguments), logger=False)
 
     def before_instantiate_classes(self) -> None:
@@ -169,9 +176,7 @@ class CommandLine(CLIWithoutCheckpointParsing):
         root = Path(config.trainer.default_root_dir or "runs/run")
         keyword = config.get("ckpt_path") if config.get("ckpt_path") in {"last", "best"} else None
         if keyword:
-            config.ckpt_path = str(
-                callbacks.latest_run_folder(root, f"{keyword}.ckpt") / "checkpoints" / f"{keyword}.ckpt"
-            )
+            config.ckpt_path = checkpoint_file(config)
         if config.get("ckpt_path") is not None:
             existing_checkpoint(Path(config.ckpt_path))
         elif self.subcommand != "fit" and config.model.get("init_args", {}).get("init_weights", ...) is None:
@@ -253,6 +258,7 @@ class CommandLine(CLIWithoutCheckpointParsing):
         with building(self.config[self.subcommand].get("ckpt_path")):
             super().instantiate_classes()
         self.config = saved
+        add_heads(self.model, self.datamodule, self.record)
 
     def before_fit(self) -> None:
         """Check data and checkpoint before the Trainer starts."""
