@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,29 @@ def restored(stored: Mapping[str, Any]) -> dict[str, TaskCalibration]:
     if not usable:
         raise ConfigError("its calibration has a temperature or threshold that is not a finite, positive number")
     return calibration
+
+
+def combined_calibration(members: Sequence[Mapping[str, TaskCalibration]]) -> dict[str, TaskCalibration]:
+    """Return the calibration that is reported of an ensemble.
+
+    Each member divides by its own temperature. A threshold is the mean of the members' thresholds; a class and
+    operating point for which a member has none gets none.
+
+    Args:
+        members: Calibration by task of each member; the temperatures of the first one are kept.
+    """
+    first, *others = members
+    calibration = {}
+    for task, own in first.items() if others else ():
+        rest = [one[task].thresholds if task in one else {} for one in others]
+        thresholds: dict[str, dict[str, float]] = {}
+        for label, points in own.thresholds.items():
+            for point, value in points.items():
+                values = [value, *(one[label][point] for one in rest if point in one.get(label, {}))]
+                if len(values) == len(members):
+                    thresholds.setdefault(label, {})[point] = sum(values) / len(values)
+        calibration[task] = replace(own, thresholds=thresholds)
+    return calibration if others else dict(first)
 
 
 def fit_temperature(curve: Floats, decisions: float, images: int, prior: float | None = PRIOR) -> tuple[float, float]:

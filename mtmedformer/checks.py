@@ -111,6 +111,47 @@ def _meant(name: str, known: Sequence[str]) -> str:
     return next((f" (did you mean {one!r}?)" for one in known if near and one.lower() == near[0]), "")
 
 
+def check_members(
+    names: Sequence[str], tasks: Sequence[Mapping[str, Task]], preparations: Sequence[Mapping[str, Any]]
+) -> None:
+    """Check that the members of an ensemble have the same tasks and prepare images in the same way.
+
+    Args:
+        names: Their files, for the message.
+        tasks: Tasks by name of each member; their order may differ, that of their classes may not.
+        preparations: ``image_size``, ``preset`` and ``white_level`` of each member, as far as they are known.
+
+    Raises:
+        ConfigError: One differs from the first one.
+    """
+    fix = "give members that were trained for the same tasks on images prepared in the same way"
+    for name, own, prepared in zip(names[1:], tasks[1:], preparations[1:], strict=True):
+        for task in {**tasks[0], **own}:
+            if task not in own or task not in tasks[0]:
+                lacking, other = (name, names[0]) if task not in own else (names[0], name)
+                raise ConfigError(f"--ckpt_path: {other} has a task {task!r} and {lacking} has none; {fix}")
+            ours, theirs = tasks[0][task], own[task]
+            for what in ("kind", "classes", "multi_label"):
+                if getattr(ours, what) != getattr(theirs, what):
+                    raise ConfigError(
+                        f"--ckpt_path: {what} of task {task!r} is {_plain(getattr(ours, what))} in {names[0]} and "
+                        f"{_plain(getattr(theirs, what))} in {name}; {fix}"
+                    )
+        for key in {**preparations[0], **prepared}:
+            ways = [_sides(key, one[key]) for one in (preparations[0], prepared) if key in one]
+            if len(ways) == 2 and ways[0] != ways[1]:
+                raise ConfigError(f"--ckpt_path: {key} is {ways[0]} in {names[0]} and {ways[1]} in {name}; {fix}")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _sides(key: str, value: Any) -> Any:
+    """Return an image size as [height, width]; other values as they are."""
+    return [value, value] if key == "image_size" and isinstance(value, int) else value
+
+
 def check_gradient_aggregation(trainer: L.Trainer) -> None:
     """Check that the trainer supports a weighting that combines the gradients of the tasks.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from mtmedformer.batch import Batch, Task, add_entries
-from mtmedformer.calibration import plain, restored
+from mtmedformer.calibration import combined_calibration, plain, restored
 from mtmedformer.checks import (
     check_digest,
     check_gradient_aggregation,
@@ -191,7 +191,8 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
             ConfigError: As in ``check_checkpoint``.
         """
         self.check_checkpoint(checkpoint, resumed=self._stage == "fit" and self.automatic_optimization)
-        self.calibration = {} if self._stage == "fit" else restored(checkpoint.get("calibration", {}))
+        own = {} if self._stage == "fit" else restored(checkpoint.get("calibration", {}))
+        self.calibration = combined_calibration([own, *(one.calibration for one in self.members)])
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any], resumed: bool) -> None:
         """Check that a checkpoint fits this model and its configuration, before anything is restored from it.

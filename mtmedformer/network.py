@@ -19,6 +19,7 @@ from mtmedformer.heads.capabilities import calibrated
 from mtmedformer.heads.finite import marked
 from mtmedformer.heads.layers import mixes_images
 from mtmedformer.protocols import PredictionStrategy
+from mtmedformer.storage.hashing import ensemble_digest, weights_digest
 
 
 class MultiTaskNetwork(L.LightningModule):
@@ -34,6 +35,8 @@ class MultiTaskNetwork(L.LightningModule):
     Attributes:
         predictor: How ``test`` and ``predict`` predict an image; a callback may set another one.
         calibration: Temperatures and thresholds by task, stored in the checkpoint.
+        members: Further members of the ensemble of which this network is the first (`mtmedformer.inference.ensemble`);
+            not among its submodules.
 
     Raises:
         ConfigError: When there is no head, or ``tasks`` names a task that has none.
@@ -53,6 +56,7 @@ class MultiTaskNetwork(L.LightningModule):
         self.predictor = predictor
         self.channels_last = channels_last
         self.calibration: dict[str, TaskCalibration] = {}
+        self.members: tuple[MultiTaskNetwork, ...] = ()
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -79,6 +83,10 @@ class MultiTaskNetwork(L.LightningModule):
             if raw and temperature is not None:
                 predictions[f"raw/{name}"] = head.predict(outputs[name], image_size(image))
         return predictions
+
+    def digest(self) -> str:
+        """Return 16 digits that stand for the weights of this network, or of all members of its ensemble."""
+        return ensemble_digest([weights_digest(self.state_dict()), *(one.digest() for one in self.members)])
 
     def predict_whole(self, image: Tensor, raw: bool = False) -> dict[str, Any]:
         """Return predictions as ``predict`` does, computed by ``predictor`` (in windows, from samples …)."""

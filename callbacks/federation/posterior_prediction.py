@@ -91,6 +91,8 @@ class PosteriorPrediction(Callback):
             return
         if not isinstance(pl_module, MultiTaskModule):
             raise ConfigError(f"PosteriorPrediction: a {type(pl_module).__name__} has no tasks")
+        if pl_module.members:
+            raise ConfigError("PosteriorPrediction: samples one model; give --ckpt_path one checkpoint")
         file = Path(self.file or Path(trainer.default_root_dir, FILE))
         if not file.is_file():
             raise ConfigError(

@@ -48,6 +48,8 @@ class Explanations(Callback):
             return
         if not isinstance(pl_module, MultiTaskModule):
             raise ConfigError(f"Explanations: a {type(pl_module).__name__} has no heads; use a MultiTaskModule")
+        if pl_module.members:
+            raise ConfigError("Explanations: draws the maps of one model; give --ckpt_path one checkpoint")
         unknown = sorted(set(self.grad_cam) - set(pl_module.heads))
         if unknown:
             raise ConfigError(f"Explanations.grad_cam: there is no head {', '.join(unknown)}; heads are "

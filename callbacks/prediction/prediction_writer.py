@@ -144,7 +144,7 @@ class PredictionWriter(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         calibration = plain(pl_module.calibration) if isinstance(pl_module, CalibratedModel) else {}
         self._tasks = dict(cast("Mapping[str, Task]", pl_module.tasks))
-        self._writer = self._image_writer(trainer, weights_digest(pl_module.state_dict()), calibration)
+        self._writer = self._image_writer(trainer, _digest(pl_module), calibration)
         self._files = dict(data.files) if isinstance(data, OriginalImages) else {}
         self._states = {image: file_state(file) for image, file in self._files.items()}
         self.exit_code = self._listed_failures = 0
@@ -237,6 +237,10 @@ def _refuse_among_images(root: Path, files: Iterable[Path]) -> None:
             f"--output={printable(str(root))}: images to predict lie in this folder; choose another one, for example "
             f"{printable(str(root / 'predictions'))}"
         )
+
+
+def _digest(module: LightningModule) -> str:
+    return module.digest() if isinstance(module, MultiTaskModule) else weights_digest(module.state_dict())
 
 
 def _reason(error: Exception) -> str:

@@ -155,10 +155,12 @@ def _of_task(values: dict[str, float], task: str) -> dict[str, float]:
 
 
 def _model_description(trainer: Trainer, module: MultiTaskModule) -> ModelDescription:
+    members = [module, *module.members]
+    ensemble = f", ensemble of {len(members)}" if module.members else ""
     return ModelDescription(
-        name=type(module).__name__,
-        encoder=module.encoder.name,
-        parameters=sum(p.numel() for p in module.parameters()),
+        name=type(module).__name__ + ensemble,
+        encoder=", ".join(dict.fromkeys(one.encoder.name for one in members)),
+        parameters=sum(p.numel() for one in members for p in one.parameters()),
         checkpoint=Path(str(trainer.ckpt_path)).name if trainer.ckpt_path else "no checkpoint",
         calibrated=[name for name, one in module.calibration.items() if one.temperature is not None],
     )

@@ -69,7 +69,7 @@ def with_checkpoint_base(argv: list[str], stack: ExitStack, trusted: bool = Fals
     if model := stored_model(checkpoint, argv, trusted):
         base["model"] = model if argv[0] == "fit" else without_weight_files(model)
     folder = Path(checkpoint).parent.parent
-    if argv[0] != "fit" and not _configures(argv, "data") and (run := run_config(folder)):
+    if argv[0] != "fit" and not configures(argv, "data") and (run := run_config(folder)):
         if run.get("data") is not None:
             check_stored(run["data"], str(folder / "config.yaml"), own, trusted)
         base["data"] = run.get("data")
@@ -112,7 +112,7 @@ def without_weight_files(model: Mapping[str, Any]) -> dict[str, Any]:
     return {"class_path": model["class_path"], "init_args": arguments}
 
 
-def _configures(argv: list[str], key: str) -> bool:
+def configures(argv: list[str], key: str) -> bool:
     """Return whether a config file on the command line, or ``--key CLASS`` itself, sets ``key``."""
     if _value(argv, f"--{key}") is not None or _value(argv, f"--{key}.class_path") is not None:
         return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from pkgutil import resolve_name
@@ -38,12 +39,13 @@ from mtmedformer.commands.checkpoint_config import (
     run_config,
     with_checkpoint_base,
 )
+from mtmedformer.commands.ensemble import check_test_split, ensemble_folder, join_members, without_members
 from mtmedformer.commands.lightning_internals import CLIWithoutCheckpointParsing
 from mtmedformer.commands.load.preparation import data_state
 from mtmedformer.commands.messages import parser_message
 from mtmedformer.commands.named_classes import TRUSTED
 from mtmedformer.commands.predict_images import with_images
-from mtmedformer.commands.run_callbacks import run_callbacks
+from mtmedformer.commands.run_callbacks import names_checkpoints, run_callbacks
 from mtmedformer.commands.trainer_settings import check_batch_norm, check_settings, check_validation
 from mtmedformer.errors import ConfigError
 from mtmedformer.module import MultiTaskModule
@@ -59,8 +61,9 @@ def main(argv: list[str]) -> int:
     """
     check_packages()
     trusted, argv = TRUSTED in argv, [one for one in argv if one != TRUSTED]
+    argv, checkpoints = without_members(argv)
     with ExitStack() as stack:
-        trainer = CommandLine(with_images(argv, stack, trusted), trusted).trainer
+        trainer = CommandLine(with_images(argv, stack, trusted), trusted, checkpoints).trainer
     run_callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return max((one.exit_code for one in run_callbacks if isinstance(one, HasExitCode)), default=0)
 
@@ -93,6 +96,7 @@ class CommandLine(CLIWithoutCheckpointParsing):
     Args:
         argv: Arguments as on the command line, the subcommand first.
         trusted: Allow classes of other projects in a checkpoint and the configuration of its run.
+        checkpoints: Checkpoints of all members of an ensemble; empty for a single model.
 
     Attributes:
         run_folder: The run folder.
@@ -100,8 +104,8 @@ class CommandLine(CLIWithoutCheckpointParsing):
         continues: Whether ``fit`` continues the run in the folder.
     """
 
-    def __init__(self, argv: list[str], trusted: bool = False) -> None:
-        self.argv, self.trusted = argv, trusted
+    def __init__(self, argv: list[str], trusted: bool = False, checkpoints: Sequence[Path] = ()) -> None:
+        self.argv, self.trusted, self.checkpoints = argv, trusted, checkpoints
         self.run_folder = Path()
         self.new_folder: callbacks.RunFolder | None = None
         self.continues = False
@@ -189,6 +193,7 @@ class CommandLine(CLIWithoutCheckpointParsing):
         else:
             explicit = any(a.startswith("--trainer.default_root_dir") for a in self.argv)
             of_checkpoint = callbacks.run_folder_of(Path(config.ckpt_path)) if config.get("ckpt_path") else None
+            of_checkpoint = ensemble_folder(self.checkpoints) if self.checkpoints else of_checkpoint
             folder = root if explicit or of_checkpoint is None else of_checkpoint
         self.run_folder = folder
         config.trainer.default_root_dir = str(folder)
@@ -244,6 +249,8 @@ class CommandLine(CLIWithoutCheckpointParsing):
     def instantiate_classes(self) -> None:
         """Instantiate with the identity of the run in W&B filled in, which is not saved with the configuration."""
         saved, self.record = self.config, self.resolved_config()
+        if self.checkpoints:
+            self.record["ckpt_path"] = [str(file) for file in self.checkpoints]
         self.config = saved.clone()
         config = self.config[self.subcommand]
         for logger in _listed(config.trainer.logger):
@@ -291,11 +298,14 @@ class CommandLine(CLIWithoutCheckpointParsing):
             resumed = self.subcommand == "fit" and self.config["fit"].get("federation") is None
             self.model.check_checkpoint(stored := read_checkpoint(checkpoint), resumed)
             self.datamodule.load_state_dict(data_state(stored))  # Lightning restores it after setup
+        if self.checkpoints:
+            join_members(self.model, self.checkpoints, self.argv, self.trusted)
         if isinstance(self.datamodule, TaskedData) and self.datamodule.tasks:
             self._check_tasks(self.datamodule.tasks)
         self._check_federation()  # what needs no record
         if isinstance(self.datamodule, PlannedData):
             self.datamodule.plan()
+            check_test_split(self.datamodule, self.checkpoints, self.argv)
             self._check_tasks(self.datamodule.tasks)
             self._check_federation()
             self.datamodule.require(str(self.subcommand))
@@ -329,15 +339,9 @@ class CommandLine(CLIWithoutCheckpointParsing):
             kwargs["logger"] = [callbacks.RunLogger(str(self.run_folder)), *loggers]
         name = "config.yaml" if self.subcommand == "fit" else f"config_{self.subcommand}.yaml"
         start = callbacks.RunStart(self.new_folder or self.run_folder, self.record, name)
-        kwargs["callbacks"] = run_callbacks(
-            config, str(self.subcommand), self.run_folder, start, self._logs_checkpoints()
-        )
+        logs_checkpoints = names_checkpoints(_listed(self.config[self.subcommand].trainer.logger))
+        kwargs["callbacks"] = run_callbacks(config, str(self.subcommand), self.run_folder, start, logs_checkpoints)
         return super().instantiate_trainer(**kwargs)
-
-    def _logs_checkpoints(self) -> bool:
-        """Return whether a configured W&B logger logs the checkpoints itself."""
-        loggers = _listed(self.config[self.subcommand].trainer.logger)
-        return any(isinstance(one, Namespace) and one.init_args.get("log_model") for one in loggers)
 
 
 def _listed(value: Any) -> list[Any]:

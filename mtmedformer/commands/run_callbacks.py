@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback
@@ -63,6 +64,11 @@ def run_callbacks(
     own = callbacks.__name__
     others = [one for one in chosen if type(one).__module__.partition(".")[0] != own]
     return [*others, start, *(one for one in chosen if one not in others), *missing]
+
+
+def names_checkpoints(loggers: Sequence[Any]) -> bool:
+    """Return whether one of the configured loggers, not yet instantiated, logs the checkpoints itself."""
+    return any(isinstance(one, Namespace) and one.init_args.get("log_model") for one in loggers)
 
 
 def _best(folder: str) -> ModelCheckpoint:

@@ -22,7 +22,9 @@ ABOUT = "about_predictions.json"
 """File in a folder of predictions that names the model and its settings; such a folder is never read as input."""
 
 UNCERTAINTY = "uncertainty"
-"""Key under which predictions may carry ``{task: {measure: (B,) numbers}}`` beside the tasks' own entries."""
+"""Key under which predictions may carry ``{task: {measure: numbers}}`` beside the tasks' own entries.
+
+The numbers are one per image (B,), or one per pixel of the input (B, H, W), whose mean inside the image is taken."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,9 @@ def image_result(
                 c: mask_in_original(channel, meta) for c, channel in zip(task.classes, channels, strict=True)
             }
     for name, measures in predictions.get(UNCERTAINTY, {}).items():
-        result.uncertainty.setdefault(name, {}).update({key: float(values[i]) for key, values in measures.items()})
+        if name in tasks:
+            one = {key: _of_image(values[i], meta) for key, values in measures.items()}
+            result.uncertainty.setdefault(name, {}).update(one)
     return result
 
 
@@ -130,6 +134,14 @@ def entropies(
             continue
         entropy_of[name] = {"entropy": max(0.0, float(value))}
     return entropy_of
+
+
+def _of_image(measured: Tensor | float, meta: Meta) -> float:
+    """Return a measure of an image: the number, or the mean of (H, W) over the pixels inside the original image."""
+    values = torch.as_tensor(measured)
+    if values.ndim == 2:
+        values = values.float().cpu()[inside_original(meta, (values.shape[-2], values.shape[-1]))].mean()
+    return float(values)
 
 
 def inside_original(meta: Meta, size: tuple[int, int]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,13 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
         state: A ``state_dict``. The loss's own parameters are left out, because they take no part in a prediction.
     """
     return state_hash({name: tensor for name, tensor in state.items() if not name.startswith("loss.")})[:LENGTH]
+
+
+def ensemble_digest(members: Sequence[str]) -> str:
+    """Return the digest of an ensemble from the digests of its members, in any order; of a single one its own."""
+    if len(members) == 1:
+        return members[0]
+    return hashlib.sha256(" ".join(sorted(members)).encode()).hexdigest()[:LENGTH]
 
 
 def file_digest(file: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +37,7 @@ class Prediction:
         classes: Probability of each class by its name, by classification task.
         boxes: Boxes with ``name``, ``score`` and ``xyxy``, the best first, by detection task.
         masks: bool (height, width) by class, by segmentation task: probability of at least 0.5.
-        uncertainty: Entropy in nats by task; larger is less certain.
+        uncertainty: Entropy in nats by task; of an ensemble also ``disagreement``. Larger is less certain.
         calibrated: Tasks whose probabilities were calibrated with a temperature fitted on validation images.
         note: The permitted use of these numbers.
     """
@@ -136,7 +136,7 @@ class Predictor:
 
 
 def load(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     device: str = "cpu",
     image_size: int | tuple[int, int] | None = None,
     preset: Preset | None = None,
@@ -147,7 +147,7 @@ def load(
     No code in the file is run: weights are read as tensors only, and classes of other projects are refused.
 
     Args:
-        path: The checkpoint or the folder.
+        path: The checkpoint or the folder; several make an ensemble, whose predictions are averaged.
         device: Device to predict on: ``cpu``, ``cuda``.
         image_size: ``(height, width)`` of its input, or one number for both; by default that of its training.
         preset: How images are framed; by default that of its training.

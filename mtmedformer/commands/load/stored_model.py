@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from datamodules.loading.white_level import common_level
 from mtmedformer.calibration import restored
-from mtmedformer.checks import check_digest, malformed, no_larger_than
+from mtmedformer.checks import check_digest, check_members, malformed, no_larger_than
 from mtmedformer.commands.load.preparation import data_state, preparation
 from mtmedformer.commands.named_classes import check_plain
 from mtmedformer.commands.yaml_files import read_yaml
 from mtmedformer.errors import ConfigError, UserError
+from mtmedformer.inference.ensemble import join
 from mtmedformer.module import MultiTaskModule
 from mtmedformer.storage.hashing import weights_digest
 
@@ -61,6 +62,7 @@ class StoredModel:
         weights: Its tensors by name, without those of the loss.
         calibration: As from ``mtmedformer.calibration.plain``; empty if there is none.
         preparation: ``image_size``, ``preset`` and ``white_level`` of its training, as far as they are known.
+        members: The other members of an ensemble of which this is the first.
     """
 
     source: Path
@@ -68,14 +70,25 @@ class StoredModel:
     weights: dict[str, Tensor]
     calibration: dict[str, Any] = field(default_factory=dict)
     preparation: dict[str, Any] = field(default_factory=dict)
+    members: tuple[StoredModel, ...] = ()
 
 
-def read_model(path: str | Path) -> StoredModel:
-    """Read a checkpoint, or the folder of an export.
+def weights_file(number: int) -> str:
+    """Return the name of the weights of a member of an exported ensemble; number 1 is the model itself."""
+    return WEIGHTS if number == 1 else f"model-{number}.safetensors"
+
+
+def read_model(path: str | Path | Sequence[str | Path]) -> StoredModel:
+    """Read a checkpoint or the folder of an export; of several, read an ensemble.
 
     Raises:
         ConfigError: It is missing, damaged, or contains objects other than tensors and plain values.
     """
+    if not isinstance(path, str | Path):
+        if not path:
+            raise ConfigError("no checkpoint is named; give one, or several for an ensemble")
+        first, *others = map(read_model, path)
+        return replace(first, members=(*first.members, *(each for one in others for each in (one, *one.members))))
     path = Path(path)
     if path.is_dir():
         return _read_export(path)
@@ -92,8 +105,36 @@ def build_model(stored: StoredModel, trusted: bool = False) -> MultiTaskModule:
         trusted: Import any class that the file names, which runs its code.
 
     Raises:
-        ConfigError: The file names a class of another project, or weights and configuration do not match.
+        ConfigError: The file names a class of another project, weights and configuration do not match, or the members
+            of an ensemble do not belong together.
     """
+    module = _build_alone(stored, trusted)
+    if stored.members:
+        join(module, build_members(stored, module, trusted))
+    return module
+
+
+def build_members(stored: StoredModel, first: MultiTaskModule, trusted: bool = False) -> list[MultiTaskModule]:
+    """Build the other members of an ensemble, ready to predict.
+
+    Args:
+        stored: The ensemble as read.
+        first: Its first member.
+        trusted: Import any class that a file names.
+
+    Raises:
+        ConfigError: As `build_model`.
+    """
+    built = [_build_alone(one, trusted) for one in stored.members]
+    check_members(
+        [str(one.source) for one in (stored, *stored.members)],
+        [one.tasks for one in (first, *built)],
+        [one.preparation for one in (stored, *stored.members)],
+    )
+    return built
+
+
+def _build_alone(stored: StoredModel, trusted: bool) -> MultiTaskModule:
     with no_larger_than(stored.weights):
         module = build(stored.model, MultiTaskModule, MODEL_HOMES, trusted, str(stored.source))
     unused = {name: tensor for name, tensor in module.state_dict().items() if name.startswith(NO_PART)}
@@ -209,27 +250,36 @@ def _read_export(folder: Path) -> StoredModel:
         if (folder / ABOUT).stat().st_size > LARGEST_ABOUT:
             raise ValueError("too large")
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        model, calibration, prepared = _for_prediction(about["model"]), about["calibration"], about["preparation"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        parts = [(about["weights"], _for_prediction(about["model"]), about["calibration"])]
+        for one in about.get("members", ()):
+            parts.append((one["weights"], _for_prediction(one["model"]), one["calibration"]))
+        prepared = about["preparation"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{folder}: {ABOUT} is missing or damaged ({type(error).__name__}); give the folder that "
             "'mtmedformer export' wrote, or a checkpoint"
         ) from error
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"{folder / WEIGHTS}: missing or damaged ({error}); export with --format=safetensors or both"
-        ) from error
     check_plain(about, str(folder / ABOUT))
-    if not isinstance(calibration, dict) or not isinstance(prepared, dict):
+    if not all(isinstance(one, dict) for one in (prepared, *(calibration for *_, calibration in parts))):
         raise ConfigError(f"{folder / ABOUT}: its calibration or preparation is damaged; export the model again")
-    if weights_digest(weights) != about.get("weights"):
+    first, *others = [
+        StoredModel(folder, model, _exported_weights(folder / weights_file(number), digest), calibration, prepared)
+        for number, (digest, model, calibration) in enumerate(parts, start=1)
+    ]
+    return replace(first, members=tuple(others))
+
+
+def _exported_weights(file: Path, digest: Any) -> dict[str, Tensor]:
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{file}: missing or damaged ({error}); export with --format=safetensors or both") from error
+    if weights_digest(weights) != digest:
         raise ConfigError(
-            f"{folder / WEIGHTS}: its weights do not have the digest in {ABOUT}; they were damaged or exchanged. "
+            f"{file}: its weights do not have the digest in {ABOUT}; they were damaged or exchanged. "
             "Export the model again"
         )
-    return StoredModel(folder, model, weights, calibration, prepared)
+    return weights
 
 
 def _for_prediction(model: Any) -> dict[str, Any]:
