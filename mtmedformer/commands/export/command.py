@@ -14,7 +14,7 @@ from rich.table import Table
 from safetensors.torch import save
 
 import mtmedformer
-from mtmedformer.calibration import plain
+from mtmedformer.commands.ensemble import named_checkpoints
 from mtmedformer.commands.export.onnx_check import TOLERANCE
 from mtmedformer.commands.export.onnx_graph import Graph, export_graph, with_metadata
 from mtmedformer.commands.export.onnx_outputs import DECODING, describe_outputs
@@ -26,6 +26,7 @@ from mtmedformer.commands.load.stored_model import (
     StoredModel,
     build_model,
     read_model,
+    weights_file,
 )
 from mtmedformer.commands.parser import ToolParser
 from mtmedformer.errors import ConfigError
@@ -42,15 +43,18 @@ USUAL_SIZE = (256, 256)
 """Input size to check a graph with if the size of the training images is not known."""
 
 
-def export(path: str | Path, output: str | Path, format: Format = "both", trusted: bool = False) -> Graph | None:
+def export(
+    path: str | Path | Sequence[str | Path], output: str | Path, format: Format = "both", trusted: bool = False
+) -> Graph | None:
     """Write a model as a folder that does not need its run and, with ONNX, does not need PyTorch.
 
     ``model.json`` describes it (classes, preparation of images, calibration), ``model.safetensors`` contains its
     weights, ``config.yaml`` its ``model`` section, to continue training with ``--model.init_weights``, and
-    ``model.onnx`` the graph, which is written only if onnxruntime and PyTorch give the same outputs.
+    ``model.onnx`` the graph, which is written only if onnxruntime and PyTorch give the same outputs. Of an ensemble,
+    ``model-2.safetensors`` and so on have the weights of the other members, and the graph has all of them.
 
     Args:
-        path: A checkpoint of ``fit``.
+        path: A checkpoint of ``fit``, or those of all members of an ensemble.
         output: The folder; created if needed.
         format: What to write.
         trusted: Allow classes of other projects.
@@ -66,13 +70,15 @@ def export(path: str | Path, output: str | Path, format: Format = "both", truste
     graph = export_graph(module, _size(module, stored)) if format != "safetensors" else None
     about = describe(module, stored, graph)
     files = {CONFIG: yaml.safe_dump({"model": stored.model}, sort_keys=False).encode()}
-    if format != "onnx":
-        state = {name: tensor.contiguous().clone() for name, tensor in stored.weights.items()}
-        files[WEIGHTS] = save(state, metadata={"note": f"{NOTE}; model {about['weights']}"})
+    for number, one in enumerate((stored, *stored.members) if format != "onnx" else (), start=1):
+        state = {name: tensor.contiguous().clone() for name, tensor in one.weights.items()}
+        note = f"{NOTE}; model {weights_digest(one.weights)}"
+        files[weights_file(number)] = save(state, metadata={"note": note})
     if graph is not None:
         described = {key: about[key] for key in ("note", "software", "weights", "tasks", "preparation", "outputs")}
         files[GRAPH] = with_metadata(graph.content, described | {"decoding": DECODING})
-    _write(folder, files | {ABOUT: (json.dumps(about, indent=1) + "\n").encode()}, about["weights"])
+    digests = [about["weights"], *(one["weights"] for one in about["members"])]
+    _write(folder, files | {ABOUT: (json.dumps(about, indent=1) + "\n").encode()}, digests)
     return graph
 
 
@@ -85,7 +91,11 @@ def describe(module: MultiTaskModule, stored: StoredModel, graph: Graph | None) 
         "weights": weights_digest(stored.weights),
         "model": stored.model,
         "preparation": stored.preparation,
-        "calibration": plain(module.calibration),
+        "calibration": stored.calibration,
+        "members": [
+            {"weights": weights_digest(one.weights), "model": one.model, "calibration": one.calibration}
+            for one in stored.members
+        ],
         "tasks": {name: asdict(task) for name, task in module.tasks.items()},
         "input": "image: float32 (batch, 1, height, width) in [0, 1], framed as in 'preparation'",
         "outputs": outputs,
@@ -101,7 +111,11 @@ def main(argv: Sequence[str]) -> int:
         0; mistakes raise ``UserError``.
     """
     parser = ToolParser("mtmedformer export", description="Write a trained model as a folder of portable files.")
-    parser.add_argument("--ckpt_path", required=True, help="checkpoint of a run, such as runs/x/checkpoints/best.ckpt")
+    parser.add_argument(
+        "--ckpt_path",
+        required=True,
+        help="checkpoint of a run, such as runs/x/checkpoints/best.ckpt; [a,b,c] exports an ensemble",
+    )
     parser.add_argument("--output", required=True, type=Path, help="folder of the files; created if needed")
     parser.add_argument("--format", choices=("onnx", "safetensors", "both"), default="both")
     parser.add_argument(
@@ -110,11 +124,14 @@ def main(argv: Sequence[str]) -> int:
         help="allow classes of other projects; importing runs their code",
     )
     given = parser.parse_args(argv)
-    graph = export(given.ckpt_path, given.output, given.format, given.trusted)
+    several = given.ckpt_path.lstrip().startswith("[")
+    path = named_checkpoints(given.ckpt_path) if several else given.ckpt_path
+    graph = export(path, given.output, given.format, given.trusted)
     console = SafeConsole()
     if graph is not None:
         _show(graph, console)
-    for name in (ABOUT, CONFIG, WEIGHTS, GRAPH):
+    weights = [weights_file(number) for number in range(1, len(path) + 1)] if several else [WEIGHTS]
+    for name in (ABOUT, CONFIG, *weights, GRAPH):
         if (file := given.output / name).is_file():
             line = f"{file}  {max(1, round(file.stat().st_size / 1000)):,} kB"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -148,12 +165,12 @@ def _size(module: MultiTaskModule, stored: StoredModel) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _write(folder: Path, files: dict[str, bytes], digest: str) -> None:
+def _write(folder: Path, files: dict[str, bytes], digests: list[str]) -> None:
     """Write the files, each whole or not at all; other files of an earlier export of the same model are kept."""
     try:
         if (folder / ABOUT).is_file():
             earlier = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-            if earlier.get("weights") != digest:
+            if [earlier.get("weights"), *(one.get("weights") for one in earlier.get("members", ()))] != digests:
                 raise ConfigError(f"--output {folder}: contains an export of another model; choose another folder")
         for name, content in files.items():
             with atomic_write(folder / name) as part:

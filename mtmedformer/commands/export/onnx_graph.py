@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from mtmedformer.commands.export.onnx_check import INPUT, OutputDifference, compare, shapes_to_try
+from mtmedformer.commands.export.onnx_outputs import MEMBER
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
 from mtmedformer.heads.capabilities import Exportable, calibrated
 from mtmedformer.module import MultiTaskModule
+from mtmedformer.network import MultiTaskNetwork
 
 OPSET = 18
 
@@ -51,20 +53,48 @@ class Graph:
 class ExportedOutputs(nn.Module):
     """The calibrated outputs of all heads by name: their exported tensors, or their predictions.
 
+    Of an ensemble, predictions are the mean over its members. Where a head exports more than its predictions (boxes),
+    each member has its own outputs, those of the second one as ``<task>@2.<name>``; ``onnx_outputs.decode`` fuses them.
+
     Args:
         module: The model, in evaluation mode.
     """
 
     def __init__(self, module: MultiTaskModule) -> None:
         super().__init__()
-        self.encoder, self.heads = module.encoder, module.heads
-        self.temperatures = {name: one.temperature for name, one in module.calibration.items()}
+        networks: tuple[MultiTaskNetwork, ...] = (module, *module.members)
+        self.members = nn.ModuleList(map(_MemberOutputs, networks))
         height, width = module.encoder.fixed_size or (64, 64)
         with torch.inference_mode():
             self.names = tuple(self.outputs(torch.zeros(1, module.encoder.in_chans, height, width)))
 
     def outputs(self, image: Tensor) -> dict[str, Tensor]:
         """Return a tensor by ``<task>`` or ``<task>.<name>``, for ``image`` float (B, C, H, W) in [0, 1]."""
+        seen = [member.outputs(image) for member in self.members if isinstance(member, _MemberOutputs)]
+        named = dict(seen[0]) if len(seen) == 1 else {}
+        for number, own in enumerate(seen if len(seen) > 1 else (), start=1):
+            for name, value in own.items():
+                task, _, part = name.partition(".")
+                if not all(task in one for one in seen):
+                    named[name if number == 1 else f"{task}{MEMBER}{number}.{part}"] = value
+                elif name == task and number == 1:
+                    named[name] = torch.stack([one[name] for one in seen]).mean(0)
+        return named
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs in the order of ``names``."""
+        return tuple(self.outputs(image).values())
+
+
+class _MemberOutputs(nn.Module):
+    """The outputs of one model by name."""
+
+    def __init__(self, module: MultiTaskNetwork) -> None:
+        super().__init__()
+        self.encoder, self.heads = module.encoder, module.heads
+        self.temperatures = {name: one.temperature for name, one in module.calibration.items()}
+
+    def outputs(self, image: Tensor) -> dict[str, Tensor]:
         size: Any = (image.shape[-2], image.shape[-1])  # no int(): the exporters trace these values
         pyramid, named = self.encoder(image), {}
         for task, head in self.heads.items():
@@ -81,10 +111,6 @@ class ExportedOutputs(nn.Module):
                     )
                 named[f"{task}.{name}" if name else task] = value
         return named
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Return the outputs in the order of ``names``."""
-        return tuple(self.outputs(image).values())
 
 
 def export_graph(module: MultiTaskModule, size: tuple[int, int], seed: int = 0) -> Graph:
