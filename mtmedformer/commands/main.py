@@ -41,6 +41,7 @@ COMMANDS = {
     "fingerprint": Command("describe a data set before training on it", "mtmedformer.commands.fingerprint.command"),
     "compare": Command("train and compare variants of a configuration", "mtmedformer.commands.compare.command"),
     "sweep": Command("search hyperparameters from a W&B sweep file, without W&B", "mtmedformer.commands.sweep.command"),
+    "folds": Command("train the folds of a cross-validation, and test their ensemble", "mtmedformer.commands.folds"),
     "export": Command("write a trained model as ONNX or safetensors", "mtmedformer.commands.export.command"),
 }
 
