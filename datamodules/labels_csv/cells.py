@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datamodules.records import Split
 from mtmedformer.errors import DataError
 
 BLANK = frozenset({"", "nan", "-nan", "na", "n/a", "#n/a", "#na", "<na>", "none", "null"})
@@ -23,6 +24,17 @@ BLANK = frozenset({"", "nan", "-nan", "na", "n/a", "#n/a", "#na", "<na>", "none"
 YES = frozenset({"true", "t", "yes", "y", "x", "✓", "on", "present", "positive", "pos"})
 NO = frozenset({"false", "f", "no", "n", "off", "absent", "negative", "neg"})
 """Words of a cell that holds 1 or 0, in lower case."""
+
+SPLITS: dict[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""Words for a split, in lower case."""
 
 LONGEST_NAME = 200
 """Longest class, patient, site or other name in characters; more is free text, or two rows that an open quote joins."""

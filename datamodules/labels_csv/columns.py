@@ -81,10 +81,10 @@ def columns_of(spec: Columns) -> list[str]:
 def check_columns(
     classification: dict[str, ClassColumns], detection: dict[str, BoxColumns], segmentation: dict[str, MaskColumns]
 ) -> dict[str, Columns]:
-    """Return all tasks' columns by name.
+    """Return all tasks' columns by name; empty where none is given.
 
     Raises:
-        ConfigError: No task is given, two have one name, or one is described in no or two ways.
+        ConfigError: Two tasks have one name, or one is described in no or two ways.
     """
     groups: dict[str, dict[str, Columns]] = {
         "classification": {**classification},
@@ -109,9 +109,4 @@ def check_columns(
             if given is not None and len(set(given)) < max(1, len(given)):
                 raise ConfigError(f"{key}.classes={given}: name each class once, or leave it out")
             specs[name] = spec
-    if not specs:
-        raise ConfigError(
-            "data.init_args: name at least one task under classification, detection or segmentation, for example "
-            "classification: {finding: {column: label}}"
-        )
     return specs

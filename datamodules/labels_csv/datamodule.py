@@ -14,40 +14,38 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from datamodules.base import MedicalDataModule
 from datamodules.cache.quarantine import IMAGE, Issue
-from datamodules.labels_csv.cells import CellError, TableRow, short
+from datamodules.labels_csv.cells import SPLITS, CellError, TableRow, short
 from datamodules.labels_csv.classes import FoundClasses
 from datamodules.labels_csv.columns import BoxColumns, ClassColumns, Columns, MaskColumns, check_columns, columns_of
+from datamodules.labels_csv.folders import read_folders
+from datamodules.labels_csv.found_tasks import tasks_of_table
 from datamodules.labels_csv.merge import Entry
 from datamodules.labels_csv.readers import Reader, reader
 from datamodules.labels_csv.table import Table, read_labels
-from datamodules.records import BoxTruth, Catalogue, Record, Split, Truth
+from datamodules.records import BoxTruth, Catalogue, Record, Truth
 from mtmedformer.errors import DataError
 
-SPLITS: dict[str, Split] = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
+TABLE = "labels.csv"
 UNKNOWN_SPLIT = "unknown split"
 SIDES = {"l": "L", "left": "L", "r": "R", "right": "R"}
 
 
 class LabelsCSVDataModule(MedicalDataModule):
-    """A folder of images and one table with their labels.
+    """A folder of images and one table with their labels, or with one sub-folder for each class.
 
     Expected below ``root``: a text table with a header and one row per image, and the image and mask files it names
     (DICOM, PNG, JPEG, TIFF …). Blank labels are unknown; see `ClassColumns`, `BoxColumns` and `MaskColumns`.
 
     Args:
         root: The folder; paths in the table are relative to it and must stay below it.
-        table: The table, relative to ``root``: CSV with a header, separated by comma, semicolon, tab or bar.
-        classification: Classification tasks by name.
+        table: The table, relative to ``root``: CSV with a header, separated by comma, semicolon, tab or bar. Where
+            there is no ``labels.csv``, the sub-folders of ``root`` are the classes of the images in them.
+        classification: Classification tasks by name. Where no task of any kind is given, the tasks are found in the
+            columns of the table (see ``docs/your_own_data.md``).
         detection: Detection tasks by name.
         segmentation: Segmentation tasks by name.
         image_column: Column with the image file.
@@ -64,14 +62,14 @@ class LabelsCSVDataModule(MedicalDataModule):
         kwargs: Arguments of `MedicalDataModule`.
 
     Raises:
-        ConfigError: No task is given, a task is described in two ways, or two tasks have one name.
+        ConfigError: A task is described in two ways, or two tasks have one name.
         DataError: The table is missing, incomplete or contradicts itself (on ``catalogue`` and ``setup``).
     """
 
     def __init__(
         self,
         root: Path,
-        table: str = "labels.csv",
+        table: str = TABLE,
         classification: dict[str, ClassColumns] | None = None,
         detection: dict[str, BoxColumns] | None = None,
         segmentation: dict[str, MaskColumns] | None = None,
@@ -114,7 +112,7 @@ class LabelsCSVDataModule(MedicalDataModule):
             DataError: The table is empty, incomplete or lacks a column, two rows of one image contradict each other, or
                 a path is outside the folder.
         """
-        table = read_labels(self.root / self.table, self.image_column)
+        table = self._read()
         specs = {
             name: spec
             for name, spec in self.specs.items()
@@ -149,6 +147,23 @@ class LabelsCSVDataModule(MedicalDataModule):
                 for task, error in entry.errors.items()
             )
         return Catalogue({r.task.name: r.task for r in readers}, records, notes)
+
+    def _read(self) -> Table:
+        """Return the table, and find the tasks in it where none is given."""
+        file = self.root / self.table
+        if not self.specs and self.table == TABLE and self.root.is_dir() and not file.exists():
+            table = read_folders(self.root)
+            self.image_column = table.columns[0]
+            self.patient_column = None if self.patient_column == "patient" else self.patient_column
+        else:
+            table = read_labels(file, self.image_column)
+        if not self.specs:
+            used = [self.image_column, self.patient_column, self.site_column, self.split_column, self.view_column]
+            others = [self.laterality_column, *self.size_columns, *(self.group_columns or ["client"])]
+            self.specs, found = tasks_of_table(table, [column for column in (*used, *others) if column])
+            if self.only_patients is None:  # a data set that is cut into sites has logged it
+                rank_zero_info(found)
+        return table
 
     def class_place(self, task: str, label: str) -> str:
         """Return where the table names a class, with column and lines; empty if it was not found in a column."""

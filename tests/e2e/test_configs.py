@@ -61,7 +61,7 @@ def test_phantom_configurations_train(name, tmp_path, monkeypatch):
     assert run(ROOT / f"configs/{name}.yaml", [], tmp_path, monkeypatch) == 0
 
 
-@pytest.mark.parametrize("name", ["chest", "mammography", "data/labels_csv"])
+@pytest.mark.parametrize("name", ["chest", "mammography", "data/labels_csv", "own_data"])
 def test_table_configurations_train(name, tmp_path, monkeypatch):
     assert run(ROOT / f"configs/{name}.yaml", [], tmp_path, monkeypatch) == 0
 
@@ -122,6 +122,8 @@ def write_table(root: Path, users: list[dict]) -> None:
             values = [user["where"][key] for user in users if key in user.get("where", {})]
             row[key] = values[patient % len(values)] if values else row[key]
         has_boxes = row.pop("has_det")
+        if not any("detection" in user for user in users):  # the columns have the names that are found without a task
+            row["has_boxes"] = has_boxes
         for user in users:
             for label in user.get("classification", {}).values():
                 row[label["column"]] = label["classes"][patient % len(label["classes"])]

@@ -350,7 +350,6 @@ def test_configured_columns_must_exist(root: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({}, "name at least one task"),
         ({"classification": {"t": ClassColumns()}}, r"classification.t: give column .* or columns"),
         ({"classification": {"t": ClassColumns(column="a", columns=["b"])}}, "not both"),
         ({"classification": {"t": ClassColumns(column="a", classes=["x", "x"])}}, "name each class once"),
