@@ -21,11 +21,11 @@ from datamodules.base import log_warning
 from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import IMAGE, Issue
 from datamodules.images.dicom_parsing import is_dicom
+from datamodules.images.pixels import SUFFIXES, is_litter
 from datamodules.images.presets import ChestPreset, PlainPreset, Preset
 from datamodules.loading.arguments import height_width
 from datamodules.loading.single_image import prepare_file
 from datamodules.loading.white_level import PreparedImages, WhiteLevel, check_white_level
-from datamodules.public.layout import is_litter
 from datamodules.records import Record
 from mtmedformer.batch import Batch, Sample, collate
 from mtmedformer.errors import ConfigError, DataError
@@ -33,10 +33,6 @@ from mtmedformer.inference.results import ABOUT, NOTE
 from mtmedformer.storage.safe_text import printable
 
 log = logging.getLogger(__name__)
-
-SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".pgm", ".bmp", ".gif", ".webp", ".jp2")
-"""A file with such a suffix counts as an image: if it cannot be read, it is a failure and not some other file."""
-
 
 _JSON, _PICTURES = "images", ("overlays", "explanations", "uncertainty")
 """Subfolders of a folder of predictions: of one JSON per image, and of one picture per image."""

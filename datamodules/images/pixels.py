@@ -20,10 +20,13 @@ from datamodules.images.raster import decode, read_header, spread
 from datamodules.images.tiff_directories import read_directory, tiff_start
 from mtmedformer.errors import DataError
 
-__all__ = ["Pixels", "brightest", "head_of", "read_image", "read_values", "spread"]
+__all__ = ["SUFFIXES", "Pixels", "brightest", "head_of", "is_litter", "read_image", "read_values", "spread"]
 
 LEVELS = (255, 1023, 4095, 16383, 65535)
 """White levels of 16-bit files: of 8, 10, 12, 14 and 16 bits."""
+
+SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".pgm", ".bmp", ".gif", ".webp", ".jp2")
+"""A file with such a suffix counts as an image: if it cannot be read, it is a failure and not some other file."""
 
 _PGM = re.compile(rb"P([25])" + rb"(?:\s|#[^\r\n]*[\r\n])+(\d{1,9})" * 3 + rb"\s")
 
@@ -186,3 +189,8 @@ def _pgm(file: Path) -> tuple[NDArray[Any], int, list[str]]:
     if values.size < rows * columns or values.min() < 0 or values.max() > white:
         raise DataError(f"{file.name}: PGM values missing or above the maximum {white} of its header; save it again.")
     return values.reshape(rows, columns).astype(np.min_scalar_type(white), copy=False), white, ["decode:PGM"]
+
+
+def is_litter(name: str) -> bool:
+    """Return whether a file or folder belongs to the operating system (``._x``, ``.DS_Store``, ``__MACOSX``)."""
+    return name.startswith((".", "__MACOSX")) or name == "Thumbs.db"

@@ -6,11 +6,10 @@ import os
 import re
 from pathlib import Path
 
-from datamodules.image_folder import SUFFIXES
 from datamodules.images.dicom_parsing import is_dicom
+from datamodules.images.pixels import SUFFIXES, is_litter
 from datamodules.labels_csv.cells import SPLITS, TableRow
 from datamodules.labels_csv.table import Table
-from datamodules.public.layout import is_litter
 from mtmedformer.errors import DataError
 
 COLUMNS = ["image", "label", "split"]

@@ -14,6 +14,7 @@ import pydicom
 from PIL import Image
 
 from datamodules.images.dicom_parsing import reading
+from datamodules.images.pixels import is_litter
 from datamodules.records import BoxTruth, ClassTruth, Record
 from mtmedformer.errors import DataError
 
@@ -77,11 +78,6 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         return []
     with os.scandir(folder) as entries:
         return sorted((e for e in entries if not is_litter(e.name)), key=lambda e: e.name)
-
-
-def is_litter(name: str) -> bool:
-    """Return whether a file or folder belongs to the operating system (``._x``, ``.DS_Store``, ``__MACOSX``)."""
-    return name.startswith((".", "__MACOSX")) or name == "Thumbs.db"
 
 
 def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
