@@ -70,7 +70,14 @@ class MaskTruth:
     channels: tuple[MaskSource | None, ...]
 
 
-Truth = ClassTruth | BoxTruth | MaskTruth
+@dataclass(frozen=True)
+class ValueTruth:
+    """Regression label: the number in the unit of the task, or the index of the grade."""
+
+    value: float
+
+
+Truth = ClassTruth | BoxTruth | MaskTruth | ValueTruth
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from federation.partition import Holding, Partition
 from federation.site_loaders import LoaderName, NamedDataset, PooledSite, RoundDataset, Site, check_sizes, collate_for
 from federation.site_states import SiteStates
 from mtmedformer.batch import Task
+from mtmedformer.checks import common_tasks
 from mtmedformer.errors import ConfigError, DataError, NoImagesError
 from mtmedformer.protocols import DescribedData, LimitedData, NamedSites, RecordData, RunsRounds, TaskedData
 from mtmedformer.site_classes import classes_of_one_site
@@ -203,7 +204,7 @@ class FederatedDataModule(SiteStates, L.LightningDataModule):
     def _declare(self, sources: dict[str, L.LightningDataModule]) -> None:
         """Add the tasks that the data sets of the sites have so far."""
         declared = {name: source.tasks for name, source in sources.items() if isinstance(source, TaskedData)}
-        self.tasks.update(_common_tasks(declared))
+        self.tasks.update(common_tasks(declared))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return one batch per round of a federation; without one, the union of all sites' training batches."""
@@ -330,17 +331,3 @@ def _limited(field: str, option: str, source: object) -> LimitedData:
     if not isinstance(source, LimitedData):
         raise ConfigError(f"data.{option}: {field} is a {type(source).__name__}, which has no option {option}; drop it")
     return source
-
-
-def _common_tasks(by_site: dict[str, dict[str, Task]]) -> dict[str, Task]:
-    """Return the tasks of all sites; a task must have the same kind and classes at each."""
-    found: dict[str, tuple[str, Task]] = {}
-    for site, tasks in by_site.items():
-        for name, task in tasks.items():
-            other, known = found.setdefault(name, (site, task))
-            if (known.kind, known.classes, known.multi_label) != (task.kind, task.classes, task.multi_label):
-                raise ConfigError(
-                    f"task {name}: {list(known.classes)} ({known.kind}) at {other}, but {list(task.classes)} "
-                    f"({task.kind}) at {site}; give it the same classes in the same order, or two names"
-                )
-    return {name: task for name, (_, task) in found.items()}

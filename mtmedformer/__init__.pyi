@@ -8,6 +8,8 @@ from .errors import UserError as UserError
 from .heads import ClassificationHead as ClassificationHead
 from .heads import DetectionHead as DetectionHead
 from .heads import DETRHead as DETRHead
+from .heads import OrdinalHead as OrdinalHead
+from .heads import RegressionHead as RegressionHead
 from .heads import SegmentationHead as SegmentationHead
 from .losses import HybridLoss as HybridLoss
 from .module import MultiTaskModule as MultiTaskModule

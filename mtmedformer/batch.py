@@ -20,7 +20,7 @@ from torch import Tensor
 IGNORE = 255
 """Value of a mask pixel that is not annotated; it contributes to no loss and no metric."""
 
-Kind = Literal["classification", "detection", "segmentation"]
+Kind = Literal["classification", "detection", "segmentation", "regression"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class Task:
 
     Attributes:
         name: Key of the task in batches, heads, losses and logs, for example ``lungs``.
-        kind: ``classification``, ``detection`` or ``segmentation``.
+        kind: ``classification``, ``detection``, ``segmentation`` or ``regression``.
         classes: Class names in channel order. Background and "normal by absence" are never classes of a detection or
-            segmentation task.
+            segmentation task. Of a regression: the names of ordinal grades, the lowest first; empty for a number.
         multi_label: Whether several classes may hold at once (sigmoid) or exactly one does (softmax). Detection is
             always single-label; a segmentation task with one class is always multi-label (one sigmoid channel).
         weak: Whether the truth is approximate everywhere (boxes from circles, masks from boxes).
+        unit: Unit of the number of a regression, for example ``years``; empty for none.
+        range: Lowest and highest value of the number of a regression; ``None`` where it is not known.
     """
 
     name: str
@@ -42,6 +44,23 @@ class Task:
     classes: tuple[str, ...]
     multi_label: bool = False
     weak: bool = False
+    unit: str = ""
+    range: tuple[float, float] | None = None
+
+    @property
+    def ordinal(self) -> bool:
+        """Whether the truth is one of several grades in order."""
+        return self.kind == "regression" and bool(self.classes)
+
+    @property
+    def probabilistic(self) -> bool:
+        """Whether predictions are probabilities of classes, of pixels or of grades, which a temperature calibrates."""
+        return self.kind in ("classification", "segmentation") or self.ordinal
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether exactly one of several classes holds, so that their probabilities sum to 1."""
+        return not self.multi_label and len(self.classes) > 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +104,8 @@ class Sample:
     Attributes:
         image: float32 (C, H, W) in [0, 1].
         truth: Per task ``None`` (unknown) or: classification float32 (K,) of 0/1 with NaN where a class is unknown;
-            detection ``Boxes``; segmentation uint8 (K, H, W) of 0/1/``IGNORE``.
+            detection ``Boxes``; segmentation uint8 (K, H, W) of 0/1/``IGNORE``; regression float32 () in the unit of
+            the task, or the index of the grade.
         meta: What else is known of the image.
     """
 
@@ -147,7 +167,23 @@ class SegmentationTarget(_Movable):
         return SegmentationTarget(self.masks[rows], self.present[rows])
 
 
-Target = ClassificationTarget | DetectionTarget | SegmentationTarget
+@dataclass
+class RegressionTarget(_Movable):
+    """``values`` float32 (B,): numbers in the unit of the task, or indices of grades; NaN unknown. ``present`` (B,)."""
+
+    values: Tensor
+    present: Tensor
+
+    def __getitem__(self, rows: Tensor) -> RegressionTarget:
+        return RegressionTarget(self.values[rows], self.present[rows])
+
+    def one_hot(self, grades: int) -> ClassificationTarget:
+        """Return indices of grades as labels of exclusive classes, float32 (B, grades) of 0, 1 and NaN (unknown)."""
+        labels = (self.values[:, None] == torch.arange(grades, device=self.values.device)).float()
+        return ClassificationTarget(labels.masked_fill(~self.present[:, None], torch.nan), self.present)
+
+
+Target = ClassificationTarget | DetectionTarget | SegmentationTarget | RegressionTarget
 
 
 class Batch(_Movable):
@@ -213,6 +249,9 @@ def _target(task: Task, truths: list[Tensor | Boxes | None], image: Tensor) -> T
         boxes = [t if isinstance(t, Boxes) else no_boxes() for t in truths]
         return DetectionTarget([b.xyxy for b in boxes], [b.labels for b in boxes], present)
     known = [t for t in truths if isinstance(t, Tensor)]
+    if task.kind == "regression":
+        values = torch.stack([t if isinstance(t, Tensor) else torch.tensor(float("nan")) for t in truths])
+        return RegressionTarget(values, present & ~values.isnan())
     if task.kind == "classification":
         unknown = torch.full((k,), float("nan"))
         labels = torch.stack([t if isinstance(t, Tensor) else unknown for t in truths])

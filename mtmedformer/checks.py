@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -55,8 +56,23 @@ def check_tasks(
                 f"{_at(place(name, known.classes[0]))}. Write the class of the other images into the data, or give the "
                 "classes of the task in data.init_args where some have no image."
             )
+        if known.kind == "regression" and bool(task.classes) != bool(known.classes):
+            found = f"one of the grades {', '.join(known.classes)}" if known.classes else "a number, not a grade"
+            fits = "OrdinalHead" if known.classes else "RegressionHead"
+            raise ConfigError(f"model.heads.{name}: in the data it is {found}; use {fits}.")
         if task.classes != known.classes:
             raise ConfigError(f"{key}: {_difference(task, known, place)}")
+        if task.unit != known.unit:
+            raise ConfigError(
+                f"model.heads.{name}.unit={task.unit!r}: in the data the unit is {known.unit!r}; write one unit in "
+                "both (numbers are not converted)."
+            )
+        if stage == "fit" and _outside(task.range, known.range):
+            raise ConfigError(
+                f"model.heads.{name}.range={_ends(task.range)}: the data have numbers in {_ends(known.range)}. Widen "
+                "the range of the head, or give the range of the task in data.init_args, so that numbers outside "
+                "of it are unknown."
+            )
         if alone:
             raise ConfigError(
                 f"{key}: with a single class there is nothing to choose; name the class of the others too."
@@ -85,6 +101,34 @@ def tasks_of(data: object) -> Mapping[str, Task]:
     return data.tasks
 
 
+def common_tasks(by_site: Mapping[str, Mapping[str, Task]]) -> dict[str, Task]:
+    """Return the tasks of all sites; a task must have the same kind, classes and unit at each.
+
+    The range of a number is that of all sites together.
+
+    Args:
+        by_site: Tasks by name, by site.
+
+    Raises:
+        ConfigError: Two sites contradict each other.
+    """
+    found: dict[str, tuple[str, Task]] = {}
+    for site, tasks in by_site.items():
+        for name, task in tasks.items():
+            other, known = found.setdefault(name, (site, task))
+            if (known.kind, known.classes, known.multi_label) != (task.kind, task.classes, task.multi_label):
+                raise ConfigError(
+                    f"task {name}: {list(known.classes)} ({known.kind}) at {other}, but {list(task.classes)} "
+                    f"({task.kind}) at {site}; give it the same classes in the same order, or two names"
+                )
+            if known.unit != task.unit:
+                raise ConfigError(f"task {name}: unit {known.unit!r} at {other}, {task.unit!r} at {site}; give it one")
+            if known.range and task.range:
+                ends = sorted((*known.range, *task.range))
+                found[name] = (other, replace(known, range=(ends[0], ends[-1])))
+    return {name: task for name, (_, task) in found.items()}
+
+
 def _difference(head: Task, data: Task, place: Callable[[str, str], str]) -> str:
     """Return in which classes a head differs from the data set, where the data name them, and the fix."""
     found = f"the classes of the data are {list(data.classes)}"
@@ -99,6 +143,14 @@ def _difference(head: Task, data: Task, place: Callable[[str, str], str]) -> str
         f"the head lacks {name!r}{_at(place(data.name, name))}" for name in data.classes if name not in head.classes
     ]
     return f"{'; '.join(parts[:5])}; {found}. Correct the name in the head, or the labels where they are wrong."
+
+
+def _outside(head: tuple[float, float] | None, data: tuple[float, float] | None) -> bool:
+    return head is not None and data is not None and (data[0] < head[0] or data[1] > head[1])
+
+
+def _ends(bounds: tuple[float, float] | None) -> str:
+    return "null" if bounds is None else f"[{bounds[0]:g}, {bounds[1]:g}]"
 
 
 def _at(place: str) -> str:

@@ -115,6 +115,14 @@ class ClassLabels(Protocol):
     def values(self) -> tuple[float, ...]: ...  # noqa: D102
 
 
+@runtime_checkable
+class ValueLabel(Protocol):
+    """The regression truth of a record: its ``value`` is the number in the task's unit, or the index of the grade."""
+
+    @property
+    def value(self) -> float: ...  # noqa: D102
+
+
 # --- data modules ----------------------------------------------------------------------------------------------------
 
 

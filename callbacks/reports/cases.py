@@ -17,11 +17,13 @@ from mtmedformer.batch import (
     Batch,
     ClassificationTarget,
     DetectionTarget,
+    RegressionTarget,
     SegmentationTarget,
     Target,
     Task,
 )
 from mtmedformer.metrics.matching import box_iou, match
+from mtmedformer.metrics.regression import median_grade
 from mtmedformer.metrics.segmentation import binarise, overlap
 from mtmedformer.plots.overlays import overlay_figure
 
@@ -46,8 +48,9 @@ def prediction_quality(task: Task, prediction: Any, target: Target, i: int) -> f
 
     Classification: mean probability of the true labels. Segmentation: mean Dice of the classes that are present; 0
     where none is present and something was predicted. Detection: F1 of the boxes with a sufficient score; without a
-    true box ``1 / (1 + false alarms)``. ``None`` where the truth is unknown, and where nothing is present and nothing
-    was predicted.
+    true box ``1 / (1 + false alarms)``. Regression: 1 minus the error as a share of the range, or of the distance of
+    the lowest and the highest grade. ``None`` where the truth is unknown, and where nothing is present and nothing was
+    predicted.
 
     Args:
         task: The task.
@@ -71,7 +74,18 @@ def prediction_quality(task: Task, prediction: Any, target: Target, i: int) -> f
         if bool((~dice.isnan()).any()):
             return float(dice[~dice.isnan()].mean())
         return 0.0 if bool((empty == 0).any()) else None
+    if isinstance(target, RegressionTarget):
+        return _value_quality(task, prediction[i], target, i)
     return _box_quality(prediction[i], target, i)
+
+
+def _value_quality(task: Task, prediction: torch.Tensor, target: RegressionTarget, i: int) -> float:
+    """Return 1 minus the error as a share of the range, or of the largest possible distance of grades."""
+    truth = float(target.values[i])
+    if task.classes:
+        return 1 - abs(int(median_grade(prediction[None])) - truth) / (len(task.classes) - 1)
+    low, high = task.range or (0.0, 1.0)
+    return max(0.0, 1 - abs(float(prediction[0]) - truth) / (high - low))
 
 
 def _box_quality(prediction: Mapping[str, torch.Tensor], target: DetectionTarget, i: int) -> float | None:

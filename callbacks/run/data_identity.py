@@ -9,7 +9,7 @@ from typing import Any
 from lightning import LightningDataModule
 
 from federation.datamodule import FederatedDataModule
-from mtmedformer.protocols import ClassLabels, RecordDataset, SplitData
+from mtmedformer.protocols import ClassLabels, RecordDataset, SplitData, ValueLabel
 
 LENGTH = 16
 """Hexadecimal digits the hash is cut to."""
@@ -54,9 +54,15 @@ def data_identity(data: Any) -> dict[str, Any]:
 
 
 def _classes(record: Any, tasks: Any) -> str:
-    """Return a record's class labels as text; boxes and masks are part of its key."""
+    """Return a record's classes and numbers as text; boxes and masks are part of its key."""
     truths = sorted((name, truth) for name, truth in record.truth.items() if name in tasks)
-    return " ".join(f"{name}={truth.values if isinstance(truth, ClassLabels) else ''}" for name, truth in truths)
+    return " ".join(f"{name}={_label(truth)}" for name, truth in truths)
+
+
+def _label(truth: Any) -> Any:
+    if isinstance(truth, ClassLabels):
+        return truth.values
+    return truth.value if isinstance(truth, ValueLabel) else ""
 
 
 def _digest(lines: list[str]) -> str:

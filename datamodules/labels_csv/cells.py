@@ -166,6 +166,19 @@ class TableRow:
         )
 
 
+def flag_of(row: TableRow, flag: str | None) -> bool | None:
+    """Return the flag of a task; a blank cell is ``False``, a task without flag has ``None``."""
+    return bool(row.switch(flag)) if flag else None
+
+
+def may_be_labelled(row: TableRow, flag: str | None) -> bool:
+    """Return whether a row may be labelled; one with an unreadable flag is quarantined when it is read."""
+    try:
+        return flag_of(row, flag) is not False
+    except CellError:
+        return True
+
+
 def number(value: object) -> float | None:
     """Return a finite number, given as one or as text with digits and a decimal point; ``None`` for anything else."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):

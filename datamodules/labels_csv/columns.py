@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from mtmedformer.errors import ConfigError
@@ -65,11 +66,33 @@ class MaskColumns:
     weak: bool = False
 
 
-Columns = ClassColumns | BoxColumns | MaskColumns
+@dataclass(frozen=True)
+class ValueColumns:
+    """Column of a regression task: a number, or the name of one of several grades in order.
+
+    Attributes:
+        column: Column with the number or the grade; blank: unknown.
+        unit: Unit of the number, for example ``years``, with which ages as DICOM writes them are read: ``063Y``.
+        range: Lowest and highest possible number; other numbers are errors, and their labels unknown. ``null`` takes
+            the lowest and the highest number of the column.
+        classes: Names of the grades, the lowest first; ``null``: the column has numbers.
+        flag: Column with 1 where the image is labelled for the task and 0 where it is not.
+    """
+
+    column: str
+    unit: str = ""
+    range: tuple[float, float] | None = None
+    classes: list[str] | None = None
+    flag: str | None = None
+
+
+Columns = ClassColumns | BoxColumns | MaskColumns | ValueColumns
 
 
 def columns_of(spec: Columns) -> list[str]:
     """Return the columns that a task requires (its flag is optional)."""
+    if isinstance(spec, ValueColumns):
+        return [spec.column]
     if isinstance(spec, BoxColumns):
         return [c for c in (spec.boxes, spec.labels) if c]
     if isinstance(spec, MaskColumns):
@@ -79,7 +102,10 @@ def columns_of(spec: Columns) -> list[str]:
 
 
 def check_columns(
-    classification: dict[str, ClassColumns], detection: dict[str, BoxColumns], segmentation: dict[str, MaskColumns]
+    classification: dict[str, ClassColumns],
+    detection: dict[str, BoxColumns],
+    segmentation: dict[str, MaskColumns],
+    regression: dict[str, ValueColumns],
 ) -> dict[str, Columns]:
     """Return all tasks' columns by name; empty where none is given.
 
@@ -90,6 +116,7 @@ def check_columns(
         "classification": {**classification},
         "detection": {**detection},
         "segmentation": {**segmentation},
+        "regression": {**regression},
     }
     specs: dict[str, Columns] = {}
     for kind, group in groups.items():
@@ -105,8 +132,19 @@ def check_columns(
                 raise ConfigError(
                     f"{key}: give columns (one file per class), or column and values (one file), not both"
                 )
+            if isinstance(spec, ValueColumns):
+                _check_values(key, spec)
             given = None if isinstance(spec, MaskColumns) else spec.classes
             if given is not None and len(set(given)) < max(1, len(given)):
                 raise ConfigError(f"{key}.classes={given}: name each class once, or leave it out")
             specs[name] = spec
     return specs
+
+
+def _check_values(key: str, spec: ValueColumns) -> None:
+    if spec.classes is not None and (spec.range is not None or spec.unit):
+        raise ConfigError(f"{key}: grades (classes) have neither unit nor range; leave these out, or the classes")
+    if spec.classes is not None and len(spec.classes) < 2:
+        raise ConfigError(f"{key}.classes={spec.classes}: name at least two grades, the lowest first")
+    if spec.range is not None and not -math.inf < spec.range[0] < spec.range[1] < math.inf:
+        raise ConfigError(f"{key}.range={list(spec.range)}: give the lowest and a higher possible number")

@@ -20,7 +20,15 @@ from datamodules.base import MedicalDataModule
 from datamodules.cache.quarantine import IMAGE, Issue
 from datamodules.labels_csv.cells import SPLITS, CellError, TableRow, short
 from datamodules.labels_csv.classes import FoundClasses
-from datamodules.labels_csv.columns import BoxColumns, ClassColumns, Columns, MaskColumns, check_columns, columns_of
+from datamodules.labels_csv.columns import (
+    BoxColumns,
+    ClassColumns,
+    Columns,
+    MaskColumns,
+    ValueColumns,
+    check_columns,
+    columns_of,
+)
 from datamodules.labels_csv.folders import read_folders
 from datamodules.labels_csv.found_tasks import tasks_of_table
 from datamodules.labels_csv.merge import Entry
@@ -38,7 +46,8 @@ class LabelsCSVDataModule(MedicalDataModule):
     """A folder of images and one table with their labels, or with one sub-folder for each class.
 
     Expected below ``root``: a text table with a header and one row per image, and the image and mask files it names
-    (DICOM, PNG, JPEG, TIFF …). Blank labels are unknown; see `ClassColumns`, `BoxColumns` and `MaskColumns`.
+    (DICOM, PNG, JPEG, TIFF …). Blank labels are unknown; see `ClassColumns`, `BoxColumns`, `MaskColumns` and
+    `ValueColumns`.
 
     Args:
         root: The folder; paths in the table are relative to it and must stay below it.
@@ -48,6 +57,7 @@ class LabelsCSVDataModule(MedicalDataModule):
             columns of the table (see ``docs/your_own_data.md``).
         detection: Detection tasks by name.
         segmentation: Segmentation tasks by name.
+        regression: Regression tasks by name: numbers, and grades in order.
         image_column: Column with the image file.
         patient_column: Column with the patient; a patient's images are in one split. ``null`` counts every image as a
             patient of its own; images of one patient may then be in two splits.
@@ -73,6 +83,7 @@ class LabelsCSVDataModule(MedicalDataModule):
         classification: dict[str, ClassColumns] | None = None,
         detection: dict[str, BoxColumns] | None = None,
         segmentation: dict[str, MaskColumns] | None = None,
+        regression: dict[str, ValueColumns] | None = None,
         image_column: str = "image",
         patient_column: str | None = "patient",
         site_column: str | None = "site",
@@ -89,6 +100,7 @@ class LabelsCSVDataModule(MedicalDataModule):
         self.classification = classification or {}
         self.detection = detection or {}
         self.segmentation = segmentation or {}
+        self.regression = regression or {}
         self.image_column = image_column
         self.patient_column = patient_column
         self.site_column = site_column
@@ -98,7 +110,7 @@ class LabelsCSVDataModule(MedicalDataModule):
         self.size_columns = size_columns
         self.group_columns = group_columns
         self._found: dict[str, FoundClasses] = {}
-        self.specs = check_columns(self.classification, self.detection, self.segmentation)
+        self.specs = check_columns(self.classification, self.detection, self.segmentation, self.regression)
 
     @property
     def salt(self) -> str:

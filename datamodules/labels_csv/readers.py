@@ -11,9 +11,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
-from datamodules.labels_csv.cells import CellError, TableRow, number, short
+from datamodules.labels_csv.cells import CellError, TableRow, flag_of, may_be_labelled, number, short
 from datamodules.labels_csv.classes import FoundClasses, index_of
-from datamodules.labels_csv.columns import BoxColumns, ClassColumns, Columns, MaskColumns
+from datamodules.labels_csv.columns import BoxColumns, ClassColumns, Columns, MaskColumns, ValueColumns
+from datamodules.labels_csv.numbers import GradeReader, NumberReader
 from datamodules.labels_csv.table import Table
 from datamodules.records import BoxTruth, ClassTruth, MaskSource, MaskTruth, Truth
 from mtmedformer.batch import Task
@@ -52,7 +53,7 @@ class OneClass:
         self.column, self.flag = spec.column, flag
         found = FoundClasses(table.file, spec.column)
         for row in table.rows:
-            if _labelled(row, flag):
+            if may_be_labelled(row, flag):
                 found.add(row.cells[spec.column], row)
         self.found: FoundClasses | None = found
         self.task = Task(name, "classification", tuple(spec.classes or found.classes()))
@@ -60,7 +61,7 @@ class OneClass:
 
     def read(self, row: TableRow) -> ClassTruth | None:
         """Return the class as 1 and all others as 0."""
-        cell, known = row.cells[self.column], _switch(row, self.flag)
+        cell, known = row.cells[self.column], flag_of(row, self.flag)
         listed = {name.lower() for name in self.task.classes}  # a class may be called "none"
         label = cell if cell.lower() in listed else row.name(self.column)
         if known is False or not label:
@@ -89,7 +90,7 @@ class ManyClasses:
 
     def read(self, row: TableRow) -> ClassTruth | None:
         """Return 1, 0 or NaN (unknown) per class."""
-        if _switch(row, self.flag) is False:
+        if flag_of(row, self.flag) is False:
             return None
         values = []
         for column in self.columns:
@@ -108,7 +109,7 @@ class BoxReader:
         classes = spec.classes or [name]
         if spec.labels and not spec.classes:
             self.found = FoundClasses(table.file, spec.labels)
-            refused = [error for row in table.rows if _labelled(row, flag) and (error := self._collect(row))]
+            refused = [error for row in table.rows if may_be_labelled(row, flag) and (error := self._collect(row))]
             if refused and not self.found.lines:
                 raise DataError(f"{table.file}: no class of {name!r} can be read. {refused[0].detail}")
             classes = self.found.classes()
@@ -118,7 +119,7 @@ class BoxReader:
 
     def read(self, row: TableRow) -> BoxTruth | None:
         """Return the boxes; a blank cell is unknown, unless the flag is 1."""
-        known = _switch(row, self.flag)
+        known = flag_of(row, self.flag)
         if known is False or (known is None and not row.text(self.boxes)):
             return None
         boxes = tuple(self._box(row, item) for item in row.items(self.boxes))
@@ -179,7 +180,7 @@ class MaskReader:
 
     def read(self, row: TableRow) -> MaskTruth | None:
         """Return one source per class; a class with a blank cell is not annotated, unless the flag is 1."""
-        known = _switch(row, self.flag)
+        known = flag_of(row, self.flag)
         if known is False:
             return None
         sources = tuple(self._source(row, column, values, bool(known)) for column, values in self.channels)
@@ -210,17 +211,6 @@ def reader(name: str, spec: Columns, flag: str | None, table: Table, root: Path,
         return BoxReader(name, spec, flag, table)
     if isinstance(spec, MaskColumns):
         return MaskReader(name, spec, flag, root)
+    if isinstance(spec, ValueColumns):
+        return (GradeReader if spec.classes else NumberReader)(name, spec, flag, table)
     return OneClass(name, spec, flag, table, negative) if spec.column else ManyClasses(name, spec, flag)
-
-
-def _switch(row: TableRow, flag: str | None) -> bool | None:
-    """Return the flag; a blank cell is ``False``, a task without flag has ``None``."""
-    return bool(row.switch(flag)) if flag else None
-
-
-def _labelled(row: TableRow, flag: str | None) -> bool:
-    """Return whether a row may name a class; one with an unreadable flag is quarantined when it is read."""
-    try:
-        return _switch(row, flag) is not False
-    except CellError:
-        return True

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from datamodules.loading.samplers import plain_name, strata
-from datamodules.records import Catalogue, ClassTruth, MaskTruth, Record, Truth
+from datamodules.records import Catalogue, ClassTruth, MaskTruth, Record, Truth, ValueTruth
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError, DataError, NoImagesError
 
@@ -43,6 +44,11 @@ def _misfit(task: Task, truth: Truth) -> str:
     if isinstance(truth, ClassTruth):
         fits, given = task.kind == "classification", f"{len(truth.values)} values"
         complete = len(truth.values) == count
+    elif isinstance(truth, ValueTruth):
+        fits, given = task.kind == "regression", f"grade {truth.value:g}"
+        if not math.isfinite(truth.value):
+            return f"{truth.value} is no number"
+        complete = not task.classes or truth.value in range(count)
     elif isinstance(truth, MaskTruth):
         fits, given = task.kind == "segmentation", f"{len(truth.channels)} masks"
         complete = len(truth.channels) == count
@@ -126,7 +132,7 @@ def advice(records: Sequence[Record], tasks: dict[str, Task]) -> str:
         elif task.kind == "classification":
             absent = [c for c in task.classes if not counts[f"{name}={c}"]]
             problems += [f"{name} has no image of {', '.join(absent)}"] if absent else []
-        elif not counts[f"{name}=+"]:
+        elif task.kind != "regression" and not counts[f"{name}=+"]:
             problems.append(f"{name} has {labelled} labelled images and no positive one")
     return f"Of the {len(records)} training images: {'; '.join(problems)}" if problems else ""
 

@@ -15,7 +15,7 @@ from datamodules.cache.cache import Cache
 from datamodules.cache.entries import CacheEntry
 from datamodules.cache.preprocessing import Preprocessing
 from datamodules.loading.samplers import TaskSampler
-from datamodules.records import ClassTruth, Record, hash_patient
+from datamodules.records import ClassTruth, Record, ValueTruth, hash_patient
 from mtmedformer.batch import IGNORE, Boxes, Meta, Sample, Task
 from mtmedformer.geometry import Affine, Floats, compose
 
@@ -91,6 +91,9 @@ class CachedDataset(Dataset[Sample]):
         for name in self._known(record, "classification"):
             classes = record.truth[name]
             truth[name] = torch.tensor(classes.values, dtype=torch.float32) if isinstance(classes, ClassTruth) else None
+        for name in self._known(record, "regression"):
+            value = record.truth[name]
+            truth[name] = torch.tensor(value.value, dtype=torch.float32) if isinstance(value, ValueTruth) else None
         truth |= {n: torch.from_numpy(np.ascontiguousarray(m)) for n, m in masks.items() if (m != IGNORE).any()}
         truth |= {n: Boxes(torch.from_numpy(b), torch.from_numpy(i)) for n, (b, i) in boxes.items()}
         return Sample(

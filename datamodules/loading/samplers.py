@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
 
-from datamodules.records import BoxTruth, ClassTruth, MaskSource, MaskTruth, Record
+from datamodules.records import BoxTruth, ClassTruth, MaskSource, MaskTruth, Record, ValueTruth
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError
 
@@ -39,8 +39,8 @@ def strata(record: Record, tasks: dict[str, Task]) -> tuple[str, ...]:
     """Return the strata of a record, one string per label.
 
     ``task=class`` for each class that holds, ``task=none`` if every known class is absent; ``task=+`` or ``task=-`` for
-    boxes and masks. Unknown tasks and classes add nothing. A mask file counts as ``+`` until it has been read and found
-    empty (``Record.empty``).
+    boxes and masks; ``task=grade``, or for numbers the quarter of their range. Unknown tasks and classes add nothing. A
+    mask file counts as ``+`` until it has been read and found empty (``Record.empty``).
     """
     labels = []
     for name in sorted(tasks):
@@ -53,6 +53,8 @@ def strata(record: Record, tasks: dict[str, Task]) -> tuple[str, ...]:
             labels.append(f"{name}=-")
         elif isinstance(truth, BoxTruth):
             labels.append(f"{name}={'+' if truth.boxes or _drawn(truth.masks) else '-'}")
+        elif isinstance(truth, ValueTruth):
+            labels.append(f"{name}={_place(tasks[name], truth.value)}")
         elif isinstance(truth, MaskTruth) and any(c is not None for c in truth.channels):
             labels.append(f"{name}={'+' if _drawn([c for c in truth.channels if c is not None]) else '-'}")
     return tuple(labels)
@@ -76,7 +78,7 @@ def positives(
 
     A record is if, in any task, it has a box, a mask that is not empty, or a class that is not a negative one. A task
     in which more than half of all records are positive (lungs, breast outline) is left out, because every batch has one
-    of those anyway.
+    of those anyway. Numbers and grades are neither positive nor negative.
 
     Args:
         records: The records.
@@ -98,7 +100,7 @@ def positives_by_task(
     """Return which records are positive in each task that `positives` counts; arguments as there."""
     strata_of = [strata(r, tasks) for r in records]
     hits = {}
-    for name in tasks:
+    for name in [name for name, task in tasks.items() if task.kind != "regression"]:
         hit = np.array(
             [any(is_positive(w, negative) for w in ws if w.startswith(f"{name}=")) for ws in strata_of], bool
         )
@@ -200,6 +202,15 @@ class TaskSampler(DistributedSampler[int]):
         if self.strategy == "positive":
             order = _spread(order, self.positive[order], [b for turn in slices for b in turn], rng)
         yield from (int(order[i]) for turn in slices for i in range(*turn[self.rank]))
+
+
+def _place(task: Task, value: float) -> str:
+    """Return the grade of a regression, or the quarter of the range, ``1/4`` to ``4/4``."""
+    if task.classes:
+        return task.classes[int(value)]
+    low, high = task.range or (value, value)
+    share = (value - low) / (high - low) if high > low else 0.0
+    return f"{1 + min(3, max(0, int(4 * share)))}/4"
 
 
 def _drawn(masks: Sequence[MaskSource]) -> bool:

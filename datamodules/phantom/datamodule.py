@@ -14,9 +14,9 @@ from typing import Any, Literal
 from datamodules.base import MedicalDataModule
 from datamodules.loading.catalogue import choose_tasks
 from datamodules.phantom.generate import generate, settings_key
-from datamodules.phantom.sites import CLASSIFICATION, MASKS, SITE_SETS, PhantomSite, check_sites, tasks_of
+from datamodules.phantom.sites import CLASSIFICATION, MASKS, QUANTITIES, SITE_SETS, PhantomSite, check_sites, tasks_of
 from datamodules.public.layout import one_hot, read_table, rows_of
-from datamodules.records import BoxTruth, Catalogue, MaskSource, MaskTruth, Record, Split, Truth
+from datamodules.records import BoxTruth, Catalogue, MaskSource, MaskTruth, Record, Split, Truth, ValueTruth
 from mtmedformer.batch import Task
 
 
@@ -27,6 +27,9 @@ class PhantomDataModule(MedicalDataModule):
     (boxes), ``lungs`` and ``infection`` (masks). Breast tasks: ``pathology`` (normal / benign / malignant),
     ``lesions`` (mass / calcification), ``breast`` and ``lesion`` (masks). In a set of both organs the tasks of the
     other organ are unknown; ``lesions`` is one task with the classes of both, since a chest has no masses of a breast.
+    With ``quantities`` there are also numbers and grades: of a chest ``extent`` (percent of the lung fields with
+    opacities) and ``severity`` (none / mild / moderate / severe), of a breast ``density`` (percent of fibroglandular
+    tissue) and ``birads_density`` (A to D).
 
     The images are generated once for each choice of settings, in about 7 s on one core for the default 234 films. The
     default preset is for chests; use ``BreastPreset`` for breasts and ``PlainPreset`` for a set of both.
@@ -36,6 +39,7 @@ class PhantomDataModule(MedicalDataModule):
         sites: Sites by name, or the name of a ready-made set: ``chest`` (three sites, about 240 films), ``breast``
             (three sites, 240 mammograms) or ``mixed`` (all six).
         size: Height of the generated images in pixels; mammograms are four fifths as wide, chest films square.
+        quantities: Whether the tasks include numbers and grades.
         kwargs: Arguments of `MedicalDataModule`.
 
     Raises:
@@ -49,14 +53,16 @@ class PhantomDataModule(MedicalDataModule):
         root: Path = Path(".cache/phantom"),
         sites: dict[str, PhantomSite] | Literal["chest", "breast", "mixed"] = "chest",
         size: int = 256,
+        quantities: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.root = Path(root)
         self.sites = SITE_SETS[sites] if isinstance(sites, str) else sites
         self.size = size
+        self.quantities = quantities
         check_sites(self.sites, size)
-        self.tasks = choose_tasks(tasks_of(self.sites), self.only_tasks)
+        self.tasks = choose_tasks(tasks_of(self.sites, quantities), self.only_tasks)
 
     @property
     def folder(self) -> Path:
@@ -71,7 +77,7 @@ class PhantomDataModule(MedicalDataModule):
     def catalogue(self) -> Catalogue:
         """Return the records of the generated images; generate them if they do not exist."""
         generate(self.folder, self.sites, self.size)
-        return read_catalogue(self.folder, tasks_of(self.sites))
+        return read_catalogue(self.folder, tasks_of(self.sites, self.quantities))
 
 
 def read_catalogue(folder: Path, tasks: Mapping[str, Task]) -> Catalogue:
@@ -95,6 +101,10 @@ def read_catalogue(folder: Path, tasks: Mapping[str, Task]) -> Catalogue:
         for task in MASKS[row["organ"]]:
             if row[f"has_{task.name}"] == "1":
                 truth[task.name] = MaskTruth((MaskSource(folder / row[f"mask_{task.name}"]),))
+        for task in QUANTITIES[row["organ"]]:
+            if task.name in tasks and row[task.name]:
+                value = task.classes.index(row[task.name]) if task.classes else float(row[task.name])
+                truth[task.name] = ValueTruth(value)
         split: Split = row["split"]  # type: ignore[assignment]
         file = folder / row["image"]
         records.append(

@@ -26,12 +26,12 @@ from datamodules.phantom.breast import Breast, draw_breast, sample_breast_lesion
 from datamodules.phantom.chest import Chest, draw_chest, sample_opacities
 from datamodules.phantom.dicom import write_dicom
 from datamodules.phantom.drawing import SIDES, VIEWS, Bool, Drawing, Float
-from datamodules.phantom.sites import CLASSIFICATION, MASKS, PhantomSite
+from datamodules.phantom.sites import BOUNDARIES, CLASSIFICATION, MASKS, QUANTITIES, PhantomSite
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
-"""Increased when the same settings draw other images, so that older folders are not read."""
+VERSION = 3
+"""Increased when the same settings draw other images or labels, so that older folders are not read."""
 
 HEIGHT_MM = {"chest": 380.0, "breast": 260.0}
 NOTHING = np.zeros((0, 0), np.float32)
@@ -106,6 +106,7 @@ class _Film:
     number: int
     drawing: Drawing
     label: str
+    quantity: float
 
 
 def _site_rows(root: Path, name: str, site: PhantomSite, size: int, seed: int) -> list[dict[str, Any]]:
@@ -188,6 +189,11 @@ def _add_truth(
                 file = f"masks/{name}/{Path(row['image']).stem}_{task.name}.png"
                 Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).save(root / file)
                 row[f"mask_{task.name}"] = file
+    number, grade = QUANTITIES[site.organ]
+    for row, film, counted, graded in zip(rows, films, chosen(number.name), chosen(grade.name), strict=True):
+        value = round(film.quantity, 2)
+        row[number.name] = value if counted else ""
+        row[grade.name] = grade.classes[int(np.searchsorted(BOUNDARIES[site.organ], value))] if graded else ""
 
 
 def _chests(name: str, site: PhantomSite, size: int, seed: int) -> Iterator[_Film]:
@@ -203,7 +209,8 @@ def _chests(name: str, site: PhantomSite, size: int, seed: int) -> Iterator[_Fil
             drawing = draw_chest(pose, opacities if diseased else [], size, shift, site.marker)
             kinds = {kind for kind, _ in drawing.lesions}
             label = next((k for k in ("consolidation", "ground_glass") if k in kinds), "clear")
-            yield _Film(patient, "AP" if portable else "PA", None, number, drawing, label)
+            extent = 100 * float((drawing.diseased & drawing.organ).sum() / drawing.organ.sum())
+            yield _Film(patient, "AP" if portable else "PA", None, number, drawing, label, extent)
 
 
 def _breasts(name: str, site: PhantomSite, size: int, seed: int) -> Iterator[_Film]:
@@ -216,7 +223,7 @@ def _breasts(name: str, site: PhantomSite, size: int, seed: int) -> Iterator[_Fi
             for v, view in enumerate(VIEWS):
                 drawing = draw_breast(breast, lesions if diseased else [], side, view, size, site.marker)
                 label = ("malignant" if malignant else "benign") if diseased else "normal"
-                yield _Film(patient, view, side, 2 * s + v, drawing, label)
+                yield _Film(patient, view, side, 2 * s + v, drawing, label, 100 * breast.density)
 
 
 def _splits(patients: int, rng: Generator) -> list[str]:

@@ -27,6 +27,21 @@ MASKS = {
 }
 """Per organ, the task of its mask and the task of its lesions' mask; one class is one sigmoid channel."""
 
+QUANTITIES = {
+    "chest": (
+        Task("extent", "regression", (), unit="%", range=(0.0, 100.0)),
+        Task("severity", "regression", ("none", "mild", "moderate", "severe")),
+    ),
+    "breast": (
+        Task("density", "regression", (), unit="%", range=(0.0, 100.0)),
+        Task("birads_density", "regression", ("A", "B", "C", "D")),
+    ),
+}
+"""Per organ, a number and the grade that follows from it."""
+
+BOUNDARIES = {"chest": (0.0, 12.0, 22.0), "breast": (25.0, 51.5, 77.5)}
+"""Per organ, the largest number of each grade but the highest."""
+
 
 @dataclass(frozen=True)
 class PhantomSite:
@@ -73,7 +88,7 @@ CHEST_SITES = {
         noise=0.025,
         monochrome1=True,
         transfer_syntax="rle",
-        labelled={"finding": 1.0, "lungs": 1.0, "infection": 1.0},
+        labelled={"finding": 1.0, "lungs": 1.0, "infection": 1.0, "extent": 1.0, "severity": 1.0},
     ),
     "east": PhantomSite(
         gamma=0.85,
@@ -87,7 +102,12 @@ CHEST_SITES = {
 BREAST_SITES = {
     "harbour": PhantomSite("breast", patients=20, bits=16),
     "hill": PhantomSite(
-        "breast", patients=20, gamma=1.1, noise=0.025, monochrome1=True, labelled={"pathology": 1.0, "breast": 1.0}
+        "breast",
+        patients=20,
+        gamma=1.1,
+        noise=0.025,
+        monochrome1=True,
+        labelled={"pathology": 1.0, "breast": 1.0, "density": 1.0, "birads_density": 1.0},
     ),
     "valley": PhantomSite(
         "breast",
@@ -101,12 +121,18 @@ BREAST_SITES = {
 SITE_SETS = {"chest": CHEST_SITES, "breast": BREAST_SITES, "mixed": CHEST_SITES | BREAST_SITES}
 
 
-def tasks_of(sites: Mapping[str, PhantomSite]) -> dict[str, Task]:
-    """Return the tasks of a set of sites; ``lesions`` is one task with the classes of both organs."""
+def tasks_of(sites: Mapping[str, PhantomSite], quantities: bool = False) -> dict[str, Task]:
+    """Return the tasks of a set of sites; ``lesions`` is one task with the classes of both organs.
+
+    Args:
+        sites: Sites by name.
+        quantities: Whether to include numbers and grades.
+    """
     organs: list[Organ] = [o for o in ("chest", "breast") if any(s.organ == o for s in sites.values())]
     tasks = [CLASSIFICATION[o] for o in organs]
     tasks.append(Task("lesions", "detection", tuple(name for o in organs for name in LESIONS[o])))
     tasks += [task for o in organs for task in MASKS[o]]
+    tasks += [task for o in organs for task in QUANTITIES[o] if quantities]
     return {task.name: task for task in tasks}
 
 
@@ -118,7 +144,7 @@ def check_sites(sites: Mapping[str, PhantomSite], size: int) -> None:
         key = f"data.sites.{name}"
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise ConfigError(f"data.sites: {name!r} cannot be a folder name; use letters, digits, '_', '-', '.'")
-        known = list(tasks_of({name: site}))
+        known = list(tasks_of({name: site}, quantities=True))
         ranges: list[tuple[str, float, float, float]] = [
             ("patients", site.patients, 1, 9999),
             ("prevalence", site.prevalence, 0, 1),

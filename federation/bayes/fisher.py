@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from federation.bayes.curvature import Curvature
-from mtmedformer.batch import IGNORE, Batch, ClassificationTarget, SegmentationTarget, Target
+from mtmedformer.batch import IGNORE, Batch, ClassificationTarget, SegmentationTarget, Task
 from mtmedformer.errors import ConfigError
+from mtmedformer.metrics.calibration import class_target
 
 
 @runtime_checkable
@@ -25,11 +26,11 @@ class HasHeads(Protocol):
 class Fisher(Curvature):
     r"""Mean squared gradient of single samples after training, $\lambda_i = \mathbb E[(\partial_i \ell)^2]$.
 
-    For classification and segmentation $\ell$ is the log likelihood of labels drawn from the model's own predictions
-    (the true Fisher information; given labels would measure the remaining slope of the loss), averaged over the known
-    classes or pixels, as in the losses. Detection has no likelihood to draw from: its loss with the given boxes is used
-    (the empirical Fisher). Tasks are summed with the weights of the hybrid loss. Only labelled tasks of a sample count,
-    and a head's mean is over the samples labelled for it.
+    For classes, masks and grades $\ell$ is the log likelihood of labels drawn from the model's own predictions (the
+    true Fisher information; given labels would measure the remaining slope of the loss), averaged over the known
+    classes or pixels, as in the losses. Boxes and numbers have no likelihood to draw from: their loss with the given
+    labels is used (the empirical Fisher). Tasks are summed with the weights of the hybrid loss. Only labelled tasks of
+    a sample count, and a head's mean is over the samples labelled for it.
 
     It takes one forward and backward pass per sample, in evaluation mode. ``SquaredGradients`` takes no extra pass; use
     this one where few steps are trained, or where sites are far from their optimum.
@@ -101,15 +102,23 @@ def _surrogate(module: Any, sample: Batch, generator: torch.Generator) -> Tensor
         target = sample.targets.get(name)
         if target is None or not bool(target.present.any()) or weights[name] == 0:
             continue
-        if head.kind == "detection":
+        task: Task = head.task(name)
+        if not task.probabilistic:
             term = torch.stack(list(head.loss(outputs[name], target).values())).sum()
         else:
-            term = drawn_likelihood(head.predict(outputs[name], size), target, head.multi_label, generator)
+            term = drawn_likelihood(
+                head.predict(outputs[name], size), class_target(task, target), head.multi_label, generator
+            )
         terms.append(weights[name] * term)
     return torch.stack(terms).sum() if terms else 0.0 * sum(p.sum() for p in module.encoder.parameters())
 
 
-def drawn_likelihood(probabilities: Tensor, target: Target, multi_label: bool, generator: torch.Generator) -> Tensor:
+def drawn_likelihood(
+    probabilities: Tensor,
+    target: ClassificationTarget | SegmentationTarget,
+    multi_label: bool,
+    generator: torch.Generator,
+) -> Tensor:
     """Return the mean log likelihood of labels drawn from the predictions, where the given ones are known.
 
     Args:
@@ -121,7 +130,6 @@ def drawn_likelihood(probabilities: Tensor, target: Target, multi_label: bool, g
     if isinstance(target, SegmentationTarget):
         known, background = target.masks != IGNORE, not multi_label
     else:
-        assert isinstance(target, ClassificationTarget)
         known, background = ~target.labels.isnan(), False
     known = known & target.present.view(-1, *[1] * (known.ndim - 1))
     p = probabilities.clamp(1e-6, 1 - 1e-6)

@@ -103,7 +103,9 @@ class SampledModel:
 
 
 def averaged(task: Task, plain: Any, drawn: Sequence[Any]) -> tuple[Any, Uncertainty | None]:
-    """Return the mean of a task's sampled predictions, and their uncertainty (for boxes ``None``: it is in the mean).
+    """Return the mean of a task's sampled predictions, and their uncertainty.
+
+    The uncertainty is ``None`` for boxes, whose mean contains it, and for numbers, which have no entropy.
 
     Args:
         task: The task.
@@ -113,6 +115,8 @@ def averaged(task: Task, plain: Any, drawn: Sequence[Any]) -> tuple[Any, Uncerta
     if task.kind == "detection":
         return [_averaged_boxes(one, [sample[i] for sample in drawn]) for i, one in enumerate(plain)], None
     samples = torch.stack([sample.float() for sample in drawn])
+    if not task.probabilistic:
+        return samples.mean(0), None
     if task.multi_label or len(task.classes) == 1:
         averages = uncertainty(samples)
         return averages.mean, averages
@@ -168,8 +172,10 @@ class TruthLikelihood:
                 target = batch.targets[name]
                 if isinstance(target, DetectionTarget):
                     values = _box_likelihood(self._boxes[i][name], predictions[name], target)
-                else:
+                elif task.probabilistic:
                     values = some_places(decisions(task, predictions[name], target)[2].cpu()).flatten()
+                else:
+                    continue  # a number: no likelihood, so it is predicted by the mean model
                 parts.setdefault(name, []).append(values[~values.isnan()])
         joined = {name: torch.cat(values) for name, values in parts.items()}
         return {name: values for name, values in joined.items() if len(values)}

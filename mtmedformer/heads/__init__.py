@@ -4,6 +4,15 @@ from mtmedformer.heads.base import TaskHead
 from mtmedformer.heads.classification import ClassificationHead
 from mtmedformer.heads.detection import DetectionHead
 from mtmedformer.heads.detr import DETRHead
+from mtmedformer.heads.regression import OrdinalHead, RegressionHead
 from mtmedformer.heads.segmentation import SegmentationHead
 
-__all__ = ["ClassificationHead", "DETRHead", "DetectionHead", "SegmentationHead", "TaskHead"]
+__all__ = [
+    "ClassificationHead",
+    "DETRHead",
+    "DetectionHead",
+    "OrdinalHead",
+    "RegressionHead",
+    "SegmentationHead",
+    "TaskHead",
+]

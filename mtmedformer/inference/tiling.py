@@ -52,6 +52,7 @@ def predict_tiled(
     - Boxes are moved to the image. Of a lesion in the overlap of two windows, a box cut by its window's border is
       dropped where another window holds all of it; then, across windows only, boxes that overlap a better box of their
       class are dropped. An object larger than the overlap may come out in pieces.
+    - Numbers and probabilities of grades are averaged over windows.
     - Class probabilities are pooled over windows: ``max`` lets one window with a finding decide (then brought back to
       a sum of 1 for exclusive classes), ``mean`` measures how much of the image shows it.
 
@@ -159,6 +160,13 @@ class _ClassPool:
         return pooled / pooled.sum(dim=1, keepdim=True) if self.exclusive else pooled
 
 
+class _WindowMean(_ClassPool):
+    """Averages the numbers (1,), or the probabilities of grades (K,), of windows."""
+
+    def result(self) -> Tensor:
+        return torch.stack([torch.stack(windows) for windows in self.seen]).mean(dim=1)
+
+
 class _BoxMerger:
     """Move the boxes of windows to the image and merge those of one object in several windows."""
 
@@ -180,6 +188,7 @@ _STITCHERS: dict[str, type[_MaskAverage] | type[_ClassPool] | type[_BoxMerger]] 
     "segmentation": _MaskAverage,
     "classification": _ClassPool,
     "detection": _BoxMerger,
+    "regression": _WindowMean,
 }
 
 

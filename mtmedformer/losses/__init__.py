@@ -4,6 +4,14 @@ from mtmedformer.losses.classification import Asymmetric, BinaryCrossEntropy, Bi
 from mtmedformer.losses.detection import BoxLoss, CIoU, DIoU, GIoU
 from mtmedformer.losses.gradient_aggregation import GradientAggregation
 from mtmedformer.losses.hybrid import HybridLoss
+from mtmedformer.losses.regression import (
+    AbsoluteError,
+    Coral,
+    CumulativeLink,
+    RegressionLoss,
+    SmoothL1,
+    SquaredError,
+)
 from mtmedformer.losses.segmentation import Boundary, Dice, Lovasz, MaskCrossEntropy, MaskFocal, MaskLoss, Tversky
 from mtmedformer.losses.weighting import (
     DynamicWeightAverage,
@@ -15,6 +23,7 @@ from mtmedformer.losses.weighting import (
 )
 
 __all__ = [
+    "AbsoluteError",
     "Asymmetric",
     "BinaryCrossEntropy",
     "BinaryFocal",
@@ -22,7 +31,9 @@ __all__ = [
     "BoxLoss",
     "CIoU",
     "ClassLoss",
+    "Coral",
     "CrossEntropy",
+    "CumulativeLink",
     "DIoU",
     "Dice",
     "DynamicWeightAverage",
@@ -36,6 +47,9 @@ __all__ = [
     "MaskFocal",
     "MaskLoss",
     "RandomWeighting",
+    "RegressionLoss",
+    "SmoothL1",
+    "SquaredError",
     "Tversky",
     "UncertaintyWeighting",
     "Weighting",

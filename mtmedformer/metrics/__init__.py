@@ -3,6 +3,14 @@
 from mtmedformer.metrics.base import TaskMetrics
 from mtmedformer.metrics.classification import ClassificationMetrics
 from mtmedformer.metrics.detection import DetectionMetrics
+from mtmedformer.metrics.regression import OrdinalMetrics, RegressionMetrics
 from mtmedformer.metrics.segmentation import SegmentationMetrics
 
-__all__ = ["ClassificationMetrics", "DetectionMetrics", "SegmentationMetrics", "TaskMetrics"]
+__all__ = [
+    "ClassificationMetrics",
+    "DetectionMetrics",
+    "OrdinalMetrics",
+    "RegressionMetrics",
+    "SegmentationMetrics",
+    "TaskMetrics",
+]

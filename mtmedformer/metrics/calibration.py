@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import override
 
-from mtmedformer.batch import IGNORE, ClassificationTarget, Meta, SegmentationTarget, Target, Task
+from mtmedformer.batch import (
+    IGNORE,
+    ClassificationTarget,
+    DetectionTarget,
+    Meta,
+    RegressionTarget,
+    SegmentationTarget,
+    Target,
+    Task,
+)
 from mtmedformer.metrics.base import Evaluate, Floats, TaskMetrics
 from mtmedformer.metrics.curves import nan_mean, ratio
 
@@ -57,11 +66,17 @@ def reliability(probabilities: Floats, targets: Floats, bins: int = 15) -> Relia
     return _binned(bin_sums(p, y, bins)[0, 0].numpy(), bins)
 
 
-def decisions(task: Task, probabilities: Tensor, target: ClassificationTarget | SegmentationTarget) -> list[Tensor]:
+def class_target(task: Task, target: Target) -> ClassificationTarget | SegmentationTarget:
+    """Return the target of a probabilistic task as classes or masks; grades are exclusive classes."""
+    assert not isinstance(target, DetectionTarget)
+    return target.one_hot(len(task.classes)) if isinstance(target, RegressionTarget) else target
+
+
+def decisions(task: Task, probabilities: Tensor, target: Target) -> list[Tensor]:
     """Return confidence, correctness and likelihood of the truth for each decision of a batch of B images.
 
     Args:
-        task: A classification or segmentation task.
+        task: A task of classes, masks or grades.
         probabilities: (B, K) or (B, K, H, W), as ``TaskHead.predict`` gives them.
         target: The batch's target.
 
@@ -70,6 +85,7 @@ def decisions(task: Task, probabilities: Tensor, target: ClassificationTarget | 
         are one row: the probability of the likeliest, whether it is the true one, the probability of the true one.
         Otherwise each class is a row: its probability, whether it is there, the probability of what is so.
     """
+    target = class_target(task, target)
     p = probabilities.flatten(2) if probabilities.ndim > 2 else probabilities[:, :, None]
     if isinstance(target, ClassificationTarget):
         truth = target.labels.to(p.dtype)[:, :, None]
@@ -116,7 +132,7 @@ class CalibrationMetrics(TaskMetrics):
     ``<metric>/<class>``, and their mean is the overall value.
 
     Args:
-        task: A classification or segmentation task.
+        task: A task of classes, masks or grades.
         bins: Number of bins of the calibration error.
     """
 
@@ -132,9 +148,7 @@ class CalibrationMetrics(TaskMetrics):
         self.add_rows("sums", torch.zeros(0, len(self.names), bins + 1, 3, dtype=torch.float64))
         self.add_rows("surprise", torch.zeros(0, len(self.names), dtype=torch.float64))
 
-    def update(
-        self, predictions: Tensor, target: ClassificationTarget | SegmentationTarget, meta: Sequence[Meta]
-    ) -> None:
+    def update(self, predictions: Tensor, target: Target, meta: Sequence[Meta]) -> None:
         """Keep the bins and the log-likelihood of each labelled image's probabilities, never a pixel."""
         rows = self.register(meta, target.present)
         if rows:
@@ -186,7 +200,7 @@ class TemperatureSums(TaskMetrics):
     """Sums of the log-likelihood of the truth at every temperature, one row per image.
 
     Args:
-        task: A classification or segmentation task.
+        task: A task of classes, masks or grades.
     """
 
     primary = "nll"
@@ -212,7 +226,7 @@ class TemperatureSums(TaskMetrics):
         if not rows:
             return
         logits, truth = some_places(predictions.detach()[rows]), some_places(truth_of(self.task, target)[rows])
-        curve, decisions = likelihood_curve(logits, truth, not self.task.multi_label and len(self.task.classes) > 1)
+        curve, decisions = likelihood_curve(logits, truth, self.task.exclusive)
         self.curve.append(curve.cpu())
         self.decisions.append(decisions.cpu())
 
@@ -238,20 +252,18 @@ def truth_of(task: Task, target: Target) -> Tensor:
     """Return the truth in the shape of a head's class logits, float32, NaN where unknown.
 
     Args:
-        task: A classification or segmentation task.
+        task: A task of classes, masks or grades.
         target: Its target in a batch of B images.
 
     Returns:
         (B, C) or (B, C, H, W) of 0, 1 or NaN. Where classes exclude each other a place is known whole or not at all,
         and a segmentation has the background as channel 0.
     """
+    target, exclusive = class_target(task, target), task.exclusive
     if isinstance(target, ClassificationTarget):
         truth = target.labels.float().clone()
-        exclusive = not task.multi_label and len(task.classes) > 1
     else:
-        assert isinstance(target, SegmentationTarget)
         truth = target.masks.float().masked_fill(target.masks == IGNORE, torch.nan)
-        exclusive = not task.multi_label and len(task.classes) > 1
         if exclusive:
             inside = (truth == 1).any(1, keepdim=True)
             truth = torch.where(inside, (truth == 1).float(), truth)

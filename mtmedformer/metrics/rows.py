@@ -26,10 +26,19 @@ from mtmedformer.metrics.calibration import CalibrationMetrics
 from mtmedformer.metrics.classification import ClassificationMetrics
 from mtmedformer.metrics.detection import DetectionMetrics
 from mtmedformer.metrics.referral import ReferralMetrics
+from mtmedformer.metrics.regression import OrdinalMetrics, RegressionMetrics
 from mtmedformer.metrics.segmentation import SegmentationMetrics
 from mtmedformer.storage.atomic_write import atomic_write
 
-KINDS = (CalibrationMetrics, ClassificationMetrics, DetectionMetrics, ReferralMetrics, SegmentationMetrics)
+KINDS = (
+    CalibrationMetrics,
+    ClassificationMetrics,
+    DetectionMetrics,
+    OrdinalMetrics,
+    ReferralMetrics,
+    RegressionMetrics,
+    SegmentationMetrics,
+)
 """Kinds of metric that a file may name; those of other packages are found once they have been imported."""
 
 COLUMNS = ("image", "patient", "site", "view")

@@ -9,20 +9,39 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtmedformer.batch import IGNORE, ClassificationTarget, DetectionTarget, SegmentationTarget, Target
-from mtmedformer.heads import ClassificationHead, DetectionHead, DETRHead, SegmentationHead, TaskHead
+from mtmedformer.batch import (
+    IGNORE,
+    ClassificationTarget,
+    DetectionTarget,
+    RegressionTarget,
+    SegmentationTarget,
+    Target,
+)
+from mtmedformer.heads import (
+    ClassificationHead,
+    DetectionHead,
+    DETRHead,
+    OrdinalHead,
+    RegressionHead,
+    SegmentationHead,
+    TaskHead,
+)
 from mtmedformer.heads.capabilities import AttentionPooling, Calibratable, Explainable, Exportable
 from mtmedformer.losses import (
+    AbsoluteError,
     Asymmetric,
     BinaryCrossEntropy,
     BinaryFocal,
     Boundary,
     CIoU,
+    Coral,
     CrossEntropy,
+    CumulativeLink,
     Dice,
     Lovasz,
     MaskCrossEntropy,
     MaskFocal,
+    SquaredError,
     Tversky,
 )
 
@@ -47,6 +66,14 @@ def one_hot(n: int, size: tuple[int, int]) -> ClassificationTarget:
 def multi_hot(n: int, size: tuple[int, int]) -> ClassificationTarget:
     labels = torch.tensor([[1, 0, 1], [0, 1, torch.nan], [1, 1, 0], [0, 0, 0]]).repeat(n, 1)[:n]
     return ClassificationTarget(labels, torch.ones(n, dtype=torch.bool))
+
+
+def ages(n: int, size: tuple[int, int]) -> RegressionTarget:
+    return RegressionTarget(torch.tensor([20.0, 90.0, 45.0, 61.0]).repeat(n)[:n], torch.ones(n, dtype=torch.bool))
+
+
+def grades(n: int, size: tuple[int, int]) -> RegressionTarget:
+    return RegressionTarget(torch.tensor([0.0, 2.0, 1.0, 2.0]).repeat(n)[:n], torch.ones(n, dtype=torch.bool))
 
 
 def box_lists(n: int, size: tuple[int, int]) -> DetectionTarget:
@@ -100,6 +127,12 @@ CASES = {
         ),
         multi_hot,
     ),
+    "number": Case(lambda: RegressionHead((0, 100), "years"), ages),
+    "number-terms": Case(
+        lambda: RegressionHead((0, 100), terms={"l1": AbsoluteError(0.5), "l2": SquaredError()}, width=16), ages
+    ),
+    "grades": Case(lambda: OrdinalHead(ABC), grades, 100),
+    "grades-terms": Case(lambda: OrdinalHead(ABC, terms={"coral": Coral(), "nll": CumulativeLink(0.5)}), grades, 100),
     "boxes": Case(lambda: DetectionHead(AB, num_convs=1), box_lists, 50, 5e-3),
     "boxes-options": Case(lambda: DetectionHead(AB, width=16, box_loss=CIoU(2.0)), box_lists, 50, 5e-3),
     "queries": Case(lambda: DETRHead(AB, num_queries=6), box_lists, 80, 2e-3),
@@ -171,6 +204,8 @@ def everywhere_positive(target: Target, rows: list[int]) -> None:
             target.labels[i] = 1
         elif isinstance(target, SegmentationTarget):
             target.masks[i] = 1
+        elif isinstance(target, RegressionTarget):
+            target.values[i] = 2
         else:
             target.boxes[i], target.labels[i] = torch.tensor([[0.0, 0.0, *SIZE[::-1]]]), torch.tensor([1])
 
@@ -262,8 +297,13 @@ def test_predictions_are_in_range_for_odd_sizes(case, size):
         assert predictions.shape == (3, k)
     elif head.kind == "segmentation":
         assert predictions.shape == (3, k, *size)
+    elif head.kind == "regression":
+        assert predictions.shape == (3, k or 1)
     if isinstance(predictions, Tensor):
         assert predictions.dtype == torch.float32
+        if isinstance(head, RegressionHead):
+            assert ((predictions >= head.range[0]) & (predictions <= head.range[1])).all()
+            return
         assert ((predictions >= 0) & (predictions <= 1)).all()
         if not head.multi_label:
             total = predictions.sum(1)
@@ -301,6 +341,10 @@ def test_overfits_four_images(case):
     if isinstance(target, ClassificationTarget):
         known = ~target.labels.isnan()
         assert ((predictions > 0.5) == target.labels.bool())[known].all()
+    elif isinstance(target, RegressionTarget) and isinstance(head, RegressionHead):
+        assert (predictions[:, 0] - target.values).abs().max() < 10
+    elif isinstance(target, RegressionTarget):
+        assert torch.equal(predictions.argmax(1), target.values.long())
     elif isinstance(target, SegmentationTarget):
         known = target.masks != IGNORE
         assert ((predictions > 0.5) == (target.masks == 1))[known].float().mean() > 0.97
@@ -369,8 +413,8 @@ def test_a_head_describes_its_task_and_creates_its_metrics(case):
 def test_capabilities_by_kind(case):
     head = built(case)
     assert isinstance(head, Explainable)
-    assert isinstance(head, Calibratable) == (head.kind != "detection")
-    assert isinstance(head, AttentionPooling) == (head.kind == "classification")
+    assert isinstance(head, Calibratable) == head.task("any").probabilistic
+    assert isinstance(head, AttentionPooling) == (head.kind in ("classification", "regression"))
     assert isinstance(head, Exportable) == (head.kind != "segmentation")
 
 
