@@ -1,4 +1,4 @@
-"""Calibration of a trained model: one temperature per task, and one threshold per class and operating point."""
+"""Calibration of a trained model: a temperature or an interval per task, thresholds per class and operating point."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ PRIOR = 0.5
 
 @dataclass(frozen=True)
 class TaskCalibration:
-    """Temperature and thresholds of one task, fitted on validation images.
+    """Temperature, thresholds or interval of one task, fitted on validation images.
 
     Attributes:
         images: Number of labelled validation images.
         temperature: Divisor of the logits; ``None`` where scores are not calibrated (boxes).
         nll_raw: Negative log-likelihood per decision before scaling, in nats; ``None`` without a temperature.
         nll: The same after scaling.
+        margin: Half the width of the interval around a predicted number, in its unit; ``None`` where there is none.
+        coverage: Share of images whose truth the interval holds; ``None`` without an interval.
         thresholds: By class and operating point, the least (calibrated) probability or box score that is positive.
     """
 
@@ -37,6 +39,8 @@ class TaskCalibration:
     temperature: float | None = None
     nll_raw: float | None = None
     nll: float | None = None
+    margin: float | None = None
+    coverage: float | None = None
     thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -55,11 +59,18 @@ def restored(stored: Mapping[str, Any]) -> dict[str, TaskCalibration]:
         calibration = {str(task): TaskCalibration(**one) for task, one in stored.items()}
         temperatures = [one.temperature for one in calibration.values() if one.temperature is not None]
         thresholds = [t for one in calibration.values() for by in one.thresholds.values() for t in by.values()]
-        usable = all(0 < t < math.inf for t in temperatures) and all(math.isfinite(t) for t in thresholds)
+        margins = [one.margin for one in calibration.values() if one.margin is not None]
+        usable = (
+            all(0 <= m < math.inf for m in margins)
+            and all(0 < t < math.inf for t in temperatures)
+            and all(math.isfinite(t) for t in thresholds)
+        )
     except (TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"its calibration has the format of another version ({error})") from error
     if not usable:
-        raise ConfigError("its calibration has a temperature or threshold that is not a finite, positive number")
+        raise ConfigError(
+            "its calibration has a temperature, margin or threshold that is not a finite, positive number"
+        )
     return calibration
 
 
@@ -111,6 +122,26 @@ def fit_temperature(curve: Floats, decisions: float, images: int, prior: float |
     best = float(minimize_scalar(cost, bounds=(low, high), method="bounded", options={"xatol": 1e-7}).x)
     best = 0.0 if cost(best) >= cost(0.0) else best
     return float(np.exp(best)), float(mean(best))
+
+
+def conformal_margin(errors: Floats, coverage: float) -> float | None:
+    r"""Return the half width of an interval that holds the truth of a new image with at least this probability.
+
+    It is the $\lceil (n + 1)\,\text{coverage} \rceil$-th smallest absolute error (split conformal prediction), which
+    holds for images like those it was fitted on, whatever the errors' distribution.
+
+    Args:
+        errors: (n,) prediction minus truth.
+        coverage: In (0, 1).
+
+    Returns:
+        The half width; ``None`` with fewer images than ``coverage`` needs (9 for 0.9, 19 for 0.95).
+
+    Reference:
+        Lei et al., Distribution-free predictive inference for regression, JASA 2018, algorithm 2.
+    """
+    rank = math.ceil((len(errors) + 1) * coverage - 1e-9)
+    return None if rank > len(errors) else float(np.sort(np.abs(errors))[rank - 1])
 
 
 def tempered(probabilities: Floats, temperature: float, exclusive: bool) -> Floats:

@@ -1,4 +1,4 @@
-"""Calibration on validation images during training: one temperature per task, thresholds per class."""
+"""Calibration on validation images during training: a temperature or an interval per task, thresholds per class."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mtmedformer.calibration import (
     TaskCalibration,
     box_threshold,
     class_threshold,
+    conformal_margin,
     fit_temperature,
     tempered,
 )
@@ -23,6 +24,7 @@ from mtmedformer.metrics.calibration import LOG_TEMPERATURES, TemperatureSums
 from mtmedformer.metrics.classification import ClassificationMetrics
 from mtmedformer.metrics.curves import Floats
 from mtmedformer.metrics.detection import DetectionMetrics
+from mtmedformer.metrics.regression import RegressionMetrics
 from mtmedformer.module import MultiTaskModule
 
 POINTS = ("sensitivity=0.9", "youden", "f1", "fp_per_image=1")
@@ -32,7 +34,8 @@ class Calibrate(Callback):
     """Fits one temperature per task and thresholds per class after every validation, for the validated weights.
 
     Checkpoints written afterwards hold them; ``test`` and ``predict`` use them. Images without a label for a task are
-    ignored for it. Classes and masks get a temperature; box scores are only a ranking and get thresholds alone.
+    ignored for it. Classes, masks and grades get a temperature; box scores are only a ranking and get thresholds alone.
+    Numbers get an interval of constant width (split conformal prediction).
     Temperatures are fitted to sums over images (``TemperatureSums``), so that sites of a federation share only sums.
 
     Args:
@@ -40,12 +43,18 @@ class Calibrate(Callback):
             ``youden``, ``f1``. Boxes: ``sensitivity=0.9``, ``f1``, ``fp_per_image=1``. ``None`` is
             ``sensitivity=0.9``, ``youden``, ``f1`` and ``fp_per_image=1``.
         prior: Standard deviation of the Gaussian prior of the log temperature; ``None`` is no prior.
+        coverage: Share of images whose true number the interval holds, in (0, 1).
 
     Raises:
-        ConfigError: An operating point cannot be parsed.
+        ConfigError: An operating point cannot be parsed, or ``coverage`` is out of its range.
     """
 
-    def __init__(self, operating_points: list[str] | None = None, prior: float | None = 0.5) -> None:
+    def __init__(
+        self, operating_points: list[str] | None = None, prior: float | None = 0.5, coverage: float = 0.9
+    ) -> None:
+        if not 0 < coverage < 1:
+            raise ConfigError(f"Calibrate: coverage is {coverage}; it must be above 0 and below 1, for example 0.9")
+        self.coverage = coverage
         self.operating_points = [OperatingPoint.parse(text) for text in operating_points or POINTS]
         self.prior = prior
         self._sums: dict[str, TemperatureSums] = {}
@@ -61,7 +70,7 @@ class Calibrate(Callback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reset the sums."""
         tasks = _calibrated(pl_module).tasks
-        self._sums = {name: TemperatureSums(task) for name, task in tasks.items() if task.kind != "detection"}
+        self._sums = {name: TemperatureSums(task) for name, task in tasks.items() if task.probabilistic}
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *args: Any
@@ -93,6 +102,10 @@ class Calibrate(Callback):
         if name not in self._sums:
             with metric.gathered():
                 rows = metric.seen().rows
+                if isinstance(metric, RegressionMetrics):
+                    predicted, truth = metric.pairs(rows)
+                    margin = conformal_margin(predicted - truth, self.coverage)
+                    return TaskCalibration(len(rows), margin=margin, coverage=None if margin is None else self.coverage)
                 return TaskCalibration(len(rows), thresholds=_thresholds(metric, 1.0, self.operating_points))
         with self._sums[name].gathered(), metric.gathered():
             curve, decisions, images = self._sums[name].sums()
@@ -101,7 +114,11 @@ class Calibrate(Callback):
             temperature, nll = fit_temperature(curve, decisions, images, self.prior)
             raw = float(curve[len(LOG_TEMPERATURES) // 2, 0] / decisions)
             return TaskCalibration(
-                images, temperature, raw, nll, _thresholds(metric, temperature, self.operating_points)
+                images,
+                temperature,
+                raw,
+                nll,
+                thresholds=_thresholds(metric, temperature, self.operating_points),
             )
 
 

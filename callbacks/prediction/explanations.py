@@ -90,6 +90,8 @@ class Explanations(Callback):
                 if values is not None:
                     maps[f"{name}: attention"] = values
         for name in self.grad_cam:
-            for label, c in enumerate(module.tasks[name].classes):
-                maps[f"{name}: {c} (Grad-CAM)"] = grad_cam(module, image, name, label)
+            task = module.tasks[name]
+            titles = [name] if task.kind == "regression" else [f"{name}: {c}" for c in task.classes]  # one for a number
+            for label, title in enumerate(titles):
+                maps[f"{title} (Grad-CAM)"] = grad_cam(module, image, name, label)
         return maps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from callbacks.prediction.prediction_folder import PredictionFolder, safe_class
 from mtmedformer.batch import Meta, Task
 from mtmedformer.errors import DataError
 from mtmedformer.geometry import Bytes, Floats
-from mtmedformer.inference.results import NOTE, FoundBox, ImageResult
+from mtmedformer.inference.results import NOTE, FoundBox, FoundValue, ImageResult
 from mtmedformer.plots.predictions import prediction_figure, preview_from_input, preview_of
 from mtmedformer.storage.atomic_write import atomic_write
 from mtmedformer.storage.hashing import file_digest
@@ -142,6 +142,7 @@ class ImageWriter:
             "view": meta.view,
             "laterality": meta.laterality,
             "classes": result.classes,
+            "values": {task: asdict(value) for task, value in result.values.items()},
             "boxes": {task: [_box(box) for box in boxes] for task, boxes in result.boxes.items()},
             "uncertainty": result.uncertainty,
             "row": self._row(result, digest),
@@ -156,6 +157,8 @@ class ImageWriter:
                 row[f"{task}:{c}"] = f"{p:.4f}"
                 if (task, c) in self.class_thresholds:
                     row[f"{task}:{c}:found"] = int(p >= self.class_thresholds[task, c])
+            if task in result.values:
+                row |= _value_cells(task, result.values[task])
             if task in result.boxes:
                 boxes = result.boxes[task]
                 row[f"{task}:boxes"] = sum(box.score >= self.box_thresholds[task, box.name] for box in boxes)
@@ -181,6 +184,15 @@ def file_state(file: Path) -> tuple[int, int] | None:
 def _area(mask: Bytes, meta: Meta) -> Json:
     pixels = int(mask.sum())
     return {"pixels": pixels, "mm2": pixels * meta.spacing[0] * meta.spacing[1] if meta.spacing else None}
+
+
+def _value_cells(task: str, value: FoundValue) -> Json:
+    """Return the cells of a number with its interval, where there is one, or of a grade."""
+    if value.grade is not None:
+        return {f"{task}:grade": value.grade}
+    ends = {"value": value.value, "low": value.low, "high": value.high}
+    cells: Json = {f"{task}:{end}": f"{number:.6g}" for end, number in ends.items() if number is not None}
+    return cells | ({f"{task}:unit": value.unit} if value.unit else {})
 
 
 def _box(box: FoundBox) -> Json:

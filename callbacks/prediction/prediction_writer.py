@@ -17,7 +17,7 @@ from callbacks.prediction.dicom.objects import DicomObjects
 from callbacks.prediction.image_writer import ImageSource, ImageWriter, file_state
 from callbacks.prediction.prediction_folder import PredictionFolder, predictions_root
 from mtmedformer.batch import Batch, Task
-from mtmedformer.calibration import plain
+from mtmedformer.calibration import TaskCalibration, plain
 from mtmedformer.errors import ConfigError, DataError
 from mtmedformer.inference.results import NOTE, image_result
 from mtmedformer.module import MultiTaskModule
@@ -41,8 +41,8 @@ class PredictionWriter(Callback):
 
     Files: ``masks/<task>/`` (one PNG per image and class), ``overlays/`` (one picture per image), ``dicom/`` (one DICOM
     segmentation and one structured report per image) and ``images/`` (one JSON per image, written last). The tables
-    ``predictions.csv`` (class probabilities, numbers of boxes, areas, uncertainty), ``boxes.json`` (COCO) and
-    ``failed.csv`` are made from the JSON files at the end, also after an interruption.
+    ``predictions.csv`` (class probabilities, numbers with their intervals, numbers of boxes, areas, uncertainty),
+    ``boxes.json`` (COCO) and ``failed.csv`` are made from the JSON files at the end, also after an interruption.
 
     Finished images are skipped where the data module supports it (``--images`` does); otherwise earlier predictions in
     the folder are replaced.
@@ -76,6 +76,7 @@ class PredictionWriter(Callback):
         self.overlays, self.dicom, self.codes = overlays, dicom, codes or {}
         self.exit_code = 0
         self._tasks: dict[str, Task] = {}
+        self._calibration: dict[str, TaskCalibration] = {}
         self._files: dict[str, Path] = {}
         self._states: dict[str, tuple[int, int] | None] = {}
         self._listed_failures = 0
@@ -106,7 +107,7 @@ class PredictionWriter(Callback):
         assert self._writer is not None
         for i, meta in enumerate(batch.meta):
             try:
-                result = image_result(outputs, i, meta, self._tasks, self.score)
+                result = image_result(outputs, i, meta, self._tasks, self.score, self._calibration)
                 image = batch.image[i].float().mean(dim=0).cpu().numpy()
                 self._writer.write(result, image, self._source(trainer, meta.id))
             except (DataError, OSError) as error:
@@ -142,7 +143,8 @@ class PredictionWriter(Callback):
             ConfigError: It holds predictions of another model or with other settings, and the run would continue them.
         """
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        calibration = plain(pl_module.calibration) if isinstance(pl_module, CalibratedModel) else {}
+        self._calibration = pl_module.calibration if isinstance(pl_module, CalibratedModel) else {}
+        calibration = plain(self._calibration)
         self._tasks = dict(cast("Mapping[str, Task]", pl_module.tasks))
         self._writer = self._image_writer(trainer, _digest(pl_module), calibration)
         self._files = dict(data.files) if isinstance(data, OriginalImages) else {}

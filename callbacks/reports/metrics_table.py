@@ -15,7 +15,7 @@ from mtmedformer.plots.terminal import SafeConsole
 HIDDEN = ("sensitivity_at_", "map75", "n_")
 """Beginnings of the names of metrics that are logged and written, but not shown on the screen."""
 
-HEADLINES = ("auroc", "balanced_accuracy", "map50", "froc", "dice", "hd95")
+HEADLINES = ("auroc", "balanced_accuracy", "map50", "froc", "dice", "hd95", "mae", "r2", "kappa")
 """Metrics of the table by site and view."""
 
 

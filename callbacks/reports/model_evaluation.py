@@ -17,13 +17,14 @@ class TaskEvaluation:
     """Test results of one task.
 
     Attributes:
-        kind: ``classification``, ``detection`` or ``segmentation``.
-        classes: Names of the classes.
+        kind: ``classification``, ``detection``, ``segmentation`` or ``regression``.
+        classes: Names of the classes, or of the grades.
         primary: Name of the main metric.
         values: Values by ``<metric>``, ``<metric>/<class>``, ``<metric>/site=<site>`` and ``<metric>/view=<view>``;
             limits of the intervals by ``<metric>_ci_low`` and ``<metric>_ci_high``.
         curves: Curves, confusion matrix and Dice per image.
         reliability: Calibration on the test images.
+        unit: Unit of the number of a regression.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class TaskEvaluation:
     values: Mapping[str, float]
     curves: TaskCurves = field(default_factory=TaskCurves)
     reliability: TaskReliability = field(default_factory=TaskReliability)
+    unit: str = ""
 
     def value(self, metric: str) -> float:
         """Return the value of a metric, NaN where it is unknown."""

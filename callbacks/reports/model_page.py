@@ -43,6 +43,12 @@ GLOSSARY = {
     "froc": "Share of lesions found, mean over 1/8 to 8 false alarms per image.",
     "dice, iou": "Overlap of the predicted mask with the truth. 0 is none, 1 is perfect.",
     "hd95": "95th percentile of the distance between the outlines, in pixels of the network input.",
+    "mae, rmse, bias": "Mean absolute error, root of the mean squared error, mean of prediction minus truth: in the "
+    "unit of the number, or in grades.",
+    "r2": "Explained share of the variance. 1 is perfect, 0 is as good as the mean of all images.",
+    "ccc": "Concordance correlation: agreement of numbers. 1 is perfect, 0 is none.",
+    "kappa": "Cohen's kappa with quadratic weights: agreement of grades beyond chance. 1 is perfect, 0 is chance.",
+    "within_one": "Share of grades that are at most one off.",
     "empty_correct": "Share of images without the structure for which no mask was predicted.",
     "95 % interval": "Contains the true value in about 95 of 100 such tests; computed by resampling patients.",
 }
@@ -97,19 +103,33 @@ def _summary(evaluation: ModelEvaluation) -> Html:
 
 def _task(name: str, task: TaskEvaluation, pictures: Html | None, colours: Mapping[tuple[str, str], str]) -> Html:
     by_class = {c: colours.get((name, c), COLOURS[i % len(COLOURS)]) for i, c in enumerate(task.classes)}
-    drawn = task_figure(task.curves, task.reliability, task.classes, by_class)
+    drawn = task_figure(task.curves, task.reliability, task.classes, by_class, task.unit)
     caption = ""
     if any("youden" in results for results in task.reliability.thresholds.values()):
         caption = "The dot on a ROC curve is the threshold of Youden's index, chosen on validation images. "
-    if task.curves.confusion and len(task.classes) == 2:
+    if task.curves.roc and task.curves.confusion and len(task.classes) == 2:
         caption += f"Drawn for {task.classes[1]}; the curve of the other class is its mirror image."
     return join(
         _metrics(task),
-        figure(drawn, caption, f"Curves of {name}: {', '.join(task.classes)}") if drawn else Html(""),
+        figure(drawn, caption + _interval_text(task), f"Curves of {name}: {', '.join(task.classes) or task.unit}")
+        if drawn
+        else Html(""),
         _confusion(task),
         _groups(task),
         _thresholds(task.reliability),
         _examples(pictures) if pictures else Html(""),
+    )
+
+
+def _interval_text(task: TaskEvaluation) -> str:
+    """Return a sentence on the interval of a number and how often it holds the truth; empty without one."""
+    one = task.reliability
+    if one.margin is None or one.coverage is None or one.observed_coverage is None:
+        return ""
+    return (
+        f"The band is the interval of ± {number(one.margin)} {task.unit}".rstrip()
+        + f", chosen on validation images to hold {100 * one.coverage:.0f} % of them; it holds "
+        f"{100 * one.observed_coverage:.0f} % of the test images."
     )
 
 

@@ -105,6 +105,7 @@ class ModelReport(Callback):
                 values=values[name],
                 curves=self._curves[name],
                 reliability=reliability.get(name, TaskReliability()),
+                unit=module.tasks[name].unit,
             )
             for name, metric in metrics.items()
         }

@@ -1,4 +1,4 @@
-"""Curves of a tested task: ROC, precision and recall, FROC, Dice per image, reliability; and its confusion matrix."""
+"""Curves of a tested task: ROC, precision and recall, FROC, Dice, reliability, numbers; and its confusion matrix."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mtmedformer.metrics.calibration import Reliability
 from mtmedformer.metrics.classification import ClassificationMetrics
 from mtmedformer.metrics.curves import Floats, counts_above, operating_points
 from mtmedformer.metrics.detection import DetectionMetrics
+from mtmedformer.metrics.regression import OrdinalMetrics, RegressionMetrics
 from mtmedformer.metrics.segmentation import SegmentationMetrics
 from mtmedformer.plots.style import COLOURS, FAINT, INK, STYLE
 
@@ -45,6 +46,7 @@ class TaskCurves:
         confusion: Images by true and predicted class, where classes exclude each other.
         froc: False alarms per image and sensitivity by class.
         dice: Dice of every image by class.
+        numbers: True and predicted number of every image.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -53,6 +55,7 @@ class TaskCurves:
     confusion: list[list[int]] = field(default_factory=list)
     froc: dict[str, Curve] = field(default_factory=dict)
     dice: dict[str, list[float]] = field(default_factory=dict)
+    numbers: Curve | None = None
 
 
 def task_curves(metric: TaskMetrics) -> TaskCurves:
@@ -66,7 +69,21 @@ def task_curves(metric: TaskMetrics) -> TaskCurves:
         scores = metric.table("scores").numpy()[rows][:, :, 0]
         known = {name: scores[~np.isnan(scores[:, k]), k] for k, name in enumerate(metric.classes)}
         return TaskCurves(counts={n: len(v) for n, v in known.items()}, dice={n: v.tolist() for n, v in known.items()})
+    if isinstance(metric, RegressionMetrics):
+        return TaskCurves(numbers=_thinned(*reversed(metric.pairs(rows))))
+    if isinstance(metric, OrdinalMetrics):
+        grades, truth = metric.pairs(rows)
+        counts = {name: int((truth == k).sum()) for k, name in enumerate(metric.classes)}
+        return TaskCurves(counts=counts, confusion=_confusion(truth, grades, len(metric.classes)))
     return TaskCurves()
+
+
+def _confusion(truth: Any, predicted: Any, classes: int) -> list[list[int]]:
+    """Return the number of images by true and predicted class, from the indices of both."""
+    table = np.zeros((classes, classes), np.int64)
+    np.add.at(table, (truth, predicted), 1)
+    counts: list[list[int]] = table.tolist()
+    return counts
 
 
 def _classification(metric: ClassificationMetrics, rows: Any) -> TaskCurves:
@@ -87,9 +104,8 @@ def _classification(metric: ClassificationMetrics, rows: Any) -> TaskCurves:
             curves.precision_recall[name] = _thinned(tp[1:] / tp[-1], tp[1:] / (tp[1:] + fp[1:]))
     if not metric.multi_label:
         known = ~np.isnan(labels).any(axis=1)
-        table = np.zeros((len(metric.classes), len(metric.classes)), np.int64)
-        np.add.at(table, (labels[known].argmax(axis=1), probabilities[known].argmax(axis=1)), 1)
-        curves.confusion.extend(table.tolist())
+        truth, predicted = labels[known].argmax(axis=1), probabilities[known].argmax(axis=1)
+        curves.confusion.extend(_confusion(truth, predicted, len(metric.classes)))
     return curves
 
 
@@ -114,7 +130,11 @@ def _thinned(x: Sequence[float] | Floats, y: Sequence[float] | Floats) -> Curve:
 
 
 def task_figure(
-    curves: TaskCurves, reliability: TaskReliability, classes: Sequence[str], colours: Mapping[str, str] | None = None
+    curves: TaskCurves,
+    reliability: TaskReliability,
+    classes: Sequence[str],
+    colours: Mapping[str, str] | None = None,
+    unit: str = "",
 ) -> Figure | None:
     """Draw the curves of a task, up to three panels side by side.
 
@@ -124,6 +144,7 @@ def task_figure(
         classes: Classes of the task. Of two that exclude each other only the second is drawn; the first is its mirror
             image.
         colours: Colours by class; the default gives each class the next colour of ``COLOURS``.
+        unit: Unit of the number of a regression.
 
     Returns:
         The figure, or ``None`` where there is nothing to draw.
@@ -140,6 +161,10 @@ def task_figure(
         panels.append(lambda axis: _draw_precision_recall(axis, recall, shown))
     if froc:
         panels.append(lambda axis: _draw_froc(axis, froc, shown))
+    numbers = curves.numbers
+    if numbers is not None and numbers.x:
+        panels.append(lambda axis: _draw_numbers(axis, numbers, reliability.margin, unit))
+        panels.append(lambda axis: _draw_differences(axis, numbers, unit))
     if dice:
         panels.append(lambda axis: _draw_dice(axis, dice, palette))
     if any(diagram.count.any() for diagram in reliability.diagrams.values()):
@@ -189,6 +214,38 @@ def _draw_dice(axis: Axes, values: Mapping[str, list[float]], colours: Mapping[s
     axis.set_ylabel("images")
     axis.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axis.legend(fontsize=8.5, loc="upper left")
+
+
+def _draw_numbers(axis: Axes, numbers: Curve, margin: float | None, unit: str) -> None:
+    """Draw predictions over truths, with the diagonal and the interval."""
+    low, high = min(*numbers.x, *numbers.y), max(*numbers.x, *numbers.y)
+    space = 0.04 * (high - low) or 0.5
+    ends = np.array([low - space, high + space])
+    if margin is not None:
+        axis.fill_between(ends, ends - margin, ends + margin, color=FAINT, alpha=0.18, lw=0)
+    axis.plot(ends, ends, color=FAINT, ls=":", lw=1)
+    axis.plot(numbers.x, numbers.y, "o", color=COLOURS[0], ms=4, alpha=0.6, mew=0)
+    axis.set_title("Prediction and truth")
+    axis.set(xlim=ends, ylim=ends, xlabel=_with_unit("truth", unit), ylabel=_with_unit("prediction", unit))
+
+
+def _draw_differences(axis: Axes, numbers: Curve, unit: str) -> None:
+    """Draw differences over means, with the bias and the limits of agreement (Bland and Altman)."""
+    truth, predicted = np.array(numbers.x), np.array(numbers.y)
+    difference = predicted - truth
+    bias, spread = float(difference.mean()), float(difference.std())
+    axis.axhline(0, color=FAINT, ls=":", lw=1)
+    axis.axhline(bias, color=INK, lw=1, label=f"bias {bias:.3g}")
+    for end in (bias - 1.96 * spread, bias + 1.96 * spread):
+        axis.axhline(end, color=INK, lw=0.8, ls="--", label=None if end < bias else "95 % limits of agreement")
+    axis.plot((truth + predicted) / 2, difference, "o", color=COLOURS[0], ms=4, alpha=0.6, mew=0)
+    axis.set_title("Differences")
+    axis.set(xlabel=_with_unit("mean of both", unit), ylabel=_with_unit("prediction − truth", unit))
+    axis.legend(fontsize=8.5, loc="best")
+
+
+def _with_unit(text: str, unit: str) -> str:
+    return f"{text} ({unit})" if unit else text
 
 
 def _draw_reliability(axis: Axes, reliability: TaskReliability, colours: Mapping[str, str]) -> None:

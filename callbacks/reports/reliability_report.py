@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
@@ -17,6 +18,7 @@ from mtmedformer.calibration import box_performance, class_performance
 from mtmedformer.metrics.base import TaskMetrics
 from mtmedformer.metrics.calibration import CalibrationMetrics, Reliability
 from mtmedformer.metrics.detection import DetectionMetrics
+from mtmedformer.metrics.regression import RegressionMetrics
 from mtmedformer.module import MultiTaskModule
 from mtmedformer.plots.terminal import SafeConsole
 from mtmedformer.storage.atomic_write import atomic_write
@@ -51,6 +53,9 @@ class TaskReliability:
         temperature: Temperature fitted on validation images; ``None`` where the scores are not scaled.
         images: Labelled validation images behind temperature and thresholds; ``None`` without a calibration.
         thresholds: Performance of each threshold by class and operating point.
+        margin: Half the width of the interval around a number, fitted on validation images; ``None`` without one.
+        coverage: Share of images it was fitted to hold.
+        observed_coverage: Share of test images it holds.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
@@ -60,6 +65,9 @@ class TaskReliability:
     temperature: float | None = None
     images: int | None = None
     thresholds: dict[str, dict[str, ThresholdResult]] = field(default_factory=dict)
+    margin: float | None = None
+    coverage: float | None = None
+    observed_coverage: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry in ``reliability.json``; NaN becomes ``null``."""
@@ -71,6 +79,8 @@ class TaskReliability:
             entry["bins_raw"] = {name: _lists(diagram) for name, diagram in self.raw_diagrams.items()}
         if self.images is not None:
             entry |= {"temperature": self.temperature, "images": self.images}
+            interval = {"margin": self.margin, "coverage": self.coverage, "coverage_test": self.observed_coverage}
+            entry |= _without_none(interval)
             entry["thresholds"] = {
                 name: {point: _without_none(asdict(result)) for point, result in points.items()}
                 for name, points in self.thresholds.items()
@@ -101,7 +111,7 @@ class ReliabilityReport(Callback):
         """Reset the bins."""
         self._metrics, self._raw_metrics = {}, {}
         if isinstance(pl_module, MultiTaskModule):
-            tasks = {name: task for name, task in pl_module.tasks.items() if task.kind != "detection"}
+            tasks = {name: task for name, task in pl_module.tasks.items() if task.probabilistic}
             self._metrics = {name: CalibrationMetrics(task, self.bins) for name, task in tasks.items()}
             scaled = [name for name, one in pl_module.calibration.items() if one.temperature is not None]
             self._raw_metrics = {name: CalibrationMetrics(tasks[name], self.bins) for name in scaled}
@@ -135,7 +145,11 @@ class ReliabilityReport(Callback):
             assert isinstance(metrics, TaskMetrics)
             reliability = self.tasks.setdefault(name, TaskReliability())
             reliability.temperature, reliability.images = calibration.temperature, calibration.images
+            reliability.margin, reliability.coverage = calibration.margin, calibration.coverage
             with metrics.gathered():
+                if isinstance(metrics, RegressionMetrics) and calibration.margin is not None:
+                    reliability.observed_coverage = _coverage(metrics, calibration.margin)
+                    pl_module.log(f"test/{name}/coverage", reliability.observed_coverage)
                 reliability.thresholds = threshold_results(metrics, calibration.thresholds)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._write(Path(self.folder or trainer.default_root_dir, "reliability.json"))
@@ -144,6 +158,10 @@ class ReliabilityReport(Callback):
         with atomic_write(file) as part:
             entries = {name: reliability.to_json() for name, reliability in self.tasks.items()}
             part.write_text(json.dumps(entries, indent=1) + "\n")
+        for name, one in self.tasks.items():
+            if one.margin is not None and one.coverage is not None and one.observed_coverage is not None:
+                shares = f"{100 * one.coverage:.0f} % (validation), {100 * one.observed_coverage:.0f} % (test)"
+                SafeConsole().print(f"{name}: interval of ± {one.margin:.4g} holds {shares}", highlight=False)
         scaled = {name: reliability for name, reliability in self.tasks.items() if reliability.raw_errors}
         if not scaled:
             return
@@ -188,6 +206,12 @@ def threshold_results(
                 for point, threshold in thresholds.get(name, {}).items()
             }
     return results
+
+
+def _coverage(metric: RegressionMetrics, margin: float) -> float:
+    """Return the share of images whose truth lies within the margin of the prediction; NaN without an image."""
+    predicted, truth = metric.pairs(metric.seen().rows)
+    return float((np.abs(predicted - truth) <= margin).mean()) if len(truth) else math.nan
 
 
 def _results(metric: CalibrationMetrics) -> tuple[dict[str, float], dict[str, Reliability]]:

@@ -11,10 +11,16 @@ GRADES = {
     "classification": ((0.95, "very good"), (0.85, "good"), (0.7, "moderate"), (-1.0, "poor")),
     "detection": ((0.9, "very good"), (0.75, "good"), (0.5, "moderate"), (-1.0, "poor")),
     "segmentation": ((0.9, "very good"), (0.8, "good"), (0.6, "moderate"), (-1.0, "poor")),
+    "regression": ((0.9, "very good"), (0.75, "good"), (0.5, "moderate"), (-1.0, "poor")),
 }
-"""Lowest value of each grade: of AUROC, of the sensitivity at one false alarm per image, of Dice."""
+"""Lowest value of each grade: of AUROC, of the sensitivity at one false alarm per image, of Dice, of CCC or kappa."""
 
-GRADED_METRIC = {"classification": "auroc", "detection": "sensitivity_at_1fp", "segmentation": "dice"}
+GRADED_METRIC = {
+    "classification": "auroc",
+    "detection": "sensitivity_at_1fp",
+    "segmentation": "dice",
+    "regression": "ccc",
+}
 
 FEW_PATIENTS, VERY_FEW_PATIENTS, FEW_IMAGES = 100, 20, 10
 GAP = 0.05
@@ -52,6 +58,12 @@ def _performance(name: str, task: TaskEvaluation) -> str:
         return f"{start} {'separation' if several else 'recognition'} of {classes}: AUROC {result}{images}{decisions}."
     if task.kind == "segmentation":
         return f"{start} segmentation of {classes}: Dice {result}{images}."
+    if task.kind == "regression" and task.classes:
+        exact = _percent(task.value("accuracy"))
+        return f"{start} grading: weighted kappa {result}{images}; {exact} of the grades are exact."
+    if task.kind == "regression":
+        error = f"{task.interval('mae')} {task.unit}".rstrip()
+        return f"{start} estimate: mean absolute error {error}, R² {task.interval('r2')}{images}."
     if metric == "sensitivity_at_1fp":
         limits = task.interval_limits(metric)
         spread = f" ({_percent(limits[0])} to {_percent(limits[1])})" if limits else ""
@@ -112,6 +124,8 @@ def _task_limitations(name: str, task: TaskEvaluation) -> list[str]:
     points = []
     if task.kind == "classification" and task.values.get("auroc_ci_low", 1.0) <= 0.5:
         points.append(f"{name}: not shown to be better than chance (AUROC {task.interval('auroc')}).")
+    elif task.values.get("r2_ci_low", 1.0) <= 0:
+        points.append(f"{name}: not shown to be better than the mean of all images (R² {task.interval('r2')}).")
     elif grade(task) == "poor":
         points.append(f"{name}: poor result ({metric} {task.interval(metric)}); do not rely on it.")
     points += _missed_classes(name, task)
@@ -122,7 +136,7 @@ def _task_limitations(name: str, task: TaskEvaluation) -> list[str]:
         points.append(f"{name}: few test {items} of {', '.join(rare)}.")
     points += [_weakest_group(name, task, kind) for kind in ("site", "view")]
     ece = task.reliability.errors.get("ece", task.values.get("ece"))
-    if task.kind == "classification" and ece is not None and ece > 0.1:
+    if task.kind in ("classification", "regression") and ece is not None and ece > 0.1:
         points.append(f"{name}: probabilities are off by {number(ece, 2)} on average; do not read them as risks.")
     return [point for point in points if point]
 

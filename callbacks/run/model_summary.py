@@ -30,7 +30,11 @@ class PartsSummary(ModelSummary):
         encoder = pl_module.encoder
         table.add_row("encoder", encoder.name, f"{_size(encoder):,}")
         for name, task in pl_module.tasks.items():
-            table.add_row(name, f"{task.kind}: {', '.join(task.classes)}", f"{_size(pl_module.heads[name]):,}")
+            table.add_row(
+                name,
+                f"{task.kind}: {', '.join(task.classes) or task.unit}".rstrip(": "),
+                f"{_size(pl_module.heads[name]):,}",
+            )
         table.add_row("all", "", f"{_size(pl_module):,}")
         SafeConsole().print(table)
         for report in (getattr(encoder, "report", None), pl_module.weights_report):

@@ -1,7 +1,8 @@
-"""The result of one image, in pixels of the original file: probabilities, boxes, masks and uncertainty."""
+"""The result of one image, in pixels of the original file: probabilities, numbers, boxes, masks and uncertainty."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from mtmedformer.batch import Meta, Task
+from mtmedformer.calibration import TaskCalibration
 from mtmedformer.errors import DataError
 from mtmedformer.geometry import Bytes, boxes_in_original, mask_in_original
 from mtmedformer.metrics.base import entropy
+from mtmedformer.metrics.regression import median_grade
 
 NOTE = "research use only"
 """Stands on everything that is written of a prediction."""
@@ -43,12 +46,38 @@ class FoundBox:
 
 
 @dataclass(frozen=True)
+class FoundValue:
+    """One number or grade.
+
+    Attributes:
+        value: The number in its unit, or the index of the grade.
+        unit: Unit of the number; empty for none.
+        low: Lower end of the interval; ``None`` without a calibration.
+        high: Upper end of the interval, likewise.
+        grade: Name of the grade; ``None`` for a number.
+    """
+
+    value: float
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+    grade: str | None = None
+
+    def __str__(self) -> str:
+        if self.grade is not None:
+            return self.grade
+        ends = "" if self.low is None or self.high is None else f" ({self.low:.4g} to {self.high:.4g})"
+        return f"{self.value:.4g}{ends}{f' {self.unit}' if self.unit else ''}"
+
+
+@dataclass(frozen=True)
 class ImageResult:
     """All predictions for one image.
 
     Attributes:
         meta: What is known of the image.
-        classes: Probability of each class, by classification task.
+        classes: Probability of each class by classification task, and of each grade by regression task with grades.
+        values: Number or grade by regression task.
         boxes: Boxes by detection task, the best first.
         masks: uint8 (H, W) of 0 and 1 for each class, by segmentation task.
         uncertainty: By task, numbers that are larger the less sure the model is (see `entropies`).
@@ -56,13 +85,19 @@ class ImageResult:
 
     meta: Meta
     classes: dict[str, dict[str, float]] = field(default_factory=dict)
+    values: dict[str, FoundValue] = field(default_factory=dict)
     boxes: dict[str, list[FoundBox]] = field(default_factory=dict)
     masks: dict[str, dict[str, Bytes]] = field(default_factory=dict)
     uncertainty: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def image_result(
-    predictions: Mapping[str, Any], i: int, meta: Meta, tasks: Mapping[str, Task], score: float = 0.05
+    predictions: Mapping[str, Any],
+    i: int,
+    meta: Meta,
+    tasks: Mapping[str, Task],
+    score: float = 0.05,
+    calibration: Mapping[str, TaskCalibration] | None = None,
 ) -> ImageResult:
     """Return the predictions of image ``i`` of a batch in pixels of its original file.
 
@@ -73,6 +108,7 @@ def image_result(
         meta: What is known of it.
         tasks: The tasks to take.
         score: Boxes below this score are left out.
+        calibration: Calibration by task, for the intervals of numbers.
 
     Raises:
         DataError: An output is NaN or infinite.
@@ -82,6 +118,10 @@ def image_result(
     for name, task in tasks.items():
         if task.kind == "classification":
             result.classes[name] = dict(zip(task.classes, predictions[name][i].float().tolist(), strict=True))
+        elif task.kind == "regression":
+            result.values[name] = _value(predictions[name][i], task, (calibration or {}).get(name))
+            if task.classes:
+                result.classes[name] = dict(zip(task.classes, predictions[name][i].float().tolist(), strict=True))
         elif task.kind == "detection":
             result.boxes[name] = _boxes(predictions[name][i], meta, task, score)
         else:
@@ -115,7 +155,7 @@ def check_finite(predictions: Mapping[str, Any], i: int, tasks: Mapping[str, Tas
 def entropies(
     predictions: Mapping[str, Any], i: int, meta: Meta, tasks: Mapping[str, Task]
 ) -> dict[str, dict[str, float]]:
-    """Return ``{task: {"entropy": nats}}`` of image ``i``, for tasks of classes and of masks.
+    """Return ``{task: {"entropy": nats}}`` of image ``i``, for tasks of classes, of grades and of masks.
 
     The entropy of one class out of several is at most ``log K``. Where several may hold at once it is the mean of the
     classes' own entropies, and of a mask the mean over its pixels, both at most ``log 2``; pixels of the input that lie
@@ -123,10 +163,9 @@ def entropies(
     """
     entropy_of: dict[str, dict[str, float]] = {}
     for name, task in tasks.items():
-        if task.kind == "classification":
+        if task.kind == "classification" or task.ordinal:
             p = predictions[name][i].double().cpu()
-            exclusive = len(task.classes) > 1 and not task.multi_label
-            value = entropy(p, 0) if exclusive else entropy(p).mean()
+            value = entropy(p, 0) if task.exclusive else entropy(p).mean()
         elif task.kind == "segmentation":
             p = predictions[name][i].float().cpu()
             value = entropy(p)[:, inside_original(meta, (p.shape[-2], p.shape[-1]))].mean()
@@ -152,6 +191,17 @@ def inside_original(meta: Meta, size: tuple[int, int]) -> Tensor:
     height, width = meta.original_size
     inside = (column >= 0) & (column <= width) & (row >= 0) & (row <= height)
     return torch.from_numpy(inside if inside.any() else ~inside)
+
+
+def _value(predicted: Tensor, task: Task, calibration: TaskCalibration | None) -> FoundValue:
+    if task.classes:
+        index = int(median_grade(predicted[None].cpu()))
+        return FoundValue(float(index), grade=task.classes[index])
+    value, margin = float(predicted[0]), None if calibration is None else calibration.margin
+    if margin is None:
+        return FoundValue(value, task.unit)
+    low, high = task.range or (-math.inf, math.inf)
+    return FoundValue(value, task.unit, max(low, value - margin), min(high, value + margin))
 
 
 def _boxes(predicted: Mapping[str, Tensor], meta: Meta, task: Task, score: float) -> list[FoundBox]:

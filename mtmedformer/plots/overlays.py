@@ -19,10 +19,12 @@ from mtmedformer.batch import (
     Batch,
     ClassificationTarget,
     DetectionTarget,
+    RegressionTarget,
     SegmentationTarget,
     Target,
     Task,
 )
+from mtmedformer.metrics.regression import median_grade
 from mtmedformer.plots.style import class_colours
 
 
@@ -82,6 +84,8 @@ def _draw_truth(
         elif isinstance(target, ClassificationTarget):
             chosen = [c for c, v in zip(task.classes, target.labels[0].tolist(), strict=True) if v == 1]
             lines.append(f"{name}: {', '.join(chosen) or 'none'}")
+        elif isinstance(target, RegressionTarget):
+            lines.append(f"{name}: {_value_text(task, float(target.values[0]))}")
         elif isinstance(target, DetectionTarget):
             for box, label in zip(target.boxes[0].tolist(), target.labels[0].tolist(), strict=True):
                 _box(axis, box, colours[name, task.classes[label]], "")
@@ -110,6 +114,9 @@ def _draw_prediction(
             best = max(range(len(p)), key=p.__getitem__)
             shown = range(len(p)) if task.multi_label else [best]
             lines.append(f"{name}: " + ", ".join(f"{task.classes[k]} {p[k]:.2f}" for k in shown))
+        elif task.kind == "regression":
+            value = float(median_grade(predicted.cpu())[0]) if task.classes else float(predicted[0, 0])
+            lines.append(f"{name}: {_value_text(task, value)}")
         elif task.kind == "detection":
             boxes = predicted[0]
             for box, s, label in zip(
@@ -121,6 +128,10 @@ def _draw_prediction(
             for c, p in zip(task.classes, predicted[0], strict=True):
                 _mask(axis, (p >= 0.5).cpu(), colours[name, c])
     return "\n".join(lines)
+
+
+def _value_text(task: Task, value: float) -> str:
+    return task.classes[int(value)] if task.classes else f"{value:.4g} {task.unit}".rstrip()
 
 
 def _box(axis: Axes, box: Sequence[float], colour: str, text: str) -> None:

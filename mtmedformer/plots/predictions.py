@@ -129,6 +129,8 @@ def _summary_lines(
             ranked = sorted(result.classes[name].items(), key=lambda item: -item[1])
             shown = ", ".join(f"{c} {p:.2f}" for c, p in ranked[:5])
             lines.append(f"{name}: {shown}" + (f" and {len(ranked) - 5} more" if len(ranked) > 5 else ""))
+        elif task.kind == "regression":
+            lines.append(f"{name}: {result.values[name]}")
         elif task.kind == "detection":
             counts = {
                 c: sum(b.name == c and b.score >= score_thresholds[name, c] for b in result.boxes[name])

@@ -55,5 +55,5 @@ STYLE: dict[Any, Any] = {
 
 def class_colours(tasks: Iterable[Task]) -> dict[tuple[str, str], str]:
     """Return one colour per ``(task, class)`` that is drawn as a mask or a box, the same in overlays and in reports."""
-    drawn = [(task.name, c) for task in tasks if task.kind != "classification" for c in task.classes]
+    drawn = [(task.name, c) for task in tasks if task.kind in ("detection", "segmentation") for c in task.classes]
     return {key: COLOURS[i % len(COLOURS)] for i, key in enumerate(drawn)}

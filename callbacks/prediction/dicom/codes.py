@@ -83,6 +83,24 @@ def concept(name: str, own: Mapping[str, tuple[str, str, str]]) -> Code:
     return Code(value, PRIVATE, name[:64])
 
 
+_UCUM = {"mm": "millimeter", "cm": "centimeter", "mm2": "square millimeter", "cm2": "square centimeter"}
+_UCUM |= {"mm3": "cubic millimeter", "cm3": "cubic centimeter", "mL": "milliliter", "kg": "kilogram"}
+_UCUM |= {"a": "year", "mo": "month", "d": "day", "%": "percent", "1": "no units"}
+
+_UNITS = {"": "1", "percent": "%", "ml": "mL", "year": "a", "years": "a", "month": "mo", "months": "mo", "days": "d"}
+_UNITS |= {code: code for code in _UCUM}
+"""UCUM codes of units, by their spelling in lower case."""
+
+
+def unit_code(unit: str) -> Code:
+    """Return the UCUM code of a unit; a word without a code is an annotation in braces, as UCUM provides for counts."""
+    plain = unit.strip().lower().replace("²", "2").replace("³", "3")
+    if plain in _UNITS:
+        return Code(_UNITS[plain], "UCUM", _UCUM[_UNITS[plain]])
+    word = re.sub(r"[^!-z|~]", "_", unit)[:14]
+    return Code(f"{{{word}}}", "UCUM", unit[:64])
+
+
 def category(name: str) -> Code:
     """Return the category of a segment of a class: anatomy, abnormality, or both."""
     plain = _plain(name)

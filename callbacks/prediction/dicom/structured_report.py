@@ -12,8 +12,9 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
 import mtmedformer
+from callbacks.prediction.dicom.codes import unit_code
 from callbacks.prediction.dicom.model_identity import NAME, ModelIdentity
-from mtmedformer.inference.results import FoundBox, ImageResult
+from mtmedformer.inference.results import FoundBox, FoundValue, ImageResult
 
 PIXELS = Code("{pixels}", "UCUM", "pixels")
 
@@ -27,8 +28,9 @@ def structured_report(
 ) -> Dataset:
     """Build a Comprehensive 3D SR of all predictions of an image.
 
-    It has one measurement group per class with its probability, per box with its rectangle and score, and per mask with
-    a reference to its segment and its area (in pixels where the spacing is unknown).
+    It has one measurement group per number (with its unit, and the distances to the ends of its interval) or grade, per
+    class with its probability, per box with its rectangle and score, and per mask with a reference to its segment and
+    its area (in pixels where the spacing is unknown).
 
     Args:
         header: Header of the source image.
@@ -39,6 +41,7 @@ def structured_report(
     """
     groups = _MeasurementGroups(header, result, model)
     content = [
+        *(groups.value(task, value) for task, value in result.values.items()),
         *(groups.probability(task, c, p) for task, classes in result.classes.items() for c, p in classes.items()),
         *(
             groups.box(task, number, box)
@@ -49,7 +52,9 @@ def structured_report(
     if masks is not None:
         named = [(task, c, int(m.sum())) for task, by_class in result.masks.items() for c, m in by_class.items()]
         content += [groups.area(task, c, n, masks, k) for k, (task, c, n) in enumerate(named, start=1)]
-    content_digest = repr((result.classes, result.boxes, masks is not None and masks.SOPInstanceUID)).encode()
+    content_digest = repr(
+        (result.values, result.classes, result.boxes, masks is not None and masks.SOPInstanceUID)
+    ).encode()
     return hd.sr.Comprehensive3DSR(
         evidence=[header] if masks is None else [header, masks],
         content=hd.sr.MeasurementReport(
@@ -73,6 +78,29 @@ class _MeasurementGroups:
             name=NAME,
             version=mtmedformer.__version__,
             parameters=[f"{key}: {value}" for key, value in model.parameters.items()],
+        )
+
+    def value(self, task: str, value: FoundValue) -> Any:
+        """Return the measurement group of a number with its unit and interval, or of a grade as a coded evaluation."""
+        measurements, evaluations = [], []
+        name = self.model.concept(task)
+        if value.grade is not None:
+            evaluations.append(hd.sr.QualitativeEvaluation(name=name, value=self.model.concept(value.grade)))
+        else:
+            measurements.append(
+                hd.sr.Measurement(
+                    name=name,
+                    value=_rounded(value.value),
+                    unit=unit_code(value.unit),
+                    algorithm_id=self.algorithm,
+                    properties=_interval(value),
+                )
+            )
+        return hd.sr.MeasurementsAndQualitativeEvaluations(
+            tracking_identifier=self._tracking(task),
+            measurements=measurements or None,
+            qualitative_evaluations=evaluations or None,
+            source_images=[hd.sr.SourceImageForMeasurementGroup.from_source_image(self.header)],
         )
 
     def probability(self, task: str, name: str, value: float) -> Any:
@@ -149,6 +177,16 @@ def _observer(model: ModelIdentity) -> Any:
         observer_device_context=hd.sr.ObserverContext(
             observer_type=codes.DCM.Device, observer_identifying_attributes=device
         )
+    )
+
+
+def _interval(value: FoundValue) -> Any:
+    """Return the distances of the ends of the interval from the number; ``None`` without an interval."""
+    if value.low is None or value.high is None:
+        return None
+    return hd.sr.MeasurementProperties(
+        upper_measurement_uncertainty=_rounded(value.high - value.value),
+        lower_measurement_uncertainty=_rounded(value.value - value.low),
     )
 
 

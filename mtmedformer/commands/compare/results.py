@@ -25,8 +25,9 @@ from mtmedformer.commands.compare.study import Study, metric_words
 from mtmedformer.commands.compare.trainings import Models, Split, Training
 from mtmedformer.errors import ConfigError
 
-LOWER_IS_BETTER = ("hd95", "nll", "ece", "loss", "brier", "aurc")
-SIGNED = ("gain_at80",)
+LOWER_IS_BETTER = ("hd95", "nll", "ece", "loss", "brier", "aurc", "mae", "rmse")
+SIGNED = ("gain_at80", "ccc", "kappa", "pearson")
+UNBOUNDED = ("r2", "bias")
 SUMMARIES: tuple[Summary, ...] = ("mean", "worst")
 
 
@@ -37,7 +38,8 @@ def higher_is_better(metric: str) -> bool:
 
 def limits(metric: str) -> tuple[float, float]:
     """Return the lowest and highest possible value of a metric; a metric of which less is better has no highest."""
-    lowest = -1.0 if any(word in SIGNED for word in metric_words(metric)) else 0.0
+    words = metric_words(metric)
+    lowest = -math.inf if any(word in UNBOUNDED for word in words) else -1.0 if any(w in SIGNED for w in words) else 0.0
     return lowest, 1.0 if higher_is_better(metric) else math.inf
 
 

@@ -60,9 +60,13 @@ def describe_outputs(outputs: Sequence[str], heads: Mapping[str, TaskHead]) -> I
         task, _, part = name.partition(".")
         task, _, member = task.partition(MEMBER)
         of = f", member {member} of the ensemble" if member else ""
-        kind, classes = heads[task].kind, ", ".join(heads[task].classes)
+        kind, classes, unit = heads[task].kind, ", ".join(heads[task].classes), heads[task].task(task).unit
         if not part and kind == "classification":
             yield name, f"(batch, classes) probabilities of {classes}"
+        elif not part and kind == "regression" and classes:
+            yield name, f"(batch, grades) probabilities of {classes}{of}"
+        elif not part and kind == "regression":
+            yield name, f"(batch, 1) number{f' in {unit}' if unit else ''}{of}"
         elif not part:
             yield name, f"(batch, classes, height, width) probabilities of {classes}"
         elif part == "scores":

@@ -13,7 +13,7 @@ from datamodules.audit.near_duplicates import LeakReport, find_duplicates, leak_
 from datamodules.audit.shortcuts import Shortcut, find_shortcuts
 from datamodules.cache.quarantine import Quarantine
 from datamodules.loading.samplers import is_positive, strata
-from datamodules.records import ClassTruth, Split
+from datamodules.records import ClassTruth, Split, ValueTruth
 from mtmedformer.batch import Task
 from mtmedformer.commands.fingerprint.image_sets import ImageSet
 from mtmedformer.commands.fingerprint.suggestions import Suggestion, suggest
@@ -215,7 +215,8 @@ def _labelled(tasks: Mapping[str, Task], facts: Sequence[ImageStatistics], negat
             words = strata(fact.record, {name: task})
             if words:
                 cells = table.setdefault(fact.record.site, {}).setdefault(fact.split, {})
-                before, positive = cells.get(name, LabelCount()), any(is_positive(word, negative) for word in words)
+                before = cells.get(name, LabelCount())
+                positive = tasks[name].kind != "regression" and any(is_positive(word, negative) for word in words)
                 cells[name] = LabelCount(before.labelled + 1, before.positive + positive)
     return {site: table[site] for site in sorted(table)}
 
@@ -228,6 +229,8 @@ def _classes(tasks: Mapping[str, Task], facts: Sequence[ImageStatistics]) -> dic
             if name in tasks and isinstance(truth, ClassTruth):
                 values = zip(tasks[name].classes, truth.values, strict=True)
                 counts.update((name, label, fact.split) for label, value in values if value == 1)
+            elif name in tasks and isinstance(truth, ValueTruth) and tasks[name].classes:
+                counts[name, tasks[name].classes[int(truth.value)], fact.split] += 1
     return {
         name: {label: {split: counts[name, label, split] for split in SPLITS} for label in task.classes}
         for name, task in tasks.items()

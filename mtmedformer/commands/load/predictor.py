@@ -20,7 +20,7 @@ from mtmedformer.batch import Sample, Task
 from mtmedformer.calibration import TaskCalibration
 from mtmedformer.commands.load.stored_model import PRESET_HOMES, build, build_model, read_model
 from mtmedformer.errors import ConfigError, DataError
-from mtmedformer.inference.results import NOTE, FoundBox, image_result
+from mtmedformer.inference.results import NOTE, FoundBox, FoundValue, image_result
 from mtmedformer.module import MultiTaskModule
 
 LARGEST_SIDE = 16384
@@ -34,7 +34,8 @@ class Prediction:
     Attributes:
         size: ``(height, width)`` of the image.
         spacing: ``(row, column)`` spacing of its pixels in mm, if the file states it.
-        classes: Probability of each class by its name, by classification task.
+        classes: Probability of each class by its name, by classification task; of each grade, by task of grades.
+        values: Number with its unit and interval, or grade, by regression task.
         boxes: Boxes with ``name``, ``score`` and ``xyxy``, the best first, by detection task.
         masks: bool (height, width) by class, by segmentation task: probability of at least 0.5.
         uncertainty: Entropy in nats by task; of an ensemble also ``disagreement``. Larger is less certain.
@@ -45,6 +46,7 @@ class Prediction:
     size: tuple[int, int]
     spacing: tuple[float, float] | None
     classes: dict[str, dict[str, float]]
+    values: dict[str, FoundValue]
     boxes: dict[str, list[FoundBox]]
     masks: dict[str, dict[str, NDArray[np.bool_]]]
     uncertainty: dict[str, dict[str, float]]
@@ -105,12 +107,14 @@ class Predictor:
         """
         sample = self._prepared(image, laterality)
         outputs = self.module.predict_whole(sample.image[None].to(self.module.device))
-        meta, result = sample.meta, image_result(outputs, 0, sample.meta, self.tasks, score)
+        meta = sample.meta
+        result = image_result(outputs, 0, meta, self.tasks, score, self.calibration)
         calibrated = (name for name, one in self.calibration.items() if one.temperature is not None)
         return Prediction(
             meta.original_size,
             meta.spacing,
             result.classes,
+            result.values,
             result.boxes,
             {name: {c: mask.astype(bool) for c, mask in masks.items()} for name, masks in result.masks.items()},
             result.uncertainty,

@@ -18,7 +18,7 @@ from callbacks.prediction.dicom.model_identity import ModelIdentity
 from callbacks.prediction.dicom.objects import DicomObjects
 from mtmedformer.batch import Meta
 from mtmedformer.errors import DataError
-from mtmedformer.inference.results import FoundBox, ImageResult
+from mtmedformer.inference.results import FoundBox, FoundValue, ImageResult
 from tests.fixtures.dicom_files import film, write_dicom
 from tests.fixtures.real_data import real
 
@@ -212,3 +212,28 @@ def check_real(file: Path, folder: Path) -> None:
     pixels = hd.seg.segread(made["seg"]).get_pixels_by_source_instance([uid])
     np.testing.assert_array_equal(pixels[0, ..., 0], result.masks["lungs"]["lung"])
     assert len(hd.sr.srread(made["sr"]).content.get_planar_roi_measurement_groups()) == 3
+
+
+def test_numbers_and_grades_are_measurements_with_units_and_coded_evaluations(tmp_path):
+    file = source(tmp_path)
+    result = ImageResult(
+        Meta("film.dcm", "p", original_size=(60, 48)),
+        classes={"density": {"A": 0.1, "B": 0.9}},
+        values={
+            "age": FoundValue(63.25, "years", 55.25, 70.0),
+            "score": FoundValue(3.0, "points"),
+            "density": FoundValue(1.0, grade="B"),
+        },
+    )
+    made = saved(OBJECTS.build(file, result), tmp_path)
+    assert errors_of(made["sr"]) == set()
+    groups = hd.sr.srread(made["sr"]).content.get_image_measurement_groups()
+    age, score = (group.get_measurements()[0] for group in groups[:2])
+    assert (age.value, age.unit.value, age.unit.scheme_designator) == (63.25, "a", "UCUM")
+    uncertainty = {
+        item.name.meaning.split(",")[0]: item.value for item in age.ContentSequence if item.ValueType == "NUM"
+    }
+    assert uncertainty == {"+": 6.75, "-": 8.0}
+    assert (score.value, score.unit.value) == (3.0, "{points}")
+    grade = groups[2].get_qualitative_evaluations()[0]
+    assert (grade.name.meaning, grade.value.meaning) == ("density", "B")
