@@ -39,7 +39,7 @@ def _range(task: Task) -> tuple[float, float]:
     if task.range is None or task.range[0] == task.range[1]:
         found = "no number" if task.range is None else f"no other number than {task.range[0]:g}"
         raise ConfigError(
-            f"model.heads is auto, but the data have {found} for {task.name!r}; label some images, give the range of the "
-            "task in the data, or leave it out with data.init_args.tasks"
+            f"model.heads is auto, but the data have {found} for {task.name!r}; label some images, give the range of "
+            "the task in the data, or leave it out with data.init_args.tasks"
         )
     return task.range

@@ -20,6 +20,8 @@ TASKS = {
     "finding": Task("finding", "classification", ("well", "sick")),
     "signs": Task("signs", "classification", ("effusion", "nodule"), multi_label=True),
     "lesions": Task("lesions", "detection", ("mass",)),
+    "age": Task("age", "regression", (), unit="years", range=(18.0, 91.5)),
+    "grade": Task("grade", "regression", ("A", "B", "C")),
 }
 
 
@@ -46,6 +48,12 @@ def test_every_task_gets_a_head_that_has_its_description():
     heads = heads_for(TASKS)
     assert {name: head.task(name) for name, head in heads.items()} == TASKS
     assert {task.kind for task in TASKS.values()} <= set(DEFAULT_HEADS)
+
+
+@pytest.mark.parametrize(("range", "found"), [(None, "no number"), ((5.0, 5.0), "no other number than 5")])
+def test_a_number_without_a_range_gets_no_head(range, found):
+    with pytest.raises(ConfigError, match=f"{found} for 'age'"):
+        heads_for({"age": Task("age", "regression", (), range=range)})
 
 
 def test_heads_that_are_added_equal_heads_that_are_given():
