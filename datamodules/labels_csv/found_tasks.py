@@ -36,8 +36,8 @@ MASK = re.compile(r"masks?_(.+)|(.+)_masks?|(masks?)")
 """Names of columns of mask files, with the name of their task."""
 
 SENTENCE = (
-    "Other tasks are named under classification, detection and segmentation of data.init_args; data.init_args.tasks "
-    "keeps some of these"
+    "Other tasks, and numbers, are named under classification, detection, segmentation and regression of "
+    "data.init_args; data.init_args.tasks keeps some of these"
 )
 
 

@@ -13,7 +13,7 @@ from mtmedformer.errors import ConfigError, DataError
 def table(root: Path, columns: dict[str, list[str]]) -> Path:
     count = len(next(iter(columns.values())))
     for i in range(count):
-        Image.new("L", (16, 16), 40 + i).save(root / f"{i}.png")
+        Image.effect_noise((48, 48), 40 + i).save(root / f"{i}.png")
     lines = [",".join(["image", "patient", *columns])]
     lines += [",".join([f"{i}.png", f"p{i}", *(values[i] for values in columns.values())]) for i in range(count)]
     (root / "labels.csv").write_text("\n".join(lines) + "\n")
