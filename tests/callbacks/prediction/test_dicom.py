@@ -231,7 +231,7 @@ def test_numbers_and_grades_are_measurements_with_units_and_coded_evaluations(tm
     age, score = (group.get_measurements()[0] for group in groups[:2])
     assert (age.value, age.unit.value, age.unit.scheme_designator) == (63.25, "a", "UCUM")
     uncertainty = {
-        item.name.meaning.split(",")[0]: item.value for item in age.ContentSequence if item.ValueType == "NUM"
+        item.name.meaning.split(",")[0]: item.value for item in age[0].ContentSequence if item.ValueType == "NUM"
     }
     assert uncertainty == {"+": 6.75, "-": 8.0}
     assert (score.value, score.unit.value) == (3.0, "{points}")
