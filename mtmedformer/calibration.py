@@ -78,7 +78,7 @@ def combined_calibration(members: Sequence[Mapping[str, TaskCalibration]]) -> di
     """Return the calibration that is reported of an ensemble.
 
     Each member divides by its own temperature. A threshold is the mean of the members' thresholds; a class and
-    operating point for which a member has none gets none.
+    operating point for which a member has none gets none. The same holds for the margin of a number.
 
     Args:
         members: Calibration by task of each member; the temperatures of the first one are kept.
@@ -93,7 +93,10 @@ def combined_calibration(members: Sequence[Mapping[str, TaskCalibration]]) -> di
                 values = [value, *(one[label][point] for one in rest if point in one.get(label, {}))]
                 if len(values) == len(members):
                     thresholds.setdefault(label, {})[point] = sum(values) / len(values)
-        calibration[task] = replace(own, thresholds=thresholds)
+        margins = [own.margin, *(one[task].margin if task in one else None for one in others)]
+        known = [margin for margin in margins if margin is not None]
+        margin = sum(known) / len(known) if len(known) == len(members) else None
+        calibration[task] = replace(own, thresholds=thresholds, margin=margin)
     return calibration if others else dict(first)
 
 

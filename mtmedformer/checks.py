@@ -183,7 +183,7 @@ def check_members(
                 lacking, other = (name, names[0]) if task not in own else (names[0], name)
                 raise ConfigError(f"--ckpt_path: {other} has a task {task!r} and {lacking} has none; {fix}")
             ours, theirs = tasks[0][task], own[task]
-            for what in ("kind", "classes", "multi_label"):
+            for what in ("kind", "classes", "multi_label", "unit"):
                 if getattr(ours, what) != getattr(theirs, what):
                     raise ConfigError(
                         f"--ckpt_path: {what} of task {task!r} is {_plain(getattr(ours, what))} in {names[0]} and "

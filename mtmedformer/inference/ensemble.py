@@ -77,7 +77,8 @@ def combined(tasks: Mapping[str, Task], seen: Sequence[Mapping[str, Any]]) -> tu
     Probabilities are averaged, of masks per pixel; boxes are fused (`fuse_boxes`). The disagreement is the mutual
     information of prediction and member in nats: the entropy of the mean minus the mean entropy of the members, 0 where
     all members agree. It has one value per image for classes (the mean over classes of a multi-label task) and boxes
-    (the mean over fused boxes with a score of at least 0.05, 0 without one), and one per pixel for masks.
+    (the mean over fused boxes with a score of at least 0.05, 0 without one), and one per pixel for masks. Of numbers it
+    is the standard deviation over the members, in their unit.
 
     Args:
         tasks: The tasks by name.
@@ -96,7 +97,8 @@ def combined(tasks: Mapping[str, Task], seen: Sequence[Mapping[str, Any]]) -> tu
         else:
             values = torch.stack([one[name].float() for one in seen])
             predictions[name] = values.mean(0)
-            disagreement[name] = _mutual_information(task, values)
+            spread = values.std(0, correction=0)[:, 0] if not task.probabilistic else None
+            disagreement[name] = _mutual_information(task, values) if spread is None else spread
     return predictions, disagreement
 
 

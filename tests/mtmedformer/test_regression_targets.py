@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from mtmedformer.batch import Meta, RegressionTarget, Sample, Task, collate
-from mtmedformer.calibration import TaskCalibration, conformal_margin
+from mtmedformer.calibration import TaskCalibration, combined_calibration, conformal_margin
 from mtmedformer.checks import check_tasks, common_tasks
 from mtmedformer.errors import ConfigError, DataError
+from mtmedformer.inference.ensemble import combined
 from mtmedformer.inference.results import FoundValue, image_result
 from mtmedformer.inference.tiling import predict_tiled
 from mtmedformer.metrics.calibration import TemperatureSums, decisions
@@ -118,3 +119,18 @@ def test_results_of_an_image_have_unit_interval_and_grade():
     assert without.values["age"] == FoundValue(95.0, "years")
     with pytest.raises(DataError, match="NaN"):
         image_result({"age": torch.tensor([[torch.nan]])}, 0, Meta("i", "p"), {"age": AGE})
+
+
+def test_an_ensemble_averages_numbers_and_grades_and_gives_their_spread():
+    seen = [
+        {"age": torch.tensor([[40.0], [60.0]]), "grade": torch.tensor([[1.0, 0.0, 0.0], [0.2, 0.2, 0.6]])},
+        {"age": torch.tensor([[50.0], [60.0]]), "grade": torch.tensor([[0.0, 1.0, 0.0], [0.2, 0.2, 0.6]])},
+    ]
+    predictions, disagreement = combined({"age": AGE, "grade": GRADE}, seen)
+    torch.testing.assert_close(predictions["age"], torch.tensor([[45.0], [60.0]]))
+    torch.testing.assert_close(disagreement["age"], torch.tensor([5.0, 0.0]))
+    torch.testing.assert_close(predictions["grade"][0], torch.tensor([0.5, 0.5, 0.0]))
+    torch.testing.assert_close(disagreement["grade"], torch.tensor([math.log(2), 0.0]), atol=1e-6, rtol=0)
+    fitted = [{"age": TaskCalibration(20, margin=m, coverage=0.9)} for m in (4.0, 8.0)]
+    assert combined_calibration(fitted)["age"].margin == 6
+    assert combined_calibration([*fitted, {}])["age"].margin is None
