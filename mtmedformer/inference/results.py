@@ -77,18 +77,18 @@ class ImageResult:
     Attributes:
         meta: What is known of the image.
         classes: Probability of each class by classification task, and of each grade by regression task with grades.
-        values: Number or grade by regression task.
         boxes: Boxes by detection task, the best first.
         masks: uint8 (H, W) of 0 and 1 for each class, by segmentation task.
         uncertainty: By task, numbers that are larger the less sure the model is (see `entropies`).
+        values: Number or grade by regression task.
     """
 
     meta: Meta
     classes: dict[str, dict[str, float]] = field(default_factory=dict)
-    values: dict[str, FoundValue] = field(default_factory=dict)
     boxes: dict[str, list[FoundBox]] = field(default_factory=dict)
     masks: dict[str, dict[str, Bytes]] = field(default_factory=dict)
     uncertainty: dict[str, dict[str, float]] = field(default_factory=dict)
+    values: dict[str, FoundValue] = field(default_factory=dict)
 
 
 def image_result(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,23 +35,23 @@ class Prediction:
         size: ``(height, width)`` of the image.
         spacing: ``(row, column)`` spacing of its pixels in mm, if the file states it.
         classes: Probability of each class by its name, by classification task; of each grade, by task of grades.
-        values: Number with its unit and interval, or grade, by regression task.
         boxes: Boxes with ``name``, ``score`` and ``xyxy``, the best first, by detection task.
         masks: bool (height, width) by class, by segmentation task: probability of at least 0.5.
         uncertainty: Entropy in nats by task; of an ensemble also ``disagreement``. Larger is less certain.
         calibrated: Tasks whose probabilities were calibrated with a temperature fitted on validation images.
         note: The permitted use of these numbers.
+        values: Number with its unit and interval, or grade, by regression task.
     """
 
     size: tuple[int, int]
     spacing: tuple[float, float] | None
     classes: dict[str, dict[str, float]]
-    values: dict[str, FoundValue]
     boxes: dict[str, list[FoundBox]]
     masks: dict[str, dict[str, NDArray[np.bool_]]]
     uncertainty: dict[str, dict[str, float]]
     calibrated: tuple[str, ...] = ()
     note: str = NOTE
+    values: dict[str, FoundValue] = field(default_factory=dict)
 
 
 class Predictor:
@@ -114,11 +114,11 @@ class Predictor:
             meta.original_size,
             meta.spacing,
             result.classes,
-            result.values,
             result.boxes,
             {name: {c: mask.astype(bool) for c, mask in masks.items()} for name, masks in result.masks.items()},
             result.uncertainty,
             tuple(calibrated),
+            values=result.values,
         )
 
     def _prepared(self, image: NDArray[Any] | str | Path, laterality: Literal["L", "R"] | None) -> Sample:
