@@ -30,18 +30,18 @@ class TaskCalibration:
         temperature: Divisor of the logits; ``None`` where scores are not calibrated (boxes).
         nll_raw: Negative log-likelihood per decision before scaling, in nats; ``None`` without a temperature.
         nll: The same after scaling.
+        thresholds: By class and operating point, the least (calibrated) probability or box score that is positive.
         margin: Half the width of the interval around a predicted number, in its unit; ``None`` where there is none.
         coverage: Share of images whose truth the interval holds; ``None`` without an interval.
-        thresholds: By class and operating point, the least (calibrated) probability or box score that is positive.
     """
 
     images: int
     temperature: float | None = None
     nll_raw: float | None = None
     nll: float | None = None
+    thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
     margin: float | None = None
     coverage: float | None = None
-    thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def plain(calibration: Mapping[str, TaskCalibration]) -> dict[str, Any]:
