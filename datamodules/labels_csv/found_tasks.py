@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 
 from datamodules.labels_csv.cells import BLANK, NO, YES, listed, number
 from datamodules.labels_csv.classes import MOST_CLASSES
-from datamodules.labels_csv.columns import BoxColumns, ClassColumns, Columns, MaskColumns
+from datamodules.labels_csv.columns import BoxColumns, ClassColumns, Columns, MaskColumns, ValueColumns
 from datamodules.labels_csv.table import Table
 from mtmedformer.errors import DataError
 
@@ -171,5 +171,7 @@ def _described(name: str, spec: Columns) -> str:
         return f"{name} (boxes)"
     if isinstance(spec, MaskColumns):
         return f"{name} (masks)"
+    if isinstance(spec, ValueColumns):
+        return f"{name} (column {spec.column!r})"
     columns: Sequence[str] = [spec.column] if spec.column else list(spec.columns or [])
     return f"{name} (one class, column {columns[0]!r})" if spec.column else f"{name} (0/1: {listed(columns, 20)})"
