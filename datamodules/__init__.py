@@ -5,6 +5,7 @@ A data set outside this project needs no registration; the configuration names i
 
 from datamodules.base import MedicalDataModule as MedicalDataModule
 from datamodules.image_folder import ImageFolderDataModule as ImageFolderDataModule
+from datamodules.images.colour_preset import ColourPreset as ColourPreset
 from datamodules.images.presets import BreastPreset as BreastPreset
 from datamodules.images.presets import ChestPreset as ChestPreset
 from datamodules.images.presets import PlainPreset as PlainPreset

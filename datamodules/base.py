@@ -304,6 +304,7 @@ class MedicalDataModule(PreparedImages, L.LightningDataModule, ABC):
         if not wanted:
             return
         records = list({record.id: record for split in wanted.values() for record in split}.values())
+        self.settle_channels(self.trainer)
         self._report(self.settle_white_level(self.salt, self.cache.folder, self.num_workers))
         keys = dict(zip((r.id for r in records), self.preprocessing.keys(records), strict=True))
         reports = self.cache.fill(records, list(keys.values()), self.preprocessing, self.num_workers)

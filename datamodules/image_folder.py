@@ -110,6 +110,7 @@ class ImageFolderDataModule(PreparedImages, L.LightningDataModule):
         self.failures[:] = found.failures
         self.records = [Record(id=name, file=file, patient=name) for name, file in found.images.items()]
         self.files_of_set = list(found.images.values())
+        self.settle_channels(self.trainer)
         self.settle_white_level("these images", compare=False)
 
     def skip_finished(self, finished: Callable[[Mapping[str, Path]], Collection[str]]) -> None:

@@ -19,7 +19,15 @@ from federation.site_states import SiteStates
 from mtmedformer.batch import Task
 from mtmedformer.checks import common_tasks
 from mtmedformer.errors import ConfigError, DataError, NoImagesError
-from mtmedformer.protocols import DescribedData, LimitedData, NamedSites, RecordData, RunsRounds, TaskedData
+from mtmedformer.protocols import (
+    DescribedData,
+    HasChannels,
+    LimitedData,
+    NamedSites,
+    RecordData,
+    RunsRounds,
+    TaskedData,
+)
 from mtmedformer.site_classes import classes_of_one_site
 
 log = logging.getLogger(__name__)
@@ -119,10 +127,13 @@ class FederatedDataModule(SiteStates, L.LightningDataModule):
             DataError: When the data of a site cannot be read.
         """
         self.plan(joint=stage is not None)
+        model: Any = self.trainer.lightning_module if self.trainer else None
         for site in self._sites.values():
             labels_needed = stage in ("fit", "validate", "test") and isinstance(site.source, RecordData)
             if not labels_needed or site.labelled():
                 reads = "validate" if stage == "fit" and not site.trains() else stage
+                if isinstance(model, HasChannels) and isinstance(site.source, HasChannels):
+                    site.source.in_chans = model.in_chans
                 with site.errors_named():
                     site.source.setup(reads)  # type: ignore[arg-type]
         self._declare({name: site.source for name, site in self._sites.items()})

@@ -142,13 +142,15 @@ def warp(array: NDArray[Any], frame: Frame, nearest: bool = False) -> NDArray[An
     frame is smoothed first and then interpolated.
 
     Args:
-        array: (H, W) of any number type.
+        array: (H, W) or (H, W, 3) of any number type.
         frame: The input and its place in the original image.
         nearest: Take the value under each pixel's centre instead, for label images.
 
     Returns:
-        (height, width) of the frame: float32, or the type of ``array`` with ``nearest``.
+        (height, width) of the frame, with the channels of ``array``: float32, or its type with ``nearest``.
     """
+    if array.ndim == 3:
+        return np.stack([warp(array[..., i], frame, nearest) for i in range(array.shape[2])], axis=-1)
     if nearest:
         only: NDArray[Any] = nearest_pixels(array[None], frame, np.zeros(1, array.dtype))[0]
         return only

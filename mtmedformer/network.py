@@ -59,6 +59,11 @@ class MultiTaskNetwork(L.LightningModule):
         self.members: tuple[MultiTaskNetwork, ...] = ()
 
     @property
+    def in_chans(self) -> int:
+        """Channels of the image."""
+        return self.encoder.in_chans
+
+    @property
     def tasks(self) -> dict[str, Task]:
         """The tasks of this model by name."""
         return {name: head.task(name) for name, head in self._heads().items()}

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from mtmedformer.batch import Task
 
-# --- model -----------------------------------------------------------------------------------------------------------
-
 
 class PredictingModule(Protocol):
     """A trained module as a ``PredictionStrategy`` uses it.
@@ -79,6 +77,13 @@ class MonitoringSchedule(Protocol):
 
 
 @runtime_checkable
+class HasChannels(Protocol):
+    """A model or data module whose images have a fixed number of channels: 1 for grey, 3 for colour."""
+
+    in_chans: int
+
+
+@runtime_checkable
 class CalibratedModel(Protocol):
     """A model with a calibration; predictions of other models are compared with default thresholds.
 
@@ -98,9 +103,6 @@ class ValidatedModule(Protocol):
     """
 
     val_metrics: Any
-
-
-# --- records ---------------------------------------------------------------------------------------------------------
 
 
 @runtime_checkable
@@ -264,7 +266,7 @@ class OriginalImages(Protocol):
     def files(self) -> dict[str, Path]: ...  # noqa: D102
 
     def original(self, file: Path) -> NDArray[np.float32]:
-        """Return the whole image as displayed: float32 (H, W) in [0, 1]."""
+        """Return the whole image as displayed: float32 (H, W) or (H, W, 3) in [0, 1]."""
 
     def is_dicom(self, file: Path) -> bool:
         """Return whether a file is DICOM."""

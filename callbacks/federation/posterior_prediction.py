@@ -24,6 +24,7 @@ from mtmedformer.geometry import boxes_in_original
 from mtmedformer.inference.results import NOTE, UNCERTAINTY, inside_original
 from mtmedformer.module import MultiTaskModule
 from mtmedformer.plots.heatmaps import HeatMap, maps_figure
+from mtmedformer.plots.style import picture_of
 from mtmedformer.protocols import PredictingModule, PredictionStrategy
 from mtmedformer.storage.atomic_write import atomic_write
 
@@ -136,10 +137,10 @@ class PosteriorPrediction(Callback):
                 file.write_text(json.dumps(_facts(sampled, tasks, i, meta), indent=1) + "\n")
             maps = _maps(sampled, tasks, i) if self.maps else {}
             if maps:
-                grey = batch.image[i].float().mean(dim=0).cpu().numpy()
+                picture = picture_of(batch.image[i])
                 footer = "entropy: all uncertainty; mutual information: the part that the samples disagree about"
                 with atomic_write(folder.path("uncertainty", meta.id, ".png")) as file:
-                    maps_figure(grey, maps, meta, footer).savefig(
+                    maps_figure(picture, maps, meta, footer).savefig(
                         file, dpi=110, format="png", metadata={"Description": NOTE}
                     )
 

@@ -16,6 +16,7 @@ from mtmedformer.inference.gradcam import attention_map, grad_cam
 from mtmedformer.inference.results import NOTE
 from mtmedformer.module import MultiTaskModule
 from mtmedformer.plots.heatmaps import HeatMap, maps_figure
+from mtmedformer.plots.style import picture_of
 from mtmedformer.storage.atomic_write import atomic_write
 
 
@@ -65,10 +66,10 @@ class Explanations(Callback):
         for i, meta in enumerate(batch.meta):
             drawn = {title: HeatMap(values[i].float().cpu().numpy()) for title, values in maps.items()}
             if drawn:
-                grey = batch.image[i].float().mean(dim=0).cpu().numpy()
+                picture = picture_of(batch.image[i])
                 footer = "each map is scaled to its own maximum in this image"
                 with atomic_write(folder.path("explanations", meta.id, ".png")) as file:
-                    maps_figure(grey, drawn, meta, footer).savefig(
+                    maps_figure(picture, drawn, meta, footer).savefig(
                         file, dpi=110, format="png", metadata={"Description": NOTE}
                     )
 

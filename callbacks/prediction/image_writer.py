@@ -68,7 +68,7 @@ class ImageWriter:
 
         Args:
             result: Predictions in original pixels.
-            image: float (h, w): the network input; the overlay shows it where there is no source.
+            image: float (h, w) or (h, w, 3): the network input; the overlay shows it where there is no source.
             source: File of the image, where it is known.
 
         Raises:

@@ -21,6 +21,7 @@ from mtmedformer.calibration import TaskCalibration, plain
 from mtmedformer.errors import ConfigError, DataError
 from mtmedformer.inference.results import NOTE, image_result
 from mtmedformer.module import MultiTaskModule
+from mtmedformer.plots.style import picture_of
 from mtmedformer.plots.terminal import SafeConsole
 from mtmedformer.protocols import CalibratedModel, OriginalImages, ResumablePrediction
 from mtmedformer.storage.hashing import weights_digest
@@ -108,8 +109,7 @@ class PredictionWriter(Callback):
         for i, meta in enumerate(batch.meta):
             try:
                 result = image_result(outputs, i, meta, self._tasks, self.score, self._calibration)
-                image = batch.image[i].float().mean(dim=0).cpu().numpy()
-                self._writer.write(result, image, self._source(trainer, meta.id))
+                self._writer.write(result, picture_of(batch.image[i]), self._source(trainer, meta.id))
             except (DataError, OSError) as error:
                 if ends_every_write(error):
                     raise

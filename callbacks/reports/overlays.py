@@ -15,6 +15,7 @@ from PIL import Image
 
 from mtmedformer.batch import Batch, DetectionTarget, SegmentationTarget, Task
 from mtmedformer.plots.overlays import overlay_figure
+from mtmedformer.plots.style import picture_of
 
 
 class Overlays(Callback):
@@ -122,8 +123,8 @@ def _to_wandb(
                 )
                 if bool(target.present[0]):
                     boxes[f"{name}_truth"] = _wandb_boxes(target.boxes[0], target.labels[0], names, None)
-        grey = (batch.image[0].float().mean(dim=0).clamp(0, 1) * 255).byte().cpu().numpy()
-        pictures.append(wandb.Image(grey, masks=masks or None, boxes=boxes or None, caption=batch.meta[0].site))
+        picture = (picture_of(batch.image[0]) * 255).astype(np.uint8)
+        pictures.append(wandb.Image(picture, masks=masks or None, boxes=boxes or None, caption=batch.meta[0].site))
     logger.experiment.log({"overlays": pictures}, commit=False)
 
 

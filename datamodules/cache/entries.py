@@ -79,7 +79,7 @@ class CacheEntry:
     """One image with its masks and boxes in the network's frame; the record holds classes, split and site.
 
     Attributes:
-        image: uint8 or uint16 (H, W): 0..255 or 0..65535 stand for [0, 1].
+        image: uint8 or uint16 (H, W), or (H, W, 3) in colour: 0..255 or 0..65535 stand for [0, 1].
         to_original: Affine from the frame to the original image (see ``mtmedformer.batch.Meta``).
         original_size: ``(height, width)`` of the original image.
         masks: uint8 (K, H, W) of 0/1/``IGNORE`` by segmentation task.

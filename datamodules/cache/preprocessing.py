@@ -65,15 +65,17 @@ class Preprocessing:
         preset: Computes the frame.
         size: ``(height, width)`` of the network's input in pixels.
         white_level: The value of white in all 16-bit images of the set; ``None`` if it has none.
+        channels: Channels of the network's input: 1 for grey, 3 for red, green and blue.
     """
 
     preset: Preset
     size: tuple[int, int]
     white_level: int | None = None
+    channels: int = 1
 
     def apply(self, record: Record) -> CacheEntry | Issue:
         """Decode an image and draw its masks and boxes (see ``datamodules.cache.rasterize.rasterize``)."""
-        return rasterize(record, self.preset, self.size, self.white_level)
+        return rasterize(record, self.preset, self.size, self.white_level, self.channels == 3)
 
     def report(self, record: Record) -> Report:
         """Decode an image for its issues and remarks alone."""
@@ -87,6 +89,7 @@ class Preprocessing:
             "preset": _describe_preset(self.preset),
             "size": self.size,
             "white": self.white_level,
+            "channels": self.channels,
         }
         common = json.dumps(settings, sort_keys=True, default=str)
         with ThreadPoolExecutor(8) as pool:

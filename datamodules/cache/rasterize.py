@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from datamodules.cache.entries import CacheEntry, MaskMeasure, Measures
 from datamodules.cache.quarantine import IMAGE, Issue
 from datamodules.cache.shapes import Mask, border_of, fill_disc, fill_polygon, mask_boxes
+from datamodules.images.luminance import grey_of
 from datamodules.images.masks import UncertainMaskError, read_mask, shape_of, with_values
 from datamodules.images.pixels import Pixels, read_image
 from datamodules.images.presets import Preset
@@ -82,7 +83,7 @@ class Canvas:
 
 
 def rasterize(
-    record: Record, preset: Preset, size: tuple[int, int], white_level: int | None = None
+    record: Record, preset: Preset, size: tuple[int, int], white_level: int | None = None, colour: bool = False
 ) -> CacheEntry | Issue:
     """Decode one image, frame it, and draw its masks and boxes in that frame.
 
@@ -91,17 +92,19 @@ def rasterize(
         preset: Computes the frame (crop, flip, letterbox).
         size: ``(height, width)`` of the frame in pixels.
         white_level: The value of white in 16-bit images of the set.
+        colour: Keep the colours of colour images.
 
     Returns:
         The entry; a task whose label cannot be used has an issue and neither mask nor boxes. If the image itself cannot
         be used, its issue instead of an entry.
     """
     try:
-        pixels = _read(record, white_level)
+        pixels = _read(record, white_level, colour)
     except UnusableError as error:
         return error.issue(record, IMAGE)
-    height, width = pixels.pixels.shape
-    canvas = Canvas((height, width), preset.frame(pixels.pixels, size, record.laterality or pixels.laterality))
+    grey = grey_of(pixels.pixels)
+    height, width = grey.shape
+    canvas = Canvas((height, width), preset.frame(grey, size, record.laterality or pixels.laterality))
     image = warp(pixels.pixels, canvas.frame)
     masks, boxes, labels, issues = {}, {}, {}, []
     measured: list[MaskMeasure] = []
@@ -133,7 +136,7 @@ def rasterize(
         laterality=pixels.laterality,
         issues=tuple(issues),
         remarks=tuple(canvas.remarks),
-        measures=Measures(canvas.size, round(float(np.median(border_of(pixels.pixels))), 4), tuple(measured)),
+        measures=Measures(canvas.size, round(float(np.median(border_of(grey))), 4), tuple(measured)),
     )
 
 
@@ -216,15 +219,15 @@ def draw(source: MaskSource, canvas: Canvas, declared: Sequence[int] = ()) -> Ma
     return mask
 
 
-def _read(record: Record, white_level: int | None) -> Pixels:
+def _read(record: Record, white_level: int | None, colour: bool) -> Pixels:
     if not os.path.isfile(record.file):  # pathlib raises where a name is too long
         raise UnusableError("image file missing", str(record.file), transient=True)
     try:
-        pixels = read_image(record.file, white_level)
+        pixels = read_image(record.file, white_level, colour)
     except DataError as error:
         raise UnusableError("image unreadable", str(error), transient=True) from error
     values = pixels.pixels
-    if min(values.shape) < SMALLEST_SIDE:
+    if min(values.shape[:2]) < SMALLEST_SIDE:
         raise UnusableError("image too small", f"{values.shape[1]}x{values.shape[0]} pixels")
     if not np.isfinite(values).all():
         raise UnusableError("image with values that are not numbers")

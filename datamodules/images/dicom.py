@@ -47,7 +47,8 @@ class Pixels:
     """An image as displayed, and the steps that produced it.
 
     Attributes:
-        pixels: float32 (H, W) in [0, 1]; 0 is black (air in a radiograph), 1 is white.
+        pixels: float32 (H, W), or (H, W, 3) in red, green and blue, in [0, 1]; 0 is black (air in a radiograph), 1 is
+            white.
         bits: Bit depth of the stored values (8, 12, 16 …).
         path: The steps in order, for example ``("decode:JPEG2000Lossless", "window:0:LINEAR",
             "invert:MONOCHROME1", "padding")``. A step that could not be applied ends in ``:broken`` or ``:outside``.
@@ -64,23 +65,26 @@ class Pixels:
     laterality: str | None = None
 
 
-def read_display(file: Path) -> Pixels:
-    """Read a DICOM image as displayed (modality LUT, VOI LUT or window, inversion, padding).
+def read_display(file: Path, colour: bool = False) -> Pixels:
+    """Read a DICOM image as displayed (modality LUT, VOI LUT or window, inversion, padding; palette, YBR to RGB).
 
     Args:
         file: A single-frame DICOM file. An image whose Presentation Intent Type is FOR PROCESSING (raw detector data)
             is read too; ``path`` then contains ``for-processing``.
+        colour: Return colour images as (H, W, 3); otherwise they are an error.
 
     Raises:
-        DataError: The file is damaged, not a single-frame grey image, or in an encoding without decoder.
+        DataError: The file is damaged, not a single-frame image, or in an encoding without decoder.
     """
     with reading(file, "DICOM"):
         header, stored, path = read_file(file)
         if str(header.get("PresentationIntentType")).strip().upper() == "FOR PROCESSING":
             path.append("for-processing")
         if header.PhotometricInterpretation == "PALETTE COLOR":
-            stored = apply_color_lut(stored, header)
-        if stored.ndim == 3:
+            stored = _palette_colours(header, stored)
+        if stored.ndim == 3 and colour and _spread(stored) > _slight(stored):
+            path.append("colour")
+        elif stored.ndim == 3:
             stored = _gray(file, stored)
             path.append("equal-channels")
         pixels = apply_chain(display_chain(header, stored, path), stored)
@@ -101,16 +105,47 @@ def read_stored(file: Path) -> tuple[Values, bool]:
         return _gray(file, stored) if stored.ndim == 3 else stored.copy(), path[0].removeprefix("decode:") in _LOSSY
 
 
+def _palette_colours(header: Dataset, stored: Values) -> Values:
+    """Return the colours (H, W, 3) of palette indices, as uint8 or uint16 with the largest value as white.
+
+    pydicom does not swap the words of big-endian palettes, and takes entries of 8 bits in words of 16 for deep ones.
+    """
+    names = [f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue")]
+    words = [header.get(f"{name}Data") for name in names]
+    if header.original_encoding[1] is False:
+        for name, data in zip(names, words, strict=True):
+            if isinstance(data, bytes):
+                header[f"{name}Data"].value = np.frombuffer(data[: len(data) // 2 * 2], "<u2").byteswap().tobytes()
+    colours: Values = apply_color_lut(stored, header)
+    if colours.dtype == np.uint16:
+        tables = [np.frombuffer(header[f"{name}Data"].value, "<u2") for name in names if header.get(f"{name}Data")]
+        nominal = [int(header[f"{name}Descriptor"].value[2]) for name in names]
+        brightest = max(int(table.max()) for table in tables) if tables else int(colours.max())
+        if brightest <= 255 and (tables or max(nominal) == 8):
+            return colours.astype(np.uint8)
+    return colours
+
+
 def _gray(file: Path, channels: Values) -> Values:
     """Return the grey level of three equal channels; a lossy colour transform may make them slightly unequal."""
-    red, green, blue = (channels[..., i].astype(np.int64) for i in range(3))
-    spread = max(int(np.abs(red - green).max()), int(np.abs(blue - green).max()))
-    if spread > 4 * np.iinfo(channels.dtype).max // 255:
+    if (spread := _spread(channels)) > _slight(channels):
         raise DataError(
             f"{file.name}: SamplesPerPixel or a palette makes it a colour image (channels differ by up to {spread}); "
-            "only grey images are read, leave it out or export it as MONOCHROME2."
+            "with encoder.in_chans=1 only grey images are read. Leave it out, export it as MONOCHROME2, or set "
+            "encoder.in_chans to 3."
         )
     return np.ascontiguousarray(channels[..., 1])
+
+
+def _spread(channels: Values) -> int:
+    """Return the largest difference between green and another channel."""
+    red, green, blue = (channels[..., i].astype(np.int64) for i in range(3))
+    return max(int(np.abs(red - green).max()), int(np.abs(blue - green).max()))
+
+
+def _slight(channels: Values) -> int:
+    """Return the largest difference that a lossy colour transform makes in a grey image."""
+    return 4 * int(np.iinfo(channels.dtype).max) // 255
 
 
 def _spacing(header: Dataset) -> tuple[float, float] | None:

@@ -40,7 +40,9 @@ all give the same bits."""
 
 FRAMES = "export its frames as single-frame files"
 
-_SAMPLES = {"MONOCHROME1": 1, "MONOCHROME2": 1, "PALETTE COLOR": 1, "RGB": 3, "YBR_FULL": 3, "YBR_FULL_422": 3}
+_SAMPLES = {"MONOCHROME1": 1, "MONOCHROME2": 1, "PALETTE COLOR": 1} | dict.fromkeys(
+    ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"), 3
+)
 
 
 def read_file(file: Path) -> tuple[Dataset, Values, list[str]]:
@@ -68,8 +70,8 @@ def _check(file: Path, header: Dataset) -> None:
             setattr(header, key, default)
     if header.SamplesPerPixel not in (1, 3):
         raise DataError(
-            f"{file.name}: SamplesPerPixel is {header.SamplesPerPixel}; only grey images are read, export it as "
-            "MONOCHROME2."
+            f"{file.name}: SamplesPerPixel is {header.SamplesPerPixel}; only images of 1 or 3 samples are read, export "
+            "it as MONOCHROME2 or RGB."
         )
     check_palettes(header)
 

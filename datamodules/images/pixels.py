@@ -1,7 +1,8 @@
 """Read image files: DICOM, PNG, JPEG, TIFF, PGM and others, recognised by content.
 
-An image is returned as displayed (float32 in [0, 1], 0 = black). A file that is damaged, hostile or no image raises
-``DataError`` with its name and the fix, and no other error. Masks are read in ``datamodules.images.masks``.
+An image is returned as displayed (float32 in [0, 1], 0 = black), grey or in colour. A file that is damaged, hostile or
+no image raises ``DataError`` with its name and the fix, and no other error. Masks are read in
+``datamodules.images.masks``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from datamodules.images import decoding_process
 from datamodules.images.dicom import Pixels, read_display
 from datamodules.images.dicom_parsing import MAX_BYTES, MAX_PIXELS, is_dicom, reading
+from datamodules.images.luminance import luminance
 from datamodules.images.raster import decode, read_header, spread
 from datamodules.images.tiff_directories import read_directory, tiff_start
 from mtmedformer.errors import DataError
@@ -30,21 +32,20 @@ SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".pgm", 
 
 _PGM = re.compile(rb"P([25])" + rb"(?:\s|#[^\r\n]*[\r\n])+(\d{1,9})" * 3 + rb"\s")
 
-_LUMINANCE = tuple(np.float32(w) for w in (0.299, 0.587, 0.114))  # ITU-R BT.601, as JPEG
 
-
-def read_image(file: Path, white_level: int | None = None) -> Pixels:
+def read_image(file: Path, white_level: int | None = None, colour: bool = False) -> Pixels:
     """Read an image as displayed.
 
     DICOM goes through modality LUT, VOI LUT or window, inversion and padding. In other formats white is the largest
     value the format has, except in 16-bit files, which may hold fewer bits (see ``white_level``); equal colour channels
-    are one grey channel, others become luminance (ITU-R BT.601); transparency is dropped and an EXIF orientation
-    applied.
+    are one grey channel; transparency is dropped and an EXIF orientation applied. Colour profiles are not applied.
 
     Args:
         file: A DICOM, PNG, JPEG, TIFF, PGM, BMP, GIF, WebP or JPEG 2000 file of one image.
         white_level: The value of white in a 16-bit file, as for all images of its set; ``None`` takes the smallest of
             ``LEVELS`` that this image does not exceed.
+        colour: Return colour images as (H, W, 3). Otherwise they become luminance (ITU-R BT.601), and a colour DICOM
+            image is an error.
 
     Raises:
         DataError: The file is missing, empty, damaged, not a single image, or has values without a known white or
@@ -52,18 +53,21 @@ def read_image(file: Path, white_level: int | None = None) -> Pixels:
     """
     head = head_of(file)
     if is_dicom(head):
-        return read_display(file)
+        return read_display(file, colour)
     with reading(file, "an image"):
-        return _display(file, *read_values(file, head), white_level)
+        return _display(file, *read_values(file, head), white_level, colour)
 
 
-def _display(file: Path, values: NDArray[Any], white: int, path: list[str], white_level: int | None) -> Pixels:
+def _display(
+    file: Path, values: NDArray[Any], white: int, path: list[str], white_level: int | None, colour: bool
+) -> Pixels:
     if values.ndim == 3 and spread(values) == 0:
         values = values[..., 0]
         path.append("equal-channels")
+    elif values.ndim == 3 and colour:
+        path.append("colour")
     elif values.ndim == 3:
-        red, green, blue = (values[..., i] * weight for i, weight in enumerate(_LUMINANCE))
-        values = red + green + blue
+        values = luminance(values)
         path.append("luminance")
     if white == 65535:
         white = white_of_values(values, white_level, file.name)

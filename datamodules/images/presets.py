@@ -36,7 +36,7 @@ class Augmented:
     """One augmented sample.
 
     Attributes:
-        image: float32 (H, W) in [0, 1].
+        image: float32 (H, W) or (H, W, 3) in [0, 1].
         masks: uint8 (K, H, W) of 0/1/``IGNORE``.
         boxes: float32 (N, 4) xyxy inside the image.
         labels: int64 (N,) class index of each box.
@@ -61,7 +61,7 @@ class Preset(ABC):
         """Return the position of the network's input in the original image; deterministic.
 
         Args:
-            pixels: The whole original image, float32 (H, W) in [0, 1].
+            pixels: The whole original image, float32 (H, W) in [0, 1]; of a colour image its luminance.
             size: ``(height, width)`` of the input.
             laterality: ``L``, ``R`` or ``None``.
         """
@@ -71,7 +71,7 @@ class Preset(ABC):
         """Augment one framed sample; image, masks and boxes move together, and ``rng`` decides all of it.
 
         Args:
-            image: float32 (H, W) in [0, 1].
+            image: float32 (H, W), or (H, W, 3) in red, green and blue for a network with 3 channels, in [0, 1].
             masks: uint8 (K, H, W) of 0/1/``IGNORE``; K may be 0.
             boxes: float32 (N, 4) xyxy.
             labels: int64 (N,).
@@ -95,7 +95,7 @@ class PlainPreset(Preset):
 
     def augment(self, image: Floats, masks: Bytes, boxes: Floats, labels: Ints, rng: np.random.Generator) -> Augmented:
         """Return the sample as it is, boxes clipped."""
-        kept, kept_labels, dropped = clip_boxes(boxes, labels, image.shape, self.min_side)
+        kept, kept_labels, dropped = clip_boxes(boxes, labels, (image.shape[0], image.shape[1]), self.min_side)
         return Augmented(image, masks, kept, kept_labels, IDENTITY, dropped)
 
 
@@ -239,10 +239,10 @@ class Movement:
         """Draw an affine about the centre, from coordinates of the moved image to those of the image before.
 
         Args:
-            size: ``(height, width)`` of the image.
+            size: Height and width of the image, and perhaps its channels.
             rng: Source of every random number; the number of draws does not depend on the settings.
         """
-        height, width = size
+        height, width = size[:2]
         draws = rng.uniform(-1, 1, 4) * (self.rotation, self.zoom, self.shift, self.shift)
         turn, scale, right, down = draws.tolist()
         mirror, upside_down = rng.random(2) < (self.horizontal_flip, self.vertical_flip)
@@ -259,7 +259,7 @@ def move(
     """Move image, masks and boxes by one affine.
 
     Args:
-        image: float32 (H, W).
+        image: float32 (H, W) or (H, W, 3).
         masks: uint8 (K, H, W). Pixels from outside the image are background 0, except in a mask that is ``IGNORE``
             everywhere.
         boxes: float32 (N, 4) xyxy.
@@ -282,11 +282,21 @@ def move(
 
 
 class Exposure:
-    """Random brightness, contrast, gamma, noise and blur; see the arguments of `ChestPreset`."""
+    """Random brightness, contrast, gamma, noise, blur, hue and saturation; see `ChestPreset` and `ColourPreset`."""
 
-    def __init__(self, brightness: float, contrast: float, gamma: float, noise: float, blur: float) -> None:
-        self.active = any((brightness, contrast, gamma, noise, blur))
-        self.pipeline = exposure_pipeline(brightness, contrast, gamma, noise, blur) if self.active else None
+    def __init__(
+        self,
+        brightness: float,
+        contrast: float,
+        gamma: float,
+        noise: float,
+        blur: float,
+        hue: float = 0.0,
+        saturation: float = 0.0,
+    ) -> None:
+        changes = (brightness, contrast, gamma, noise, blur, hue, saturation)
+        self.active = any(changes)
+        self.pipeline = exposure_pipeline(*changes) if self.active else None
 
     def apply(self, sample: Augmented, rng: np.random.Generator) -> Augmented:
         """Change the exposure of an image; pixels that are exactly 0 (padding, air around the breast) stay 0."""
@@ -294,16 +304,19 @@ class Exposure:
         if self.pipeline is None:
             return sample
         self.pipeline.set_random_seed(seed)
-        image = np.clip(self.pipeline(image=sample.image)["image"], 0, 1) * (sample.image > 0)
+        lit = sample.image > 0 if sample.image.ndim == 2 else sample.image.any(axis=2, keepdims=True)
+        image = np.clip(self.pipeline(image=sample.image)["image"], 0, 1) * lit
         return replace(sample, image=image.astype(np.float32))
 
 
-def exposure_pipeline(brightness: float, contrast: float, gamma: float, noise: float, blur: float) -> Any:
+def exposure_pipeline(
+    brightness: float, contrast: float, gamma: float, noise: float, blur: float, hue: float = 0, saturation: float = 0
+) -> Any:
     """Build the intensity changes with albumentations, which only this function imports.
 
     Returns:
-        A pipeline with ``set_random_seed(int)``; called with ``image=`` (float32 (H, W) in [0, 1]), it returns a dict
-        with ``image``.
+        A pipeline with ``set_random_seed(int)``; called with ``image=`` (float32 (H, W) or (H, W, 3) in [0, 1]), it
+        returns a dict with ``image``.
     """
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import requests its version from PyPI
     import albumentations as A
@@ -311,6 +324,8 @@ def exposure_pipeline(brightness: float, contrast: float, gamma: float, noise: f
     steps = []
     if brightness or contrast:
         steps.append(A.RandomBrightnessContrast(brightness_limit=brightness, contrast_limit=contrast, p=0.8))
+    if hue or saturation:
+        steps.append(A.ColorJitter((1, 1), (1, 1), (1 - saturation, 1 + saturation), (-hue, hue), p=0.8))
     if gamma:
         steps.append(A.RandomGamma(gamma_limit=(100 * (1 - gamma), 100 * (1 + gamma)), p=0.5))
     if blur:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from datamodules.cache.cache import Cache
 from datamodules.cache.entries import CacheEntry
 from datamodules.cache.preprocessing import Preprocessing
+from datamodules.images.luminance import grey_of
 from datamodules.loading.samplers import TaskSampler
 from datamodules.records import ClassTruth, Record, ValueTruth, hash_patient
 from mtmedformer.batch import IGNORE, Boxes, Meta, Sample, Task
@@ -70,14 +71,14 @@ class CachedDataset(Dataset[Sample]):
         epoch, turn, index = (0, 0, key) if isinstance(key, int) else key
         record = self.records[index]
         entry = self.cache.fetch(self.keys[index], record, self.preprocessing)
-        image = pixels_of(entry)
+        image = pixels_of(entry, self.preprocessing.channels)
         masks = {n: entry.masks[n] for n in self._known(record, "segmentation") if n in entry.masks}
         boxes = {n: (entry.boxes[n], entry.labels[n]) for n in self._known(record, "detection") if n in entry.boxes}
         to_original = entry.to_original
         if self.augment:
             moved = self.preprocessing.preset.augment(
                 image,
-                np.concatenate([*masks.values(), np.zeros((0, *image.shape), np.uint8)]),
+                np.concatenate([*masks.values(), np.zeros((0, *image.shape[:2]), np.uint8)]),
                 np.concatenate([*(b for b, _ in boxes.values()), np.zeros((0, 4), np.float32)]),
                 np.concatenate([i + 1000 * n for n, (_, i) in enumerate(boxes.values())] or [np.zeros(0, np.int64)]),
                 np.random.default_rng([self.seed, epoch, turn, _number(record.id)]),
@@ -96,9 +97,7 @@ class CachedDataset(Dataset[Sample]):
             truth[name] = torch.tensor(value.value, dtype=torch.float32) if isinstance(value, ValueTruth) else None
         truth |= {n: torch.from_numpy(np.ascontiguousarray(m)) for n, m in masks.items() if (m != IGNORE).any()}
         truth |= {n: Boxes(torch.from_numpy(b), torch.from_numpy(i)) for n, (b, i) in boxes.items()}
-        return Sample(
-            torch.from_numpy(np.ascontiguousarray(image))[None], truth, meta_of(record, entry, to_original, self.salt)
-        )
+        return Sample(tensor_of(image), truth, meta_of(record, entry, to_original, self.salt))
 
     def _known(self, record: Record, kind: str) -> list[str]:
         return [name for name, task in self.tasks.items() if task.kind == kind and name in record.truth]
@@ -118,10 +117,27 @@ def meta_of(record: Record, entry: CacheEntry, to_original: Affine, salt: str) -
     )
 
 
-def pixels_of(entry: CacheEntry) -> Floats:
-    """Return the image of an entry as float32 (H, W) in [0, 1]."""
+def pixels_of(entry: CacheEntry, channels: int = 1) -> Floats:
+    """Return the image of an entry as float32 in [0, 1].
+
+    Args:
+        entry: The decoded image.
+        channels: 1 for grey (H, W); 3 for (H, W, 3), in which a grey image has three equal channels.
+    """
     pixels: Floats = np.divide(entry.image, np.iinfo(entry.image.dtype).max, dtype=np.float32)
-    return pixels
+    return with_channels(pixels, channels)
+
+
+def with_channels(pixels: Floats, channels: int) -> Floats:
+    """Return pixels (H, W) or (H, W, 3) as (H, W) for one channel, else as (H, W, 3)."""
+    if channels == 1:
+        return grey_of(pixels)
+    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], channels, axis=2)
+
+
+def tensor_of(pixels: Floats) -> Tensor:
+    """Return pixels (H, W) or (H, W, C) as a tensor (C, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)))
 
 
 class EpochSampler(DistributedSampler[Key]):

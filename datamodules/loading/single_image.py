@@ -1,18 +1,18 @@
-"""Prepare one image for prediction, from a file or from an array of grey values, as training images are prepared."""
+"""Prepare one image for prediction, from a file or from an array of values, as training images are prepared."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import Issue
 from datamodules.cache.rasterize import SMALLEST_SIDE
+from datamodules.images.luminance import grey_of
 from datamodules.images.pixels import white_of_values
-from datamodules.loading.dataset import meta_of, pixels_of
+from datamodules.loading.dataset import meta_of, pixels_of, tensor_of, with_channels
 from datamodules.records import Record
 from mtmedformer.batch import Meta, Sample
 from mtmedformer.errors import DataError
@@ -27,22 +27,23 @@ def prepare_file(record: Record, preprocessing: Preprocessing) -> Sample | Issue
         preprocessing: Frame and size of the network's input.
 
     Returns:
-        A sample with an image (1, H, W) in [0, 1] and without truth, or the reason why the image cannot be used.
+        A sample with an image (C, H, W) in [0, 1] and without truth, or the reason why the image cannot be used.
     """
     entry = preprocessing.apply(record)
     if isinstance(entry, Issue):
         return entry
-    return Sample(torch.from_numpy(pixels_of(entry))[None], {}, meta_of(record, entry, entry.to_original, ""))
+    image = tensor_of(pixels_of(entry, preprocessing.channels))
+    return Sample(image, {}, meta_of(record, entry, entry.to_original, ""))
 
 
 def prepare_array(
     image: NDArray[Any], preprocessing: Preprocessing, laterality: Literal["L", "R"] | None = None
 ) -> Sample:
-    """Frame an array of grey values; the result is that of a file with the same values.
+    """Frame an array of grey or colour values; the result is that of a file with the same values.
 
     Args:
-        image: (H, W), 0 is black: float in [0, 1], uint8, or uint16, whose white level is that of ``preprocessing``,
-            as in files.
+        image: (H, W), or (H, W, 3) in red, green and blue where the network's input has 3 channels; 0 is black: float
+            in [0, 1], uint8, or uint16, whose white level is that of ``preprocessing``, as in files.
         preprocessing: Frame and size of the network's input.
         laterality: ``L`` or ``R`` where the side of a mammogram is known.
 
@@ -50,24 +51,28 @@ def prepare_array(
         DataError: The array has another shape or type, values outside its range, one value throughout, or a side
             below 8 pixels.
     """
-    pixels, levels = _grey(image, preprocessing.white_level)
-    frame = preprocessing.preset.frame(pixels, preprocessing.size, laterality)
+    pixels, levels = _levels(image, preprocessing)
+    frame = preprocessing.preset.frame(grey_of(pixels), preprocessing.size, laterality)
     rounded = np.rint(warp(pixels, frame).clip(0, 1) * levels)  # as a cache entry of 8 or 16 bits
     size = (int(pixels.shape[0]), int(pixels.shape[1]))
     meta = Meta("array", "", laterality=laterality, to_original=frame.to_original, original_size=size)
-    return Sample(torch.from_numpy(np.divide(rounded, levels, dtype=np.float32))[None], {}, meta)
+    return Sample(tensor_of(with_channels(rounded / np.float32(levels), preprocessing.channels)), {}, meta)
 
 
-def _grey(image: NDArray[Any], white_level: int | None) -> tuple[Floats, int]:
-    """Return an array as float32 (H, W) in [0, 1], and the white level of the entry that its file would have."""
-    if image.ndim != 2 or min(image.shape) < SMALLEST_SIDE:
-        raise DataError(f"the array has shape {image.shape}; give one grey image (height, width) of at least 8 x 8")
+def _levels(image: NDArray[Any], preprocessing: Preprocessing) -> tuple[Floats, int]:
+    """Return an array as float32 in [0, 1], and the white level of the entry that its file would have."""
+    colour = image.ndim == 3 and image.shape[2] == preprocessing.channels == 3
+    if not (image.ndim == 2 or colour) or min(image.shape[:2]) < SMALLEST_SIDE:
+        other = " or one colour image (height, width, 3)" if preprocessing.channels == 3 else ""
+        raise DataError(
+            f"the array has shape {image.shape}; give one grey image (height, width){other} of at least 8 x 8"
+        )
     if image.min() == image.max():
         raise DataError(f"the array is {image.flat[0]} everywhere; there is nothing to see")
     if image.dtype == np.uint8:
         return np.divide(image, 255, dtype=np.float32), 255
     if image.dtype == np.uint16:
-        white = white_of_values(image, white_level, "the array")
+        white = white_of_values(image, preprocessing.white_level, "the array")
         return np.divide(image, white, dtype=np.float32), 255 if white <= 255 else 65535
     if image.dtype.kind != "f" or not (image.min() >= 0 and image.max() <= 1):  # NaN compares False
         raise DataError(

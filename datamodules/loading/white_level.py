@@ -24,6 +24,7 @@ from datamodules.images.pixels import LEVELS, brightest, read_image
 from datamodules.records import Record
 from mtmedformer.errors import ConfigError
 from mtmedformer.geometry import Floats
+from mtmedformer.protocols import HasChannels
 from mtmedformer.storage.atomic_write import atomic_write
 
 log = logging.getLogger(__name__)
@@ -43,12 +44,14 @@ class PreparedImages:
         preprocessing: How they are decoded and framed, with the white level once it is known.
         white_level: As configured: a number, or ``auto``.
         files_of_set: Files of all images of the set, of which ``records`` may be a part.
+        in_chans: Channels of the images without a model in a Trainer: 1 for grey, 3 for colour.
     """
 
     records: list[Record]
     preprocessing: Preprocessing
     white_level: WhiteLevel
     files_of_set: list[Path]
+    in_chans: int = 1
     _trained: int | None = None
 
     @property
@@ -57,17 +60,34 @@ class PreparedImages:
         return {record.id: record.file for record in self.records}
 
     def original(self, file: Path) -> Floats:
-        """Read the whole image as displayed: float32 (H, W) in [0, 1].
+        """Read the whole image as displayed: float32 (H, W), or (H, W, 3) in colour, in [0, 1].
 
         Raises:
             DataError: The file cannot be read.
         """
-        return read_image(file, self.preprocessing.white_level).pixels
+        return read_image(file, self.preprocessing.white_level, self.preprocessing.channels == 3).pixels
 
     def is_dicom(self, file: Path) -> bool:
         """Return whether an image file is DICOM, from its first bytes."""
         with file.open("rb") as stream:
             return is_dicom(stream.read(132))
+
+    def settle_channels(self, trainer: Any) -> None:
+        """Put the channels of the model's input into ``preprocessing``; without a model those of ``in_chans``.
+
+        Args:
+            trainer: The Trainer, or ``None``.
+
+        Raises:
+            ConfigError: The model takes neither 1 nor 3 channels.
+        """
+        model = trainer.lightning_module if trainer else None
+        self.in_chans = model.in_chans if isinstance(model, HasChannels) else self.in_chans
+        if self.in_chans not in (1, 3):
+            raise ConfigError(
+                f"encoder.in_chans is {self.in_chans}; image files are read with 1 channel (grey) or 3 (colour)"
+            )
+        self.preprocessing = replace(self.preprocessing, channels=self.in_chans)
 
     def settle_white_level(
         self, name: str, folder: Path | None = None, workers: int = 0, compare: bool = True

@@ -42,7 +42,7 @@ def maps_figure(image: Floats, maps: Mapping[str, HeatMap], meta: Meta, footer: 
     The opacity of a map grows with its value, so that the image stays visible where the map is low.
 
     Args:
-        image: float (h, w) in [0, 1]: the network input.
+        image: float (h, w) or (h, w, 3) in [0, 1]: the network input.
         maps: Maps by title.
         meta: Metadata of the image, with the transform from input to original pixels.
         footer: Small print after the note that every output carries.

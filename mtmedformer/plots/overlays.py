@@ -25,7 +25,7 @@ from mtmedformer.batch import (
     Task,
 )
 from mtmedformer.metrics.regression import median_grade
-from mtmedformer.plots.style import class_colours
+from mtmedformer.plots.style import class_colours, picture_of
 
 
 def overlay_figure(
@@ -55,9 +55,9 @@ def overlay_figure(
     for axis, title in zip(axes[0], ("image", "truth", "prediction"), strict=True):
         axis.set_title(title, fontsize=11)
     for line, batch, predicted in zip(axes, images, predictions, strict=True):
-        grey = batch.image[0].float().mean(dim=0).cpu().numpy()
+        picture = picture_of(batch.image[0])
         for axis in line:
-            axis.imshow(grey, cmap="gray", vmin=0, vmax=1)
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
             axis.set_xticks([])
             axis.set_yticks([])
         meta = batch.meta[0] if batch.meta else None

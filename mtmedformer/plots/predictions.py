@@ -27,20 +27,20 @@ Classes = Mapping[tuple[str, str], str]
 
 
 def preview_of(pixels: Floats) -> Floats:
-    """Reduce an original image (H, W) to at most `LONGEST` pixels per side by area averaging."""
+    """Reduce an original image (H, W) or (H, W, 3) to at most `LONGEST` pixels per side by area averaging."""
     height, width = _preview_size((pixels.shape[0], pixels.shape[1]))
     reduced: Floats = pixels
-    if (height, width) != pixels.shape:
+    if (height, width) != pixels.shape[:2]:
         reduced = np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), np.float32)
     return reduced
 
 
 def preview_from_input(image: Floats, meta: Meta) -> Floats:
-    """Map the network input (h, w) back to the original image, in the size that ``preview_of`` gives."""
+    """Map the network input (h, w) or (h, w, 3) back to the original image, in the size that ``preview_of`` gives."""
     size = _preview_size(meta.original_size)
     shrunk = (meta.original_size[1] / size[1], 0.0, 0.0, 0.0, meta.original_size[0] / size[0], 0.0)
     preview: Floats = warp(image, Frame(compose(invert(meta.to_original), shrunk), size))
-    return preview
+    return preview.clip(0, 1)
 
 
 def prediction_figure(
@@ -53,7 +53,7 @@ def prediction_figure(
     """Draw an image beside the same image with its predictions; probabilities and a legend below.
 
     Args:
-        preview: float (h, w) in [0, 1]: the whole original image, reduced or not.
+        preview: float (h, w) or (h, w, 3) in [0, 1]: the whole original image, reduced or not.
         result: Predictions in original pixels.
         tasks: The tasks to draw.
         score_thresholds: Minimum score of a drawn box, by task and class.
@@ -63,7 +63,7 @@ def prediction_figure(
         A figure without a window; it does not have to be closed.
     """
     colours = class_colours(tasks.values())
-    height, width = preview.shape
+    height, width = preview.shape[:2]
     side = 4.4 if height < 1.25 * width else 3.5
     lines = [
         part for line in _summary_lines(result, tasks, score_thresholds) for part in textwrap.wrap(line, int(26 * side))

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
 
 from mtmedformer.batch import Task
 
@@ -57,3 +60,10 @@ def class_colours(tasks: Iterable[Task]) -> dict[tuple[str, str], str]:
     """Return one colour per ``(task, class)`` that is drawn as a mask or a box, the same in overlays and in reports."""
     drawn = [(task.name, c) for task in tasks if task.kind in ("detection", "segmentation") for c in task.classes]
     return {key: COLOURS[i % len(COLOURS)] for i, key in enumerate(drawn)}
+
+
+def picture_of(image: Tensor) -> npt.NDArray[np.float32]:
+    """Return an image (C, H, W) as matplotlib draws it: (H, W, 3) of 3 channels in [0, 1], else their mean (H, W)."""
+    shown = image.float().clamp(0, 1).cpu()
+    picture: npt.NDArray[np.float32] = (shown.permute(1, 2, 0) if len(shown) == 3 else shown.mean(dim=0)).numpy()
+    return picture

@@ -96,8 +96,9 @@ class Predictor:
         """Predict from one image.
 
         Args:
-            image: A file (DICOM, PNG, JPEG, TIFF …), or grey values (H, W) with 0 as black: float in [0, 1], uint8, or
-                uint16, divided by the white level of the training, as files are.
+            image: A file (DICOM, PNG, JPEG, TIFF …), or grey values (H, W) with 0 as black, or (H, W, 3) for a model of
+                colour images: float in [0, 1], uint8, or uint16, divided by the white level of the training, as files
+                are.
             laterality: ``L`` or ``R``, the side of a mammogram, if it is known and not in the file.
             score: Minimum score of a box.
 
@@ -122,13 +123,13 @@ class Predictor:
         )
 
     def _prepared(self, image: NDArray[Any] | str | Path, laterality: Literal["L", "R"] | None) -> Sample:
-        """Return the network's input (1, H, W) in [0, 1], and where it lies in the image."""
+        """Return the network's input (C, H, W) in [0, 1], and where it lies in the image."""
         if self.image_size is None:
             raise ConfigError(
                 "the preparation of this model's images is not known, because the config.yaml of its run is missing or "
                 "its sites prepare them differently; use load(path, image_size=(HEIGHT, WIDTH), preset=...)"
             )
-        preprocessing = Preprocessing(self.preset, self.image_size, self.white_level)
+        preprocessing = Preprocessing(self.preset, self.image_size, self.white_level, self.module.in_chans)
         if isinstance(image, np.ndarray):
             return prepare_array(image, preprocessing, laterality)
         file = Path(image)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,9 +71,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     real = rasterize.read_image
 
-    def counting(file: Path, white_level: int | None) -> Pixels:
+    def counting(file: Path, *more: Any) -> Pixels:
         names.append(file.name)
-        return real(file, white_level)
+        return real(file, *more)
 
     monkeypatch.setattr(rasterize, "read_image", counting)
     return names
@@ -391,11 +392,11 @@ def test_entries_of_this_run_are_not_evicted(tmp_path: Path, films: Path) -> Non
 def _slow_fill(folder: Path, films: Path, log: Path, seconds: float) -> None:
     real = rasterize.read_image
 
-    def slow(file: Path, white_level: int | None) -> Pixels:
+    def slow(file: Path, *more: Any) -> Pixels:
         with log.open("a") as stream:
             stream.write(f"{file.name}\n")
         time.sleep(seconds)
-        return real(file, white_level)
+        return real(file, *more)
 
     rasterize.read_image = slow
     fill(Cache(folder), records(films))
