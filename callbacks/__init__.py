@@ -1,6 +1,7 @@
 """Lightning callbacks: evaluation, federation, prediction, reports, run folder."""
 
 from callbacks.evaluation.calibrate import Calibrate
+from callbacks.evaluation.familiarity import Familiarity
 from callbacks.evaluation.per_image_results import PerImageResults
 from callbacks.federation.callback import Federation
 from callbacks.federation.posterior_prediction import PosteriorPrediction
@@ -31,6 +32,7 @@ __all__ = [
     "AtomicCheckpoints",
     "Calibrate",
     "Explanations",
+    "Familiarity",
     "Federation",
     "FederationReport",
     "LastCheckpoint",

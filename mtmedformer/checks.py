@@ -302,7 +302,7 @@ def malformed(checkpoint: Any) -> str | None:
         return "it has no state_dict"
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
         return "its state_dict holds something other than tensors"
-    for key in ("hyper_parameters", "calibration", "callbacks"):
+    for key in ("hyper_parameters", "calibration", "callbacks", "familiarity"):
         if not isinstance(checkpoint.get(key, {}), dict | None):
             return f"its {key} are a {type(checkpoint[key]).__name__}"
     return None

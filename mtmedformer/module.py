@@ -24,6 +24,7 @@ from mtmedformer.checks import (
     check_weights,
     tasks_of,
 )
+from mtmedformer.encoders import familiarity
 from mtmedformer.encoders.base import Encoder
 from mtmedformer.encoders.pretrained import load_weights
 from mtmedformer.errors import ConfigError
@@ -180,12 +181,14 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
         self.loss.backward(losses, present, shared, own, scale=1.0 / self.trainer.accumulate_grad_batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the calibration of these weights with them."""
+        """Store the calibration of these weights with them, and what their training images were like."""
         if self.calibration:
             checkpoint["calibration"] = plain(self.calibration)
+        if self.familiarity is not None:
+            checkpoint["familiarity"] = familiarity.plain(self.familiarity)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint fits; restore its calibration, except to resume training.
+        """Check that the checkpoint fits; restore its calibration and familiarity, except to resume training.
 
         Raises:
             ConfigError: As in ``check_checkpoint``.
@@ -193,6 +196,7 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
         self.check_checkpoint(checkpoint, resumed=self._stage == "fit" and self.automatic_optimization)
         own = {} if self._stage == "fit" else restored(checkpoint.get("calibration", {}))
         self.calibration = combined_calibration([own, *(one.calibration for one in self.members)])
+        self.familiarity = None if self._stage == "fit" else familiarity.restored(checkpoint.get("familiarity"))
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any], resumed: bool) -> None:
         """Check that a checkpoint fits this model and its configuration, before anything is restored from it.
@@ -210,7 +214,8 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
             check_resumed(optimizer["param_groups"], self._configured_groups())
 
     def on_train_start(self) -> None:
-        """Keep the seed of the run."""
+        """Keep the seed of the run, and remove the familiarity, because the weights change."""
+        self.familiarity = None
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**31))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

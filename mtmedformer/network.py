@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mtmedformer.batch import Batch, Target, Task
 from mtmedformer.calibration import TaskCalibration
 from mtmedformer.encoders.base import Encoder
+from mtmedformer.encoders.familiarity import TrainingDistribution
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead, build_heads
 from mtmedformer.heads.capabilities import calibrated
@@ -37,6 +38,7 @@ class MultiTaskNetwork(L.LightningModule):
         calibration: Temperatures and thresholds by task, stored in the checkpoint.
         members: Further members of the ensemble of which this network is the first (`mtmedformer.inference.ensemble`);
             not among its submodules.
+        familiarity: What the training images were like, stored in the checkpoint; ``None`` before it is fitted.
 
     Raises:
         ConfigError: When there is no head, or ``tasks`` names a task that has none.
@@ -57,6 +59,7 @@ class MultiTaskNetwork(L.LightningModule):
         self.channels_last = channels_last
         self.calibration: dict[str, TaskCalibration] = {}
         self.members: tuple[MultiTaskNetwork, ...] = ()
+        self.familiarity: TrainingDistribution | None = None
 
     @property
     def in_chans(self) -> int:
@@ -72,6 +75,15 @@ class MultiTaskNetwork(L.LightningModule):
         """Return each head's raw outputs for ``image`` float (B, C, H, W) in [0, 1]."""
         pyramid = self._pyramid(image)
         return {name: head(pyramid, image_size(image)) for name, head in self._heads().items()}
+
+    @torch.no_grad()
+    def features(self, image: Tensor) -> Tensor:
+        """Return the mean of every channel of every level of the pyramid, float (B, levels * channels).
+
+        Args:
+            image: float (B, C, H, W) in [0, 1].
+        """
+        return torch.cat([level.mean(dim=(2, 3)) for level in self._pyramid(image)], dim=1)
 
     def predict(self, image: Tensor, raw: bool = False) -> dict[str, Any]:
         """Return each head's predictions (see ``TaskHead.predict``) for ``image`` float (B, C, H, W) in [0, 1].

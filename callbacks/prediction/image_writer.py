@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from callbacks.prediction.dicom.objects import DicomObjects
+from callbacks.prediction.familiarity_of_images import columns
 from callbacks.prediction.prediction_folder import PredictionFolder, safe_class
 from mtmedformer.batch import Meta, Task
 from mtmedformer.errors import DataError
@@ -53,6 +54,7 @@ class ImageWriter:
             entry have no threshold.
         overlays: Whether to draw pictures.
         dicom: Builder of the DICOM objects, or ``None`` for no objects.
+        refuse_unfamiliar: Whether an unfamiliar image gets a row in the tables and no prediction.
     """
 
     folder: PredictionFolder
@@ -62,6 +64,7 @@ class ImageWriter:
     class_thresholds: Mapping[tuple[str, str], float]
     overlays: bool
     dicom: DicomObjects | None
+    refuse_unfamiliar: bool = False
 
     def write(self, result: ImageResult, image: Floats, source: ImageSource | None) -> None:
         """Write all files of an image, the JSON last.
@@ -78,6 +81,9 @@ class ImageWriter:
         digest = file_digest(source.file) if source else ""
         if source and source.state not in (None, file_state(source.file)):
             raise DataError("the file changed while it was predicted; repeat the command")
+        if self.refuse_unfamiliar and result.familiarity is not None and result.familiarity.unfamiliar:
+            self._refuse(result, source, digest)
+            return
         written = {"masks": self._masks(result)}
         files = [entry["file"] for by_class in written["masks"].values() for entry in by_class.values()]
         if self.dicom and source and source.dicom:
@@ -94,6 +100,13 @@ class ImageWriter:
         if problems:
             entry |= {"failed": "; ".join(p[0] for p in problems), "detail": "; ".join(p[1] for p in problems)}
         self.folder.finish(result.meta.id, entry)
+
+    def _refuse(self, result: ImageResult, source: ImageSource | None, digest: str) -> None:
+        """List an unfamiliar image without a prediction."""
+        assert result.familiarity is not None
+        nothing = ImageResult(result.meta, familiarity=result.familiarity)
+        why = {"failed": "refused: unlike the training images", "detail": "; ".join(result.familiarity.reasons)}
+        self.folder.finish(result.meta.id, self._entry(nothing, source, digest) | {"masks": {}, "files": []} | why)
 
     def _masks(self, result: ImageResult) -> dict[str, dict[str, Json]]:
         description = PngImagePlugin.PngInfo()
@@ -145,6 +158,7 @@ class ImageWriter:
             "values": {task: asdict(value) for task, value in result.values.items()},
             "boxes": {task: [_box(box) for box in boxes] for task, boxes in result.boxes.items()},
             "uncertainty": result.uncertainty,
+            "familiarity": asdict(result.familiarity) if result.familiarity else None,
             "row": self._row(result, digest),
         }
 
@@ -152,6 +166,8 @@ class ImageWriter:
         """Return the row of the image in the CSV, with columns in the order of tasks and classes."""
         meta = result.meta
         row: Json = {"image": meta.id, "site": meta.site, "view": meta.view or "", "laterality": meta.laterality or ""}
+        if result.familiarity is not None:
+            row |= columns(result.familiarity)
         for task in self.tasks:
             for c, p in result.classes.get(task, {}).items():
                 row[f"{task}:{c}"] = f"{p:.4f}"

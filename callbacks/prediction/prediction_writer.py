@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +14,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 import mtmedformer
 from callbacks.prediction.dicom.model_identity import ModelIdentity
 from callbacks.prediction.dicom.objects import DicomObjects
+from callbacks.prediction.familiarity_of_images import ImageFiles, assessed
 from callbacks.prediction.image_writer import ImageSource, ImageWriter, file_state
 from callbacks.prediction.prediction_folder import PredictionFolder, predictions_root
 from mtmedformer.batch import Batch, Task
 from mtmedformer.calibration import TaskCalibration, plain
+from mtmedformer.encoders.familiarity import NO_FAMILIARITY, Assessment
 from mtmedformer.errors import ConfigError, DataError
 from mtmedformer.inference.results import NOTE, image_result
 from mtmedformer.module import MultiTaskModule
@@ -57,6 +59,8 @@ class PredictionWriter(Callback):
         overlays: Draw one picture per image.
         dicom: Write a segmentation and a structured report for images that are DICOM files.
         codes: Codes of classes in DICOM objects, ``{class: [value, scheme, meaning]}``, besides the built-in ones.
+        refuse_unfamiliar: Write no prediction of an image that is unlike the training images (see ``Familiarity``); it
+            is listed in ``failed.csv``. Otherwise its prediction is written with a warning.
 
     Attributes:
         exit_code: Exit code of the command: 3 if an image failed.
@@ -71,10 +75,12 @@ class PredictionWriter(Callback):
         overlays: bool = False,
         dicom: bool = False,
         codes: dict[str, tuple[str, str, str]] | None = None,
+        refuse_unfamiliar: bool = False,
     ) -> None:
         self.predictions_root, self.score, self.threshold = folder, score, threshold
         self.operating_point = operating_point
         self.overlays, self.dicom, self.codes = overlays, dicom, codes or {}
+        self.refuse_unfamiliar = refuse_unfamiliar
         self.exit_code = 0
         self._tasks: dict[str, Task] = {}
         self._calibration: dict[str, TaskCalibration] = {}
@@ -82,6 +88,8 @@ class PredictionWriter(Callback):
         self._states: dict[str, tuple[int, int] | None] = {}
         self._listed_failures = 0
         self._writer: ImageWriter | None = None
+        self._facts: ImageFiles | None = None
+        self._unfamiliar = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the data module skip finished images; it calls back later, when the weights are loaded.
@@ -106,9 +114,14 @@ class PredictionWriter(Callback):
     ) -> None:
         """Write the predictions of a batch, and list the images that could not be read so far."""
         assert self._writer is not None
+        assert self._facts is not None
+        measured = assessed(pl_module, batch, self._facts)
+        familiarity: list[Assessment | None] = [*measured] or [None] * len(batch)
+        self._unfamiliar += sum(one.unfamiliar for one in familiarity if one is not None)
         for i, meta in enumerate(batch.meta):
             try:
                 result = image_result(outputs, i, meta, self._tasks, self.score, self._calibration)
+                result = replace(result, familiarity=familiarity[i])
                 self._writer.write(result, picture_of(batch.image[i]), self._source(trainer, meta.id))
             except (DataError, OSError) as error:
                 if ends_every_write(error):
@@ -142,11 +155,13 @@ class PredictionWriter(Callback):
         Raises:
             ConfigError: It holds predictions of another model or with other settings, and the run would continue them.
         """
+        self._check_familiarity(pl_module)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._calibration = pl_module.calibration if isinstance(pl_module, CalibratedModel) else {}
         calibration = plain(self._calibration)
         self._tasks = dict(cast("Mapping[str, Task]", pl_module.tasks))
         self._writer = self._image_writer(trainer, _digest(pl_module), calibration)
+        self._facts, self._unfamiliar = ImageFiles(trainer), 0
         self._files = dict(data.files) if isinstance(data, OriginalImages) else {}
         self._states = {image: file_state(file) for image, file in self._files.items()}
         self.exit_code = self._listed_failures = 0
@@ -154,6 +169,15 @@ class PredictionWriter(Callback):
             self._writer.folder.prepare(self._about(self._writer, pl_module, data, calibration), resume)
         trainer.strategy.barrier("predictions prepared")
         return self._writer
+
+    def _check_familiarity(self, pl_module: LightningModule) -> None:
+        """Refuse to sort out unfamiliar images with a model that has no familiarity.
+
+        Raises:
+            ConfigError: It has none.
+        """
+        if self.refuse_unfamiliar and not (isinstance(pl_module, MultiTaskModule) and pl_module.familiarity):
+            raise ConfigError(NO_FAMILIARITY)
 
     def _image_writer(self, trainer: Trainer, model: str, calibration: Mapping[str, Any]) -> ImageWriter:
         classes = {kind: _classes(self._tasks, kind) for kind in ("classification", "detection")}
@@ -170,6 +194,7 @@ class PredictionWriter(Callback):
             class_thresholds=_calibrated_thresholds(calibration, self.operating_point, classes["classification"]),
             overlays=self.overlays,
             dicom=DicomObjects(ModelIdentity(model, self.codes), boxes) if self.dicom else None,
+            refuse_unfamiliar=self.refuse_unfamiliar,
         )
 
     def _about(
@@ -177,6 +202,7 @@ class PredictionWriter(Callback):
     ) -> dict[str, Any]:
         """Return model and settings; predictions are continued only with the same ones."""
         ways = dict(pl_module.predictor.settings) if isinstance(pl_module, MultiTaskModule) else {}
+        familiarity = pl_module.familiarity if isinstance(pl_module, MultiTaskModule) else None
         own = {
             "score": self.score,
             "threshold": {f"{task}: {c}": value for (task, c), value in writer.box_thresholds.items()},
@@ -184,6 +210,8 @@ class PredictionWriter(Callback):
             "overlays": self.overlays,
             "dicom": self.dicom,
             "codes": self.codes,
+            "refuse_unfamiliar": self.refuse_unfamiliar,
+            "familiarity": familiarity.settings() if familiarity else None,
         }
         of_data = data.settings if isinstance(data, ResumablePrediction) else {}
         return {
@@ -222,6 +250,11 @@ class PredictionWriter(Callback):
         folder = self._writer.folder
         failed = folder.write_tables({name: asdict(task) for name, task in self._tasks.items()})
         SafeConsole().print(f"Written: {folder.root}", highlight=False, soft_wrap=True)
+        if self._unfamiliar:
+            log.warning(
+                "%d images are unlike the training images; see the column unfamiliar:why of predictions.csv",
+                self._unfamiliar,
+            )
         if failed:
             self.exit_code = 3
             log.warning("%d images failed; the reasons are in %s", failed, folder.root / "failed.csv")

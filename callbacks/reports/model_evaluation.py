@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from callbacks.evaluation.familiarity import TestDrift
 from callbacks.reports.ranking_curves import TaskCurves
 from callbacks.reports.reliability_report import TaskReliability
 from mtmedformer.plots.html import number
@@ -172,6 +173,7 @@ class ModelEvaluation:
         model: The tested model.
         config: Configuration in YAML, possibly empty.
         versions: Versions of software and hardware by name.
+        drift: Familiarity of the test images; ``None`` where the checkpoint has none.
     """
 
     tasks: dict[str, TaskEvaluation]
@@ -180,3 +182,4 @@ class ModelEvaluation:
     model: ModelDescription
     config: str
     versions: dict[str, str]
+    drift: TestDrift | None = None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from callbacks.reports.drift_section import drift_section
 from callbacks.reports.metrics_table import HEADLINES, HIDDEN
 from callbacks.reports.model_evaluation import DataDescription, ModelEvaluation, TaskEvaluation
 from callbacks.reports.ranking_curves import task_figure
@@ -66,6 +67,7 @@ def model_page(
     """
     sections = [
         *((name, _task(name, task, pictures.get(name), colours)) for name, task in evaluation.tasks.items()),
+        *([("Drift", drift_section(evaluation.drift))] if evaluation.drift else []),
         ("Data", _data(evaluation.data, list(evaluation.tasks))),
         ("Excluded", _excluded(evaluation.data)),
         ("Model and configuration", _run(evaluation)),

@@ -14,6 +14,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
+from callbacks.evaluation.familiarity import Familiarity, TestDrift
 from callbacks.reports.cases import Case, case_figure, prediction_quality, select_cases
 from callbacks.reports.environment import versions
 from callbacks.reports.metrics_table import MetricsReport
@@ -92,11 +93,14 @@ class ModelReport(Callback):
         metrics = _metrics(module)
         values = {name: _values(metric) for name, metric in metrics.items()}
         reliability: dict[str, TaskReliability] = {}
+        drift: TestDrift | None = None
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, MetricsReport) and callback.values:
                 values = {name: _of_task(callback.values, name) for name in metrics}
             elif isinstance(callback, ReliabilityReport):
                 reliability = callback.tasks
+            elif isinstance(callback, Familiarity):
+                drift = callback.drift
         tasks = {
             name: TaskEvaluation(
                 kind=module.tasks[name].kind,
@@ -117,6 +121,7 @@ class ModelReport(Callback):
             model=_model_description(trainer, module),
             config=_config(Path(self.folder or trainer.default_root_dir)),
             versions=versions(),
+            drift=drift,
         )
 
     def _pictures(self, trainer: Trainer, module: MultiTaskModule) -> dict[str, Html]:

@@ -8,14 +8,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 
 from mtmedformer.commands.checkpoint_config import run_config
 from mtmedformer.commands.load.preparation import PREPARATION, preparation
 from mtmedformer.commands.named_classes import check_stored, own_words
+from mtmedformer.encoders.familiarity import NO_FAMILIARITY
 from mtmedformer.errors import ConfigError
 
-USAGE = "mtmedformer predict --ckpt_path CKPT --images DIR|FILE… --output DIR [--dicom=false] [--overlays=false]"
+USAGE = (
+    "mtmedformer predict --ckpt_path CKPT --images DIR|FILE… --output DIR [--dicom=false] [--overlays=false] "
+    "[--refuse_unfamiliar]"
+)
+
+_FLAGS = {"dicom": True, "overlays": True, "refuse_unfamiliar": False}
+"""Arguments of ``PredictionWriter`` with a flag, and their values without it."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,10 +32,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def with_images(argv: list[str], stack: ExitStack, trusted: bool = False) -> list[str]:
-    """Turn ``--images``, ``--output``, ``--dicom`` and ``--overlays`` into a configuration; other arguments stay.
+    """Turn ``--images``, ``--output`` and the flags of the output into a configuration; other arguments stay.
 
-    The preprocessing is that of ``config.yaml`` in the run folder of the checkpoint. Other arguments of the command
-    line, for example ``--data.image_size``, override it.
+    The flags are ``--dicom``, ``--overlays`` and ``--refuse_unfamiliar``. The preprocessing is that of ``config.yaml``
+    in the run folder of the checkpoint. Other arguments of the command line, for example ``--data.image_size``,
+    override it.
 
     Args:
         argv: The command line, the subcommand first.
@@ -44,9 +53,10 @@ def with_images(argv: list[str], stack: ExitStack, trusted: bool = False) -> lis
     parser.add_argument("--output")
     parser.add_argument("--dicom", type=_flag)
     parser.add_argument("--overlays", type=_flag)
+    parser.add_argument("--refuse_unfamiliar", type=_flag, nargs="?", const=True)
     given, rest = parser.parse_known_args(argv[1:])
     if given.images is None:
-        stray = [f"--{name}" for name in ("output", "dicom", "overlays") if getattr(given, name) is not None]
+        stray = [f"--{name}" for name in ("output", *_FLAGS) if getattr(given, name) is not None]
         if stray:
             raise ConfigError(f"predict: {', '.join(stray)} needs --images; usage: {USAGE}")
         return argv
@@ -60,6 +70,8 @@ def with_images(argv: list[str], stack: ExitStack, trusted: bool = False) -> lis
         raise ConfigError("predict --images: --ckpt_path must name a checkpoint's file")
     if not Path(known.ckpt_path).is_file():
         raise ConfigError(f"--ckpt_path={known.ckpt_path}: no such file")
+    if given.refuse_unfamiliar and not _describes_its_images(Path(known.ckpt_path)):
+        raise ConfigError(NO_FAMILIARITY)
     if known.data is not None:
         raise ConfigError(f"predict: --images and --data={known.data} exclude each other")
     configuration = {
@@ -72,6 +84,15 @@ def with_images(argv: list[str], stack: ExitStack, trusted: bool = False) -> lis
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     (folder / "images.yaml").write_text(yaml.safe_dump(configuration), encoding="utf-8")
     return ["predict", "--config", str(folder / "images.yaml"), *rest, f"--trainer.default_root_dir={given.output}"]
+
+
+def _describes_its_images(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has a familiarity; one that cannot be read is explained when it is loaded."""
+    try:
+        stored = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+    except Exception:  # torch raises many types of exceptions for unreadable files
+        return True
+    return not isinstance(stored, dict) or bool(stored.get("familiarity"))
 
 
 def _preparation(checkpoint: Path, rest: list[str], trusted: bool) -> dict[str, Any]:
@@ -93,7 +114,7 @@ def _preparation(checkpoint: Path, rest: list[str], trusted: bool) -> dict[str, 
 
 
 def _writer(given: argparse.Namespace) -> dict[str, Any]:
-    outputs = {name: True if getattr(given, name) is None else getattr(given, name) for name in ("dicom", "overlays")}
+    outputs = {name: usual if getattr(given, name) is None else getattr(given, name) for name, usual in _FLAGS.items()}
     return {"class_path": "callbacks.PredictionWriter", "init_args": {"folder": given.output, **outputs}}
 
 

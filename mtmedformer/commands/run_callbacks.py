@@ -37,6 +37,7 @@ def run_callbacks(
         (callbacks.QuarantineReport, lambda: callbacks.QuarantineReport(folder)),
         (callbacks.MetricsReport, lambda: callbacks.MetricsReport(folder)),
         (callbacks.ReliabilityReport, lambda: callbacks.ReliabilityReport(folder)),
+        (callbacks.Familiarity, lambda: callbacks.Familiarity(folder=folder)),
         (callbacks.ModelReport, lambda: callbacks.ModelReport(folder)),
         (callbacks.PredictionWriter, lambda: callbacks.PredictionWriter(f"{folder}/predictions")),
     ]

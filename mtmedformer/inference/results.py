@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mtmedformer.batch import Meta, Task
 from mtmedformer.calibration import TaskCalibration
+from mtmedformer.encoders.familiarity import Assessment
 from mtmedformer.errors import DataError
 from mtmedformer.geometry import Bytes, boxes_in_original, mask_in_original
 from mtmedformer.metrics.base import entropy
@@ -81,6 +82,7 @@ class ImageResult:
         masks: uint8 (H, W) of 0 and 1 for each class, by segmentation task.
         uncertainty: By task, numbers that are larger the less sure the model is (see `entropies`).
         values: Number or grade by regression task.
+        familiarity: How familiar the image is to the model; ``None`` where that was not fitted.
     """
 
     meta: Meta
@@ -89,6 +91,7 @@ class ImageResult:
     masks: dict[str, dict[str, Bytes]] = field(default_factory=dict)
     uncertainty: dict[str, dict[str, float]] = field(default_factory=dict)
     values: dict[str, FoundValue] = field(default_factory=dict)
+    familiarity: Assessment | None = None
 
 
 def image_result(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 from torch import Tensor
 
 from mtmedformer.batch import (
@@ -25,6 +25,7 @@ from mtmedformer.batch import (
     Task,
 )
 from mtmedformer.metrics.regression import median_grade
+from mtmedformer.plots.boxes import DrawnBox, placed
 from mtmedformer.plots.style import class_colours, picture_of
 
 
@@ -76,7 +77,7 @@ def overlay_figure(
 def _draw_truth(
     axis: Axes, targets: dict[str, Target], tasks: dict[str, Task], colours: Mapping[tuple[str, str], str]
 ) -> str:
-    lines = []
+    lines, boxes = [], list[DrawnBox]()
     for name, task in tasks.items():
         target = targets[name]
         if not bool(target.present[0]):
@@ -88,7 +89,7 @@ def _draw_truth(
             lines.append(f"{name}: {_value_text(task, float(target.values[0]))}")
         elif isinstance(target, DetectionTarget):
             for box, label in zip(target.boxes[0].tolist(), target.labels[0].tolist(), strict=True):
-                _box(axis, box, colours[name, task.classes[label]], "")
+                boxes.append(_drawn(box, colours[name, task.classes[label]]))
             if not len(target.boxes[0]):
                 lines.append(f"{name}: none")
         elif isinstance(target, SegmentationTarget):
@@ -96,6 +97,7 @@ def _draw_truth(
                 _mask(axis, (mask == 1).cpu(), colours[name, c])
                 if bool((mask == IGNORE).all()):
                     lines.append(f"{c}: not labelled")
+    _draw_boxes(axis, boxes)
     return "\n".join(lines)
 
 
@@ -106,7 +108,7 @@ def _draw_prediction(
     colours: Mapping[tuple[str, str], str],
     score: float,
 ) -> str:
-    lines = []
+    lines, drawn = [], list[DrawnBox]()
     for name, task in tasks.items():
         predicted = predictions[name]
         if task.kind == "classification":
@@ -123,10 +125,11 @@ def _draw_prediction(
                 boxes["boxes"].tolist(), boxes["scores"].tolist(), boxes["labels"].tolist(), strict=True
             ):
                 if s >= score:
-                    _box(axis, box, colours[name, task.classes[label]], f"{s:.2f}")
+                    drawn.append(_drawn(box, colours[name, task.classes[label]], f"{s:.2f}"))
         else:
             for c, p in zip(task.classes, predicted[0], strict=True):
                 _mask(axis, (p >= 0.5).cpu(), colours[name, c])
+    _draw_boxes(axis, drawn)
     return "\n".join(lines)
 
 
@@ -134,11 +137,26 @@ def _value_text(task: Task, value: float) -> str:
     return task.classes[int(value)] if task.classes else f"{value:.4g} {task.unit}".rstrip()
 
 
-def _box(axis: Axes, box: Sequence[float], colour: str, text: str) -> None:
-    x0, y0, x1, y1 = (v - 0.5 for v in box)  # imshow puts pixel centres, not corners, on integers
-    axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.5))
-    if text:
-        axis.text(x0, y0, text, color="black", fontsize=6, backgroundcolor=colour, va="bottom", clip_on=True)
+def _drawn(box: Sequence[float], colour: str, text: str = "") -> DrawnBox:
+    return DrawnBox([v - 0.5 for v in box], colour, text)  # imshow puts pixel centres, not corners, on integers
+
+
+def _draw_boxes(axis: Axes, boxes: Sequence[DrawnBox]) -> None:
+    """Draw boxes; the texts of those that lie on one another are beside each other."""
+    for box in placed(boxes):
+        box.outline(axis, 1.5)
+        if box.text:
+            axis.annotate(
+                box.text,
+                (box.xyxy[0], box.xyxy[1]),
+                xytext=(19 * box.place, 0),
+                textcoords="offset points",
+                color="black",
+                fontsize=6,
+                backgroundcolor=box.colour,
+                va="bottom",
+                annotation_clip=False,
+            ).set_clip_on(True)
 
 
 def _mask(axis: Axes, mask: Tensor, colour: str) -> None:

@@ -14,7 +14,8 @@ from matplotlib.patheffects import withStroke
 
 from mtmedformer.batch import Meta, Task
 from mtmedformer.geometry import Bytes, Floats, Frame, compose, invert, warp
-from mtmedformer.inference.results import NOTE, FoundBox, ImageResult
+from mtmedformer.inference.results import NOTE, ImageResult
+from mtmedformer.plots.boxes import DrawnBox, placed
 from mtmedformer.plots.style import class_colours
 
 LONGEST = 1400
@@ -22,6 +23,9 @@ LONGEST = 1400
 
 LINE, MARGIN, TITLE = 0.21, 0.12, 0.28
 """Inches: height of a line of text, margin, height of the title."""
+
+WARNING = "#b4281e"
+"""Colour of the warning about an unfamiliar image."""
 
 Classes = Mapping[tuple[str, str], str]
 
@@ -65,7 +69,8 @@ def prediction_figure(
     colours = class_colours(tasks.values())
     height, width = preview.shape[:2]
     side = 4.4 if height < 1.25 * width else 3.5
-    lines = [
+    warning = textwrap.wrap(_warning(result), int(26 * side))
+    lines = warning + [
         part for line in _summary_lines(result, tasks, score_thresholds) for part in textwrap.wrap(line, int(26 * side))
     ]
     high = side * height / width
@@ -83,7 +88,7 @@ def prediction_figure(
             _draw(axis, result, colours, score_thresholds, scale)
     top = whole[1] - TITLE - high - MARGIN
     for number, line in enumerate(lines):
-        _write(figure, whole, top - LINE * number, line, 9, "#111111")
+        _write(figure, whole, top - LINE * number, line, 9, WARNING if number < len(warning) else "#111111")
     top -= 0.04
     handles = [Patch(color=colour, label=c if task == c else f"{task}: {c}") for (task, c), colour in colours.items()]
     if handles:
@@ -143,6 +148,12 @@ def _summary_lines(
     return lines
 
 
+def _warning(result: ImageResult) -> str:
+    if result.familiarity is None or not result.familiarity.unfamiliar:
+        return ""
+    return f"WARNING: unlike the training images: {'; '.join(result.familiarity.reasons)}"
+
+
 def _area(mask: Bytes, meta: Meta) -> str:
     pixels = int(mask.sum())
     if not pixels:
@@ -160,10 +171,14 @@ def _draw(
     for name, masks in result.masks.items():
         for c, mask in masks.items():
             _draw_mask(axis, mask, size, colours[name, c])
-    for name, boxes in result.boxes.items():
-        for box in reversed(boxes):  # best score on top
-            if box.score >= score_thresholds[name, box.name]:
-                _draw_box(axis, box, scale, colours[name, box.name])
+    drawn = [
+        DrawnBox([v * scale for v in box.xyxy], colours[name, box.name], f"{box.score:.2f}")
+        for name, boxes in result.boxes.items()
+        for box in reversed(boxes)  # best score on top
+        if box.score >= score_thresholds[name, box.name]
+    ]
+    for box in placed(drawn):
+        _draw_box(axis, box)
     axis.set_xlim(0, width)
     axis.set_ylim(height, 0)
 
@@ -183,20 +198,23 @@ def _draw_mask(axis: Axes, mask: Bytes, size: tuple[int, int], colour: str) -> N
         axis.plot(ring[:, 0], ring[:, 1], color=colour, linewidth=1.1, solid_joinstyle="round")
 
 
-def _draw_box(axis: Axes, box: FoundBox, scale: float, colour: str) -> None:
-    x0, y0, x1, y1 = (v * scale for v in box.xyxy)
-    outline = [withStroke(linewidth=2.6, foreground="black", alpha=0.6)]
-    axis.add_patch(
-        Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.4, path_effects=outline)
-    )
-    top = y0 > 0.05 * axis.get_ylim()[0]  # no space above: write inside
+def _draw_box(axis: Axes, box: DrawnBox) -> None:
+    if not box.place:
+        axis.add_patch(
+            Rectangle(
+                (box.xyxy[0], box.xyxy[1]), box.xyxy[2] - box.xyxy[0], box.xyxy[3] - box.xyxy[1],
+                fill=False, edgecolor="black", linewidth=2.6, alpha=0.6,
+            )
+        )  # fmt: skip
+    box.outline(axis, 1.4)
+    top = box.xyxy[1] > 0.05 * axis.get_ylim()[0]  # no space above: write inside
     axis.annotate(
-        f"{box.score:.2f}",
-        (x0, y0),
-        xytext=(0, 2 if top else -2),
+        box.text,
+        (box.xyxy[0], box.xyxy[1]),
+        xytext=(22 * box.place, 2 if top else -2),
         textcoords="offset points",
         va="bottom" if top else "top",
         fontsize=7.5,
-        color="white",
+        color="white" if box.together == 1 else box.colour,
         path_effects=[withStroke(linewidth=2, foreground="black")],
     )

@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save
+from torch import Tensor
 
 import mtmedformer
 from mtmedformer.commands.ensemble import named_checkpoints
@@ -21,6 +22,7 @@ from mtmedformer.commands.export.onnx_outputs import DECODING, describe_outputs
 from mtmedformer.commands.load.stored_model import (
     ABOUT,
     CONFIG,
+    FAMILIARITY,
     GRAPH,
     WEIGHTS,
     StoredModel,
@@ -49,9 +51,10 @@ def export(
     """Write a model as a folder that does not need its run and, with ONNX, does not need PyTorch.
 
     ``model.json`` describes it (classes, preparation of images, calibration), ``model.safetensors`` contains its
-    weights, ``config.yaml`` its ``model`` section, to continue training with ``--model.init_weights``, and
-    ``model.onnx`` the graph, which is written only if onnxruntime and PyTorch give the same outputs. Of an ensemble,
-    ``model-2.safetensors`` and so on have the weights of the other members, and the graph has all of them.
+    weights, ``familiarity.safetensors`` what its training images were like (only with the weights), ``config.yaml``
+    its ``model`` section, to continue training with ``--model.init_weights``, and ``model.onnx`` the graph, which is
+    written only if onnxruntime and PyTorch give the same outputs. Of an ensemble, ``model-2.safetensors`` and so on
+    have the weights of the other members, and the graph has all of them.
 
     Args:
         path: A checkpoint of ``fit``, or those of all members of an ensemble.
@@ -74,6 +77,8 @@ def export(
         state = {name: tensor.contiguous().clone() for name, tensor in one.weights.items()}
         note = f"{NOTE}; model {weights_digest(one.weights)}"
         files[weights_file(number)] = save(state, metadata={"note": note})
+    if (arrays := _arrays(stored.familiarity)) and format != "onnx":
+        files[FAMILIARITY] = save({name: array.contiguous().clone() for name, array in arrays.items()})
     if graph is not None:
         described = {key: about[key] for key in ("note", "software", "weights", "tasks", "preparation", "outputs")}
         files[GRAPH] = with_metadata(graph.content, described | {"decoding": DECODING})
@@ -96,6 +101,7 @@ def describe(module: MultiTaskModule, stored: StoredModel, graph: Graph | None) 
             {"weights": weights_digest(one.weights), "model": one.model, "calibration": one.calibration}
             for one in stored.members
         ],
+        "familiarity": {k: v for k, v in stored.familiarity.items() if k not in _arrays(stored.familiarity)},
         "tasks": {name: asdict(task) for name, task in module.tasks.items()},
         "input": "image: float32 (batch, 1, height, width) in [0, 1], framed as in 'preparation'",
         "outputs": outputs,
@@ -131,7 +137,7 @@ def main(argv: Sequence[str]) -> int:
     if graph is not None:
         _show(graph, console)
     weights = [weights_file(number) for number in range(1, len(path) + 1)] if several else [WEIGHTS]
-    for name in (ABOUT, CONFIG, *weights, GRAPH):
+    for name in (ABOUT, CONFIG, *weights, FAMILIARITY, GRAPH):
         if (file := given.output / name).is_file():
             line = f"{file}  {max(1, round(file.stat().st_size / 1000)):,} kB"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -152,6 +158,11 @@ def _show(graph: Graph, console: Console) -> None:
     console.print(
         f"All differences are within {TOLERANCE:g} on images of {shapes}; valid for {bound}.", highlight=False
     )
+
+
+def _arrays(parts: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the parts that are tensors, which JSON does not hold."""
+    return {name: part for name, part in parts.items() if isinstance(part, Tensor)}
 
 
 def _heads(module: MultiTaskModule) -> dict[str, TaskHead]:

@@ -10,7 +10,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from datamodules.audit.header_facts import header_facts
 from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import Issue
 from datamodules.images.presets import ChestPreset, PlainPreset, Preset
@@ -19,6 +21,7 @@ from datamodules.records import Record
 from mtmedformer.batch import Sample, Task
 from mtmedformer.calibration import TaskCalibration
 from mtmedformer.commands.load.stored_model import PRESET_HOMES, build, build_model, read_model
+from mtmedformer.encoders.familiarity import Assessment
 from mtmedformer.errors import ConfigError, DataError
 from mtmedformer.inference.results import NOTE, FoundBox, FoundValue, image_result
 from mtmedformer.module import MultiTaskModule
@@ -41,6 +44,8 @@ class Prediction:
         calibrated: Tasks whose probabilities were calibrated with a temperature fitted on validation images.
         note: The permitted use of these numbers.
         values: Number with its unit and interval, or grade, by regression task.
+        familiarity: ``distance`` from the training images as a multiple of the limit, and ``reasons`` why the image is
+            unlike them, empty for a familiar image; ``None`` where the model has no such limit.
     """
 
     size: tuple[int, int]
@@ -52,6 +57,7 @@ class Prediction:
     calibrated: tuple[str, ...] = ()
     note: str = NOTE
     values: dict[str, FoundValue] = field(default_factory=dict)
+    familiarity: Assessment | None = None
 
 
 class Predictor:
@@ -107,7 +113,8 @@ class Predictor:
             ConfigError: The preparation of the images is not known.
         """
         sample = self._prepared(image, laterality)
-        outputs = self.module.predict_whole(sample.image[None].to(self.module.device))
+        batch = sample.image[None].to(self.module.device)
+        outputs = self.module.predict_whole(batch)
         meta = sample.meta
         result = image_result(outputs, 0, meta, self.tasks, score, self.calibration)
         calibrated = (name for name, one in self.calibration.items() if one.temperature is not None)
@@ -120,7 +127,14 @@ class Predictor:
             result.uncertainty,
             tuple(calibrated),
             values=result.values,
+            familiarity=self._familiarity(batch, image, meta.view),
         )
+
+    def _familiarity(self, batch: Tensor, image: NDArray[Any] | str | Path, view: str | None) -> Assessment | None:
+        if self.module.familiarity is None:
+            return None
+        facts = header_facts(None if isinstance(image, np.ndarray) else Path(image), view)
+        return self.module.familiarity.assess(self.module.features(batch), [facts])[0]
 
     def _prepared(self, image: NDArray[Any] | str | Path, laterality: Literal["L", "R"] | None) -> Sample:
         """Return the network's input (C, H, W) in [0, 1], and where it lies in the image."""

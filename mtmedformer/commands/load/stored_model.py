@@ -25,12 +25,14 @@ from mtmedformer.checks import check_digest, check_members, malformed, no_larger
 from mtmedformer.commands.load.preparation import data_state, preparation
 from mtmedformer.commands.named_classes import check_plain
 from mtmedformer.commands.yaml_files import read_yaml
+from mtmedformer.encoders import familiarity
 from mtmedformer.errors import ConfigError, UserError
 from mtmedformer.inference.ensemble import join
 from mtmedformer.module import MultiTaskModule
 from mtmedformer.storage.hashing import weights_digest
 
 ABOUT, WEIGHTS, GRAPH, CONFIG = "model.json", "model.safetensors", "model.onnx", "config.yaml"
+FAMILIARITY = "familiarity.safetensors"
 """Files of an export."""
 
 MODEL_HOMES = (
@@ -63,6 +65,7 @@ class StoredModel:
         calibration: As from ``mtmedformer.calibration.plain``; empty if there is none.
         preparation: ``image_size``, ``preset`` and ``white_level`` of its training, as far as they are known.
         members: The other members of an ensemble of which this is the first.
+        familiarity: As from ``mtmedformer.encoders.familiarity.plain``; empty if there is none.
     """
 
     source: Path
@@ -71,6 +74,7 @@ class StoredModel:
     calibration: dict[str, Any] = field(default_factory=dict)
     preparation: dict[str, Any] = field(default_factory=dict)
     members: tuple[StoredModel, ...] = ()
+    familiarity: dict[str, Any] = field(default_factory=dict)
 
 
 def weights_file(number: int) -> str:
@@ -144,6 +148,7 @@ def _build_alone(stored: StoredModel, trusted: bool) -> MultiTaskModule:
     try:
         module.on_load_checkpoint({"state_dict": stored.weights | unused})  # explains a different architecture
         module.calibration = restored(stored.calibration)
+        module.familiarity = familiarity.restored(stored.familiarity)
     except ConfigError as error:
         raise ConfigError(f"{stored.source}: {str(error).removeprefix('--ckpt_path ')}") from error
     module.load_state_dict(stored.weights | unused)
@@ -242,7 +247,8 @@ def _read_checkpoint(path: Path) -> StoredModel:
     if (level := common_level(data_state(stored))) is not None:
         prepared = prepared | {"white_level": level}
     model = _for_prediction({"class_path": class_path, "init_args": arguments})
-    return StoredModel(path, model, weights, dict(stored.get("calibration") or {}), prepared)
+    calibration, known = (dict(stored.get(key) or {}) for key in ("calibration", "familiarity"))
+    return StoredModel(path, model, weights, calibration, prepared, familiarity=known)
 
 
 def _read_export(folder: Path) -> StoredModel:
@@ -266,7 +272,18 @@ def _read_export(folder: Path) -> StoredModel:
         StoredModel(folder, model, _exported_weights(folder / weights_file(number), digest), calibration, prepared)
         for number, (digest, model, calibration) in enumerate(parts, start=1)
     ]
-    return replace(first, members=tuple(others))
+    return replace(first, members=tuple(others), familiarity=_exported_familiarity(folder, about))
+
+
+def _exported_familiarity(folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the familiarity of an export; empty where it has none."""
+    file, known = folder / FAMILIARITY, about.get("familiarity")
+    if not known or not file.is_file():
+        return {}
+    try:
+        return {**known, **load_file(file)}
+    except (TypeError, OSError, SafetensorError) as error:
+        raise ConfigError(f"{file}: damaged ({type(error).__name__}); export the model again") from error
 
 
 def _exported_weights(file: Path, digest: Any) -> dict[str, Tensor]:

@@ -36,7 +36,12 @@ def test_images_are_prepared_as_in_training(checkpoint):
     argv, config = expand("--ckpt_path", str(checkpoint), "--images", "a", "b c", "--output", "out")
     assert config["data"]["class_path"] == "datamodules.ImageFolderDataModule"
     assert config["data"]["init_args"] == {"images": ["a", "b c"], "image_size": 96, "preset": CHEST}
-    assert config["trainer"]["callbacks"][0]["init_args"] == {"folder": "out", "dicom": True, "overlays": True}
+    assert config["trainer"]["callbacks"][0]["init_args"] == {
+        "folder": "out",
+        "dicom": True,
+        "overlays": True,
+        "refuse_unfamiliar": False,
+    }
     assert argv[3:] == ["--ckpt_path", str(checkpoint), "--trainer.default_root_dir=out"]
 
 
@@ -46,7 +51,12 @@ def test_flags_and_other_arguments_go_through(checkpoint):
         *("--output=out", "--overlays", "false", "--images", "b", "--trainer.devices=1"),
     )
     assert config["data"]["init_args"]["images"] == ["a", "b"]
-    assert config["trainer"]["callbacks"][0]["init_args"] == {"folder": "out", "dicom": False, "overlays": False}
+    assert config["trainer"]["callbacks"][0]["init_args"] == {
+        "folder": "out",
+        "dicom": False,
+        "overlays": False,
+        "refuse_unfamiliar": False,
+    }
     assert "--data.image_size=[64,32]" in argv
     assert "--trainer.devices=1" in argv
 
