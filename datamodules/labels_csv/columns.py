@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
 
+from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError
 
 
@@ -148,3 +151,26 @@ def _check_values(key: str, spec: ValueColumns) -> None:
         raise ConfigError(f"{key}.classes={spec.classes}: name at least two grades, the lowest first")
     if spec.range is not None and not -math.inf < spec.range[0] < spec.range[1] < math.inf:
         raise ConfigError(f"{key}.range={list(spec.range)}: give the lowest and a higher possible number")
+
+
+def described(specs: Mapping[str, Columns], tasks: Mapping[str, Task]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the columns of tasks by kind and name as plain values, as a configuration describes them.
+
+    Args:
+        specs: The columns by task.
+        tasks: The tasks; their classes are named, so that another table has to have the same.
+    """
+    kinds: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, spec in specs.items():
+        if name not in tasks:
+            continue
+        given = vars(spec)
+        changed = {one.name: given[one.name] for one in fields(spec) if given[one.name] != _default(one)}
+        if "classes" in given and tasks[name].classes:
+            changed["classes"] = list(tasks[name].classes)
+        kinds.setdefault(tasks[name].kind, {})[name] = changed
+    return kinds
+
+
+def _default(one: Field[Any]) -> Any:
+    return one.default if one.default_factory is MISSING else one.default_factory()

@@ -71,6 +71,10 @@ class LabelsCSVDataModule(MedicalDataModule):
             if the table has it.
         kwargs: Arguments of `MedicalDataModule`.
 
+    Attributes:
+        specs: Columns of every task by its name; without given tasks complete after ``plan``.
+        tasks_found: Whether no task was given, so that they are found in the table.
+
     Raises:
         ConfigError: A task is described in two ways, or two tasks have one name.
         DataError: The table is missing, incomplete or contradicts itself (on ``catalogue`` and ``setup``).
@@ -111,6 +115,7 @@ class LabelsCSVDataModule(MedicalDataModule):
         self.group_columns = group_columns
         self._found: dict[str, FoundClasses] = {}
         self.specs = check_columns(self.classification, self.detection, self.segmentation, self.regression)
+        self.tasks_found = not self.specs
 
     @property
     def salt(self) -> str:
@@ -163,7 +168,8 @@ class LabelsCSVDataModule(MedicalDataModule):
     def _read(self) -> Table:
         """Return the table, and find the tasks in it where none is given."""
         file = self.root / self.table
-        if not self.specs and self.table == TABLE and self.root.is_dir() and not file.exists():
+        only_label = {column for spec in self.specs.values() for column in columns_of(spec)} <= {"label"}
+        if only_label and self.table == TABLE and self.root.is_dir() and not file.exists():
             table = read_folders(self.root)
             self.image_column = table.columns[0]
             self.patient_column = None if self.patient_column == "patient" else self.patient_column

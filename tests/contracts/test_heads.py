@@ -135,6 +135,7 @@ CASES = {
     "grades-terms": Case(lambda: OrdinalHead(ABC, terms={"coral": Coral(), "nll": CumulativeLink(0.5)}), grades, 100),
     "boxes": Case(lambda: DetectionHead(AB, num_convs=1), box_lists, 50, 5e-3),
     "boxes-options": Case(lambda: DetectionHead(AB, width=16, box_loss=CIoU(2.0)), box_lists, 50, 5e-3),
+    "boxes-strides": Case(lambda: DetectionHead(AB, num_convs=1, strides=(8, 16, 32)), box_lists, 50, 5e-3),
     "queries": Case(lambda: DETRHead(AB, num_queries=6), box_lists, 80, 2e-3),
     "mask": Case(lambda: SegmentationHead(("a",)), masks(1, False)),
     "masks": Case(lambda: SegmentationHead(AB, multi_label=True), masks(2, False)),

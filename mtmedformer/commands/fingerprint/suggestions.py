@@ -21,6 +21,10 @@ SHORTEST, LONGEST, STEP = 256, 1024, 32
 """Bounds of the input's longer side (smaller images have a smaller input), and the step that divides both sides."""
 
 
+MOST_PIXELS, FEWEST_STEPS = 8 * 512 * 512, 4
+"""Largest number of input pixels in a batch, and smallest number of batches in an epoch."""
+
+
 @dataclass(frozen=True)
 class Suggestion:
     """Suggested settings and their reasons.
@@ -29,7 +33,8 @@ class Suggestion:
         image_size: ``(height, width)`` of the network's input.
         strides: Strides of the pyramid levels for a detection head.
         sampler: Sampler of the training images.
-        reasons: One sentence per reason.
+        batch_size: Images per batch.
+        why: Sentences with the reasons of each setting, from the data's figures.
         content: Median ``(height, width)`` in original pixels of the region that the preset keeps.
         pixels_per_pixel: Side of one input pixel in original pixels, for the median image.
     """
@@ -37,9 +42,15 @@ class Suggestion:
     image_size: tuple[int, int]
     strides: tuple[int, ...]
     sampler: Literal["shuffle", "positive", "sqrt"]
-    reasons: tuple[str, ...]
+    batch_size: int
+    why: dict[str, tuple[str, ...]]
     content: tuple[int, int]
     pixels_per_pixel: float
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """All sentences of ``why``."""
+        return tuple(sentence for sentences in self.why.values() for sentence in sentences)
 
 
 def suggest(
@@ -57,7 +68,7 @@ def suggest(
     boxes = [s.size for f in facts for s in f.structures if tasks[s.task].kind == "detection"]
     sizes = boxes or [s.size for f in facts for s in f.structures]
     what = "boxes" if boxes else "masks"
-    reasons = []
+    reasons, levels = [], []
     longer = float(SHORTEST)
     small = float(np.percentile(sizes, 5)) if sizes else math.inf
     if sizes:
@@ -78,20 +89,37 @@ def suggest(
             f"At {size[0]}x{size[1]} they span {small / scale:.0f} px ({limit}); the smallest may be missed."
         )
     fine = bool(boxes) and small / scale < 32
+    if not sizes:
+        reasons.append(f"There are no boxes and masks; {SHORTEST} px are a start for whole-image classes.")
     if boxes:
-        reasons.append(
+        levels.append(
             f"The smallest boxes span {small / scale:.0f} px: "
             + ("a level of stride 4 is needed." if fine else "stride 8 is fine enough and four times cheaper.")
         )
-    sampler, reason = _sampler(facts, dict(tasks), batch_size, negative)
+    batch, batch_reason = _batch_size(batch_size, size, sum(f.split == "train" for f in facts))
+    sampler, reason = _sampler(facts, dict(tasks), batch, negative)
+    why = {"image_size": reasons, "strides": levels, "batch_size": [batch_reason], "sampler": [reason]}
     return Suggestion(
         size,
         (4, 8, 16, 32, 64) if fine or not boxes else (8, 16, 32, 64),
         sampler,
-        (*reasons, reason),
+        batch,
+        {key: tuple(sentences) for key, sentences in why.items() if any(sentences)},
         (round(height), round(width)),
         scale,
     )
+
+
+def _batch_size(given: int, size: tuple[int, int], images: int) -> tuple[int, str]:
+    """Return the images per batch and the reason: as given, unless they have too many pixels or are too many."""
+    fitting = max(2, int(MOST_PIXELS // (size[0] * size[1])))
+    steps = max(2, images // FEWEST_STEPS)
+    batch = min(given, fitting, steps)
+    if batch == given:
+        return given, ""
+    if fitting <= steps:
+        return batch, f"{given} images of {size[0]}x{size[1]} may not fit into the memory of a GPU."
+    return batch, f"{images} training images give at least {FEWEST_STEPS} steps per epoch at {batch} per batch."
 
 
 def _sampler(
