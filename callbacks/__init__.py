@@ -1,6 +1,7 @@
 """Lightning callbacks: evaluation, federation, prediction, reports, run folder."""
 
 from callbacks.evaluation.calibrate import Calibrate
+from callbacks.evaluation.case_results import CaseResults
 from callbacks.evaluation.familiarity import Familiarity
 from callbacks.evaluation.per_image_results import PerImageResults
 from callbacks.federation.callback import Federation
@@ -31,6 +32,7 @@ from callbacks.run.wandb_run import WandbRecord, check_wandb_names, run_identity
 __all__ = [
     "AtomicCheckpoints",
     "Calibrate",
+    "CaseResults",
     "Explanations",
     "Familiarity",
     "Federation",

@@ -5,14 +5,10 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from torch.utils.data import DataLoader
 
 from datamodules.audit.description import describe
 from datamodules.audit.plausibility import of_images, of_records
@@ -23,21 +19,24 @@ from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import IMAGE, Quarantine
 from datamodules.images.presets import ChestPreset, PlainPreset, Preset
 from datamodules.loading.arguments import check_arguments, height_width
+from datamodules.loading.cases import check_case, labelled
 from datamodules.loading.catalogue import advice, check_catalogue, check_negative, choose_tasks, select, some_patients
-from datamodules.loading.dataset import CachedDataset, EpochSampler, ResumableLoader
-from datamodules.loading.samplers import NEGATIVE_CLASSES, Strategy, TaskSampler, describe_positives, plain_name
+from datamodules.loading.dataset import CachedDataset
+from datamodules.loading.loaders import Loaders
+from datamodules.loading.samplers import NEGATIVE_CLASSES, Strategy, describe_positives
 from datamodules.loading.splits import TooFewPatientsError, assign_splits
 from datamodules.loading.stages import Part, drawn_share, lacking, served, serves
 from datamodules.loading.usable_records import UsableRecords, count_labelled
 from datamodules.loading.white_level import PreparedImages, WhiteLevel
 from datamodules.records import Catalogue, Record, Split
-from mtmedformer.batch import Task, collate
+from mtmedformer.batch import Task
 from mtmedformer.errors import DataError
+from mtmedformer.metrics.cases import CaseRule, Pooling, plain_name
 
 log = logging.getLogger(__name__)
 
 
-class MedicalDataModule(PreparedImages, L.LightningDataModule, ABC):
+class MedicalDataModule(PreparedImages, Loaders, ABC):
     """Serve images with labels of several tasks: split by patient, decoded once, augmented, in batches.
 
     A data set implements ``catalogue`` and nothing else. Splits are made from the whole catalogue, before ``tasks`` and
@@ -69,6 +68,12 @@ class MedicalDataModule(PreparedImages, L.LightningDataModule, ABC):
         cache_max_gb: Largest size of the cache in GB (10^9 bytes); the entries unused for longest are removed.
         max_quarantine_share: Largest share, 0 to 1, of the images, or of the images labelled for one task, that may be
             unusable.
+        case: Fields that name the case of an image, such as ``[patient, laterality]`` for a breast: patient, site,
+            view, laterality, group columns. ``test`` and ``predict`` then also give results by case. Images of two
+            patients are never one case.
+        case_pooling: How the scores of a case's images become one: ``max``, ``mean`` or ``noisy_or``.
+        case_batches: Put the images of a case into one batch, as a head over cases needs it; ``batch_size`` is then the
+            mean number of images in a batch.
         limit: Use this many patients only, drawn with the seed; for tests.
         white_level: The value of white in 16-bit images; ``auto`` takes that of the training, else one for the set.
         test_split: The split that ``test`` reads, or ``all``, for a set that took no part in training. ``test`` is val
@@ -117,6 +122,9 @@ class MedicalDataModule(PreparedImages, L.LightningDataModule, ABC):
         white_level: WhiteLevel = "auto",
         test_split: Part = "test",
         predict_split: Part = "test",
+        case: list[str] | None = None,
+        case_pooling: Pooling = "max",
+        case_batches: bool = False,
     ) -> None:
         super().__init__()
         self.image_size = height_width(image_size)
@@ -143,6 +151,9 @@ class MedicalDataModule(PreparedImages, L.LightningDataModule, ABC):
         self.white_level = white_level
         self.test_split: Part = test_split
         self.predict_split: Part = predict_split
+        self.case = tuple(case or ())
+        self.case_rule = CaseRule(case_pooling, self.negative)
+        self.case_batches = case_batches
         check_arguments(self)
         self.tasks: dict[str, Task] = {}
         self.records: list[Record] = []
@@ -159,11 +170,6 @@ class MedicalDataModule(PreparedImages, L.LightningDataModule, ABC):
     @abstractmethod
     def catalogue(self) -> Catalogue:
         """Turn the data set's own files into tasks and records, without reading a pixel."""
-
-    @property
-    def salt(self) -> str:
-        """Salt of the patients' hashes: the data set's name, so that equal keys of two sets are different patients."""
-        return type(self).__name__
 
     def plan(self) -> None:
         """Read the catalogue and split it by patient; no pixel is decoded. A second call does nothing.
@@ -195,6 +201,7 @@ class MedicalDataModule(PreparedImages, L.LightningDataModule, ABC):
         self.quarantine.check({k: n + lost.get(k, 0) for k, n in totals.items()}, self.max_quarantine_share)
         kept = [r for r in records if self.only_patients is None or r.patient in self.only_patients]
         self.records = select(kept, self.where)
+        self._report({"case": sentence} if (sentence := check_case(self.case, self.records)) else {})
         selected = {(record.id, task) for record in self.records for task in self.tasks}
         issues = self.quarantine.issues
         self.quarantine.issues = [i for i in issues if i.subject == IMAGE or (i.id, i.subject) in selected]
@@ -230,53 +237,6 @@ class MedicalDataModule(PreparedImages, L.LightningDataModule, ABC):
     def describe(self) -> dict[str, Any]:
         """Return the counts that reports show, once set up (see ``datamodules.audit.description.describe``)."""
         return describe(self)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return the training batches, augmented, in the order of ``sampler``.
-
-        The sampler itself shares the images among the processes of a distributed run; Lightning does not replace it.
-        """
-        if "train" not in self.datasets:
-            raise lacking(self.salt, "fit", self.splits)
-        data = self.datasets["train"]
-        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        order = TaskSampler(
-            data.records, self.tasks, self.sampler, self.batch_size, self.seed, replicas, rank, self.negative
-        )
-        return self._loader(data, EpochSampler(order))
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return the validation batches in a fixed order, or none if there is no validation split.
-
-        In a distributed run Lightning shares them among the processes and repeats a few images so that all processes
-        have equally many. Validate and test on one device for results to publish.
-        """
-        return self._loader(self.datasets["val"]) if "val" in self.datasets else []
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Return the test batches in a fixed order; the validation batches where there is no test split."""
-        name = next(iter(self._served("test")))
-        if name not in self.datasets:
-            raise lacking(self.salt, "test", self.splits)
-        return self._loader(self.datasets[name])
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the batches of ``predict_split``, labelled or not, in a fixed order."""
-        if "predict" not in self.datasets:
-            raise lacking(self.salt, "predict", self.splits)
-        return self._loader(self.datasets["predict"])
-
-    def _loader(self, data: CachedDataset, sampler: EpochSampler | None = None) -> DataLoader[Any]:
-        return (DataLoader if sampler is None else ResumableLoader)(
-            data,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=partial(collate, tasks=self.tasks),
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-            generator=torch.Generator().manual_seed(self.seed),  # seeds the workers, leaves the global stream alone
-        )
 
     def _report(self, found: Mapping[str, str]) -> None:
         """Keep sentences on what is implausible, and log those that are new."""
@@ -318,7 +278,9 @@ class MedicalDataModule(PreparedImages, L.LightningDataModule, ABC):
         usable = {record.id: record for record in self.records}
         for name, split in wanted.items():
             kept = [usable[r.id] for r in split if r.id in usable]
-            kept = [r for r in kept if name == "predict" or self.tasks.keys() & r.truth.keys()]
+            if name != "predict":
+                with_views = self.case if name != "train" or self.case_batches else ()
+                kept = labelled(kept, self.tasks, with_views)
             if split and not kept and not self.may_lack_labels:
                 why = f"none of the {len(split)} images of split {name} can be used for {', '.join(self.tasks)}"
                 raise DataError(f"{self.salt}: {why}; label some of them, or choose another seed or {name}_fraction")
@@ -339,6 +301,7 @@ class MedicalDataModule(PreparedImages, L.LightningDataModule, ABC):
                     augment=name == "train",
                     seed=self.seed,
                     salt=self.salt,
+                    case=self.case,
                 )
 
 

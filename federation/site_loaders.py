@@ -74,6 +74,10 @@ class Site(L.LightningDataModule):
         finally:
             self.source.trainer = None
         if isinstance(loader, DataLoader):
+            if loader.batch_size is None and loader.batch_sampler is None:
+                raise ConfigError(
+                    f"site {self.site}: a federation trains on batches of images; set case_batches of its data to false"
+                )
             loader.collate_fn = collate_for(self.tasks, loader)
         return loader
 

@@ -77,6 +77,7 @@ class Meta:
             ``(a x + b y + c, d x + e y + f)`` in the original image.
         original_size: ``(height, width)`` of the original image in pixels.
         spacing: ``(row, column)`` pixel spacing of the original image in mm, or ``None``.
+        case: One-way hash of the case (exam, breast) that the image belongs to; ``None`` where it is not known.
     """
 
     id: str
@@ -87,6 +88,7 @@ class Meta:
     to_original: tuple[float, float, float, float, float, float] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
     original_size: tuple[int, int] = (0, 0)
     spacing: tuple[float, float] | None = None
+    case: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning as L
@@ -182,12 +182,12 @@ def check_members(
             if task not in own or task not in tasks[0]:
                 lacking, other = (name, names[0]) if task not in own else (names[0], name)
                 raise ConfigError(f"--ckpt_path: {other} has a task {task!r} and {lacking} has none; {fix}")
-            ours, theirs = tasks[0][task], own[task]
+            ours, theirs = asdict(tasks[0][task]), asdict(own[task])
             for what in ("kind", "classes", "multi_label", "unit"):
-                if getattr(ours, what) != getattr(theirs, what):
+                if ours[what] != theirs[what]:
                     raise ConfigError(
-                        f"--ckpt_path: {what} of task {task!r} is {_plain(getattr(ours, what))} in {names[0]} and "
-                        f"{_plain(getattr(theirs, what))} in {name}; {fix}"
+                        f"--ckpt_path: {what} of task {task!r} is {_plain(ours[what])} in {names[0]} and "
+                        f"{_plain(theirs[what])} in {name}; {fix}"
                     )
         for key in {**preparations[0], **prepared}:
             ways = [_sides(key, one[key]) for one in (preparations[0], prepared) if key in one]

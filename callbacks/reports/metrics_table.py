@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
+from callbacks.evaluation.case_results import metrics_by_case
 from mtmedformer.metrics.base import TaskMetrics
 from mtmedformer.plots.terminal import SafeConsole
 
@@ -78,6 +79,9 @@ class MetricsReport(Callback):
         for task, metric in metrics.items():
             values = metric.report(replicates=self.replicates, seed=self.seed)
             report.update({f"test/{task}/{key}": value for key, value in values.items()})
+        for title, by_case in metrics_by_case(trainer).items():
+            values = by_case.report(replicates=self.replicates, seed=self.seed)
+            report.update({f"test/{title}/{key}": value for key, value in values.items()})
         self.values = report
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             file = Path(self.folder or trainer.default_root_dir, "test_metrics.json")
@@ -104,9 +108,13 @@ def print_metrics(metrics: dict[str, float], split: str, title: str) -> None:
     console.print(f"\n{title}", style="bold")
     for task in dict.fromkeys(k.split("/")[1] for k in metrics if k.count("/") > 1):
         values = {k.split("/", 2)[2]: v for k, v in metrics.items() if k.startswith(f"{split}/{task}/")}
-        if values.get("n_images") == 0:
+        if 0 in (values.get("n_images"), values.get("n_cases")):
             console.print(f"{task}: no image has a label for it; not measured")
             continue
+        if "n_cases" in values:
+            unlabelled = f", {values['n_unlabelled']:.0f} more without a label" if values.get("n_unlabelled") else ""
+            counts = f"{values['n_images']:.0f} images, {values['n_cases']:.0f} labelled cases{unlabelled}"
+            console.print(f"{task}: {counts}", highlight=False)
         console.print(_task_table(task, {k: v for k, v in values.items() if "=" not in k}))
         groups = _groups(values)
         if groups:
@@ -145,11 +153,12 @@ def _group_table(task: str, groups: list[str], values: dict[str, float]) -> Tabl
     shown = [row for row in rows if row in HEADLINES] or rows[:4]
     table = Table(pad_edge=False, header_style="bold")
     table.add_column(f"{task} by", style="bold")
-    counted = any(f"n_images/{group}" in values for group in groups)
-    for column in [*["images"] * counted, *shown]:
+    unit = "cases" if "n_cases" in values else "images"
+    counted = any(f"n_{unit}/{group}" in values for group in groups)
+    for column in [*[unit] * counted, *shown]:
         table.add_column(column, justify="right")
     for group in groups:
-        cells = [f"{values.get(f'n_images/{group}', 0):.0f}"] * counted
+        cells = [f"{values.get(f'n_{unit}/{group}', 0):.0f}"] * counted
         cells += [_number(values.get(f"{row}/{group}")) for row in shown]
         table.add_row(group.replace("=", " "), *cells)
     return table

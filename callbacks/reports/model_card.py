@@ -18,7 +18,7 @@ def model_card(evaluation: ModelEvaluation, report: str) -> str:
         evaluation: Results of the test.
         report: File name of the HTML report in the same folder.
     """
-    model, tasks = evaluation.model, list(evaluation.tasks)
+    model, tasks = evaluation.model, evaluation.names
     parts = [
         f"# Model card: {_text(', '.join(tasks))}",
         "**Research use only. Not a medical device, not for diagnosis.**",
@@ -60,7 +60,7 @@ def _intended_use(evaluation: ModelEvaluation) -> str:
     names = ", ".join(sorted({part.dataset for part in parts})) or "the training data"
     shown = f" (views {', '.join(views)})" if views else ""
     return _text(
-        f"Research on {', '.join(evaluation.tasks)} in images like those of {names}{shown}. Out of scope: body parts, "
+        f"Research on {', '.join(evaluation.names)} in images like those of {names}{shown}. Out of scope: body parts, "
         "modalities, age groups and devices other than those in the data, and decisions about a patient."
     )
 

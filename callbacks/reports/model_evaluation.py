@@ -26,6 +26,7 @@ class TaskEvaluation:
         curves: Curves, confusion matrix and Dice per image.
         reliability: Calibration on the test images.
         unit: Unit of the number of a regression.
+        by_case: Whether the results are of cases and not of single images.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class TaskEvaluation:
     curves: TaskCurves = field(default_factory=TaskCurves)
     reliability: TaskReliability = field(default_factory=TaskReliability)
     unit: str = ""
+    by_case: bool = False
 
     def value(self, metric: str) -> float:
         """Return the value of a metric, NaN where it is unknown."""
@@ -183,3 +185,8 @@ class ModelEvaluation:
     config: str
     versions: dict[str, str]
     drift: TestDrift | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tasks, without those of results by case."""
+        return [name for name, task in self.tasks.items() if not task.by_case]

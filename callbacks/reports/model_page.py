@@ -68,11 +68,11 @@ def model_page(
     sections = [
         *((name, _task(name, task, pictures.get(name), colours)) for name, task in evaluation.tasks.items()),
         *([("Drift", drift_section(evaluation.drift))] if evaluation.drift else []),
-        ("Data", _data(evaluation.data, list(evaluation.tasks))),
+        ("Data", _data(evaluation.data, evaluation.names)),
         ("Excluded", _excluded(evaluation.data)),
         ("Model and configuration", _run(evaluation)),
     ]
-    return page(f"Model report: {', '.join(evaluation.tasks)}", _subtitle(evaluation), sections, _summary(evaluation))
+    return page(f"Model report: {', '.join(evaluation.names)}", _subtitle(evaluation), sections, _summary(evaluation))
 
 
 def _subtitle(evaluation: ModelEvaluation) -> str:

@@ -14,6 +14,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
+from callbacks.evaluation.case_results import metrics_by_case
 from callbacks.evaluation.familiarity import Familiarity, TestDrift
 from callbacks.reports.cases import Case, case_figure, prediction_quality, select_cases
 from callbacks.reports.environment import versions
@@ -74,6 +75,9 @@ class ModelReport(Callback):
         for name, metric in _metrics(pl_module).items():
             with metric.gathered():
                 self._curves[name] = task_curves(metric)
+        for name, by_case in metrics_by_case(trainer).items():
+            with by_case.gathered():
+                self._curves[name] = task_curves(by_case.pooled())
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the report and the card, on the first process."""
@@ -93,10 +97,12 @@ class ModelReport(Callback):
         metrics = _metrics(module)
         values = {name: _values(metric) for name, metric in metrics.items()}
         reliability: dict[str, TaskReliability] = {}
+        printed: dict[str, float] = {}
         drift: TestDrift | None = None
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, MetricsReport) and callback.values:
-                values = {name: _of_task(callback.values, name) for name in metrics}
+                printed = callback.values
+                values = {name: _of_task(printed, name) for name in metrics}
             elif isinstance(callback, ReliabilityReport):
                 reliability = callback.tasks
             elif isinstance(callback, Familiarity):
@@ -113,10 +119,20 @@ class ModelReport(Callback):
             )
             for name, metric in metrics.items()
         }
+        for name, by_case in metrics_by_case(trainer).items():
+            tasks[name] = TaskEvaluation(
+                kind=by_case.task.kind,
+                classes=by_case.task.classes,
+                primary=by_case.metric.primary,
+                values=_of_task(printed, name) or _values(by_case.metric),
+                curves=self._curves[name],
+                by_case=True,
+                unit=by_case.task.unit,
+            )
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         return ModelEvaluation(
             tasks=tasks,
-            score=known_mean(task.value(task.primary) for task in tasks.values()),
+            score=known_mean(tasks[name].value(metric.primary) for name, metric in metrics.items()),
             data=DataDescription.by_site(data.describe() if isinstance(data, DescribedData) else {}),
             model=_model_description(trainer, module),
             config=_config(Path(self.folder or trainer.default_root_dir)),

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datamodules.labels_csv.cells import BLANK, LONGEST_NAME, TableRow, is_fault, lines, listed, number
-from datamodules.loading.samplers import plain_name
 from mtmedformer.batch import Task
 from mtmedformer.errors import DataError
+from mtmedformer.metrics.cases import plain_name
 
 MOST_CLASSES = 50
 """A column with more different values contains text or numbers, not classes."""

@@ -17,6 +17,8 @@ class Arguments(Protocol):
     max_quarantine_share: float
     cache_max_gb: float
     white_level: WhiteLevel
+    case: tuple[str, ...]
+    case_batches: bool
 
 
 def height_width(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -47,6 +49,8 @@ def check_arguments(data: Arguments) -> None:
         if value is not None and value < least:
             raise ConfigError(f"data.init_args.{name} is {value}; it must be at least {least}")
     check_white_level(data.white_level)
+    if data.case_batches and not data.case:
+        raise ConfigError("data.init_args.case_batches needs data.init_args.case, such as [patient, laterality]")
     if not 0 <= data.max_quarantine_share <= 1:
         raise ConfigError(f"data.init_args.max_quarantine_share is {data.max_quarantine_share}; it is a share, 0 to 1")
     if data.cache_max_gb <= 0:

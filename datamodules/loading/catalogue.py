@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from datamodules.loading.samplers import plain_name, strata
+from datamodules.loading.samplers import strata
 from datamodules.records import Catalogue, ClassTruth, MaskTruth, Record, Truth, ValueTruth
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError, DataError, NoImagesError
+from mtmedformer.metrics.cases import plain_name
 
 
 def check_catalogue(catalogue: Catalogue, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,11 @@ from datamodules.cache.cache import Cache
 from datamodules.cache.entries import CacheEntry
 from datamodules.cache.preprocessing import Preprocessing
 from datamodules.images.luminance import grey_of
+from datamodules.loading.cases import CaseBatches, Key, case_of
 from datamodules.loading.samplers import TaskSampler
 from datamodules.records import ClassTruth, Record, ValueTruth, hash_patient
 from mtmedformer.batch import IGNORE, Boxes, Meta, Sample, Task
 from mtmedformer.geometry import Affine, Floats, compose
-
-Key = tuple[int, int, int]
-"""``(epoch, turn, index)``; turn is the number of earlier draws of the record in that epoch."""
 
 
 class CachedDataset(Dataset[Sample]):
@@ -36,6 +35,7 @@ class CachedDataset(Dataset[Sample]):
         augment: Whether to augment (training only).
         seed: Seed of the augmentation.
         salt: Salt of the patients' hashes.
+        case: Fields whose values name the case of an image (`datamodules.loading.cases`).
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class CachedDataset(Dataset[Sample]):
         augment: bool = False,
         seed: int = 0,
         salt: str = "",
+        case: Sequence[str] = (),
     ) -> None:
         self.records = list(records)
         self.keys = list(keys)
@@ -57,17 +58,20 @@ class CachedDataset(Dataset[Sample]):
         self.augment = augment
         self.seed = seed
         self.salt = salt
+        self.case = tuple(case)
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, key: int | Key) -> Sample:
-        """Return one sample.
+    def __getitem__(self, key: int | Key | list[Key]) -> Any:
+        """Return one sample, or a list of them for a list of keys.
 
         Args:
             key: Index of the record, or ``(epoch, turn, index)`` as ``EpochSampler`` yields it; an index alone means
                 epoch 0 and turn 0.
         """
+        if isinstance(key, list):
+            return [self[one] for one in key]
         epoch, turn, index = (0, 0, key) if isinstance(key, int) else key
         record = self.records[index]
         entry = self.cache.fetch(self.keys[index], record, self.preprocessing)
@@ -97,23 +101,26 @@ class CachedDataset(Dataset[Sample]):
             truth[name] = torch.tensor(value.value, dtype=torch.float32) if isinstance(value, ValueTruth) else None
         truth |= {n: torch.from_numpy(np.ascontiguousarray(m)) for n, m in masks.items() if (m != IGNORE).any()}
         truth |= {n: Boxes(torch.from_numpy(b), torch.from_numpy(i)) for n, (b, i) in boxes.items()}
-        return Sample(tensor_of(image), truth, meta_of(record, entry, to_original, self.salt))
+        return Sample(tensor_of(image), truth, meta_of(record, entry, to_original, self.salt, self.case))
 
     def _known(self, record: Record, kind: str) -> list[str]:
         return [name for name, task in self.tasks.items() if task.kind == kind and name in record.truth]
 
 
-def meta_of(record: Record, entry: CacheEntry, to_original: Affine, salt: str) -> Meta:
+def meta_of(record: Record, entry: CacheEntry, to_original: Affine, salt: str, case: Sequence[str] = ()) -> Meta:
     """Return an image's metadata for a batch; view and side of the record take precedence over the file's header."""
+    view, laterality = record.view or entry.view, record.laterality or entry.laterality
+    whole = replace(record, view=view, laterality=laterality)
     return Meta(
         id=record.id,
         patient=hash_patient(record.patient, salt),
         site=record.site,
-        view=record.view or entry.view,
-        laterality=record.laterality or entry.laterality,
+        view=view,
+        laterality=laterality,
         to_original=to_original,
         original_size=entry.original_size,
         spacing=entry.spacing,
+        case=case_of(whole, case, salt),
     )
 
 
@@ -187,7 +194,7 @@ class ResumableLoader(DataLoader[Any]):
         """Yield the batches of an epoch, after a resume from the first batch that was not served."""
         self.served, self.pending = self.pending, 0
         if self.served:
-            assert isinstance(self.sampler, EpochSampler)
+            assert isinstance(self.sampler, EpochSampler | CaseBatches)
             self.sampler.skip = self.served * (self.batch_size or 1)
         for batch in super().__iter__():
             self.served += 1

@@ -15,6 +15,7 @@ from torch.utils.data import DistributedSampler
 from datamodules.records import BoxTruth, ClassTruth, MaskSource, MaskTruth, Record, ValueTruth
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError
+from mtmedformer.metrics.cases import plain_name
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +26,6 @@ NEGATIVE_CLASSES = (
     *("no finding", "no findings", "no cancer", "no tumor", "no tumour", "no lesion", "no disease", "no pneumonia"),
 )
 """Names of classes of images without a finding, where `negative_classes` of the data module names no others."""
-
-
-def plain_name(name: str) -> str:
-    """Return a name of a class in lower case, with blanks in place of ``_`` and ``-``."""
-    return " ".join(name.lower().replace("_", " ").replace("-", " ").split())
 
 
 NEGATIVE = frozenset(NEGATIVE_CLASSES)

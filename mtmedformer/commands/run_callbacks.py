@@ -35,6 +35,7 @@ def run_callbacks(
     chosen: list[Callback] = given if isinstance(given, list) else [] if given is None else [given]
     defaults: list[tuple[type[Callback], Callable[[], Callback]]] = [
         (callbacks.QuarantineReport, lambda: callbacks.QuarantineReport(folder)),
+        (callbacks.CaseResults, callbacks.CaseResults),
         (callbacks.MetricsReport, lambda: callbacks.MetricsReport(folder)),
         (callbacks.ReliabilityReport, lambda: callbacks.ReliabilityReport(folder)),
         (callbacks.Familiarity, lambda: callbacks.Familiarity(folder=folder)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import lightning as L
 import torch
 from torch import Tensor
 
@@ -46,10 +47,10 @@ class EnsemblePredictor:
 
         ``raw/<task>`` is there if any member is calibrated; the others count in it as they are.
         """
-        dtype = getattr(module, "dtype", image.dtype)
+        dtype = module.dtype if isinstance(module, L.LightningModule) else image.dtype
         for member in self.members:
             if member.device != image.device or member.dtype != dtype:
-                member.to(device=image.device, dtype=dtype)
+                member.to(device=image.device, dtype=torch.float32 if isinstance(dtype, str) else dtype)
         seen = [self.inner.predict(one, image, raw) for one in (module, *self.members)]
         predictions, disagreement = combined(module.tasks, seen)
         for name, task in module.tasks.items():
