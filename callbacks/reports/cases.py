@@ -37,10 +37,12 @@ class Case(NamedTuple):
     Attributes:
         quality: Quality of its prediction, from 0 to 1.
         position: Its position in the test set.
+        classes: The classes of the task that are true in it.
     """
 
     quality: float
     position: int
+    classes: tuple[str, ...] = ()
 
 
 def prediction_quality(task: Task, prediction: Any, target: Target, i: int) -> float | None:
@@ -101,12 +103,21 @@ def _box_quality(prediction: Mapping[str, torch.Tensor], target: DetectionTarget
     return 2 * correct / (len(boxes) + len(true_boxes))
 
 
-def select_cases(cases: Sequence[Case]) -> dict[str, Case]:
-    """Return the ``worst``, ``median`` and ``best`` case; fewer where there are fewer images."""
+def select_cases(cases: Sequence[Case], classes: Sequence[str] = ()) -> dict[str, Case]:
+    """Return the ``worst``, ``median`` and ``best`` case, and the median case of each class that is in none of them.
+
+    Args:
+        cases: The cases; fewer than three give fewer names.
+        classes: Classes of the task.
+    """
     ranked = sorted(case for case in cases if not math.isnan(case.quality))
     if not ranked:
         return {}
     selected = {"worst": ranked[0], "median": ranked[(len(ranked) - 1) // 2], "best": ranked[-1]}
+    for name in classes:
+        own = [case for case in ranked if name in case.classes]
+        if own and not any(name in case.classes for case in selected.values()):
+            selected[f"{name}, median"] = own[(len(own) - 1) // 2]
     first_name = {case.position: name for name, case in reversed(selected.items())}
     return {name: case for name, case in selected.items() if first_name[case.position] == name}
 

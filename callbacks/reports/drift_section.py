@@ -11,7 +11,10 @@ from matplotlib.figure import Figure
 from callbacks.evaluation.familiarity import TestDrift
 from mtmedformer.encoders.familiarity import BINS_PER_OCTAVE, HIGHEST, LOWEST
 from mtmedformer.plots.html import Html, ShadedCell, figure, join, paragraph, table
-from mtmedformer.plots.style import COLOURS, INK, STYLE
+from mtmedformer.plots.style import COLOURS, INK, STYLE, legend_columns
+
+WIDTH = 7.2
+"""Width of the figure in inches."""
 
 FEW = 20
 """Number of test images of a site below which its share of unfamiliar images is uncertain."""
@@ -66,7 +69,7 @@ def _figure(drift: TestDrift) -> Figure | None:
     assert len(edges) == (HIGHEST - LOWEST) * BINS_PER_OCTAVE + 1
     sites = [site for site, *_ in drift.by_site()]
     with rc_context(STYLE):
-        drawn = Figure(figsize=(7.2, 2.9 + 0.2 * (len(sites) // 4)), layout="constrained")
+        drawn = Figure(figsize=(WIDTH, 2.9), layout="constrained")
         axis = drawn.add_subplot()
         counts = np.array(drift.validation.histogram, float)
         axis.stairs(counts / counts.sum(), edges, fill=True, color=INK, alpha=0.25, label="validation")
@@ -85,5 +88,8 @@ def _figure(drift: TestDrift) -> Figure | None:
         axis.set_ylabel("share of images")
         ticks = [2.0**k for k in range(-8, 24) if axis.get_xlim()[0] <= 2.0**k <= axis.get_xlim()[1]]
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        drawn.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+        labels = axis.get_legend_handles_labels()[1]
+        columns = legend_columns(labels, WIDTH, 8)
+        drawn.set_figheight(2.9 + 0.2 * -(-len(labels) // columns))
+        drawn.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     return drawn

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from callbacks.reports.federation_summary import FederationSummary, site_scores, site_values
+from callbacks.reports.federation_summary import FederationSummary, gains, site_scores, site_values
 from callbacks.reports.federation_updates import alignment, cost, drift, privacy, shares
 from callbacks.reports.federation_warnings import warnings_of
 from callbacks.reports.round_curves import Panel, lines_by_site, round_figure
+from mtmedformer.plots.gains import gain_figure, signed
 from mtmedformer.plots.html import (
     Html,
     ShadedCell,
@@ -36,6 +37,7 @@ def federation_page(summary: FederationSummary) -> str:
     sections = [
         ("Sites and labels", _sites(summary)),
         ("Scores", _scores(summary)),
+        ("Who gained", _gains(summary)),
         ("Faults", _faults(summary)),
         ("Drift", drift(summary.history)),
         ("Weight of each site", shares(summary.history)),
@@ -121,6 +123,29 @@ def _scores(summary: FederationSummary) -> Html:
         figure(round_figure(panels, "all sites together"), text, "Validation scores by round, one line per site"),
         _score_table(summary),
         details("All metrics of the last round, by site", _metric_table(summary)),
+    )
+
+
+def _gains(summary: FederationSummary) -> Html:
+    """Return the difference of the merged model from each site's own model, as bars and a table."""
+    if not summary.history:
+        return Html("")
+    entry = summary.reported_round()
+    by_task = {f"{task}: {metric}": gains(entry, task, metric) for task, metric in summary.primary.items()}
+    drawn = gain_figure(by_task, "merged model minus the site's own model")
+    if drawn is None:
+        return Html("")
+    sites = sorted({site for values in by_task.values() for site in values})
+    rows = [[site, *(signed(v[site]) if site in v else None for v in by_task.values())] for site in sites]
+    text = (
+        f"Round {entry.round + 1}: the merged model minus the site's own model after its local training and before the "
+        "merge, both on the site's validation images. Above zero the site gained by the federation. Few images make "
+        "large differences by chance."
+    )
+    return join(
+        paragraph(text, "note"),
+        figure(drawn, "", "Difference of the merged model from each site's own model, by site and task"),
+        table(rows, ["site", *by_task]),
     )
 
 

@@ -78,6 +78,19 @@ def site_values(record: RoundRecord, task: str, metric: str) -> dict[str, float]
     return _known(of_global | {name: site.metrics[key] for name, site in record.sites.items() if key in site.metrics})
 
 
+def gains(record: RoundRecord, task: str, metric: str) -> dict[str, float]:
+    """Return by site the merged model's metric minus that of the site's own model before the merge, where both exist.
+
+    Both models are validated on the site's own images.
+    """
+    merged, key = site_values(record, task, metric), f"{task}/{metric}"
+    return {
+        name: merged[name] - site.trained[key]
+        for name, site in record.sites.items()
+        if name in merged and not math.isnan(site.trained.get(key, math.nan))
+    }
+
+
 def _known(values: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in values.items() if not math.isnan(value)}
 

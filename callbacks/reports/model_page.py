@@ -137,7 +137,7 @@ def _interval_text(task: TaskEvaluation) -> str:
 
 def _examples(pictures: Html) -> Html:
     text = "Image, truth and prediction. The number in brackets is the quality of the prediction, from 0 to 1."
-    return join(heading("Worst, median and best"), paragraph(text, "note"), pictures)
+    return join(heading("Worst, median and best, and every class"), paragraph(text, "note"), pictures)
 
 
 def _metrics(task: TaskEvaluation) -> Html:

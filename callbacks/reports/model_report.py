@@ -24,6 +24,7 @@ from callbacks.reports.model_evaluation import DataDescription, ModelDescription
 from callbacks.reports.model_page import model_page
 from callbacks.reports.ranking_curves import TaskCurves, task_curves
 from callbacks.reports.reliability_report import ReliabilityReport, TaskReliability
+from callbacks.reports.shown_images import shown_classes
 from mtmedformer.batch import Batch, collate
 from mtmedformer.metrics.base import TaskMetrics, known_mean
 from mtmedformer.module import MultiTaskModule
@@ -67,7 +68,8 @@ class ModelReport(Callback):
             for i in range(len(batch.meta)):
                 quality = prediction_quality(task, outputs[name], batch.targets[name], i)
                 if quality is not None:
-                    self._cases.setdefault(name, []).append(Case(quality, self._images_seen + i))
+                    shown = tuple(sorted(c for _, c in shown_classes(batch, i, {name: task})))
+                    self._cases.setdefault(name, []).append(Case(quality, self._images_seen + i, shown))
         self._images_seen += len(batch.meta)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -148,7 +150,7 @@ class ModelReport(Callback):
             return pictures
         order = [index for indices in loader.batch_sampler for index in indices]
         for name, task in module.tasks.items():
-            cases = select_cases(self._cases.get(name, []))
+            cases = select_cases(self._cases.get(name, []), task.classes)
             if not cases:
                 continue
             samples = [loader.dataset[order[case.position]] for case in cases.values()]

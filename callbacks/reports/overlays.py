@@ -1,4 +1,4 @@
-"""Pictures of predictions and truth during training, in the run folder, in W&B and in TensorBoard."""
+"""Pictures of predictions and truth during training, in the run folder, in W&B, in MLflow and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
+from callbacks.reports.shown_images import ShownImages
 from mtmedformer.batch import Batch, DetectionTarget, SegmentationTarget, Task
 from mtmedformer.plots.overlays import overlay_figure
 from mtmedformer.plots.style import picture_of
@@ -23,7 +24,7 @@ class Overlays(Callback):
 
     Args:
         folder: The run folder; pictures are in ``overlays/``. ``None`` is the trainer's ``default_root_dir``.
-        images: Images per picture; 0 turns the callback off.
+        images: Images per picture; more, up to 12, where they do not show every class; 0 turns the callback off.
         every_n_epochs: Epochs between two pictures; the last epoch always has one.
         score: Boxes below this score are not drawn.
     """
@@ -31,23 +32,20 @@ class Overlays(Callback):
     def __init__(self, folder: str | None = None, images: int = 4, every_n_epochs: int = 5, score: float = 0.4) -> None:
         self.folder = folder
         self.images, self.every_n_epochs, self.score = images, every_n_epochs, score
-        self._kept: list[tuple[float, Batch]] = []
+        self._shown: ShownImages | None = None
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *args: Any
     ) -> None:
-        """Keep the images with the most labelled tasks and findings, from as many sites as possible."""
-        if not self._due(trainer) or batch_idx >= 32:
-            return
-        sites = [kept.meta[0].site for _, kept in self._kept]
-        for i, meta in enumerate(batch.meta):
-            self._kept.append((_points(batch, i) - 10 * sites.count(meta.site), batch.only(i)))
-            sites.append(meta.site)
-        self._kept = sorted(self._kept, key=lambda item: -item[0])[: self.images]
+        """Keep images of every class, with the most labelled tasks and findings, from as many sites as possible."""
+        if self._due(trainer):
+            if self._shown is None:
+                self._shown = ShownImages(pl_module.tasks, self.images)  # type: ignore[arg-type]
+            self._shown.add(batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the selected images."""
-        images, self._kept = [batch for _, batch in self._kept], []
+        images, self._shown = self._shown.chosen() if self._shown else [], None
         if not images or not trainer.is_global_zero:
             return
         tasks: dict[str, Task] = pl_module.tasks  # type: ignore[assignment]
@@ -57,6 +55,8 @@ class Overlays(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 _to_wandb(logger, images, predictions, tasks, self.score)
+            elif isinstance(logger, MLFlowLogger):
+                logger.experiment.log_artifact(logger.run_id, str(picture), "overlays")
             elif isinstance(logger, TensorBoardLogger):
                 pixels = np.asarray(Image.open(picture).convert("RGB"))
                 logger.experiment.add_image("overlays", pixels, trainer.global_step, dataformats="HWC")
@@ -80,19 +80,6 @@ class Overlays(Callback):
             figure.savefig(file := folder / f"epoch_{trainer.current_epoch + 1:03d}.png", dpi=110)
             plt.close(figure)
         return file
-
-
-def _points(batch: Batch, i: int) -> float:
-    """Rate image ``i`` by its labelled tasks, with extra points for boxes and masks."""
-    points = 0.0
-    for target in batch.targets.values():
-        if bool(target.present[i]):
-            points += 1
-            if isinstance(target, DetectionTarget) and len(target.boxes[i]):
-                points += 0.5
-            if isinstance(target, SegmentationTarget) and bool((target.masks[i] == 1).any()):
-                points += 0.25
-    return points
 
 
 def _to_wandb(

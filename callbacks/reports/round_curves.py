@@ -12,10 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from federation.server.history import RoundRecord
-from mtmedformer.plots.style import COLOURS, FAINT, INK, STYLE
+from mtmedformer.plots.style import COLOURS, FAINT, INK, STYLE, legend_columns
 
 MAX_COLOURED = 10
 """Sites with a colour of their own; of more sites, those with the lowest last value have one."""
+
+WIDTH = 9.2
+"""Width of the figure in inches."""
 
 Line = Mapping[int, float]
 """Value by round."""
@@ -48,7 +51,7 @@ def round_figure(panels: Sequence[Panel], overall_name: str, low: float | None =
     colours = _site_colours(sites, panels[0].sites)
     rows = math.ceil(len(panels) / 2)
     with mpl.rc_context(STYLE):
-        drawn = Figure(figsize=(9.2, 2.5 * rows + 0.45), layout="constrained")
+        drawn = Figure(figsize=(WIDTH, 2.5 * rows + 0.45), layout="constrained")
         axes = list(drawn.subplots(rows, 2, squeeze=False).flat)
         for axis, panel in zip(axes, panels, strict=False):
             for site in sites:
@@ -62,7 +65,9 @@ def round_figure(panels: Sequence[Panel], overall_name: str, low: float | None =
             axis.set_axis_off()
         axes[len(panels) - 1].set_xlabel("round")
         named = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-        drawn.legend(named.values(), named.keys(), loc="outside upper left", ncols=6, fontsize=9)
+        columns = legend_columns(named, WIDTH)
+        drawn.set_figheight(2.5 * rows + 0.45 + 0.22 * (-(-len(named) // columns) - 1))
+        drawn.legend(named.values(), named.keys(), loc="outside upper left", ncols=columns, fontsize=9)
     return drawn
 
 

@@ -26,7 +26,7 @@ from mtmedformer.batch import (
 )
 from mtmedformer.metrics.regression import median_grade
 from mtmedformer.plots.boxes import DrawnBox, placed
-from mtmedformer.plots.style import class_colours, picture_of
+from mtmedformer.plots.style import class_colours, legend_columns, picture_of
 
 
 def overlay_figure(
@@ -68,9 +68,9 @@ def overlay_figure(
         line[2].set_xlabel(_draw_prediction(line[2], predicted, tasks, colours, score), fontsize=8)
     handles = [Patch(color=colour, label=f"{task}: {c}" if task != c else c) for (task, c), colour in colours.items()]
     if handles:
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=8, frameon=False
-        )
+        columns = min(legend_columns((str(handle.get_label()) for handle in handles), 9.6, 8), len(handles))
+        figure.set_figheight(3.3 * len(images) + 0.3 + 0.2 * -(-len(handles) // columns))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     return figure
 
 

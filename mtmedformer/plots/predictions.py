@@ -16,7 +16,7 @@ from mtmedformer.batch import Meta, Task
 from mtmedformer.geometry import Bytes, Floats, Frame, compose, invert, warp
 from mtmedformer.inference.results import NOTE, ImageResult
 from mtmedformer.plots.boxes import DrawnBox, placed
-from mtmedformer.plots.style import class_colours
+from mtmedformer.plots.style import class_colours, legend_columns
 
 LONGEST = 1400
 """Maximum side in pixels of the image in a picture; larger originals are reduced."""
@@ -74,7 +74,9 @@ def prediction_figure(
         part for line in _summary_lines(result, tasks, score_thresholds) for part in textwrap.wrap(line, int(26 * side))
     ]
     high = side * height / width
-    rows = len(lines) + -(-len(colours) // 3)
+    names = [c if task == c else f"{task}: {c}" for task, c in colours]
+    columns = min(3, legend_columns(names, 2 * side, 8.5))
+    rows = len(lines) + -(-len(colours) // columns)
     whole = (2 * side + 3 * MARGIN, high + TITLE + LINE * (rows + 1) + 3 * MARGIN)
     figure = Figure(figsize=whole, facecolor="white")
     scale = width / max(1, result.meta.original_size[1])
@@ -90,13 +92,13 @@ def prediction_figure(
     for number, line in enumerate(lines):
         _write(figure, whole, top - LINE * number, line, 9, WARNING if number < len(warning) else "#111111")
     top -= 0.04
-    handles = [Patch(color=colour, label=c if task == c else f"{task}: {c}") for (task, c), colour in colours.items()]
+    handles = [Patch(color=colour, label=name) for name, colour in zip(names, colours.values(), strict=True)]
     if handles:
         figure.legend(
             handles=handles,
             loc="upper left",
             bbox_to_anchor=(MARGIN / whole[0], (top - LINE * len(lines)) / whole[1]),
-            ncols=3,
+            ncols=columns,
             fontsize=8.5,
             frameon=False,
             handlelength=1.1,

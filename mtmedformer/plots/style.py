@@ -67,3 +67,16 @@ def picture_of(image: Tensor) -> npt.NDArray[np.float32]:
     shown = image.float().clamp(0, 1).cpu()
     picture: npt.NDArray[np.float32] = (shown.permute(1, 2, 0) if len(shown) == 3 else shown.mean(dim=0)).numpy()
     return picture
+
+
+def legend_columns(labels: Iterable[str], width: float, size: float = 9.0) -> int:
+    """Return the number of columns of a legend that is as wide as a figure at most.
+
+    Args:
+        labels: Texts of the legend.
+        width: Width of the figure in inches.
+        size: Size of the text in points.
+    """
+    longest = max((len(label) for label in labels), default=1)
+    each = (longest * 0.62 + 4.5) * size / 72  # a character is about 0.62 times its size wide; handle and gaps
+    return max(1, int((width - 0.3) // each))

@@ -12,7 +12,8 @@ from matplotlib.ticker import MaxNLocator
 
 from mtmedformer.commands.compare.comparison import Difference, MetricComparison
 from mtmedformer.commands.compare.results import SUMMARIES
-from mtmedformer.plots.style import COLOURS, INK, STYLE
+from mtmedformer.plots.gains import gain_figure
+from mtmedformer.plots.style import COLOURS, INK, STYLE, legend_columns
 
 BETTER, WORSE, EVEN = "#2f7d53", "#c2536b", "#8b929c"
 
@@ -78,8 +79,29 @@ def dots(metric: MetricComparison, name: str) -> Figure:
             for site, colour in zip(sites, colours, strict=True)
         ]
         if len(sites) > 1:
-            figure.legend(handles=marks, loc="outside lower center", ncols=min(6, len(sites)))
+            columns = min(legend_columns(sites, 9.2, 9.5), len(sites))
+            figure.set_figheight(1.4 + 0.42 * len(names) + 0.24 * (-(-len(sites) // columns) - 1))
+            figure.legend(handles=marks, loc="outside lower center", ncols=columns)
     return figure
+
+
+def site_gains(metric: MetricComparison, name: str, reference: str) -> Figure | None:
+    """Draw the difference of every variant from the reference at every site; ``None`` for a single site.
+
+    Args:
+        metric: One metric of a comparison.
+        name: Its name.
+        reference: Name of the reference.
+    """
+    own = metric.values[reference].by_site if reference in metric.values else {}
+    if len(own) < 2:
+        return None
+    gains = {
+        variant: {site: value.by_site.get(site, math.nan) - own[site] for site in own}
+        for variant, value in metric.values.items()
+        if variant != reference
+    }
+    return gain_figure(gains, f"{name}, difference from {reference}", metric.higher_is_better)
 
 
 def _interval(ax: Axes, y: int, difference: Difference) -> None:

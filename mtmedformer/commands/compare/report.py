@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mtmedformer.commands.compare.comparison import Comparison, Difference, MetricComparison
-from mtmedformer.commands.compare.plots import dots, forest
+from mtmedformer.commands.compare.plots import dots, forest, site_gains
 from mtmedformer.plots import html
 from mtmedformer.plots.html import Html
 
@@ -92,6 +92,8 @@ def _metric(comparison: Comparison, name: str, deciding: bool) -> Html:
             )
         )
     parts.append(html.figure(dots(metric, name), "", f"{name} of every run at every site"))
+    if drawn := site_gains(metric, name, comparison.reference):
+        parts.append(html.figure(drawn, "Mean over the runs.", f"Difference of {name} at each site"))
     columns = ["row minus column", *list(metric.values)[1:]]
     pairs = html.table(_pairs(metric), columns, "* significant after correction for all pairs")
     parts.append(html.join(html.heading("Every pair"), pairs) if deciding else html.details("Every pair", pairs))

@@ -172,8 +172,8 @@ def test_quality_of_boxes():
 
 def test_worst_median_and_best_are_selected():
     cases = [Case(*case) for case in ((0.9, 0), (0.1, 1), (0.5, 2), (0.6, 3), (math.nan, 4))]
-    assert select_cases(cases) == {"worst": (0.1, 1), "median": (0.5, 2), "best": (0.9, 0)}
-    assert select_cases([Case(0.5, 3)]) == {"worst": (0.5, 3)}
+    assert select_cases(cases) == {"worst": Case(0.1, 1), "median": Case(0.5, 2), "best": Case(0.9, 0)}
+    assert select_cases([Case(0.5, 3)]) == {"worst": Case(0.5, 3)}
     assert select_cases([]) == {}
 
 
