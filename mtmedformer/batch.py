@@ -10,8 +10,8 @@ of width ``W`` spans ``[0, W]``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
 import torch
@@ -78,6 +78,7 @@ class Meta:
         original_size: ``(height, width)`` of the original image in pixels.
         spacing: ``(row, column)`` pixel spacing of the original image in mm, or ``None``.
         case: One-way hash of the case (exam, breast) that the image belongs to; ``None`` where it is not known.
+        groups: Further groups of the image by column (sex, age band, scanner …), for results by group.
     """
 
     id: str
@@ -89,6 +90,7 @@ class Meta:
     original_size: tuple[int, int] = (0, 0)
     spacing: tuple[float, float] | None = None
     case: str | None = None
+    groups: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

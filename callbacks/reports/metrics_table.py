@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
 from callbacks.evaluation.case_results import metrics_by_case
+from callbacks.reports.subgroups import remarks, subgroups, with_interval
 from mtmedformer.metrics.base import TaskMetrics
 from mtmedformer.plots.terminal import SafeConsole
 
@@ -17,7 +18,7 @@ HIDDEN = ("sensitivity_at_", "map75", "n_")
 """Beginnings of the names of metrics that are logged and written, but not shown on the screen."""
 
 HEADLINES = ("auroc", "balanced_accuracy", "map50", "froc", "dice", "hd95", "mae", "r2", "kappa")
-"""Metrics of the table by site and view."""
+"""Metrics of the table by site, view and group."""
 
 
 class MetricsTable(Callback):
@@ -59,7 +60,7 @@ class MetricsTable(Callback):
 
 
 class MetricsReport(Callback):
-    """Prints metrics after ``test`` with intervals over patients, by site and view, and writes ``test_metrics.json``.
+    """Prints metrics after ``test`` with intervals over patients, also by group, and writes ``test_metrics.json``.
 
     Args:
         folder: The run folder.
@@ -95,8 +96,8 @@ class MetricsReport(Callback):
 def print_metrics(metrics: dict[str, float], split: str, title: str) -> None:
     """Print one table per task: one row per metric; columns for all classes, the interval, and each class.
 
-    A second table has the values by site and view, where there are any. A task without a labelled image has a line
-    instead of a table.
+    A second table has the values by site, view and group, where there are any. A task without a labelled image has a
+    line instead of a table.
 
     Args:
         metrics: Values by ``<split>/<task>/<metric>[/<class> or /site=<site> or /view=<view>]``, with intervals under
@@ -116,9 +117,7 @@ def print_metrics(metrics: dict[str, float], split: str, title: str) -> None:
             counts = f"{values['n_images']:.0f} images, {values['n_cases']:.0f} labelled cases{unlabelled}"
             console.print(f"{task}: {counts}", highlight=False)
         console.print(_task_table(task, {k: v for k, v in values.items() if "=" not in k}))
-        groups = _groups(values)
-        if groups:
-            console.print(_group_table(task, groups, values))
+        _print_groups(console, task, values)
     if f"{split}/score" in metrics:
         console.print(f"score (mean of the tasks' primary metrics): {_number(metrics[f'{split}/score'])}")
 
@@ -141,27 +140,31 @@ def _task_table(task: str, values: dict[str, float]) -> Table:
     return table
 
 
-def _groups(values: dict[str, float]) -> list[str]:
-    """Return sites and views, where there are at least two of a kind."""
-    groups = list(dict.fromkeys(k.split("/", 1)[1] for k in values if "=" in k and k.count("/") == 1))
-    kinds = [group.split("=")[0] for group in groups]
-    return [group for group in groups if kinds.count(group.split("=")[0]) > 1]
-
-
-def _group_table(task: str, groups: list[str], values: dict[str, float]) -> Table:
+def _print_groups(console: SafeConsole, task: str, values: dict[str, float]) -> None:
+    """Print the values by group, and remarks on groups that are small or have one class only."""
+    groups = subgroups(values)
+    if not groups:
+        return
     rows = [k for k in dict.fromkeys(k.split("/")[0] for k in values if "=" in k) if not k.startswith(HIDDEN)]
+    rows = [row for row in rows if not row.endswith(("_ci_low", "_ci_high"))]
     shown = [row for row in rows if row in HEADLINES] or rows[:4]
     table = Table(pad_edge=False, header_style="bold")
     table.add_column(f"{task} by", style="bold")
+    classes = list(dict.fromkeys(name for group in groups for name in group.counts))
+    counted = len(classes) > 1
     unit = "cases" if "n_cases" in values else "images"
-    counted = any(f"n_{unit}/{group}" in values for group in groups)
-    for column in [*[unit] * counted, *shown]:
+    sized = any(group.images is not None for group in groups)
+    for column in [*[unit, "patients"] * sized, *[" / ".join(classes)] * counted, *shown]:
         table.add_column(column, justify="right")
     for group in groups:
-        cells = [f"{values.get(f'n_{unit}/{group}', 0):.0f}"] * counted
-        cells += [_number(values.get(f"{row}/{group}")) for row in shown]
-        table.add_row(group.replace("=", " "), *cells)
-    return table
+        counts = [" / ".join(str(group.counts.get(name, 0)) for name in classes)] * counted
+        first = [with_interval(values, row, group) for row in shown[:1]]
+        rest = [_number(values.get(f"{row}{group.key}", math.nan)) for row in shown[1:]]
+        sizes = ["–" if n is None else str(n) for n in (group.images, group.patients)] * sized
+        table.add_row(str(group), *sizes, *counts, *first, *rest)
+    console.print(table)
+    for remark in remarks(groups, values):
+        console.print(f"{task}: {remark}", highlight=False)
 
 
 def _number(value: float | None) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from callbacks.reports.metrics_table import HIDDEN
 from callbacks.reports.model_evaluation import DataDescription, ModelEvaluation, TaskEvaluation
+from callbacks.reports.subgroups import remarks, subgroups, with_interval
 from callbacks.reports.summary_text import limitations, performance
 from mtmedformer.plots.html import number
 
@@ -79,14 +80,12 @@ def _part(site: str, part: DataDescription, tasks: list[str]) -> str:
 
 def _results(name: str, task: TaskEvaluation) -> str:
     rows = [[k, task.interval(k)] for k in task.overall if "/" not in k and not k.startswith(HIDDEN)]
-    groups = [
-        [f"{kind} {group}", number(value)]
-        for kind in ("site", "view")
-        for group, value in task.groups(task.primary, kind).items()
-    ]
+    found = subgroups(task.values)
+    groups = [[str(g), g.images, g.patients, with_interval(task.values, task.primary, g)] for g in found]
     shown = [f"### {_text(name)}", _table(["metric", "value (95 % interval)"], rows)]
-    if len(groups) > 1:
-        shown.append(_table([f"{task.primary} by", "value"], groups))
+    if groups:
+        shown.append(_table([f"{task.primary} by", "images", "patients", "value (95 % interval)"], groups))
+        shown += [_points(found_remarks)] if (found_remarks := remarks(found, task.values)) else []
     return "\n\n".join(shown)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from callbacks.reports.metrics_table import HEADLINES, HIDDEN
 from callbacks.reports.model_evaluation import DataDescription, ModelEvaluation, TaskEvaluation
 from callbacks.reports.ranking_curves import task_figure
 from callbacks.reports.reliability_report import TaskReliability
+from callbacks.reports.subgroups import remarks, subgroup_figure, subgroups, with_interval
 from callbacks.reports.summary_text import limitations, performance
 from mtmedformer.plots.html import (
     Html,
@@ -117,7 +117,7 @@ def _task(name: str, task: TaskEvaluation, pictures: Html | None, colours: Mappi
         if drawn
         else Html(""),
         _confusion(task),
-        _groups(task),
+        _groups(name, task),
         _thresholds(task.reliability),
         _examples(pictures) if pictures else Html(""),
     )
@@ -158,19 +158,30 @@ def _metrics(task: TaskEvaluation) -> Html:
     )
 
 
-def _groups(task: TaskEvaluation) -> Html:
-    """Return a table by site and view; a single site or view is not shown."""
-    names = [name for name in HEADLINES if any(key.startswith(f"{name}/") and "=" in key for key in task.values)]
-    rows: list[list[Any]] = []
-    for kind in ("site", "view"):
-        values = {name: task.groups(name, kind) for name in names}
-        counts = task.groups("n_images", kind)
-        groups = list(dict.fromkeys(group for by_group in [counts, *values.values()] for group in by_group))
-        for group in groups if len(groups) > 1 else []:
-            count = counts.get(group, math.nan)
-            images = None if math.isnan(count) else int(count)
-            rows.append([f"{kind} {group}", images, *(values[name].get(group) for name in names)])
-    return table(rows, ["by site and view", "images", *names])
+def _groups(name: str, task: TaskEvaluation) -> Html:
+    """Return tables by site, view and group with remarks and a picture; a single site or view is not shown."""
+    groups = subgroups(task.values)
+    if not groups:
+        return Html("")
+    names = [metric for metric in HEADLINES if any(f"{metric}{group.key}" in task.values for group in groups)]
+    classes = task.classes if any(len(group.counts) > 1 for group in groups) else ()
+    rows: list[list[Any]] = [
+        [
+            str(group),
+            group.images,
+            group.patients,
+            *(group.counts.get(c) for c in classes),
+            *(with_interval(task.values, metric, group) for metric in names),
+        ]
+        for group in groups
+    ]
+    drawn = subgroup_figure(task.values, task.primary, groups)
+    caption = "Points without a filling are groups of fewer than 20 patients."
+    return join(
+        table(rows, ["by group", "images", "patients", *(f"{c}" for c in classes), *names]),
+        points([remark[0].upper() + remark[1:] for remark in remarks(groups, task.values)]) or Html(""),
+        figure(drawn, caption, f"{task.primary} of {name} by group") if drawn else Html(""),
+    )
 
 
 def _confusion(task: TaskEvaluation) -> Html:

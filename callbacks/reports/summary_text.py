@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from callbacks.reports.model_evaluation import DataDescription, ModelEvaluation, TaskEvaluation
+from callbacks.reports.subgroups import remarks, subgroups
 from mtmedformer.plots.html import number
 
 GRADES = {
@@ -134,7 +135,9 @@ def _task_limitations(name: str, task: TaskEvaluation) -> list[str]:
     rare = [f"{c} ({n})" for c, n in counts.items() if 0 < n < FEW_IMAGES]
     if rare:
         points.append(f"{name}: few test {items} of {', '.join(rare)}.")
-    points += [_weakest_group(name, task, kind) for kind in ("site", "view")]
+    groups = subgroups(task.values)
+    points += [_weakest_group(name, task, column) for column in dict.fromkeys(group.column for group in groups)]
+    points += [f"{name}: {remark}" for remark in remarks(groups, task.values)]
     ece = task.reliability.errors.get("ece", task.values.get("ece"))
     if task.kind in ("classification", "regression") and ece is not None and ece > 0.1:
         points.append(f"{name}: probabilities are off by {number(ece, 2)} on average; do not read them as risks.")
@@ -142,7 +145,7 @@ def _task_limitations(name: str, task: TaskEvaluation) -> list[str]:
 
 
 def _weakest_group(name: str, task: TaskEvaluation, kind: str) -> str:
-    """Return a sentence about the site or view with the lowest value, empty where it is close to the rest."""
+    """Return a sentence about the group of a column with the lowest value, empty where it is close to the rest."""
     groups, overall = task.groups(task.primary, kind), task.value(task.primary)
     lowest = min(groups, key=lambda group: groups[group], default=None)
     if lowest is None or len(groups) < 2 or not groups[lowest] < overall - GAP:

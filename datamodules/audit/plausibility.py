@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from datamodules.audit.group_classes import classes_missing_in_groups
 from datamodules.audit.spellings import Place, class_spellings, site_spellings
 from datamodules.cache.entries import Measures
 from datamodules.cache.quarantine import Issue
@@ -31,7 +32,7 @@ LEAST_MASKS = 3
 
 
 def of_records(records: Sequence[Record], tasks: Mapping[str, Task], place: Place = lambda task, label: "") -> Findings:
-    """Check classes, sites and boxes before an image is decoded.
+    """Check classes, sites, groups and boxes before an image is decoded.
 
     Args:
         records: The records in use.
@@ -47,7 +48,8 @@ def of_records(records: Sequence[Record], tasks: Mapping[str, Task], place: Plac
     for name, task in tasks.items():
         if task.kind == "detection":
             found |= _boxes(name, [t for r in records if isinstance(t := r.truth.get(name), BoxTruth) and t.boxes])
-    return found | classes_of_one_site(((record.site, record.truth) for record in records), tasks)
+    found |= classes_of_one_site(((record.site, record.truth) for record in records), tasks)
+    return found | classes_missing_in_groups(records, tasks, known=found)
 
 
 def of_images(

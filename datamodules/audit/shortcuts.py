@@ -1,4 +1,4 @@
-"""How well a finding is predicted from view, site, side or format alone, without the pixels.
+"""How well a finding is predicted from view, site, side, a group or the format alone, without the pixels.
 
 A model may use these shortcuts. In the RSNA pneumonia set, for example, the view alone (a bedside film or not) gives
 an AUC of 0.71.
@@ -31,7 +31,7 @@ class Shortcut:
     Attributes:
         task: Name of the task.
         finding: The class, or ``any`` for a box of any class.
-        source: The property: ``view``, ``site``, ``laterality``, ``image size`` or ``pixel spacing``.
+        source: The property: ``view``, ``site``, ``laterality``, ``image size``, ``pixel spacing`` or a group column.
         auc: Area under the ROC curve of the finding's rate in *other* patients with the same property. Values below
             0.5, to which rates of other patients are biased, are given as 0.5.
         images: Number of images labelled for it.
@@ -66,6 +66,11 @@ def find_shortcuts(images: Sequence[ImageStatistics], tasks: dict[str, Task], le
         "image size": [f"{f.size[1]}x{f.size[0]}" for f in images],
         "pixel spacing": ["None" if f.spacing is None else f"{f.spacing[0]:.4g}" for f in images],
     }
+    for column in dict.fromkeys(name for f in images for name in f.record.groups):
+        values = [f.record.groups.get(column, "None") for f in images]
+        pairs = set(zip(values, sources["site"], strict=True))
+        if column not in sources and not len(pairs) == len(set(values)) == len(set(sources["site"])):
+            sources[column] = values  # a column with the groups of the sites adds nothing
     fold = np.array([_fold(f.record.patient) for f in images])
     shortcuts = []
     for task, finding, truth in _findings(images, tasks):

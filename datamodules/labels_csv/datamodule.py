@@ -31,6 +31,7 @@ from datamodules.labels_csv.columns import (
 )
 from datamodules.labels_csv.folders import read_folders
 from datamodules.labels_csv.found_tasks import tasks_of_table
+from datamodules.labels_csv.groups import GroupColumns
 from datamodules.labels_csv.merge import Entry
 from datamodules.labels_csv.readers import Reader, reader
 from datamodules.labels_csv.table import Table, read_labels
@@ -67,8 +68,11 @@ class LabelsCSVDataModule(MedicalDataModule):
         laterality_column: Column with the side, ``L`` or ``R``.
         size_columns: Columns with the height and width in pixels that the boxes refer to, where the file may have
             another size than the annotated image.
-        group_columns: Further columns by which images can be selected or a federation split; ``null`` uses ``client``
-            if the table has it.
+        group_columns: Further columns by which results are reported, images can be selected or a federation split, for
+            example ``[sex, age, scanner]``; ``null`` uses ``client`` if the table has it. ``sex``, ``age`` and
+            ``manufacturer`` are read from DICOM headers where the table has no such column.
+        group_bands: Bounds at which group columns of numbers are cut into bands: ``{age: [40, 60]}`` gives under 40,
+            40-59, 60 and over. A group column called ``age`` is cut at 18, 40, 60 and 80 by default.
         kwargs: Arguments of `MedicalDataModule`.
 
     Attributes:
@@ -96,6 +100,7 @@ class LabelsCSVDataModule(MedicalDataModule):
         laterality_column: str | None = "laterality",
         size_columns: tuple[str, str] = ("height", "width"),
         group_columns: list[str] | None = None,
+        group_bands: dict[str, list[float]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -112,7 +117,7 @@ class LabelsCSVDataModule(MedicalDataModule):
         self.view_column = view_column
         self.laterality_column = laterality_column
         self.size_columns = size_columns
-        self.group_columns = group_columns
+        self.groups = GroupColumns(group_columns, group_bands or {})
         self._found: dict[str, FoundClasses] = {}
         self.specs = check_columns(self.classification, self.detection, self.segmentation, self.regression)
         self.tasks_found = not self.specs
@@ -155,6 +160,7 @@ class LabelsCSVDataModule(MedicalDataModule):
             )
         if self.patient_column is None:
             notes.append(f"{table.file.name}: no patient column; images of one patient may be in two splits")
+        notes += self.groups.notes([entry.record for entry in known.values()], table.file.name)
         odd = Counter(remark for entry in known.values() for remark in entry.remarks)
         notes += [f"{table.file.name}: {count} × {remark}, taken as blank" for remark, count in odd.items()]
         records = _named([entry.record for entry in known.values()], self.root)
@@ -177,7 +183,7 @@ class LabelsCSVDataModule(MedicalDataModule):
             table = read_labels(file, self.image_column)
         if not self.specs:
             used = [self.image_column, self.patient_column, self.site_column, self.split_column, self.view_column]
-            others = [self.laterality_column, *self.size_columns, *(self.group_columns or ["client"])]
+            others = [self.laterality_column, *self.size_columns, *self.groups.names]
             self.specs, found = tasks_of_table(table, [column for column in (*used, *others) if column])
             if self.only_patients is None:  # a data set that is cut into sites has logged it
                 rank_zero_info(found)
@@ -240,7 +246,6 @@ class LabelsCSVDataModule(MedicalDataModule):
                 )
             fix = "fill it; if every image is another patient, set data.init_args.patient_column to null"
             raise row.error(self.patient_column, "row without a patient", fix)
-        groups = self.group_columns if self.group_columns is not None else ["client"]
         return Record(
             id=file.stem,
             file=file,
@@ -249,7 +254,7 @@ class LabelsCSVDataModule(MedicalDataModule):
             view=row.name(self.view_column) or None,
             laterality=SIDES.get(row.text(self.laterality_column).lower()),
             split=SPLITS.get(split),
-            groups={group: name for group in groups if (name := row.name(group))},
+            groups=self.groups.of(row, file),
         )
 
     def _entry(self, row: TableRow, record: Record, readers: Sequence[Reader]) -> Entry:
@@ -263,7 +268,7 @@ class LabelsCSVDataModule(MedicalDataModule):
             else:
                 if label is not None:
                     truth[each.task.name] = label
-        remarks = []
+        remarks = self.groups.remarks(row, record.groups)
         size = None
         try:
             size = row.size(*self.size_columns)
@@ -295,7 +300,7 @@ class LabelsCSVDataModule(MedicalDataModule):
         for default, column in usual.items():
             if column and column != default:
                 table.require([column], f"data.init_args.{default}_column names it")
-        table.require(self.group_columns or [], "data.init_args.group_columns names it")
+        table.require(self.groups.required(table.columns), "data.init_args.group_columns or group_bands names it")
         if self.size_columns != ("height", "width"):
             table.require(self.size_columns, "data.init_args.size_columns names it")
 

@@ -19,6 +19,12 @@ _AGE = re.compile(r"(\d{3})([DWMY])", re.ASCII)
 _PER_YEAR = {"D": 365.25, "W": 365.25 / 7, "M": 12.0, "Y": 1.0}
 
 
+def read_number(text: str, years: bool) -> float | None:
+    """Return the number in a text; with ``years`` also an age as DICOM writes it; ``None`` for anything else."""
+    value, age = number(text), _AGE.fullmatch(text.upper())
+    return int(age[1]) / _PER_YEAR[age[2]] if value is None and age and years else value
+
+
 class NumberReader:
     """One column of numbers."""
 
@@ -51,9 +57,7 @@ class NumberReader:
 
     def _number(self, row: TableRow) -> float:
         text = row.text(self.column)
-        value, age = number(text), _AGE.fullmatch(text.upper())
-        if value is None and age and self.unit.lower() in YEARS:
-            value = int(age[1]) / _PER_YEAR[age[2]]
+        value = read_number(text, self.unit.lower() in YEARS)
         if value is None:
             raise row.error(self.column, "cell is no number", "write digits and a decimal point, or leave it blank")
         if self.range and not self.range[0] <= value <= self.range[1]:

@@ -121,6 +121,7 @@ def meta_of(record: Record, entry: CacheEntry, to_original: Affine, salt: str, c
         original_size=entry.original_size,
         spacing=entry.spacing,
         case=case_of(whole, case, salt),
+        groups=record.groups,
     )
 
 

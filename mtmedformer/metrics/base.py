@@ -20,6 +20,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from mtmedformer.batch import Meta
+from mtmedformer.metrics.subgroups import members_by_group
 
 Floats = NDArray[np.float64]
 Evaluate = Callable[[Floats], dict[str, Floats]]
@@ -38,19 +39,21 @@ class Images:
         patients: (n,) patient of each image as a number from 0.
         sites: Site of each image.
         views: View of each image, or ``None``.
+        groups: Further groups of each image by column.
     """
 
     rows: NDArray[np.int64]
     patients: NDArray[np.int64]
     sites: tuple[str, ...]
     views: tuple[str | None, ...]
+    groups: tuple[dict[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
 class TaskMetrics(Metric):
-    """Metrics of one task over the labelled images, with patient-level intervals and values per site and view.
+    """Metrics of one task over the labelled images, with patient-level intervals and values per site, view and group.
 
     ``update`` keeps small rows per image on the CPU (never pixels), so a metric neither grows on the GPU nor needs its
     data in any order: in distributed runs rows are gathered, and an image that a sampler served twice counts once.
@@ -103,7 +106,8 @@ class TaskMetrics(Metric):
         rows: list[int] = present.nonzero().flatten().tolist()
         if rows:
             text = "".join(
-                json.dumps([_identity(m), m.patient, m.site, m.view]) + "\n" for m in (meta[i] for i in rows)
+                json.dumps([_identity(m), m.patient, m.site, m.view, dict(m.groups)]) + "\n"
+                for m in (meta[i] for i in rows)
             )
             self.images.append(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))
         return rows
@@ -136,7 +140,7 @@ class TaskMetrics(Metric):
         return {name: float(value[0]) for name, value in values.items()}
 
     def report(self, replicates: int = 1000, seed: int = 0, level: float = 0.95) -> dict[str, float]:
-        """Return every metric with its interval and its value per site and view.
+        """Return every metric with its interval, over all images and per site, view and group.
 
         Intervals are percentiles over resamples of whole patients with replacement: images of one patient are not
         independent, so resampling images would make the intervals too narrow. A resample in which a metric has no
@@ -149,22 +153,47 @@ class TaskMetrics(Metric):
 
         Returns:
             ``n_images`` and ``n_patients``, then ``<metric>``, ``<metric>_ci_low`` and ``<metric>_ci_high`` (NaN
-            with fewer than two patients), and, where there is ground truth, ``<metric>/site=<site>`` and
-            ``<metric>/view=<view>`` with the number of images as ``n_images/site=<site>``.
+            with fewer than two patients). The same for every group of images (``site=<site>``, ``view=<view>``,
+            ``<column>=<value>``), where there is ground truth: ``<metric>/<group>``, ``<metric>_ci_low/<group>``,
+            ``<metric>_ci_high/<group>``, ``n_images/<group>``, ``n_patients/<group>`` and
+            ``n_positive/<class>/<group>``.
         """
         with self.gathered():
             images = self.seen()
-            overall = self.overall(images.rows)
-            evaluate = self.prepare(images.rows)
-        patients = len(set(images.patients.tolist()))
-        report: dict[str, float] = {"n_images": len(images), "n_patients": patients}
-        weights = patient_weights(images.patients, replicates, seed)
+            report = self._measured(images.rows, images.patients, "", replicates, seed, level)
+            for group, members in members_by_group(images.sites, images.views, images.groups).items():
+                rows, patients = images.rows[members], images.patients[members]
+                one = self._measured(rows, patients, f"/{group}", 0 if members.all() else replicates, seed, level)
+                report |= {name: value for name, value in one.items() if not math.isnan(value)}
+                report |= {f"n_positive/{label}/{group}": n for label, n in self.positives(rows).items()}
+        return report
+
+    def _measured(
+        self,
+        rows: NDArray[np.int64],
+        patients: NDArray[np.int64],
+        group: str,
+        replicates: int,
+        seed: int,
+        level: float,
+    ) -> dict[str, float]:
+        """Return the metrics of some rows with their intervals; those of single classes only over all images."""
+        numbers, patients = np.unique(patients, return_inverse=True)
+        report: dict[str, float] = {f"n_images{group}": len(rows), f"n_patients{group}": len(numbers)}
+        evaluate = self.prepare(rows)
+        weights = patient_weights(patients, replicates, seed)
         parts = [evaluate(weights[i : i + CHUNK].astype(np.float64)) for i in range(0, len(weights), CHUNK)]
-        for name, value in overall.items():
-            samples = np.concatenate([part[name] for part in parts]) if parts else np.zeros(0)
-            low, high = interval(samples, level)
-            report |= {name: value, f"{name}_ci_low": low, f"{name}_ci_high": high}
-        return report | _subgroups(images, evaluate)
+        for name, values in evaluate(np.ones((1, len(rows)))).items():
+            report[f"{name}{group}"] = float(values[0])
+            if not group or "/" not in name:
+                samples = np.concatenate([part[name] for part in parts]) if parts else np.zeros(0)
+                low, high = interval(samples, level)
+                report |= {f"{name}_ci_low{group}": low, f"{name}_ci_high{group}": high}
+        return report
+
+    def positives(self, rows: NDArray[np.int64]) -> dict[str, int]:
+        """Return the number of images (of boxes: of lesions) of some rows by class; empty where it is not known."""
+        return {}
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -183,6 +212,7 @@ class TaskMetrics(Metric):
             patients=np.array([numbers[lines[row][1]] for row in rows], dtype=np.int64),
             sites=tuple(lines[row][2] for row in rows),
             views=tuple(lines[row][3] for row in rows),
+            groups=tuple(lines[row][4] for row in rows),
         )
 
 
@@ -253,21 +283,6 @@ def gather_on_cpu(tensor: Tensor, group: Any = None) -> list[Tensor]:
 def _identity(meta: Meta) -> str:
     name = "\x00".join((meta.site, meta.patient, meta.id))
     return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
-
-
-def _subgroups(images: Images, evaluate: Evaluate) -> dict[str, float]:
-    groups = {f"site={s}": np.array([s == t for t in images.sites]) for s in sorted(set(images.sites))}
-    views = sorted({v for v in images.views if v is not None})
-    groups |= {f"view={v}": np.array([v == w for w in images.views]) for v in views}
-    if not groups:
-        return {}
-    values = evaluate(np.stack(list(groups.values())).astype(np.float64))
-    result: dict[str, float] = {f"n_images/{group}": int(members.sum()) for group, members in groups.items()}
-    for name, per_group in values.items():
-        for group, value in zip(groups, per_group, strict=True):
-            if not np.isnan(value):
-                result[f"{name}/{group}"] = float(value)
-    return result
 
 
 def patient_weights(patients: NDArray[np.int64], replicates: int, seed: int) -> NDArray[np.int32]:

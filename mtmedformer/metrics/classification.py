@@ -36,6 +36,7 @@ class ClassificationMetrics(TaskMetrics):
     tasks and the most probable class otherwise. A class without both labels (``f1``: without positives) is NaN and
     left out of the overall value, which is the mean over classes, except for single-label tasks:
 
+    - where all images are of one class, every mean over classes is NaN: recognising the only class is no achievement;
     - ``balanced_accuracy`` is the mean sensitivity over classes (scikit-learn's);
     - ``accuracy``, ``nll`` and ``ece`` (of the most probable class) are those of the whole decision.
 
@@ -90,11 +91,18 @@ class ClassificationMetrics(TaskMetrics):
             per_class = [one(weights) for one in evaluators]
             overall = {name: nan_mean(np.stack([one[name] for one in per_class])) for name in per_class[0]}
             if whole is not None:
+                several = (weights @ (labels == 1)).astype(bool).sum(axis=1) > 1
+                overall = {name: np.where(several, value, np.nan) for name, value in overall.items()}
                 overall |= {"balanced_accuracy": overall["sensitivity"], **whole(weights)}
             named = zip(self.classes, per_class, strict=True)
             return overall | {f"{name}/{label}": value for label, one in named for name, value in one.items()}
 
         return evaluate
+
+    @override
+    def positives(self, rows: NDArray[np.int64]) -> dict[str, int]:
+        counts = (self.table("labels").numpy()[rows] == 1).sum(axis=0)
+        return dict(zip(self.classes, counts.tolist(), strict=True))
 
     def _one_class(self, probabilities: Floats, labels: Floats, k: int) -> Evaluate:
         known = np.flatnonzero(~np.isnan(labels[:, k]))

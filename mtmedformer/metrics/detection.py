@@ -132,6 +132,11 @@ class DetectionMetrics(TaskMetrics):
             for k in range(len(self.classes))
         ]
 
+    @override
+    def positives(self, rows: NDArray[np.int64]) -> dict[str, int]:
+        lesions = np.concatenate([np.zeros(0), *(true[:, 4] for true in self._split(rows)[1])])
+        return {name: int((lesions == k).sum()) for k, name in enumerate(self.classes)}
+
     def _split(self, rows: NDArray[np.int64]) -> tuple[list[Floats], list[Floats]]:
         counts = self.table("counts").numpy()
         tables = (self.table("found").numpy(), self.table("true").numpy())

@@ -104,6 +104,11 @@ class OrdinalMetrics(TaskMetrics):
         return median_grade(self.table("probabilities")[rows]).numpy(), self.table("truth").numpy()[rows]
 
     @override
+    def positives(self, rows: NDArray[np.int64]) -> dict[str, int]:
+        truth = self.table("truth").numpy()[rows]
+        return {name: int((truth == k).sum()) for k, name in enumerate(self.classes)}
+
+    @override
     def prepare(self, rows: NDArray[np.int64]) -> Evaluate:
         predicted, truth = self.pairs(rows)
         distance = np.abs(predicted - truth).astype(np.float64)

@@ -88,9 +88,9 @@ def save_rows(metrics: Mapping[str, TaskMetrics], file: Path, salt: str) -> None
         people = [lines[row] for row in rows]
         columns = {
             "image": [keyed(identity, salt) for identity, *_ in people],
-            "patient": [keyed(f"{site}\x00{patient}", salt) for _, patient, site, _ in people],
-            "site": [site for _, _, site, _ in people],
-            "view": [view or "" for *_, view in people],
+            "patient": [keyed(f"{site}\x00{patient}", salt) for _, patient, site, *_ in people],
+            "site": [site for _, _, site, *_ in people],
+            "view": [view or "" for _, _, _, view, *_ in people],
         }
         arrays |= {f"{task}|{name}": np.array(values, dtype=np.str_) for name, values in columns.items()}
         arrays |= {f"{task}|row": rows, f"{task}|registered": np.array(len(lines))}

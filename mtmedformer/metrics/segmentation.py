@@ -70,6 +70,11 @@ class SegmentationMetrics(TaskMetrics):
         self.scores.append(torch.stack(scores, dim=-1).cpu())
 
     @override
+    def positives(self, rows: NDArray[np.int64]) -> dict[str, int]:
+        there = (~np.isnan(self.table("scores").numpy()[rows][:, :, 0])).sum(axis=0)
+        return dict(zip(self.classes, there.tolist(), strict=True))
+
+    @override
     def prepare(self, rows: NDArray[np.int64]) -> Evaluate:
         scores = self.table("scores").numpy()[rows]
         names, classes = self._columns, self.classes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,8 @@ MOST_VALUES = 30
 """A column with more values holds names or numbers, not groups, and is not reported by value."""
 
 SITE, VIEW = "site", "view"
+
+_BAND = re.compile(r"(under )?(-?\d+(?:\.\d+)?)")
 
 
 def members_by_group(
@@ -36,8 +39,15 @@ def members_by_group(
 
 
 def _members(column: str, values: Sequence[str | None]) -> dict[str, NDArray[np.bool_]]:
-    known = sorted({value for value in values if value is not None})
+    known = _sorted({value for value in values if value is not None})
     return {f"{column}={value}": np.array([value == other for other in values]) for value in known}
+
+
+def _sorted(values: Collection[str]) -> list[str]:
+    """Sort values; bands of numbers by these, ``under 40`` before ``40-59``."""
+    starts = {value: _BAND.match(value) for value in values}
+    bands = {value: (float(start[2]), start[1] is None) for value, start in starts.items() if start}
+    return sorted(values, key=lambda value: (bands[value], value)) if len(bands) == len(values) else sorted(values)
 
 
 def _same_groups(values: Sequence[str | None], sites: Sequence[str]) -> bool:
