@@ -16,7 +16,7 @@ from datamodules.audit.spellings import Place, class_spellings, site_spellings
 from datamodules.cache.entries import Measures
 from datamodules.cache.quarantine import Issue
 from datamodules.images.masks import TOO_FAINT
-from datamodules.records import BoxTruth, Record
+from datamodules.records import BoxTruth, Record, ValueTruth
 from mtmedformer.batch import Task
 from mtmedformer.errors import DataError
 from mtmedformer.site_classes import classes_of_one_site
@@ -26,6 +26,9 @@ Findings = dict[str, str]
 
 LEAST_IMAGES = 5
 """A property that all images share is a finding from this number of images."""
+
+CODES = frozenset({-1.0, -9.0, -99.0, -999.0, -9999.0, 999.0, 9999.0, 99999.0})
+"""Numbers that often stand for one that is not known."""
 
 LEAST_MASKS = 3
 """As ``LEAST_IMAGES``, for masks that cover everything or the border."""
@@ -48,6 +51,8 @@ def of_records(records: Sequence[Record], tasks: Mapping[str, Task], place: Plac
     for name, task in tasks.items():
         if task.kind == "detection":
             found |= _boxes(name, [t for r in records if isinstance(t := r.truth.get(name), BoxTruth) and t.boxes])
+        elif task.kind == "regression" and not task.classes:
+            found |= _codes(name, [t.value for r in records if isinstance(t := r.truth.get(name), ValueTruth)])
     found |= classes_of_one_site(((record.site, record.truth) for record in records), tasks)
     return found | classes_missing_in_groups(records, tasks, known=found)
 
@@ -76,6 +81,25 @@ def of_images(
             for channel, label in enumerate(task.classes):
                 found |= _masks(f"{name}/{label}" if len(task.classes) > 1 else name, name, channel, known)
     return found
+
+
+def _codes(name: str, values: Sequence[float]) -> Findings:
+    """Find codes such as 999 or -1 that stand for a number that is not known."""
+    others = [value for value in values if value not in CODES]
+    if len(others) < LEAST_IMAGES:
+        return {}
+    low, high = min(others), max(others)
+    space = (high - low) / 2
+    odd = sorted({v for v in values if v in CODES and (v < low - space or v > high + space or v < 0 <= low)})
+    if not odd:
+        return {}
+    count = sum(value in odd for value in values)
+    return {
+        f"codes in {name}": (
+            f"{name}: {count} of {len(values)} numbers are {' or '.join(f'{v:g}' for v in odd)}, the others lie in "
+            f"{low:g} to {high:g}. Is it a code for 'not known'? Give the range of the task, so that it is unknown."
+        )
+    }
 
 
 def _boxes(name: str, truths: Sequence[BoxTruth]) -> Findings:

@@ -29,6 +29,7 @@ def set_with_numbers(root):
         rows = list(csv.DictReader(file))
     for n, row in enumerate(rows):
         row["age"] = "" if row["site"] == "south" else str(20 + n)
+        row["sex"] = "FM"[n // 2 % 2]
         row["grade"] = "" if n % 4 == 3 else ("many" if row["label"] == "sick" else ("none", "some")[n % 2])
     with (root / "labels.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
@@ -43,7 +44,7 @@ def config_of(root, runs, **trainer):
     config["model"]["init_args"]["heads"] = HEADS
     arguments = config["data"]["init_args"]
     del arguments["detection"], arguments["segmentation"]
-    arguments |= {"regression": REGRESSION, "val_fraction": 0.3, "test_fraction": 0.3}
+    arguments |= {"group_columns": ["sex", "age"], "regression": REGRESSION, "val_fraction": 0.3, "test_fraction": 0.3}
     return config
 
 
@@ -62,16 +63,23 @@ def test_test_reports_numbers_and_grades_with_intervals(trained, capsys):
         assert f"test/{key}_ci_low" in metrics, key
     assert metrics["test/age/n_images"] < metrics["test/grade/n_images"]
     assert "test/age/mae/site=south" not in metrics  # no image of the south has an age
+    assert "test/age/mae_ci_low/sex=F" in metrics
+    assert (
+        metrics["test/health/n_images/sex=F"] + metrics["test/health/n_images/sex=M"] == metrics["test/health/n_images"]
+    )
+    assert any(key.startswith("test/health/n_positive/sick/age=") for key in metrics)
     reliability = json.loads((run / "reliability.json").read_text())
     assert reliability["age"]["margin"] > 0
     assert 0 <= reliability["age"]["coverage_test"] <= 1
     assert {"temperature", "ece", "ece_raw"} <= reliability["grade"].keys()
-    assert "interval of" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "interval of" in out
+    assert "fewer than 20 patients" in out
     page, card = (run / "report.html").read_text(), (run / "model_card.md").read_text()
     assert "mean absolute error" in card
     assert "years" in card
     assert "weighted kappa" in card
-    for text in ("Prediction and truth", "Confusion matrix", "kappa"):
+    for text in ("Prediction and truth", "Confusion matrix", "kappa", "by group", "sex F", "age 40-59"):
         assert text in page
 
 
@@ -126,6 +134,7 @@ def test_predictions_are_in_the_unit_of_the_labels_everywhere(trained, tmp_path)
 def test_a_federation_trains_a_head_at_the_sites_that_have_its_labels(tmp_path):
     root = set_with_numbers(tmp_path / "set")
     config = config_of(root, tmp_path)
+    del config["model"]["init_args"]["heads"]  # built from the tasks of the data
     config["data"] = {
         "class_path": "federation.FederatedDataModule",
         "init_args": {"data": config["data"], "by": "site"},

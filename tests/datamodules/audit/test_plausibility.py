@@ -18,7 +18,7 @@ from datamodules.cache.quarantine import Issue
 from datamodules.images.masks import TOO_FAINT
 from datamodules.labels_csv.columns import BoxColumns, ClassColumns, MaskColumns
 from datamodules.phantom.datamodule import PhantomDataModule
-from datamodules.records import BoxTruth, ClassTruth, MaskSource, MaskTruth, Record
+from datamodules.records import BoxTruth, ClassTruth, MaskSource, MaskTruth, Record, ValueTruth
 from federation import FederatedDataModule
 from mtmedformer.batch import Task
 from mtmedformer.errors import DataError
@@ -268,3 +268,20 @@ def test_a_federation_names_the_site_and_the_class_of_one_site(tmp_path, caplog)
     assert any("all 10 images of 'ill' are of site 'a'" in note for note in data.notes())
     assert set(sites["a"].implausible) == set()
     assert set(sites["b"].implausible) == {"full masks of lungs"}
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ([40, 50, 60, 70, 80, 999, 999], "2 of 7 numbers are 999"),
+        ([0, 5, 1, 2, 3, -1], "1 of 6 numbers are -1"),
+        ([-2, -1, 0, 1, 2, 0.5], ""),
+        ([900, 950, 999, 1020, 870, 990], ""),
+        ([40, 50, 60, 999], ""),
+    ],
+)
+def test_codes_for_numbers_that_are_not_known(values, found):
+    records = [Record(str(i), Path(f"{i}.png"), f"p{i}", {"age": ValueTruth(float(v))}) for i, v in enumerate(values)]
+    sentences = of_records(records, {"age": Task("age", "regression", (), range=(min(values), max(values)))})
+    assert [key for key in sentences] == (["codes in age"] if found else [])
+    assert found in "".join(sentences.values())

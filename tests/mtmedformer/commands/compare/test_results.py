@@ -264,3 +264,17 @@ def test_time_left():
     progress.done = [30.0, 30.0]
     assert progress.left([(10.0, 0.0), (40.0, 0.9)]) == pytest.approx((20 + 0 + 6 * 30) / 2)
     assert [runner.duration(s) for s in (8, 200, 3600, 7500)] == ["8 s", "3 min", "60 min", "2 h 05 min"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher", "ends"),
+    [
+        ("val/age/mae", False, (0.0, math.inf)),
+        ("age/rmse", False, (0.0, math.inf)),
+        ("age/r2", True, (-math.inf, 1.0)),
+        ("grade/kappa", True, (-1.0, 1.0)),
+    ],
+)
+def test_metrics_of_numbers_have_their_direction_and_limits(metric, higher, ends):
+    assert higher_is_better(metric) == higher
+    assert limits(metric) == ends
