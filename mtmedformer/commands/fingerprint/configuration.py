@@ -130,6 +130,11 @@ def _options(name: str, head: TaskHead, summary: Fingerprint) -> tuple[dict[str,
         small = [f"The smallest class covers {share:.1%} of the input in the median; Dice, a part of the default loss, "
                  "does not depend on the area."] if sizes else []  # fmt: skip
         return {}, [f"Training images with a mask: {listing or 'none'}.", *small]
+    if task.ordinal:
+        return {}, [f"Training images by grade, the lowest first: {listing}."]
+    if task.kind == "regression":
+        numbers = _labelled(summary, name)
+        return {}, [f"Training images with a number: {numbers}. The range is that of the task in the data."]
     if not isinstance(head, ClassificationHead):
         return {}, []
     return _class_weights(task, counts, _labelled(summary, name), wish.sampler, f"Training images: {listing}.")
