@@ -16,11 +16,11 @@ from mtmedformer.metrics.referral import ReferralMetrics
 from mtmedformer.metrics.rows import save_rows
 
 ADDITIONAL = (
-    ("calibration", "{}", ("classification", "segmentation"), CalibrationMetrics),
-    ("raw", "raw/{}", ("classification", "segmentation"), CalibrationMetrics),
+    ("calibration", "{}", ("classification", "segmentation", "regression"), CalibrationMetrics),
+    ("raw", "raw/{}", ("classification", "segmentation", "regression"), CalibrationMetrics),
     ("referral", "{}", ("segmentation",), ReferralMetrics),
 )
-"""Additional results per image: their name, key of the prediction, kinds of task, metric."""
+"""Additional results per image of probabilistic tasks: name, key of the prediction, kinds of task, metric."""
 
 
 class PerImageResults(Callback):
@@ -52,7 +52,7 @@ class PerImageResults(Callback):
         tasks: Mapping[str, Task] = pl_module.tasks  # type: ignore[assignment]
         for name, task in tasks.items():
             for kind, prediction, kinds, metric_class in ADDITIONAL:
-                if task.kind in kinds and prediction.format(name) in outputs:
+                if task.probabilistic and task.kind in kinds and prediction.format(name) in outputs:
                     key = f"{name}~{kind}"
                     if key not in self._probabilities:
                         self._probabilities[key] = metric_class(task)

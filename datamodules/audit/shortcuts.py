@@ -18,7 +18,7 @@ from scipy import stats
 
 from datamodules.audit.image_statistics import ImageStatistics
 from datamodules.loading.samplers import strata
-from datamodules.records import BoxTruth, ClassTruth
+from datamodules.records import BoxTruth, ClassTruth, ValueTruth
 from mtmedformer.batch import Task
 
 FOLDS = 5
@@ -53,7 +53,7 @@ def find_shortcuts(images: Sequence[ImageStatistics], tasks: dict[str, Task], le
 
     Args:
         images: Their statistics.
-        tasks: The tasks by name; segmentation tasks are left out.
+        tasks: The tasks by name; masks and numbers are left out.
         least: Findings with fewer positives or negatives than this are left out.
 
     Returns:
@@ -99,6 +99,10 @@ def _findings(images: Sequence[ImageStatistics], tasks: dict[str, Task]) -> list
             for k, label in enumerate(task.classes):
                 values = [t.values[k] if isinstance(t, ClassTruth) else math.nan for t in truths]
                 findings.append((name, label, np.array(values)))
+        elif task.ordinal:
+            grades = np.array([t.value if isinstance(t, ValueTruth) else math.nan for t in truths])
+            for k, label in enumerate(task.classes):
+                findings.append((name, label, np.where(np.isnan(grades), math.nan, grades == k)))
         elif task.kind == "detection":
             strata_of = [strata(f.record, {name: task}) for f in images]
             some = [

@@ -78,6 +78,7 @@ class TaskHead(RecordsArguments, nn.Module, ABC):
         Returns:
             classification: float (B, K) probabilities. segmentation: float (B, K, H, W) probabilities. detection: a
             list of B dicts with ``boxes`` (N, 4) xyxy, ``scores`` (N,) in descending order, ``labels`` (N,) in 0..K-1.
+            regression: float (B, 1), the number in the unit of the task; of grades float (B, K) probabilities.
         """
 
     @abstractmethod

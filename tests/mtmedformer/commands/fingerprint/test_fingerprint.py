@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -277,6 +278,19 @@ def test_shortcut_auc_of_one_binary_property_is_that_of_its_indicator():
     assert found["view"].warning
     assert found["view"].positives == ill.sum()
     assert "site" not in found  # one site only: nothing to compare
+
+
+def test_every_group_column_is_a_possible_shortcut():
+    def grouped(i):
+        one = facts(i, ill=i % 4 == 0, patient=i)
+        groups = {"scanner": "Acme" if i % 4 == 0 else "Other", "sex": "FM"[i // 4 % 2], "client": one.record.site}
+        return replace(one, record=replace(one.record, groups=groups))
+
+    found = {s.source: s for s in find_shortcuts([grouped(i) for i in range(200)], TASKS) if s.finding == "ill"}
+    assert found["scanner"].auc > 0.95
+    assert found["scanner"].warning
+    assert not found["sex"].warning
+    assert "client" not in found  # the groups of the sites
 
 
 def test_no_shortcut_where_the_property_is_chance_even_with_a_value_per_patient():
