@@ -43,7 +43,9 @@ def classes_missing_in_groups(
             skipped = {c for c in task.classes if column == "site" and f"site of {name}/{c}" in known}
             for group, missing in _missing(column, labelled, [c for c in task.classes if c not in skipped]).items():
                 images = sum(_value(record, column) == group for record, _ in labelled)
-                shares = ", ".join(f"{c!r} ({100 * share:.0f} % of the other patients)" for c, share in missing.items())
+                shares = ", ".join(
+                    f"{c!r} ({100 * share:.0f} % of the patients elsewhere)" for c, share in missing.items()
+                )
                 found[f"{column} {group} of {name}"] = (
                     f"{name}: none of the {images} images of {column} {group!r} shows {shares}. A model may recognise "
                     f"the {column} instead of the finding; look at the results by {column}."
@@ -54,7 +56,10 @@ def classes_missing_in_groups(
 def _missing(
     column: str, labelled: Sequence[tuple[Record, frozenset[str]]], classes: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """Return the classes that each group lacks, with their share of the other patients."""
+    """Return the classes that each group lacks, with their share of the patients of the other groups.
+
+    A patient who is in several groups, as with two views, counts once in each.
+    """
     people: dict[str, set[str]] = {}
     holders: dict[tuple[str, str], set[str]] = {}
     for record, present in labelled:
@@ -63,15 +68,15 @@ def _missing(
             people.setdefault(group, set()).add(record.patient)
             for c in present:
                 holders.setdefault((group, c), set()).add(record.patient)
-    everyone = set[str]().union(*people.values())
+    total = sum(map(len, people.values()))
     found: dict[str, dict[str, float]] = {}
     for group, members in people.items():
         for c in classes:
-            others = set[str]().union(*(holders.get((other, c), set()) for other in people if other != group))
-            if (group, c) in holders or len(members) < LEAST_PATIENTS or not others:
+            others = sum(len(holders.get((other, c), ())) for other in people)
+            if (group, c) in holders or len(members) < LEAST_PATIENTS:
                 continue
-            if stats.hypergeom.pmf(0, len(everyone), len(others), len(members)) < CHANCE:
-                found.setdefault(group, {})[c] = len(others) / max(1, len(everyone - members))
+            if stats.hypergeom.pmf(0, total, others, len(members)) < CHANCE:
+                found.setdefault(group, {})[c] = others / (total - len(members))
     return found
 
 

@@ -119,7 +119,8 @@ def test_a_scanner_without_a_single_cancer_is_named():
     found = classes_missing_in_groups(records(60, lambda i: i % 2 == 0 and i % 4 == 0), CANCER)
     assert list(found) == ["scanner B of cancer"]
     assert (
-        "none of the 30 images of scanner 'B' shows 'yes' (50 % of the other patients)" in found["scanner B of cancer"]
+        "none of the 30 images of scanner 'B' shows 'yes' (50 % of the patients elsewhere)"
+        in found["scanner B of cancer"]
     )
 
 
@@ -129,6 +130,16 @@ def test_ordinary_groups_pass_without_a_word():
     assert not classes_missing_in_groups(records(16, lambda i: i % 2 == 0), CANCER)  # few patients
     same = [record for one in records(8, lambda i: i % 2 == 0) for record in [one] * 10]  # few patients, many images
     assert not classes_missing_in_groups(same, CANCER)
+
+
+def test_a_patient_with_two_views_counts_once_in_each():
+    def film(i, view, sick):
+        return Record(f"{i}{view}", None, f"p{i}", {"cancer": ClassTruth((1.0 - sick, float(sick)))}, view=view)  # type: ignore[arg-type]
+
+    rare = [film(i, view, view == "CC" and i < 4) for i in range(20) for view in ("CC", "MLO")]
+    assert not classes_missing_in_groups(rare, CANCER)
+    often = [film(i, view, view == "CC" and i < 15) for i in range(20) for view in ("CC", "MLO")]
+    assert "(75 % of the patients elsewhere)" in classes_missing_in_groups(often, CANCER)["view MLO of cancer"]
 
 
 def test_fit_logs_it_once(tmp_path, caplog):
