@@ -132,6 +132,11 @@ def test_ordinary_groups_pass_without_a_word():
     assert not classes_missing_in_groups(same, CANCER)
 
 
+def test_the_sites_of_a_federation_cut_by_class_are_no_surprise():
+    assert not classes_missing_in_groups(records(60, lambda i: i % 2 == 0, column="client"), CANCER)
+    assert classes_missing_in_groups(records(60, lambda i: i % 4 == 0, column="client"), CANCER)
+
+
 def test_a_patient_with_two_views_counts_once_in_each():
     def film(i, view, sick):
         return Record(f"{i}{view}", None, f"p{i}", {"cancer": ClassTruth((1.0 - sick, float(sick)))}, view=view)  # type: ignore[arg-type]
