@@ -172,7 +172,8 @@ class CaseMetrics(TaskMetrics):
         scores = self.rule.scores(self.task, self.table("scores").numpy()[rows], cases)
         first = [int(rows[np.flatnonzero(cases == case)[0]]) for case in range(len(known))]
         meta = [
-            Meta(id=str(key), patient=lines[row][1], site=lines[row][2]) for key, row in zip(known, first, strict=True)
+            Meta(id=str(key), patient=lines[row][1], site=lines[row][2], groups=lines[row][4])
+            for key, row in zip(known, first, strict=True)
         ]
         known_labels = torch.from_numpy(~np.isnan(labels).all(axis=1)).reshape(-1)
         truth = torch.from_numpy(labels).float()
