@@ -5,6 +5,7 @@ from .encoders.shared import SharedEncoder as SharedEncoder
 from .errors import ConfigError as ConfigError
 from .errors import DataError as DataError
 from .errors import UserError as UserError
+from .heads import CaseHead as CaseHead
 from .heads import ClassificationHead as ClassificationHead
 from .heads import DetectionHead as DetectionHead
 from .heads import DETRHead as DETRHead

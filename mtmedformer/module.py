@@ -29,12 +29,13 @@ from mtmedformer.encoders.base import Encoder
 from mtmedformer.encoders.pretrained import load_weights
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
+from mtmedformer.heads.cases import check_case_batches
 from mtmedformer.heads.from_tasks import heads_for
 from mtmedformer.inference.predictor import TiledPredictor
 from mtmedformer.inference.results import check_finite
 from mtmedformer.losses.hybrid import HybridLoss
 from mtmedformer.metrics.base import MetricsByTask, TaskMeans
-from mtmedformer.network import MultiTaskNetwork, image_size, new_tensors_in_float32
+from mtmedformer.network import MultiTaskNetwork, evaluation_step, image_size, new_tensors_in_float32
 from mtmedformer.optim import Interval, check_schedule, follows_per_epoch, parameter_groups, scheduled, step_followers
 from mtmedformer.protocols import TaskedData
 from mtmedformer.storage.constructor_arguments import RecordsArguments, class_path, describe, hyperparameters
@@ -146,6 +147,7 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.awaits_tasks:
             self.add_heads(tasks_of(datamodule))
+        check_case_batches(self.heads.values(), datamodule, stage, self.predictor.settings.get("tile"))
         if self.trainer.precision == "64-true":
             self.double()  # before a checkpoint is loaded; Lightning converts afterwards
         if isinstance(datamodule, TaskedData):
@@ -256,7 +258,7 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
                     head.zero_grad(set_to_none=True)
         self._labelled_heads.clear()
 
-    @new_tensors_in_float32()
+    @evaluation_step
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Update the validation metrics and losses of every labelled task; return the raw outputs.
 
@@ -272,7 +274,7 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
                 self.val_metrics.of(name).update(predictions, batch.targets[name], batch.meta)
         return dict(outputs)
 
-    @new_tensors_in_float32()
+    @evaluation_step
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Update the test metrics of every task; return the predictions, uncalibrated ones as ``raw/<task>``.
 
@@ -289,7 +291,7 @@ class MultiTaskModule(RecordsArguments, MultiTaskNetwork):
             self.test_metrics.of(name).update(predictions[name], batch.targets[name], batch.meta)
         return predictions
 
-    @new_tensors_in_float32()
+    @evaluation_step
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Return the predictions of a batch by task, in pixels of the network's input."""
         return self.predict_whole(batch.image)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, Literal, cast
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mtmedformer.batch import Batch, Target, Task
+from mtmedformer.batch import Batch, Meta, Target, Task
 from mtmedformer.calibration import TaskCalibration
 from mtmedformer.encoders.base import Encoder
 from mtmedformer.encoders.familiarity import TrainingDistribution
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead, build_heads
-from mtmedformer.heads.capabilities import calibrated
+from mtmedformer.heads.capabilities import GroupsImages, calibrated
 from mtmedformer.heads.finite import marked
 from mtmedformer.heads.layers import mixes_images
+from mtmedformer.metrics.cases import case_keys
 from mtmedformer.protocols import PredictionStrategy
 from mtmedformer.storage.hashing import ensemble_digest, weights_digest
 
@@ -113,18 +116,40 @@ class MultiTaskNetwork(L.LightningModule):
         """Return each head's raw outputs and target for the images labelled for it; its loss reads no others.
 
         A head without a labelled image reads the first image, so that its parameters get a zero gradient; a head with
-        BatchNorm reads all images.
+        BatchNorm, or over cases, reads all images.
         """
+        with self.grouped(batch.meta):
+            return self._labelled(batch)
+
+    def _labelled(self, batch: Batch) -> tuple[dict[str, Any], dict[str, Target]]:
         pyramid, size = self._pyramid(batch.image), image_size(batch.image)
         outputs, targets = {}, {}
         for name, head in self._heads().items():
             target, levels = batch.targets[name], pyramid
             rows = target.present.nonzero().flatten()
-            if len(rows) < len(batch) and not mixes_images(head):
+            if len(rows) < len(batch) and not (mixes_images(head) or isinstance(head, GroupsImages)):
                 rows = rows if len(rows) else rows.new_zeros(1)
                 target, levels = target[rows], [level[rows] for level in pyramid]
             outputs[name], targets[name] = head(levels, size), target
         return outputs, targets
+
+    @contextmanager
+    def grouped(self, meta: Sequence[Meta]) -> Iterator[None]:
+        """Let the heads over cases, also those of other members of the ensemble, read a batch by case.
+
+        Args:
+            meta: One entry per image of the batch.
+        """
+        networks: tuple[MultiTaskNetwork, ...] = (self, *self.members)
+        heads = [one for net in networks for one in net.heads.values() if isinstance(one, GroupsImages)]
+        cases = torch.from_numpy(np.unique(case_keys(meta), return_inverse=True)[1]) if heads else None
+        try:
+            for head in heads:
+                head.group(cases)
+            yield
+        finally:
+            for head in heads:
+                head.group(None)
 
     def task_losses(
         self, outputs: dict[str, Any], targets: dict[str, Target]
@@ -157,6 +182,17 @@ def new_tensors_in_float32() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def evaluation_step(step: Callable[[Any, Batch, int], Any]) -> Callable[[Any, Batch, int], Any]:
+    """Run a step of ``validate``, ``test`` or ``predict`` with new tensors in float32 and the images by case."""
+
+    @wraps(step)
+    def run(module: MultiTaskNetwork, batch: Batch, batch_idx: int) -> Any:
+        with new_tensors_in_float32(), module.grouped(batch.meta):
+            return step(module, batch, batch_idx)
+
+    return run
 
 
 def image_size(image: Tensor) -> tuple[int, int]:

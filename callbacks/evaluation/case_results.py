@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mtmedformer.batch import Batch
 from mtmedformer.heads.base import TaskHead
-from mtmedformer.metrics.cases import CasedData, CaseMetrics
+from mtmedformer.heads.capabilities import GroupsImages
+from mtmedformer.metrics.cases import CasedData, CaseMetrics, CaseRule
 from mtmedformer.module import MultiTaskModule
 
 BY_CASE = "{} by case"
@@ -36,7 +38,9 @@ class CaseResults(Callback):
             for name, task in pl_module.tasks.items():
                 head = pl_module.heads[name]
                 if task.kind in ("classification", "regression") and isinstance(head, TaskHead):
-                    self.metrics[name] = CaseMetrics(task, data.case_rule, head.metrics())
+                    rule = CaseRule("mean") if isinstance(head, GroupsImages) else data.case_rule
+                    labels = replace(rule, negative=data.case_rule.negative)
+                    self.metrics[name] = CaseMetrics(task, labels, head.metrics())
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, *args: Any

@@ -154,6 +154,7 @@ class ImageWriter:
             "site": meta.site,
             "view": meta.view,
             "laterality": meta.laterality,
+            "case": meta.case,
             "classes": result.classes,
             "values": {task: asdict(value) for task, value in result.values.items()},
             "boxes": {task: [_box(box) for box in boxes] for task, boxes in result.boxes.items()},
@@ -166,6 +167,8 @@ class ImageWriter:
         """Return the row of the image in the CSV, with columns in the order of tasks and classes."""
         meta = result.meta
         row: Json = {"image": meta.id, "site": meta.site, "view": meta.view or "", "laterality": meta.laterality or ""}
+        if meta.case is not None:
+            row["case"] = meta.case
         if result.familiarity is not None:
             row |= columns(result.familiarity)
         for task in self.tasks:

@@ -12,6 +12,7 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 import mtmedformer
+from callbacks.prediction.case_files import write_cases
 from callbacks.prediction.dicom.model_identity import ModelIdentity
 from callbacks.prediction.dicom.objects import DicomObjects
 from callbacks.prediction.familiarity_of_images import ImageFiles, assessed
@@ -21,7 +22,9 @@ from mtmedformer.batch import Batch, Task
 from mtmedformer.calibration import TaskCalibration, plain
 from mtmedformer.encoders.familiarity import NO_FAMILIARITY, Assessment
 from mtmedformer.errors import ConfigError, DataError
+from mtmedformer.heads.capabilities import GroupsImages
 from mtmedformer.inference.results import NOTE, image_result
+from mtmedformer.metrics.cases import CasedData
 from mtmedformer.module import MultiTaskModule
 from mtmedformer.plots.style import picture_of
 from mtmedformer.plots.terminal import SafeConsole
@@ -186,6 +189,7 @@ class PredictionWriter(Callback):
             boxes |= _calibrated_thresholds(calibration, "f1", classes["detection"])
         else:
             boxes = dict.fromkeys(classes["detection"], self.threshold)
+        units = {name: task.unit for name, task in self._tasks.items()}
         return ImageWriter(
             folder=PredictionFolder(predictions_root(trainer, self.predictions_root)),
             model=model,
@@ -193,7 +197,7 @@ class PredictionWriter(Callback):
             box_thresholds=boxes,
             class_thresholds=_calibrated_thresholds(calibration, self.operating_point, classes["classification"]),
             overlays=self.overlays,
-            dicom=DicomObjects(ModelIdentity(model, self.codes), boxes) if self.dicom else None,
+            dicom=DicomObjects(ModelIdentity(model, self.codes), boxes, units) if self.dicom else None,
             refuse_unfamiliar=self.refuse_unfamiliar,
         )
 
@@ -249,6 +253,12 @@ class PredictionWriter(Callback):
             return
         folder = self._writer.folder
         failed = folder.write_tables({name: asdict(task) for name, task in self._tasks.items()})
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, CasedData) and data.case:
+            heads: Any = trainer.lightning_module.heads
+            whole = [name for name, head in heads.items() if isinstance(head, GroupsImages)]
+            for problem in write_cases(folder, self._tasks, data.case_rule, whole, self._writer.dicom, self._files):
+                log.warning("a case has no structured report: %s", problem)
         SafeConsole().print(f"Written: {folder.root}", highlight=False, soft_wrap=True)
         if self._unfamiliar:
             log.warning(

@@ -66,6 +66,11 @@ class AttentionPoolingHead(TaskHead):
 
     def pooled(self, pyramid: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the numbers (B, outputs), and the attention (B, h, w) on the finest level; each map sums to 1."""
+        features, attention = self.features(pyramid)
+        return self.classifier(features), attention
+
+    def features(self, pyramid: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the pooled features (B, C), and the attention as `pooled` does."""
         maps = [pyramid[level] for level in self.levels]
         tokens = torch.cat(
             [
@@ -79,7 +84,7 @@ class AttentionPoolingHead(TaskHead):
         values = tokens.view(*tokens.shape[:2], self.num_heads, -1)
         pooled = (attention.to(values.dtype).unsqueeze(3) * values).sum(1).flatten(1)
         features = torch.cat([pooled, tokens.amax(dim=1)], dim=1) if self.peak else pooled
-        return self.classifier(features), self._on_finest_level(attention.mean(2), maps)
+        return features, self._on_finest_level(attention.mean(2), maps)
 
     def attention_map(self, outputs: Any, size: tuple[int, int]) -> Tensor:
         """Return the attention per pixel, float32 (B, H, W), without the contribution of the channel maxima.

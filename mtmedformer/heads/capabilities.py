@@ -67,6 +67,15 @@ class Exportable(Protocol):
         ...
 
 
+@runtime_checkable
+class GroupsImages(Protocol):
+    """A head that reads the images of a case together; the batches must hold whole cases."""
+
+    def group(self, cases: Tensor | None) -> None:
+        """Set the case of each image of the next batches, int64 (B,) from 0; ``None``: each image is its own case."""
+        ...
+
+
 def calibrated(head: Any, outputs: Any, temperature: float | None) -> Any:
     """Return outputs of a head with their logits divided by a temperature; unchanged if it is ``None``.
 

@@ -111,9 +111,11 @@ class CasedData(Protocol):
     Attributes:
         case: Names of the fields that name a case; empty where there are no cases.
         case_rule: How the scores and labels of a case's images become one.
+        case_batches: Whether batches hold whole cases.
     """
 
     case: Sequence[str]
+    case_batches: bool
     case_rule: CaseRule
 
 

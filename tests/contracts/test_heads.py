@@ -18,6 +18,7 @@ from mtmedformer.batch import (
     Target,
 )
 from mtmedformer.heads import (
+    CaseHead,
     ClassificationHead,
     DetectionHead,
     DETRHead,
@@ -108,6 +109,7 @@ def masks(channels: int, exclusive: bool) -> Callable[[int, tuple[int, int]], Se
 
 CASES = {
     "classes": Case(lambda: ClassificationHead(ABC), one_hot),
+    "classes of cases": Case(lambda: CaseHead(ABC), one_hot),
     "classes-terms": Case(
         lambda: ClassificationHead(
             ABC,

@@ -4,11 +4,14 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from mtmedformer.commands.main import main
-from tests.fixtures.small_set import small_config
+from tests.fixtures.pairs import write_pairs
+from tests.fixtures.small_set import small_config, write_config
 from tests.fixtures.stored_models import OF_FIT, description, write_checkpoint
 
 QUIET = "--trainer.enable_progress_bar=false"
@@ -53,3 +56,46 @@ def test_mistakes_in_cases_are_one_sentence(run, capsys):
     ):
         assert main(["test", f"--ckpt_path={run}", QUIET, *options]) == 2
         assert words in " ".join(capsys.readouterr().err.split())
+
+
+def pair_config(root: Path, runs: Path, head: str) -> dict:
+    """Return a configuration that trains a head on `write_pairs`."""
+    config = small_config(root, runs, max_epochs=6)
+    heads = {"pair": {"class_path": f"mtmedformer.{head}", "init_args": {"classes": ["equal", "unequal"]}}}
+    config["model"]["init_args"]["heads"] = heads
+    arguments = config["data"]["init_args"]
+    arguments.pop("detection"), arguments.pop("segmentation")
+    arguments["classification"] = {"pair": {"column": "label", "classes": ["equal", "unequal"]}}
+    arguments |= {"image_size": 32, "batch_size": 8, "preset": None, "case": ["patient"]}
+    arguments |= {"negative_classes": ["equal"], "case_batches": head == "CaseHead"}
+    return config
+
+
+def test_a_head_over_cases_learns_what_no_single_image_shows(tmp_path, capsys):
+    """Both greys are as frequent in equal as in unequal pairs; only the pair shows the label."""
+    root = write_pairs(tmp_path / "pairs")
+    with (root / "labels.csv").open(newline="") as file:
+        bright = {label: [] for label in ("equal", "unequal")}
+        for row in csv.DictReader(file):
+            bright[row["label"]].append(np.asarray(Image.open(root / row["image"]))[16, 16] > 140)
+    assert np.mean(bright["equal"]) == np.mean(bright["unequal"]) == 0.5
+    config = pair_config(root, tmp_path, "CaseHead")
+    config["trainer"]["callbacks"] = [{"class_path": "callbacks.PredictionWriter"}]
+    assert main(["fit", "--config", write_config(config, tmp_path / "pairs.yaml")]) == 0
+    checkpoint = f"--ckpt_path={tmp_path}/run/checkpoints/best.ckpt"
+    assert main(["test", checkpoint, QUIET]) == 0
+    metrics = json.loads((tmp_path / "run/test_metrics.json").read_text())
+    assert metrics["test/pair by case/auroc"] > 0.9
+    assert main(["predict", checkpoint, QUIET, "--data.predict_split=test"]) == 0
+    with (tmp_path / "run/predictions/cases.csv").open(newline="") as file:
+        cases = list(csv.DictReader(file))
+    with (tmp_path / "run/predictions/predictions.csv").open(newline="") as file:
+        by_case = {row["case"]: float(row["pair:unequal"]) for row in csv.DictReader(file)}
+    assert len(cases) == metrics["test/pair by case/n_cases"]
+    assert {row["images"] for row in cases} == {"2"}
+    for row in cases:
+        assert float(row["pair:unequal"]) == pytest.approx(by_case[row["case"]], abs=1e-4)
+    assert "secret" not in (tmp_path / "run/predictions/cases.csv").read_text()
+    capsys.readouterr()
+    assert main(["test", checkpoint, QUIET, "--data.case_batches=false"]) == 2
+    assert "data.case_batches=true" in " ".join(capsys.readouterr().err.split())

@@ -7,12 +7,14 @@ other output of a prediction contains patient data.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydicom.dataset import Dataset
 
+from callbacks.prediction.dicom.case_report import case_report
 from callbacks.prediction.dicom.model_identity import ModelIdentity, source_header
 from callbacks.prediction.dicom.segmentation import segmentation
 from callbacks.prediction.dicom.structured_report import structured_report
@@ -27,10 +29,12 @@ class DicomObjects:
     Attributes:
         model: Identity of the model, and codes of its classes.
         box_thresholds: Minimum score of a reported box, by task and class.
+        units: Unit of the number of a task, by its name.
     """
 
     model: ModelIdentity
     box_thresholds: Mapping[tuple[str, str], float]
+    units: Mapping[str, str] = field(default_factory=dict)
 
     def build(self, source: Path, result: ImageResult) -> dict[str, Dataset]:
         """Build the segmentation (``seg``, where the model has masks) and the structured report (``sr``) of an image.
@@ -42,17 +46,40 @@ class DicomObjects:
         Raises:
             DataError: The file lacks identifiers, or its header does not give a valid object.
         """
-        with warnings.catch_warnings():  # warnings of highdicom contain the patient's name
-            warnings.simplefilter("ignore")
-            try:
-                header = source_header(source)
-                masks = segmentation(header, result, self.model) if result.masks else None
-                report = structured_report(header, result, masks, self.model, self.box_thresholds)
-                return {"sr": report} if masks is None else {"seg": masks, "sr": report}
-            except DataError:
-                raise
-            except Exception as error:  # headers fail in many ways; the error text may contain patient data
-                raise DataError(
-                    f"{source.name}: the header does not give a valid DICOM object ({type(error).__name__}); check it "
-                    "with dciodvfy, or predict with --dicom=false"
-                ) from error
+        with _valid(source.name):
+            header = source_header(source)
+            masks = segmentation(header, result, self.model) if result.masks else None
+            report = structured_report(header, result, masks, self.model, self.box_thresholds)
+            return {"sr": report} if masks is None else {"seg": masks, "sr": report}
+
+    def build_case(self, sources: Sequence[Path], scores: Mapping[str, Mapping[str, float]]) -> Dataset:
+        """Build the structured report of a case.
+
+        Args:
+            sources: DICOM files of its images.
+            scores: Pooled probability by task and class; a number has the class ``""``.
+
+        Raises:
+            DataError: As `build`, or the images belong to several studies.
+        """
+        with _valid(sources[0].name):
+            headers = [source_header(source) for source in sources]
+            if len({header.StudyInstanceUID for header in headers}) > 1:
+                raise DataError(f"{sources[0].name}: the images of its case belong to several studies")
+            return case_report(headers, scores, self.units, self.model)
+
+
+@contextmanager
+def _valid(name: str) -> Iterator[None]:
+    """Turn what headers raise into a ``DataError``, without warnings, which contain the patient's name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except DataError:
+            raise
+        except Exception as error:  # headers fail in many ways; the error text may contain patient data
+            raise DataError(
+                f"{name}: the header does not give a valid DICOM object ({type(error).__name__}); check it "
+                "with dciodvfy, or predict with --dicom=false"
+            ) from error

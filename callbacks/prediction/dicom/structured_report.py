@@ -58,7 +58,7 @@ def structured_report(
     return hd.sr.Comprehensive3DSR(
         evidence=[header] if masks is None else [header, masks],
         content=hd.sr.MeasurementReport(
-            observation_context=_observer(model),
+            observation_context=observer(model),
             procedure_reported=codes.SCT.ImagingProcedure,
             imaging_measurements=content,
             title=codes.DCM.ImagingMeasurementReport,
@@ -90,7 +90,7 @@ class _MeasurementGroups:
             measurements.append(
                 hd.sr.Measurement(
                     name=name,
-                    value=_rounded(value.value),
+                    value=rounded(value.value),
                     unit=unit_code(value.unit),
                     algorithm_id=self.algorithm,
                     properties=_interval(value),
@@ -106,7 +106,7 @@ class _MeasurementGroups:
     def probability(self, task: str, name: str, value: float) -> Any:
         """Return the measurement group of a class."""
         measured = hd.sr.Measurement(
-            name=codes.DCM.Probability, value=_rounded(value), unit=codes.UCUM.NoUnits, algorithm_id=self.algorithm
+            name=codes.DCM.Probability, value=rounded(value), unit=codes.UCUM.NoUnits, algorithm_id=self.algorithm
         )
         return hd.sr.MeasurementsAndQualitativeEvaluations(
             tracking_identifier=self._tracking(f"{task}: {name}"),
@@ -126,7 +126,7 @@ class _MeasurementGroups:
         )
         certainty = hd.sr.Measurement(
             name=codes.DCM.CertaintyOfFinding,
-            value=_rounded(100 * box.score),
+            value=rounded(100 * box.score),
             unit=codes.UCUM.Percent,
             algorithm_id=self.algorithm,
         )
@@ -156,7 +156,7 @@ class _MeasurementGroups:
             referenced_segment=reference,
             finding_type=self.model.concept(name),
             measurements=[
-                hd.sr.Measurement(name=codes.SCT.Area, value=_rounded(value), unit=unit, algorithm_id=self.algorithm)
+                hd.sr.Measurement(name=codes.SCT.Area, value=rounded(value), unit=unit, algorithm_id=self.algorithm)
             ],
         )
 
@@ -165,7 +165,8 @@ class _MeasurementGroups:
         return hd.sr.TrackingIdentifier(uid=uid, identifier=what)
 
 
-def _observer(model: ModelIdentity) -> Any:
+def observer(model: ModelIdentity) -> Any:
+    """Return the context that names the model as the observer."""
     device = hd.sr.DeviceObserverIdentifyingAttributes(
         uid=model.uid("device"),
         name=NAME,
@@ -185,11 +186,11 @@ def _interval(value: FoundValue) -> Any:
     if value.low is None or value.high is None:
         return None
     return hd.sr.MeasurementProperties(
-        upper_measurement_uncertainty=_rounded(value.high - value.value),
-        lower_measurement_uncertainty=_rounded(value.value - value.low),
+        upper_measurement_uncertainty=rounded(value.high - value.value),
+        lower_measurement_uncertainty=rounded(value.value - value.low),
     )
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
     """Round a value so that it fits a decimal string of 16 characters."""
     return float(f"{value:.6g}")

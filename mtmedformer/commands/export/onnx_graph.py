@@ -22,7 +22,7 @@ from mtmedformer.commands.export.onnx_check import INPUT, OutputDifference, comp
 from mtmedformer.commands.export.onnx_outputs import MEMBER
 from mtmedformer.errors import ConfigError
 from mtmedformer.heads.base import TaskHead
-from mtmedformer.heads.capabilities import Exportable, calibrated
+from mtmedformer.heads.capabilities import Exportable, GroupsImages, calibrated
 from mtmedformer.module import MultiTaskModule
 from mtmedformer.network import MultiTaskNetwork
 
@@ -125,9 +125,15 @@ def export_graph(module: MultiTaskModule, size: tuple[int, int], seed: int = 0) 
         seed: Seed of the images it is checked with.
 
     Raises:
-        ConfigError: An extra is not installed, or no graph agrees with PyTorch.
+        ConfigError: An extra is not installed, a head reads the images of a case together, or no graph agrees with
+            PyTorch.
     """
     _require()
+    if by_case := [name for name, head in module.heads.items() if isinstance(head, GroupsImages)]:
+        raise ConfigError(
+            f"heads.{by_case[0]}: reads all images of a case together, and an ONNX graph takes single images; export "
+            "with --format=safetensors"
+        )
     outputs, remarks = ExportedOutputs(module).eval(), list[str]()
     for way, free in ((_traced, True), (_symbolic, True), (_traced, False), (_symbolic, False)):
         if free and module.encoder.fixed_size is not None:

@@ -237,3 +237,26 @@ def test_numbers_and_grades_are_measurements_with_units_and_coded_evaluations(tm
     assert (score.value, score.unit.value) == (3.0, "{points}")
     grade = groups[2].get_qualitative_evaluations()[0]
     assert (grade.name.meaning, grade.value.meaning) == ("density", "B")
+
+
+def test_the_report_of_a_case_refers_to_all_its_images(tmp_path):
+    files = []
+    for number, view in enumerate(("CC", "MLO")):
+        attributes = {**REFERENCES, **KINDS["MG"], "InstanceNumber": str(number + 1), "ViewPosition": view}
+        files.append(write_dicom(tmp_path / f"{view}.dcm", film(60, 48, seed=number), bits=12, **attributes))
+    scores = {"health": {"normal": 0.25, "nodule": 0.75}, "density": {"": 31.5}}
+    objects = DicomObjects(ModelIdentity("0123456789abcdef"), {}, {"density": "percent"})
+    made = objects.build_case(files, scores)
+    made.save_as(tmp_path / "made.dcm")
+    report = hd.sr.srread(tmp_path / "made.dcm")
+    groups = report.content.get_image_measurement_groups()
+    assert [float(group.get_measurements()[0].value) for group in groups] == [0.25, 0.75, 31.5]
+    instances = {dcmread(file).SOPInstanceUID for file in files}
+    for group in groups:
+        assert {one.referenced_sop_instance_uid for one in group.source_images} == instances
+    evidence = made.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence
+    assert {one.ReferencedSOPInstanceUID for series in evidence for one in series.ReferencedSOPSequence} == instances
+    assert objects.build_case(files, scores).SOPInstanceUID == made.SOPInstanceUID
+    other = write_dicom(tmp_path / "other.dcm", film(60, 48), bits=12, **{**REFERENCES, "StudyInstanceUID": "1.2.9"})
+    with pytest.raises(DataError, match="several studies"):
+        objects.build_case([files[0], other], scores)
