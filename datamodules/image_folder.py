@@ -24,12 +24,14 @@ from datamodules.images.dicom_parsing import is_dicom
 from datamodules.images.pixels import SUFFIXES, is_litter
 from datamodules.images.presets import ChestPreset, PlainPreset, Preset
 from datamodules.loading.arguments import height_width
-from datamodules.loading.single_image import prepare_file
+from datamodules.loading.samplers import NEGATIVE_CLASSES
+from datamodules.loading.single_image import IN_HEADER, prepare_file, with_case
 from datamodules.loading.white_level import PreparedImages, WhiteLevel, check_white_level
 from datamodules.records import Record
 from mtmedformer.batch import Batch, Sample, collate
 from mtmedformer.errors import ConfigError, DataError
 from mtmedformer.inference.results import ABOUT, NOTE
+from mtmedformer.metrics.cases import CaseRule, Pooling, plain_name
 from mtmedformer.storage.safe_text import printable
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,10 @@ class ImageFolderDataModule(PreparedImages, L.LightningDataModule):
         num_workers: Processes that read; 0 reads in the main process.
         white_level: The value of white in 16-bit images; ``auto`` takes that of the training, else one that fits all
             images.
+        case: Fields that name the case of a DICOM file: patient, study, view, laterality, from its header. ``null``: no
+            results by case.
+        case_pooling: How the scores of a case's images become one: ``max``, ``mean`` or ``noisy_or``.
+        negative_classes: Names of the classes without a finding, as in training.
 
     Attributes:
         records: The images, complete after ``setup``.
@@ -70,8 +76,17 @@ class ImageFolderDataModule(PreparedImages, L.LightningDataModule):
         batch_size: int = 1,
         num_workers: int = 2,
         white_level: WhiteLevel = "auto",
+        case: list[str] | None = None,
+        case_pooling: Pooling = "max",
+        negative_classes: list[str] | None = None,
     ) -> None:
         super().__init__()
+        self.case = tuple(case or ())
+        self.case_batches = False
+        names = NEGATIVE_CLASSES if negative_classes is None else negative_classes
+        self.case_rule = CaseRule(case_pooling, frozenset(map(plain_name, names)))
+        if unknown := sorted(set(self.case) - set(IN_HEADER)):
+            raise ConfigError(f"data.case: files have no {unknown[0]!r}; choose from {', '.join(IN_HEADER)}")
         self.images = images
         self.image_size = height_width(image_size)
         self.preset = preset
@@ -93,7 +108,9 @@ class ImageFolderDataModule(PreparedImages, L.LightningDataModule):
         plain = {k: v for k, v in vars(preset).items() if isinstance(v, str | int | float | None)}
         level = self.preprocessing.white_level
         white = {} if level is None else {"white_level": level}
-        return {"image_size": list(self.image_size), "preset": {"name": type(preset).__name__, **plain}, **white}
+        cases = {"case": list(self.case), "case_pooling": self.case_rule.pooling} if self.case else {}
+        own = {"image_size": list(self.image_size), "preset": {"name": type(preset).__name__, **plain}}
+        return own | white | cases
 
     def setup(self, stage: str | None = None) -> None:
         """Find the image files; pixels are read only to find a white level that is not known.
@@ -124,7 +141,8 @@ class ImageFolderDataModule(PreparedImages, L.LightningDataModule):
 
     def predict_dataloader(self) -> ImageBatches:
         """Return the batches of the unfinished images; the processes of a distributed run share them."""
-        return ImageBatches(self._unfinished, self.preprocessing, self.batch_size, self.num_workers, self.failures)
+        given = (self._unfinished, self.preprocessing, self.batch_size, self.num_workers, self.failures, self.case)
+        return ImageBatches(*given)
 
     def _unfinished(self) -> list[Record]:
         finished = set(self._finished(self.files))
@@ -143,6 +161,7 @@ class ImageBatches:
         batch_size: Images per batch.
         num_workers: Processes that read.
         failures: Failures are appended to this list.
+        case: Fields that name the case of a file.
     """
 
     def __init__(
@@ -152,14 +171,15 @@ class ImageBatches:
         batch_size: int,
         num_workers: int,
         failures: list[Issue],
+        case: Sequence[str] = (),
     ) -> None:
-        self.unfinished, self.preprocessing = unfinished, preprocessing
+        self.unfinished, self.preprocessing, self.case = unfinished, preprocessing, case
         self.batch_size, self.num_workers, self.failures = batch_size, num_workers, failures
 
     @cached_property
     def reader(self) -> _Reader:
         """The images as a data set; made at the first use."""
-        return _Reader(self.unfinished(), self.preprocessing)
+        return _Reader(self.unfinished(), self.preprocessing, self.case)
 
     def __len__(self) -> int:
         return math.ceil(len(self.reader) / self.batch_size)
@@ -183,8 +203,8 @@ class ImageBatches:
 class _Reader(Dataset[Sample | Issue]):
     """One prepared image, or the reason why there is none, per item."""
 
-    def __init__(self, records: list[Record], preprocessing: Preprocessing) -> None:
-        self.records, self.preprocessing = records, preprocessing
+    def __init__(self, records: list[Record], preprocessing: Preprocessing, case: Sequence[str] = ()) -> None:
+        self.records, self.preprocessing, self.case = records, preprocessing, case
 
     def __len__(self) -> int:
         return len(self.records)
@@ -195,7 +215,7 @@ class _Reader(Dataset[Sample | Issue]):
         if record.file.exists() and not record.file.is_file():  # reading a pipe might never end
             return Issue(record.id, name, IMAGE, "not a file", "a pipe, a device, a socket or a folder")
         try:
-            return prepare_file(record, self.preprocessing)
+            return with_case(prepare_file(record, self.preprocessing), record.file, self.case)
         except Exception as error:  # a fault of the code in one image must not end the run; it is logged and listed
             log.exception("%s could not be prepared", name)
             return Issue(record.id, name, IMAGE, "image cannot be prepared", f"{type(error).__name__}")

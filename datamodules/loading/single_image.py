@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydicom import dcmread
 
 from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import Issue
 from datamodules.cache.rasterize import SMALLEST_SIDE
+from datamodules.images.dicom_parsing import is_dicom
 from datamodules.images.luminance import grey_of
 from datamodules.images.pixels import white_of_values
+from datamodules.loading.cases import case_of
 from datamodules.loading.dataset import meta_of, pixels_of, tensor_of, with_channels
 from datamodules.records import Record
 from mtmedformer.batch import Meta, Sample
 from mtmedformer.errors import DataError
 from mtmedformer.geometry import Floats, warp
+
+IN_HEADER = ("patient", "study", "view", "laterality")
+"""Fields that may name the case of a DICOM file."""
 
 
 def prepare_file(record: Record, preprocessing: Preprocessing) -> Sample | Issue:
@@ -34,6 +43,32 @@ def prepare_file(record: Record, preprocessing: Preprocessing) -> Sample | Issue
         return entry
     image = tensor_of(pixels_of(entry, preprocessing.channels))
     return Sample(image, {}, meta_of(record, entry, entry.to_original, ""))
+
+
+def with_case(sample: Sample | Issue, file: Path, case: Sequence[str]) -> Sample | Issue:
+    """Add the case of a DICOM file to its sample, from the header.
+
+    Args:
+        sample: As from `prepare_file`.
+        file: The file.
+        case: Names of fields, of ``IN_HEADER``.
+
+    Returns:
+        The sample; without a case where the file is no DICOM file or a field has no value.
+    """
+    if not case or isinstance(sample, Issue):
+        return sample
+    with file.open("rb") as stream:
+        if not is_dicom(stream.read(1024)):
+            return sample
+    header = dcmread(file, force=True, stop_before_pixels=True, specific_tags=["PatientID", "StudyInstanceUID"])
+    patient, study = (str(header.get(name) or "").strip() for name in ("PatientID", "StudyInstanceUID"))
+    if not patient and ("patient" in case or not study):
+        return sample
+    meta = sample.meta
+    groups = {"study": study} if study else {}
+    whole = Record(meta.id, file, patient or study, view=meta.view, laterality=meta.laterality, groups=groups)
+    return replace(sample, meta=replace(meta, case=case_of(whole, case, "")))
 
 
 def prepare_array(

@@ -4,12 +4,14 @@ import csv
 import json
 from pathlib import Path
 
+import highdicom as hd
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
 from mtmedformer.commands.main import main
+from tests.fixtures.dicom_files import film, write_dicom
 from tests.fixtures.pairs import write_pairs
 from tests.fixtures.small_set import small_config, write_config
 from tests.fixtures.stored_models import OF_FIT, description, write_checkpoint
@@ -47,6 +49,33 @@ def test_test_gives_results_by_case(run, images, capsys):
     assert "health by case" in page
     assert "health by case" in (folder / "model_card.md").read_text()
     assert "secret-patient" not in page
+
+
+def test_predict_images_pools_the_files_of_a_study(run, tmp_path):
+    """Two views of a left breast and one of the right; a picture without a header belongs to no case."""
+    files = tmp_path / "files"
+    files.mkdir()
+    for number, (side, view) in enumerate((("L", "CC"), ("L", "MLO"), ("R", "CC"))):
+        own = {"StudyInstanceUID": "1.2.3", "SeriesInstanceUID": f"1.2.3.{number + 1}", "PatientID": "secret"}
+        more = {"ImageLaterality": side, "ViewPosition": view, "Modality": "MG"}
+        write_dicom(files / f"{side}{view}.dcm", film(70, 50, seed=number), bits=12, **own, **more)
+    Image.fromarray(film(70, 50, bits=8)).save(files / "plain.png")
+    output = tmp_path / "out"
+    command = ["predict", f"--ckpt_path={run}", "--images", str(files), f"--output={output}", "--overlays=false", QUIET]
+    options = ["--data.case=[study,laterality]", "--data.negative_classes=[well]", "--data.num_workers=0"]
+    assert main([*command, *options]) == 0
+    with (output / "predictions.csv").open(newline="") as file:
+        rows = {row["image"]: row for row in csv.DictReader(file)}
+    with (output / "cases.csv").open(newline="") as file:
+        cases = {row["laterality"]: row for row in csv.DictReader(file)}
+    assert rows["plain.png"]["case"] == ""
+    assert (cases["L"]["images"], cases["R"]["images"]) == ("2", "1")
+    sick = [float(rows[f"L{view}.dcm"]["health:sick"]) for view in ("CC", "MLO")]
+    assert sick[0] != sick[1]
+    assert float(cases["L"]["health:sick"]) == pytest.approx(max(sick), abs=1e-4)
+    report = hd.sr.srread(output / f"dicom/cases/{cases['L']['case']}.sr.dcm")
+    assert len(report.content.get_image_measurement_groups()[0].source_images) == 2
+    assert "secret" not in (output / "cases.csv").read_text() + (output / "predictions.csv").read_text()
 
 
 def test_mistakes_in_cases_are_one_sentence(run, capsys):
