@@ -29,6 +29,8 @@ class ColourPreset(Preset):
         vertical_flip: Probability of turning upside down.
         min_side: Smallest side in input pixels that a box may have.
         min_visible: Smallest share of a box that must stay inside the image.
+        intensity: File with changes of intensity and colour of your own instead of those of this preset: the YAML that
+            ``albumentations.save`` writes, or its text.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class ColourPreset(Preset):
         vertical_flip: float = 0.5,
         min_side: float = 2.0,
         min_visible: float = 0.25,
+        intensity: str | None = None,
     ) -> None:
         self.movement = Movement(rotation, zoom, shift, horizontal_flip, vertical_flip)
-        self.exposure = Exposure(brightness, contrast, gamma, noise, blur, hue, saturation)
+        self.exposure = Exposure(brightness, contrast, gamma, noise, blur, hue, saturation, intensity, channels=3)
         self.min_side = min_side
         self.min_visible = min_visible
 

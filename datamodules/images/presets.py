@@ -1,7 +1,7 @@
 """Presets: framing and augmentation of one kind of image (chest films, mammograms).
 
-albumentations (unmaintained upstream) changes intensities only and is imported in one function, so that it can be
-replaced; geometry is `mtmedformer.geometry`.
+albumentations (unmaintained upstream) changes intensities only and is imported here and in `own_intensity`, so that it
+can be replaced; geometry is `mtmedformer.geometry`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from datamodules.images.breast_region import breast_region, breast_side
+from datamodules.images.own_intensity import intensity_pipeline, intensity_text
 from mtmedformer.batch import IGNORE
 from mtmedformer.geometry import (
     IDENTITY,
@@ -116,6 +117,8 @@ class ChestPreset(Preset):
         horizontal_flip: Probability of mirroring left and right.
         min_side: Smallest side in input pixels that a box may have.
         min_visible: Smallest share of a box that must stay inside the image.
+        intensity: File with intensity changes of your own instead of brightness, contrast, gamma, noise and blur: the
+            YAML that ``albumentations.save`` writes, or its text.
     """
 
     def __init__(
@@ -131,9 +134,10 @@ class ChestPreset(Preset):
         horizontal_flip: float = 0.0,
         min_side: float = 2.0,
         min_visible: float = 0.25,
+        intensity: str | None = None,
     ) -> None:
         self.movement = Movement(rotation, zoom, shift, horizontal_flip, vertical_flip=0.0)
-        self.exposure = Exposure(brightness, contrast, gamma, noise, blur)
+        self.exposure = Exposure(brightness, contrast, gamma, noise, blur, own=intensity)
         self.min_side = min_side
         self.min_visible = min_visible
 
@@ -171,6 +175,8 @@ class BreastPreset(Preset):
         horizontal_flip: Probability of mirroring left and right; used only if ``flip_to`` is ``null``.
         min_side: Smallest side in input pixels that a box may have.
         min_visible: Smallest share of a box that must stay inside the image.
+        intensity: File with intensity changes of your own instead of brightness, contrast, gamma, noise and blur: the
+            YAML that ``albumentations.save`` writes, or its text.
     """
 
     def __init__(
@@ -190,12 +196,13 @@ class BreastPreset(Preset):
         horizontal_flip: float = 0.5,
         min_side: float = 2.0,
         min_visible: float = 0.25,
+        intensity: str | None = None,
     ) -> None:
         self.crop = crop
         self.flip_to = flip_to
         self.margin = margin
         self.movement = Movement(rotation, zoom, shift, 0.0 if flip_to else horizontal_flip, vertical_flip)
-        self.exposure = Exposure(brightness, contrast, gamma, noise, blur)
+        self.exposure = Exposure(brightness, contrast, gamma, noise, blur, own=intensity)
         self.min_side = min_side
         self.min_visible = min_visible
 
@@ -293,10 +300,15 @@ class Exposure:
         blur: float,
         hue: float = 0.0,
         saturation: float = 0.0,
+        own: str | None = None,
+        channels: int = 1,
     ) -> None:
         changes = (brightness, contrast, gamma, noise, blur, hue, saturation)
-        self.active = any(changes)
-        self.pipeline = exposure_pipeline(*changes) if self.active else None
+        self.active = own is not None or any(changes)
+        if own is not None:
+            self.pipeline = intensity_pipeline(intensity_text(own), channels)
+        else:
+            self.pipeline = exposure_pipeline(*changes) if self.active else None
 
     def apply(self, sample: Augmented, rng: np.random.Generator) -> Augmented:
         """Change the exposure of an image; pixels that are exactly 0 (padding, air around the breast) stay 0."""
@@ -312,7 +324,7 @@ class Exposure:
 def exposure_pipeline(
     brightness: float, contrast: float, gamma: float, noise: float, blur: float, hue: float = 0, saturation: float = 0
 ) -> Any:
-    """Build the intensity changes with albumentations, which only this function imports.
+    """Build the intensity changes with albumentations.
 
     Returns:
         A pipeline with ``set_random_seed(int)``; called with ``image=`` (float32 (H, W) or (H, W, 3) in [0, 1]), it
