@@ -15,6 +15,7 @@ from callbacks.reports.model_report import ModelReport
 from callbacks.reports.overlays import Overlays
 from callbacks.reports.reliability_report import ReliabilityReport
 from callbacks.run.checkpoints import AtomicCheckpoints, LastCheckpoint, ResumePoint
+from callbacks.run.mlflow_logger import NamedMLFlowLogger
 from callbacks.run.model_summary import PartsSummary, StartWeights
 from callbacks.run.progress import RunBar
 from callbacks.run.run_folder import (
@@ -27,6 +28,7 @@ from callbacks.run.run_folder import (
     run_folder_of,
 )
 from callbacks.run.run_logger import RunLogger
+from callbacks.run.tracked_run import TrackedRun, mlflow_identity
 from callbacks.run.wandb_run import WandbRecord, check_wandb_names, run_identity
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "MetricsReport",
     "MetricsTable",
     "ModelReport",
+    "NamedMLFlowLogger",
     "Overlays",
     "PartsSummary",
     "PerImageResults",
@@ -54,12 +57,14 @@ __all__ = [
     "RunLogger",
     "RunStart",
     "StartWeights",
+    "TrackedRun",
     "TunePosterior",
     "WandbRecord",
     "check_wandb_names",
     "is_run_folder_of",
     "latest_run_folder",
     "lock_run",
+    "mlflow_identity",
     "run_folder_of",
     "run_identity",
 ]

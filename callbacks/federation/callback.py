@@ -191,7 +191,7 @@ class Federation(L.Callback):
             show_sites(self.holdings, data.notes(tasks_of(pl_module)))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the server's optimizer, and open the sites' own runs in W&B, once the server's run is known."""
+        """Start the server's optimizer, and open the sites' own runs, once the server's run is known."""
         self.server.start()
         self.loggers.open(trainer)
 
@@ -235,7 +235,7 @@ class Federation(L.Callback):
         self.history.append(result.record)
         self._log(pl_module, {"round": result.record.round + 1})
         for site, metrics in result.logged.items():
-            if self._trainers.placement == "isolated" and (logger := self.loggers.get(trainer, site)) is not None:
+            for logger in self.loggers.get(trainer, site) if self._trainers.placement == "isolated" else ():
                 logger.log_metrics(metrics, result.states[site].steps)  # the isolated process could not
             self._log(pl_module, {f"site/{site}/{key}": value for key, value in metrics.items()})
         if self.server.sites_have_own_models and not pooled:

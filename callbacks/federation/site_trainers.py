@@ -47,7 +47,7 @@ class SiteTrainers:
         return build_site_trainer(
             self._limited(),
             self.server,
-            None if isolated else self.loggers.get(self.server, site),
+            [] if isolated else self.loggers.get(self.server, site),
             SiteBar(f"  {site}") if has_bar else None,
             distributed=self.placement == "ddp",
         )

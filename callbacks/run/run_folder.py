@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 
 from mtmedformer.errors import ConfigError
 from mtmedformer.protocols import QuarantiningData
@@ -205,6 +205,8 @@ class RunStart(AtStart):
                 logger.experiment.config.update(shared, allow_val_change=True)
             else:
                 logger.log_hyperparams(shared)
+            if isinstance(logger, MLFlowLogger) and trainer.is_global_zero:
+                logger.experiment.log_text(logger.run_id, yaml.safe_dump(shared, sort_keys=False), self.filename)
 
 
 class QuarantineReport(AtStart):

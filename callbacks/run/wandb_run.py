@@ -95,7 +95,7 @@ class WandbRecord(Callback):
             return
         data, run = trainer.datamodule, logger.experiment  # type: ignore[attr-defined]
         self.run = str(run.id)
-        run.tags = tuple(dict.fromkeys([*(run.tags or ()), *_tags(trainer, pl_module, data)]))
+        run.tags = tuple(dict.fromkeys([*(run.tags or ()), *run_tags(trainer, pl_module, data)]))
         facts = {"note": NOTE, "run_folder": self.folder.name, "code": code_version(), "data": data_identity(data)}
         run.config.update({"record": facts}, allow_val_change=True)
 
@@ -138,7 +138,8 @@ def _git(home: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _tags(trainer: Trainer, pl_module: LightningModule, data: Any) -> list[str]:
+def run_tags(trainer: Trainer, pl_module: LightningModule, data: Any) -> list[str]:
+    """Return encoder, tasks and data set of a run, and ``federated`` for a federation."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     rounds = any(callback.runs_rounds for callback in callbacks if isinstance(callback, RunsRounds))
     model = [pl_module.encoder.name, *pl_module.tasks] if isinstance(pl_module, MultiTaskModule) else []

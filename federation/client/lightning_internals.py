@@ -11,7 +11,7 @@ import logging
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -105,7 +105,7 @@ def quiet_lightning() -> Iterator[None]:
 def build_site_trainer(
     factory: TrainerFactory,
     server: L.Trainer,
-    logger: Logger | None = None,
+    loggers: Sequence[Logger] = (),
     bar: ProgressBar | None = None,
     distributed: bool = False,
     validates: bool = False,
@@ -116,7 +116,7 @@ def build_site_trainer(
         factory: The user's configured Trainer; what it sets of epochs, steps, limits, clipping, accumulation, precision
             and callbacks stays.
         server: The Trainer that counts rounds; its device and, where the factory chose none, its precision are used.
-        logger: The site's logger; ``None`` logs nowhere.
+        loggers: The site's loggers; none log nowhere.
         bar: The site's progress bar; ``None`` shows none.
         distributed: Train on all devices of the server together, instead of on this process's device alone.
         validates: Leave validation on; the server validates every round anyway, so a site's training goes without.
@@ -126,7 +126,7 @@ def build_site_trainer(
         "accelerator": "gpu" if device.type == "cuda" else device.type,
         "devices": server.num_devices if distributed else [device.index] if device.type == "cuda" else 1,
         "num_nodes": server.num_nodes if distributed else 1,
-        "logger": logger or False,
+        "logger": list(loggers) or False,
         "enable_progress_bar": False,
         "enable_checkpointing": False,
         "enable_model_summary": False,

@@ -11,14 +11,13 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
@@ -27,6 +26,7 @@ import callbacks
 import datamodules
 import federation
 import mtmedformer
+from datamodules.images.own_intensity import with_texts
 from mtmedformer.batch import Task
 from mtmedformer.checks import check_tasks
 from mtmedformer.commands.auto_heads import AUTO, add_heads, with_heads_of_checkpoint
@@ -45,7 +45,7 @@ from mtmedformer.commands.load.preparation import data_state
 from mtmedformer.commands.messages import parser_message
 from mtmedformer.commands.named_classes import TRUSTED
 from mtmedformer.commands.predict_images import with_images
-from mtmedformer.commands.run_callbacks import names_checkpoints, run_callbacks
+from mtmedformer.commands.run_callbacks import identify_run, names_checkpoints, run_callbacks
 from mtmedformer.commands.trainer_settings import check_batch_norm, check_settings, check_validation
 from mtmedformer.errors import ConfigError
 from mtmedformer.module import MultiTaskModule
@@ -243,25 +243,21 @@ class CommandLine(CLIWithoutCheckpointParsing):
         return self.new_folder.path
 
     def resolved_config(self) -> dict[str, Any]:
-        """Return the whole configuration of the subcommand as plain values, all defaults filled in."""
-        return dict(yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[str(self.subcommand)])
+        """Return the configuration of the subcommand as plain values, all defaults and texts of files filled in."""
+        values = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[str(self.subcommand)]
+        return dict(with_texts(values))
 
     def instantiate_classes(self) -> None:
-        """Instantiate with the identity of the run in W&B filled in, which is not saved with the configuration."""
+        """Instantiate with the identity of the run in its loggers, which is not saved with the configuration."""
         saved, self.record = self.config, self.resolved_config()
         if self.checkpoints:
             self.record["ckpt_path"] = [str(file) for file in self.checkpoints]
         self.config = saved.clone()
         config = self.config[self.subcommand]
-        for logger in _listed(config.trainer.logger):
-            if isinstance(logger, Namespace) and issubclass(resolve_name(logger.class_path), WandbLogger):
-                arguments = logger.init_args
-                rounds = self.subcommand == "fit" and config.get("federation") is not None
-                checkpoint = config.ckpt_path if self.continues else None
-                given = (arguments.as_dict(), Path(self.run_folder), str(self.subcommand), checkpoint, rounds)
-                for key, value in callbacks.run_identity(*given).items():
-                    arguments[key] = value
-                callbacks.check_wandb_names(arguments.as_dict())
+        rounds = self.subcommand == "fit" and config.get("federation") is not None
+        run = (self.run_folder, str(self.subcommand), config.ckpt_path if self.continues else None, rounds)
+        for logger in (one for one in _listed(config.trainer.logger) if isinstance(one, Namespace)):
+            identify_run(logger, *run)
         with building(self.config[self.subcommand].get("ckpt_path")):
             super().instantiate_classes()
         self.config = saved

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
 import callbacks
 
@@ -63,9 +64,32 @@ def run_callbacks(
     loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
     if any(isinstance(logger, WandbLogger) for logger in loggers):
         missing.append(callbacks.WandbRecord(run_folder, artifact=not logs_checkpoints))
+    if any(isinstance(logger, MLFlowLogger | TensorBoardLogger) for logger in loggers):
+        missing.append(callbacks.TrackedRun(run_folder, artifact=not logs_checkpoints))
     own = callbacks.__name__
     others = [one for one in chosen if type(one).__module__.partition(".")[0] != own]
     return [*others, start, *(one for one in chosen if one not in others), *missing]
+
+
+def identify_run(logger: Namespace, folder: Path, command: str, checkpoint: str | None, rounds: bool) -> None:
+    """Fill the identity of a run into the arguments of a W&B or MLflow logger, in place.
+
+    Args:
+        logger: The configured logger, not yet instantiated.
+        folder: The run folder.
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        checkpoint: The checkpoint of the run that is continued; ``None`` starts a run.
+        rounds: Whether a federation is trained.
+    """
+    kind, arguments = resolve_name(logger.class_path), logger.init_args
+    if kind is MLFlowLogger:
+        logger.class_path = "callbacks.NamedMLFlowLogger"
+        for key, value in callbacks.mlflow_identity(arguments, folder, checkpoint).items():
+            arguments[key] = value
+    elif issubclass(kind, WandbLogger):
+        for key, value in callbacks.run_identity(arguments.as_dict(), folder, command, checkpoint, rounds).items():
+            arguments[key] = value
+        callbacks.check_wandb_names(arguments.as_dict())
 
 
 def names_checkpoints(loggers: Sequence[Any]) -> bool:

@@ -215,7 +215,7 @@ def test_a_fresh_trainer_continues_the_counters(settings, epochs, steps, tmp_pat
             orders.append((trainer.current_epoch, tuple(trainer.train_dataloader.sampler)))
 
     logger = CSVLogger(tmp_path, name="", version="", flush_logs_every_n_steps=1)
-    trainer = build_site_trainer(lambda **kw: L.Trainer(**settings, log_every_n_steps=1, **kw), server(), logger=logger)
+    trainer = build_site_trainer(lambda **kw: L.Trainer(**settings, log_every_n_steps=1, **kw), server(), [logger])
     trainer.callbacks.append(Watch())
     continue_from(trainer, 10, 30)
     trainer.fit(toy_module(), datamodule=site())
