@@ -29,7 +29,7 @@ def set_with_numbers(root):
         rows = list(csv.DictReader(file))
     for n, row in enumerate(rows):
         row["age"] = "" if row["site"] == "south" else str(20 + n)
-        row["sex"] = "FM"[n // 2 % 2]
+        row["sex"] = "FM"[n // 4 % 2]
         row["grade"] = "" if n % 4 == 3 else ("many" if row["label"] == "sick" else ("none", "some")[n % 2])
     with (root / "labels.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
