@@ -63,7 +63,7 @@ def test_test_reports_numbers_and_grades_with_intervals(trained, capsys):
         assert f"test/{key}_ci_low" in metrics, key
     assert metrics["test/age/n_images"] < metrics["test/grade/n_images"]
     assert "test/age/mae/site=south" not in metrics  # no image of the south has an age
-    assert "test/age/mae_ci_low/sex=F" in metrics
+    assert "test/grade/mae_ci_low/sex=F" in metrics
     assert (
         metrics["test/health/n_images/sex=F"] + metrics["test/health/n_images/sex=M"] == metrics["test/health/n_images"]
     )
