@@ -37,7 +37,10 @@ class MaskSource:
 
 @dataclass(frozen=True)
 class ClassTruth:
-    """Classification label: 1.0, 0.0 or NaN (unknown) per class, in the task's class order."""
+    """Classification label: 1.0, 0.0 or NaN (unknown) per class, in the task's class order.
+
+    A value between 0 and 1 is the probability of an uncertain finding; it is used in training only.
+    """
 
     values: tuple[float, ...]
 
@@ -96,6 +99,8 @@ class Record:
         weak: Names of the tasks whose label is approximate in this image.
         groups: Further values by which a federation can be split into sites, for example ``{"client": "tissue_F"}``.
         size: ``(height, width)`` that the label's coordinates refer to, where it is not the file's, else ``None``.
+        inverted: Whether the film is a negative, which is inverted when it is read; ``None`` is not known and read as
+            it is.
         empty: Names of the tasks whose masks were read and are empty; none before the image is decoded.
     """
 
@@ -110,6 +115,7 @@ class Record:
     weak: frozenset[str] = frozenset()
     groups: dict[str, str] = field(default_factory=dict)
     size: tuple[int, int] | None = None
+    inverted: bool | None = None
     empty: frozenset[str] = frozenset()
 
 

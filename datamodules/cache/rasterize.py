@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -233,7 +233,7 @@ def _read(record: Record, white_level: int | None, colour: bool) -> Pixels:
         raise UnusableError("image with values that are not numbers")
     if values.min() == values.max():
         raise UnusableError("image constant", f"every pixel is {values.flat[0]:g}")
-    return pixels
+    return replace(pixels, pixels=1 - values) if record.inverted else pixels
 
 
 def _mask_file(source: MaskSource, canvas: Canvas, declared: Sequence[int]) -> Mask:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
+from datamodules.labels_csv.cells import TableRow
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError
+
+Uncertain = float | Literal["unknown"]
+"""Label of a finding that a report leaves open: a probability, 0 to 1, or ``unknown``."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +26,67 @@ class ClassColumns:
             its column's, or its key in a mapping ``{class: column}``.
         classes: Class names in channel order; ``null`` takes the values of ``column``, sorted.
         flag: Column with 1 where the image is labelled for the task and 0 where it is not.
+        uncertain: Label of a cell with -1 in ``columns``: ``unknown``, or a probability such as 0, 1 or 0.5, for all
+            classes or by class. A probability between 0 and 1 is used in training only; in validation and test it is
+            unknown.
     """
 
     column: str | None = None
     columns: list[str] | dict[str, str] | None = None
     classes: list[str] | None = None
     flag: str | None = None
+    uncertain: Uncertain | dict[str, Uncertain] = "unknown"
+
+    def label_of_uncertain(self, name: str) -> float:
+        """Return the label of a cell with -1 for a class; NaN is unknown."""
+        value = self.uncertain.get(name, "unknown") if isinstance(self.uncertain, dict) else self.uncertain
+        return math.nan if isinstance(value, str) else float(value)
+
+
+@dataclass(frozen=True)
+class PatientColumn:
+    r"""Column with the patient, or with a text such as a path in which a pattern finds him.
+
+    Attributes:
+        column: The column; ``null`` is that of the image file.
+        pattern: Regular expression that finds the patient in the cell: its first group, or the whole match. For
+            example ``patient(\d+)`` in ``train/patient00001/study1/view1.jpg``. ``null`` takes the whole cell.
+    """
+
+    column: str | None = None
+    pattern: str | None = None
+
+    def check(self) -> None:
+        """Raise a ``ConfigError`` where the pattern is no regular expression."""
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ConfigError(
+                f"data.init_args.patient.pattern={self.pattern!r}: no regular expression ({error})"
+            ) from error
+
+    def read(self, row: TableRow, column: str) -> str:
+        """Return the patient of a row.
+
+        Args:
+            row: The row.
+            column: The column.
+
+        Raises:
+            CellError: The cell is blank or no name, or the pattern finds nothing in it.
+        """
+        text = row.text(column) if self.pattern else row.name(column)
+        if not text:
+            fix = "fill it; if every image is another patient, set data.init_args.patient_column to null"
+            raise row.error(column, "row without a patient", fix)
+        if self.pattern is None:
+            return text
+        found = re.search(self.pattern, text)
+        patient = found and (found[1] if found.re.groups else found[0])
+        if not patient:
+            fix = f"data.init_args.patient.pattern {self.pattern!r} finds none; correct the pattern or the cell"
+            raise row.error(column, "no patient in the cell", fix)
+        return patient
 
 
 @dataclass(frozen=True)
@@ -135,6 +195,8 @@ def check_columns(
                 raise ConfigError(
                     f"{key}: give columns (one file per class), or column and values (one file), not both"
                 )
+            if isinstance(spec, ClassColumns):
+                _check_uncertain(key, spec)
             if isinstance(spec, ValueColumns):
                 _check_values(key, spec)
             given = None if isinstance(spec, MaskColumns) else spec.classes
@@ -142,6 +204,22 @@ def check_columns(
                 raise ConfigError(f"{key}.classes={given}: name each class once, or leave it out")
             specs[name] = spec
     return specs
+
+
+def _check_uncertain(key: str, spec: ClassColumns) -> None:
+    named = spec.uncertain if isinstance(spec.uncertain, dict) else {"": spec.uncertain}
+    columns = spec.columns or []
+    for name, value in named.items():
+        if name and name not in columns:
+            raise ConfigError(
+                f"{key}.uncertain: {name!r} is no class of the task; its classes are {', '.join(columns)}"
+            )
+        if not isinstance(value, str) and not 0 <= value <= 1:
+            raise ConfigError(f"{key}.uncertain={value:g}: give unknown, or a probability such as 0, 1 or 0.5")
+    if spec.column and spec.uncertain != "unknown":
+        raise ConfigError(
+            f"{key}.uncertain is the label of -1 in columns of 0 and 1; this task has one column of names"
+        )
 
 
 def _check_values(key: str, spec: ValueColumns) -> None:

@@ -25,6 +25,7 @@ from datamodules.labels_csv.columns import (
     ClassColumns,
     Columns,
     MaskColumns,
+    PatientColumn,
     ValueColumns,
     check_columns,
     columns_of,
@@ -62,6 +63,8 @@ class LabelsCSVDataModule(MedicalDataModule):
         image_column: Column with the image file.
         patient_column: Column with the patient; a patient's images are in one split. ``null`` counts every image as a
             patient of its own; images of one patient may then be in two splits.
+        patient: Column with the patient and a pattern that finds him in a longer text; in place of ``patient_column``.
+        inverted_column: Column with 1 where the film is a negative (bones dark) and is inverted when it is read.
         site_column: Column with the site (hospital, source).
         split_column: Column with ``train``, ``val`` or ``test``; blank: assigned by patient.
         view_column: Column with the view (``PA``, ``CC`` …).
@@ -94,6 +97,8 @@ class LabelsCSVDataModule(MedicalDataModule):
         regression: dict[str, ValueColumns] | None = None,
         image_column: str = "image",
         patient_column: str | None = "patient",
+        patient: PatientColumn | None = None,
+        inverted_column: str | None = "inverted",
         site_column: str | None = "site",
         split_column: str | None = "split",
         view_column: str | None = "view",
@@ -111,7 +116,10 @@ class LabelsCSVDataModule(MedicalDataModule):
         self.segmentation = segmentation or {}
         self.regression = regression or {}
         self.image_column = image_column
-        self.patient_column = patient_column
+        self.patient = patient or PatientColumn(patient_column)
+        self.patient.check()
+        self.patient_column = patient_column if patient is None else patient.column or image_column
+        self.inverted_column = inverted_column
         self.site_column = site_column
         self.split_column = split_column
         self.view_column = view_column
@@ -178,12 +186,12 @@ class LabelsCSVDataModule(MedicalDataModule):
         if only_label and self.table == TABLE and self.root.is_dir() and not file.exists():
             table = read_folders(self.root)
             self.image_column = table.columns[0]
-            self.patient_column = None if self.patient_column == "patient" else self.patient_column
+            self.patient_column = table.columns[0] if self.patient.pattern else None
         else:
             table = read_labels(file, self.image_column)
         if not self.specs:
             used = [self.image_column, self.patient_column, self.site_column, self.split_column, self.view_column]
-            others = [self.laterality_column, *self.size_columns, *self.groups.names]
+            others = [self.laterality_column, self.inverted_column, *self.size_columns, *self.groups.names]
             self.specs, found = tasks_of_table(table, [column for column in (*used, *others) if column])
             if self.only_patients is None:  # a data set that is cut into sites has logged it
                 rank_zero_info(found)
@@ -239,22 +247,20 @@ class LabelsCSVDataModule(MedicalDataModule):
                 "train, val or test, or leave it blank",
             )
         file = row.path(self.image_column, self.root)
-        if self.patient_column and not row.text(self.patient_column):
-            if not file.suffix and not os.path.isfile(file):
-                raise row.error(
-                    self.image_column, "image file missing", "no such file; correct the name or remove the row"
-                )
-            fix = "fill it; if every image is another patient, set data.init_args.patient_column to null"
-            raise row.error(self.patient_column, "row without a patient", fix)
+        if self.patient_column and not (row.text(self.patient_column) or file.suffix or os.path.isfile(file)):
+            raise row.error(self.image_column, "image file missing", "no such file; correct the name or remove the row")
         return Record(
             id=file.stem,
             file=file,
-            patient=row.name(self.patient_column) if self.patient_column else str(file.relative_to(self.root)),
+            patient=self.patient.read(row, self.patient_column)
+            if self.patient_column
+            else str(file.relative_to(self.root)),
             site=row.name(self.site_column) or "unknown",
             view=row.name(self.view_column) or None,
             laterality=SIDES.get(row.text(self.laterality_column).lower()),
             split=SPLITS.get(split),
             groups=self.groups.of(row, file),
+            inverted=row.switch(self.inverted_column) if self.inverted_column else None,
         )
 
     def _entry(self, row: TableRow, record: Record, readers: Sequence[Reader]) -> Entry:
@@ -296,6 +302,7 @@ class LabelsCSVDataModule(MedicalDataModule):
             "split": self.split_column,
             "view": self.view_column,
             "laterality": self.laterality_column,
+            "inverted": self.inverted_column,
         }
         for default, column in usual.items():
             if column and column != default:

@@ -45,6 +45,7 @@ class Entry:
             laterality=self._agree(other, "laterality", a.laterality, b.laterality, None, table),
             split=self._agree(other, "split", a.split, b.split, None, table),
             size=self._agree(other, "size", a.size, b.size, None, table),
+            inverted=self._agree(other, "inverted", a.inverted, b.inverted, None, table),
         )
         for group in {**a.groups, **b.groups}:
             self._agree(other, group, a.groups.get(group), b.groups.get(group), None, table)

@@ -85,17 +85,21 @@ class ManyClasses:
                 f"data.init_args.classification.{name}: classes {order} are not those of columns {list(columns)}"
             )
         self.columns, self.flag = [columns[c] for c in order], flag
+        self.uncertain = [spec.label_of_uncertain(c) for c in order]
         self.notes: list[str] = []
         self.task = Task(name, "classification", tuple(order), multi_label=True)
 
     def read(self, row: TableRow) -> ClassTruth | None:
-        """Return 1, 0 or NaN (unknown) per class."""
+        """Return 1, 0, NaN (unknown) or the label of uncertain findings per class."""
         if flag_of(row, self.flag) is False:
             return None
         values = []
-        for column in self.columns:
-            value = None if number(row.text(column)) == -1 else row.switch(column)
-            values.append(math.nan if value is None else float(value))
+        for column, uncertain in zip(self.columns, self.uncertain, strict=True):
+            if number(row.text(column)) == -1:
+                values.append(uncertain)
+            else:
+                value = row.switch(column)
+                values.append(math.nan if value is None else float(value))
         return None if all(math.isnan(v) for v in values) else ClassTruth(tuple(values))
 
 

@@ -95,13 +95,19 @@ class CachedDataset(Dataset[Sample]):
         truth: dict[str, Tensor | Boxes | None] = dict.fromkeys(self.tasks)
         for name in self._known(record, "classification"):
             classes = record.truth[name]
-            truth[name] = torch.tensor(classes.values, dtype=torch.float32) if isinstance(classes, ClassTruth) else None
+            truth[name] = self._labels(classes) if isinstance(classes, ClassTruth) else None
         for name in self._known(record, "regression"):
             value = record.truth[name]
             truth[name] = torch.tensor(value.value, dtype=torch.float32) if isinstance(value, ValueTruth) else None
         truth |= {n: torch.from_numpy(np.ascontiguousarray(m)) for n, m in masks.items() if (m != IGNORE).any()}
         truth |= {n: Boxes(torch.from_numpy(b), torch.from_numpy(i)) for n, (b, i) in boxes.items()}
         return Sample(tensor_of(image), truth, meta_of(record, entry, to_original, self.salt, self.case))
+
+    def _labels(self, classes: ClassTruth) -> Tensor:
+        """Return the labels (K,); outside training the probability of an uncertain finding is unknown."""
+        values = torch.tensor(classes.values, dtype=torch.float32)
+        uncertain = (values > 0) & (values < 1)
+        return values if self.augment else values.masked_fill(uncertain, float("nan"))
 
     def _known(self, record: Record, kind: str) -> list[str]:
         return [name for name, task in self.tasks.items() if task.kind == kind and name in record.truth]

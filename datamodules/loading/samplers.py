@@ -35,15 +35,15 @@ def strata(record: Record, tasks: dict[str, Task]) -> tuple[str, ...]:
     """Return the strata of a record, one string per label.
 
     ``task=class`` for each class that holds, ``task=none`` if every known class is absent; ``task=+`` or ``task=-`` for
-    boxes and masks; ``task=grade``, or for numbers the quarter of their range. Unknown tasks and classes add nothing. A
-    mask file counts as ``+`` until it has been read and found empty (``Record.empty``).
+    boxes and masks; ``task=grade``, or for numbers the quarter of their range. Unknown tasks and classes, and uncertain
+    ones, add nothing. A mask file counts as ``+`` until it has been read and found empty (``Record.empty``).
     """
     labels = []
     for name in sorted(tasks):
         truth = record.truth.get(name)
         if isinstance(truth, ClassTruth):
-            known = [(c, v) for c, v in zip(tasks[name].classes, truth.values, strict=True) if not math.isnan(v)]
-            present = [f"{name}={c}" for c, v in known if v > 0.5]
+            known = [(c, v) for c, v in zip(tasks[name].classes, truth.values, strict=True) if v in (0, 1)]
+            present = [f"{name}={c}" for c, v in known if v]
             labels += present or ([f"{name}=none"] if known else [])
         elif name in record.empty:
             labels.append(f"{name}=-")
