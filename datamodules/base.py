@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
@@ -20,13 +21,14 @@ from datamodules.cache.quarantine import IMAGE, Quarantine
 from datamodules.images.presets import ChestPreset, PlainPreset, Preset
 from datamodules.loading.arguments import check_arguments, height_width
 from datamodules.loading.cases import check_case, labelled
-from datamodules.loading.catalogue import advice, check_catalogue, check_negative, choose_tasks, select, some_patients
+from datamodules.loading.catalogue import advice, check_catalogue, choose_tasks, select, some_patients
 from datamodules.loading.dataset import CachedDataset
 from datamodules.loading.loaders import Loaders
-from datamodules.loading.samplers import NEGATIVE_CLASSES, Strategy, describe_positives
+from datamodules.loading.negatives import NEGATIVE, negative_names
+from datamodules.loading.samplers import Strategy, describe_positives
 from datamodules.loading.splits import TooFewPatientsError, assign_splits
 from datamodules.loading.stages import Part, drawn_share, lacking, served, serves
-from datamodules.loading.usable_records import UsableRecords, count_labelled
+from datamodules.loading.usable_records import UsableRecords, count_labelled, within_limits
 from datamodules.loading.white_level import PreparedImages, WhiteLevel
 from datamodules.records import Catalogue, Record, Split
 from mtmedformer.batch import Task
@@ -58,9 +60,13 @@ class MedicalDataModule(PreparedImages, Loaders, ABC):
         preset: Framing and augmentation; ``null`` for the whole image without augmentation.
         sampler: Order of the training images: ``shuffle``; ``positive``, a positive image in every batch while there
             are enough; ``sqrt``, rare combinations of labels drawn more often.
-        negative_classes: Names of the classes of images without a finding; all other classes, boxes and masks that are
-            not empty make an image positive. Case, ``_`` and ``-`` do not matter. ``null``: normal, negative, benign,
-            healthy, no finding, no cancer and others (``datamodules.loading.samplers.NEGATIVE_CLASSES``).
+        negative: Names of the classes of images without a finding; all other classes, boxes and masks that are not
+            empty make an image positive. Case, ``_`` and ``-`` do not matter. ``null``: by their names (normal,
+            healthy, no cancer … see ``datamodules.loading.negatives``).
+        positive: Names of positive classes; the other classes of their tasks are negative.
+        negative_classes: Former name of ``negative``.
+        size_limits: Smallest and largest side of an image in pixels, each or both ``null``; images with a smaller or
+            larger side are left out.
         tasks: Names of the tasks to keep; images labelled for none of them are left out. ``null`` keeps all.
         where: Keep images with these values of site, view, laterality or a group only, for example
             ``{site: [eurorad], view: PA}``.
@@ -92,12 +98,14 @@ class MedicalDataModule(PreparedImages, Loaders, ABC):
         preprocessing: How images are decoded and framed.
         cache: Where decoded images are kept.
         generated: Whether the images are drawn by a program and show no patient.
+        negative_of_set: Negative classes that a data set defines, where their names do not show it.
 
     Raises:
         ConfigError: An argument is out of its range.
     """
 
     generated = False
+    negative_of_set: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -112,7 +120,10 @@ class MedicalDataModule(PreparedImages, Loaders, ABC):
         folds: int = 5,
         preset: Preset | None = ChestPreset(),  # noqa: B008  presets have no state
         sampler: Strategy = "positive",
+        negative: list[str] | None = None,
+        positive: list[str] | None = None,
         negative_classes: list[str] | None = None,
+        size_limits: tuple[int | None, int | None] | None = None,
         tasks: list[str] | None = None,
         where: dict[str, str | list[str]] | None = None,
         cache_dir: Path | None = Path(".cache/mtmedformer"),
@@ -138,8 +149,10 @@ class MedicalDataModule(PreparedImages, Loaders, ABC):
         self.folds = folds
         self.preset = preset
         self.sampler: Strategy = sampler
-        self.negative_classes = negative_classes
-        self.negative = frozenset(map(plain_name, NEGATIVE_CLASSES if negative_classes is None else negative_classes))
+        self.named_negative = negative_classes if negative is None else negative
+        self.named_positive, self.negative_classes = positive, negative_classes if negative is None else None
+        self.negative = NEGATIVE if self.named_negative is None else frozenset(map(plain_name, self.named_negative))
+        self.size_limits = size_limits
         self.only_tasks = tasks
         self.where = where or {}
         self.only_patients: frozenset[str] | None = None
@@ -189,7 +202,7 @@ class MedicalDataModule(PreparedImages, Loaders, ABC):
         self._report(found)
         records = some_patients(united, self.limit, self.seed)
         self.files_of_set = [record.file for record in records]
-        check_negative(self.negative_classes, catalogue.tasks)
+        self._settle_negative(catalogue.tasks)
         shares = (self.val_fraction, self.test_fraction, self.seed, self.official_splits, self.fold, self.folds)
         try:
             splits = assign_splits(records, catalogue.tasks, *shares)
@@ -208,6 +221,15 @@ class MedicalDataModule(PreparedImages, Loaders, ABC):
         self.splits = {record.id: splits[record.id] for record in self.records}
         self._report(of_records(self.records, self.tasks, self.class_place))
         self._usable = UsableRecords(self.records, self.tasks, self.quarantine, self.max_quarantine_share)
+
+    def _settle_negative(self, tasks: Mapping[str, Task]) -> None:
+        """Find the negative classes, and log what is uncertain and decides the sampling."""
+        key = "negative_classes" if self.negative_classes else "negative"
+        named = (self.named_negative, self.named_positive, self.negative_of_set)
+        self.negative, sentence = negative_names(tasks, *named, key)
+        self.case_rule = replace(self.case_rule, negative=self.negative)
+        if sentence and self.sampler == "positive" and self.only_patients is None:
+            log_warning(f"{self.salt}: {sentence}")
 
     def setup(self, stage: str | None = None) -> None:
         """Plan, then decode the images that the stage reads and the cache lacks.
@@ -269,6 +291,7 @@ class MedicalDataModule(PreparedImages, Loaders, ABC):
         keys = dict(zip((r.id for r in records), self.preprocessing.keys(records), strict=True))
         reports = self.cache.fill(records, list(keys.values()), self.preprocessing, self.num_workers)
         before = self.quarantine.summary()
+        reports = [within_limits(report, self.size_limits) for report in reports]
         self.records = self._usable.add({r.id: report for r, report in zip(records, reports, strict=True)})
         self.splits = {record.id: self.splits[record.id] for record in self.records}
         if (summary := self.quarantine.summary()) and (summary != before or not self.datasets):

@@ -24,7 +24,7 @@ from datamodules.images.dicom_parsing import is_dicom
 from datamodules.images.pixels import SUFFIXES, is_litter
 from datamodules.images.presets import ChestPreset, PlainPreset, Preset
 from datamodules.loading.arguments import height_width
-from datamodules.loading.samplers import NEGATIVE_CLASSES
+from datamodules.loading.negatives import NEGATIVE_CLASSES
 from datamodules.loading.single_image import IN_HEADER, prepare_file, with_case
 from datamodules.loading.white_level import PreparedImages, WhiteLevel, check_white_level
 from datamodules.records import Record
@@ -58,7 +58,7 @@ class ImageFolderDataModule(PreparedImages, L.LightningDataModule):
         case: Fields that name the case of a DICOM file: patient, study, view, laterality, from its header. ``null``: no
             results by case.
         case_pooling: How the scores of a case's images become one: ``max``, ``mean`` or ``noisy_or``.
-        negative_classes: Names of the classes without a finding, as in training.
+        negative_classes: Names of the classes without a finding, as in training; ``null``: by their names.
 
     Attributes:
         records: The images, complete after ``setup``.
@@ -83,6 +83,7 @@ class ImageFolderDataModule(PreparedImages, L.LightningDataModule):
         super().__init__()
         self.case = tuple(case or ())
         self.case_batches = False
+        self.negative_classes = negative_classes
         names = NEGATIVE_CLASSES if negative_classes is None else negative_classes
         self.case_rule = CaseRule(case_pooling, frozenset(map(plain_name, names)))
         if unknown := sorted(set(self.case) - set(IN_HEADER)):

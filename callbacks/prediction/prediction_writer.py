@@ -18,6 +18,8 @@ from callbacks.prediction.dicom.objects import DicomObjects
 from callbacks.prediction.familiarity_of_images import ImageFiles, assessed
 from callbacks.prediction.image_writer import ImageSource, ImageWriter, file_state
 from callbacks.prediction.prediction_folder import PredictionFolder, predictions_root
+from datamodules.image_folder import ImageFolderDataModule
+from datamodules.loading.negatives import negative_names
 from mtmedformer.batch import Batch, Task
 from mtmedformer.calibration import TaskCalibration, plain
 from mtmedformer.encoders.familiarity import NO_FAMILIARITY, Assessment
@@ -254,10 +256,12 @@ class PredictionWriter(Callback):
         folder = self._writer.folder
         failed = folder.write_tables({name: asdict(task) for name, task in self._tasks.items()})
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        by_name = isinstance(data, ImageFolderDataModule) and data.negative_classes is None
         if isinstance(data, CasedData) and data.case:
             heads: Any = trainer.lightning_module.heads
             whole = [name for name, head in heads.items() if isinstance(head, GroupsImages)]
-            for problem in write_cases(folder, self._tasks, data.case_rule, whole, self._writer.dicom, self._files):
+            rule = replace(data.case_rule, negative=negative_names(self._tasks)[0]) if by_name else data.case_rule
+            for problem in write_cases(folder, self._tasks, rule, whole, self._writer.dicom, self._files):
                 log.warning("a case has no structured report: %s", problem)
         SafeConsole().print(f"Written: {folder.root}", highlight=False, soft_wrap=True)
         if self._unfamiliar:

@@ -7,6 +7,7 @@ Single labels that cannot be right are left out where they are read. Here are mi
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -29,6 +30,9 @@ LEAST_IMAGES = 5
 
 CODES = frozenset({-1.0, -9.0, -99.0, -999.0, -9999.0, 999.0, 9999.0, 99999.0})
 """Numbers that often stand for one that is not known."""
+
+WHITE_SHARE = 0.05
+"""Films with a white border are a finding from this share of the images."""
 
 LEAST_MASKS = 3
 """As ``LEAST_IMAGES``, for masks that cover everything or the border."""
@@ -72,7 +76,7 @@ def of_images(
         DataError: Every mask of a task is either empty or too faint a JPEG.
     """
     known = [(record, measures[record.id]) for record in records if record.id in measures]
-    found = _white_films([measure for _, measure in known])
+    found = _white_films(known)
     for name, task in tasks.items():
         if task.kind == "detection":
             found |= _boxes_in_images(name, known)
@@ -209,11 +213,16 @@ def _masks(what: str, name: str, channel: int, known: Sequence[tuple[Record, Mea
     return {}
 
 
-def _white_films(measures: Sequence[Measures]) -> Findings:
-    white = sum(measure.border >= 0.9 for measure in measures)
-    if white < max(LEAST_IMAGES, 0.25 * len(measures)):
+def _white_films(known: Sequence[tuple[Record, Measures]]) -> Findings:
+    """Find films with a white border: some have one by collimation, about 2 % in ordinary sets."""
+    white = Counter(record.site for record, measure in known if measure.border >= 0.9)
+    count = white.total()
+    if count < max(LEAST_IMAGES, WHITE_SHARE * len(known)):
         return {}
+    films = Counter(record.site for record, _ in known)
+    places = ", ".join(f"{site} {n} of {films[site]}" for site, n in white.most_common(3)) if len(films) > 1 else ""
     return {
-        "white films": f"{white} of {len(measures)} images have a white border. Are they negatives (bones dark), or "
-        "scans with a white margin? In a radiograph air is black."
+        "white films": f"{count} of {len(known)} images have a white border{f' ({places})' if places else ''}. Are "
+        "they negatives (bones dark), or scans with a white margin? In a radiograph air is black. Mark negatives with "
+        "1 in a column 'inverted' of the table; they are then inverted when they are read."
     }

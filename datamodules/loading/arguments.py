@@ -16,6 +16,7 @@ class Arguments(Protocol):
     limit: int | None
     max_quarantine_share: float
     cache_max_gb: float
+    size_limits: tuple[int | None, int | None] | None
     white_level: WhiteLevel
     case: tuple[str, ...]
     case_batches: bool
@@ -53,5 +54,8 @@ def check_arguments(data: Arguments) -> None:
         raise ConfigError("data.init_args.case_batches needs data.init_args.case, such as [patient, laterality]")
     if not 0 <= data.max_quarantine_share <= 1:
         raise ConfigError(f"data.init_args.max_quarantine_share is {data.max_quarantine_share}; it is a share, 0 to 1")
+    small, large = data.size_limits or (None, None)
+    if (small or 0) < 0 or (large is not None and large < max(1, small or 0)):
+        raise ConfigError(f"data.init_args.size_limits is {[small, large]}; give the smallest and the largest side")
     if data.cache_max_gb <= 0:
         raise ConfigError(f"data.init_args.cache_max_gb is {data.cache_max_gb}; it must be above 0")

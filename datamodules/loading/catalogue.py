@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,6 @@ from datamodules.loading.samplers import strata
 from datamodules.records import Catalogue, ClassTruth, MaskTruth, Record, Truth, ValueTruth
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError, DataError, NoImagesError
-from mtmedformer.metrics.cases import plain_name
 
 
 def check_catalogue(catalogue: Catalogue, name: str) -> None:
@@ -103,23 +101,6 @@ def choose_tasks(tasks: dict[str, Task], names: list[str] | None) -> dict[str, T
     if unknown or names == []:
         raise ConfigError(f"data.init_args.tasks={names}: choose from {', '.join(tasks)}, or null for all")
     return {name: task for name, task in tasks.items() if names is None or name in names}
-
-
-def check_negative(names: list[str] | None, tasks: dict[str, Task]) -> None:
-    """Raise if a negative class is no class of a classification task.
-
-    Raises:
-        ConfigError: A name is unknown.
-    """
-    classes = {plain_name(c): c for task in tasks.values() if task.kind == "classification" for c in task.classes}
-    for name in names or []:
-        if plain_name(name) not in classes:
-            near = difflib.get_close_matches(plain_name(name), classes, 1)
-            hint = f"; did you mean {classes[near[0]]!r}?" if near else ""
-            raise ConfigError(
-                f"data.init_args.negative_classes: no class is called {name!r}{hint} The classes are "
-                f"{', '.join(classes.values()) or 'none'}."
-            )
 
 
 def advice(records: Sequence[Record], tasks: dict[str, Task]) -> str:

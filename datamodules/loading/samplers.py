@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
 
+from datamodules.loading.negatives import NEGATIVE
 from datamodules.records import BoxTruth, ClassTruth, MaskSource, MaskTruth, Record, ValueTruth
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError
@@ -20,15 +21,6 @@ from mtmedformer.metrics.cases import plain_name
 log = logging.getLogger(__name__)
 
 Strategy = Literal["shuffle", "positive", "sqrt"]
-
-NEGATIVE_CLASSES = (
-    *("normal", "negative", "benign", "healthy", "absent", "clear", "none", "no", "false", "0"),
-    *("no finding", "no findings", "no cancer", "no tumor", "no tumour", "no lesion", "no disease", "no pneumonia"),
-)
-"""Names of classes of images without a finding, where `negative_classes` of the data module names no others."""
-
-
-NEGATIVE = frozenset(NEGATIVE_CLASSES)
 
 
 def strata(record: Record, tasks: dict[str, Task]) -> tuple[str, ...]:
@@ -174,7 +166,7 @@ class TaskSampler(DistributedSampler[int]):
         if strategy == "positive" and not self.positive.any():
             log.warning(
                 "sampler: no image is positive in any task where positives are the minority; plain shuffling. Which "
-                "classes are negative is set by data.init_args.negative_classes"
+                "classes are negative is set by data.init_args.negative"
             )
         strata_of = [strata(r, tasks) for r in records] if strategy == "sqrt" else []
         counts = Counter(strata_of)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from datamodules.cache.entries import Report
-from datamodules.cache.quarantine import IMAGE, Quarantine
+from datamodules.cache.quarantine import IMAGE, Issue, Quarantine
 from datamodules.records import Record
 from mtmedformer.batch import Task
 
@@ -69,3 +69,21 @@ class UsableRecords:
 def count_labelled(records: Sequence[Record], tasks: dict[str, Task]) -> dict[str, int]:
     """Count the records by what the quarantine may remove: all under ``image``, those with labels under their task."""
     return {task: sum(task in record.truth for record in records) for task in tasks} | {IMAGE: len(records)}
+
+
+def within_limits(report: Report, limits: tuple[int | None, int | None] | None) -> Report:
+    """Return the report of an image, or that it is unusable where a side is outside the limits.
+
+    Args:
+        report: What decoding reported.
+        limits: Smallest and largest side in pixels of the original image; ``None`` is no limit.
+    """
+    if limits is None or report.measures is None:
+        return report
+    (height, width), (least, most) = report.measures.size, limits
+    small, large = least is not None and min(height, width) < least, most is not None and max(height, width) > most
+    if not (small or large):
+        return report
+    reason = f"image {'smaller' if small else 'larger'} than data.init_args.size_limits"
+    detail = f"{width}x{height} pixels; the limits are {'none' if least is None else least} and {most or 'none'}"
+    return Report((Issue("", "", IMAGE, reason, detail),))

@@ -95,6 +95,8 @@ class CBISDDSMDataModule(MedicalDataModule):
         DataError: The layout is not found under ``root``, or a table is incomplete (on ``catalogue`` and ``setup``).
     """
 
+    negative_of_set = ("benign",)
+
     def __init__(
         self,
         root: Path,

@@ -49,6 +49,8 @@ class CMMDDataModule(MedicalDataModule):
         DataError: The layout is not found under ``root``, or a table is incomplete (on ``catalogue`` and ``setup``).
     """
 
+    negative_of_set = ("benign",)
+
     def __init__(
         self,
         root: Path,

@@ -172,3 +172,21 @@ def test_negative_classes_are_a_setting_and_are_printed(root, caplog):
     ):
         sampled(negative_classes=["no_cancr"])
     assert "sampler: " not in sampled(sampler="shuffle")[1]
+
+
+def test_images_outside_the_size_limits_are_left_out_and_counted(root):
+    Image.fromarray(np.random.default_rng(9).integers(1, 255, (32, 48), np.uint8)).save(root / "film3.png")
+    masks = np.zeros((32, 48), np.uint8)
+    Image.fromarray(masks).save(root / "mask3.png")
+    data = Films(root, ["train"] * 20, val_fraction=0.0, test_fraction=0.0, size_limits=(32, 40))
+    data.setup("fit")
+    assert len(data.datasets["train"]) == 19
+    (issue,) = data.quarantine.issues
+    assert (issue.id, issue.reason) == ("film3", "image larger than data.init_args.size_limits")
+    assert issue.detail == "48x32 pixels; the limits are 32 and 40"
+    small = Films(root, ["train"] * 20, size_limits=(33, None), max_quarantine_share=1.0)
+    with pytest.raises(DataError, match="can be used"):
+        small.setup("fit")
+    assert small.quarantine.by_reason().keys() == {"image: image smaller than data.init_args.size_limits"}
+    with pytest.raises(ConfigError, match=r"size_limits is \[50, 40\]; give the smallest and the largest side"):
+        Films(root, ["train"] * 20, size_limits=(50, 40))

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 import mtmedformer
+from datamodules.base import MedicalDataModule
 from datamodules.labels_csv.columns import described
 from datamodules.labels_csv.datamodule import LabelsCSVDataModule
 from federation.datamodule import FederatedDataModule
@@ -21,6 +22,7 @@ from mtmedformer.commands.fingerprint.summary import Fingerprint
 from mtmedformer.heads.base import TaskHead
 from mtmedformer.heads.classification import ClassificationHead
 from mtmedformer.heads.from_tasks import heads_for
+from mtmedformer.metrics.cases import plain_name
 from mtmedformer.storage.constructor_arguments import class_path, describe
 
 ENCODER = {"class_path": "mtmedformer.SharedEncoder", "init_args": {"name": "pvt_v2_b0", "channels": 128}}
@@ -182,10 +184,19 @@ def _data(summary: Fingerprint, data: object, section: Mapping[str, Any], commen
         if isinstance(source, LabelsCSVDataModule) and source.tasks_found:
             arguments |= described(source.specs, source.tasks)
         arguments |= {"image_size": list(wish.image_size), "batch_size": wish.batch_size, "sampler": wish.sampler}
+        named = {"negative", "positive", "negative_classes"} & arguments.keys()
+        if isinstance(source, MedicalDataModule) and not named and (absent := _negative(source)):
+            arguments["negative"] = absent
+            comments[*path, "init_args", "negative"] = ["By their names; all other classes are findings."]
         for key, sentences in wish.why.items() if not number else ():
             if key in arguments:
                 comments[*path, "init_args", key] = sentences
     return config
+
+
+def _negative(data: MedicalDataModule) -> list[str]:
+    labels = (c for task in data.tasks.values() if task.kind == "classification" for c in task.classes)
+    return list(dict.fromkeys(label for label in labels if plain_name(label) in data.negative))
 
 
 def _trainer(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datamodules.audit.image_statistics import ImageStatistics, image_statistics
 from datamodules.base import MedicalDataModule
 from datamodules.cache.quarantine import Quarantine
-from datamodules.loading.samplers import NEGATIVE
+from datamodules.loading.negatives import NEGATIVE
 from federation.datamodule import FederatedDataModule
 from mtmedformer.batch import Task
 from mtmedformer.errors import ConfigError

@@ -11,7 +11,8 @@ from typing import Literal
 import numpy as np
 
 from datamodules.audit.image_statistics import ImageStatistics
-from datamodules.loading.samplers import NEGATIVE, positives, strata
+from datamodules.loading.negatives import NEGATIVE
+from datamodules.loading.samplers import positives, strata
 from mtmedformer.batch import Task
 
 WANTED = 12.0

@@ -199,7 +199,7 @@ def summarise_sites(sites: Mapping[str, ImageSet], tasks: dict[str, Task]) -> tu
             first.batch_size,
             quarantine,
             implausible,
-            first.negative,
+            frozenset().union(*(images.negative for images in sites.values())),
             levels.pop() if len(levels) == 1 else None,
         )
     )

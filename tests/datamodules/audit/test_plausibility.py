@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,11 @@ def test_white_films_are_a_finding():
     assert of_images(records, {}, measured(records[:6]) | measured(records[6:], border=0.95)) == {}  # four
     (sentence,) = of_images(records, {}, measured(records[:4]) | measured(records[4:], border=0.95)).values()
     assert "6 of 10 images have a white border" in sentence
+    records = boxed(*[[]] * 100)
+    assert of_images(records, {}, measured(records[:96]) | measured(records[96:], border=0.95)) == {}  # 4 %
+    records = [replace(record, site="ab"[n > 49]) for n, record in enumerate(records)]
+    (sentence,) = of_images(records, {}, measured(records[:81]) | measured(records[81:], border=0.95)).values()
+    assert "19 of 100 images have a white border (b 19 of 50)" in sentence
 
 
 def labelled(classes: dict[str, list[int]]) -> list[Record]:

@@ -102,7 +102,7 @@ def test_a_probability_is_a_label_of_training_only(root):
     [
         (ClassColumns(columns=["a", "b"], uncertain=2.0), "uncertain=2: give unknown, or a probability"),
         (ClassColumns(columns=["a", "b"], uncertain={"c": 1}), "'c' is no class of the task; its classes are a, b"),
-        (ClassColumns(column="a", uncertain=1), "the task has one column of names"),
+        (ClassColumns(column="a", uncertain=1), "this task has one column of names"),
     ],
 )
 def test_labels_of_open_findings_that_cannot_be_are_refused(root, spec, words):
