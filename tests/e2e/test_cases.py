@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import highdicom as hd
@@ -10,9 +12,12 @@ import pytest
 import yaml
 from PIL import Image
 
+from datamodules import LabelsCSVDataModule
+from datamodules.labels_csv.columns import ClassColumns
 from mtmedformer.commands.main import main
 from tests.fixtures.dicom_files import film, write_dicom
 from tests.fixtures.pairs import write_pairs
+from tests.fixtures.real_data import real
 from tests.fixtures.small_set import small_config, write_config
 from tests.fixtures.stored_models import OF_FIT, description, write_checkpoint
 
@@ -128,3 +133,43 @@ def test_a_head_over_cases_learns_what_no_single_image_shows(tmp_path, capsys):
     capsys.readouterr()
     assert main(["test", checkpoint, QUIET, "--data.case_batches=false"]) == 2
     assert "data.case_batches=true" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_configuration_of_cases_trains(images, tmp_path):
+    """The shipped file, on the small set with its own words."""
+    with (images / "labels.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    shutil.copytree(images / "images", tmp_path / "images")
+    for row in rows:
+        row["label"] = {"well": "normal", "sick": "malignant"}.get(row["label"], "")
+        row |= {"has_cls": int(bool(row["label"])), "box_labels": row["box_labels"].replace("nodule", "lesion")}
+    with (tmp_path / "labels.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    config = Path(__file__).resolve().parents[2] / "configs/cases/mammography.yaml"
+    assert config.read_text().startswith(f"# mtmedformer fit --config configs/cases/{config.name} ")
+    small = ["--model.encoder.channels=16", "--data.image_size=64", "--data.num_workers=0", "--trainer.fast_dev_run=1"]
+    cache = f"--data.cache_dir={tmp_path / 'cache'}"
+    assert main(["fit", "--config", str(config), f"--data.root={tmp_path}", cache, *small, QUIET]) == 0
+
+
+def test_real_mammograms_are_paired_by_woman(tmp_path):
+    """mini-MIAS: the two breasts of a woman are one case, and its label that of the diseased side."""
+    root = real("mini_mias")
+    arguments = yaml.safe_load((Path(__file__).resolve().parents[2] / "configs/cases/mammography.yaml").read_text())
+    given = arguments["data"]["init_args"] | {"root": root, "image_size": 32, "num_workers": 0, "cache_dir": None}
+    columns = ClassColumns(**given["classification"]["pathology"])
+    changed = {"preset": None, "limit": 12, "classification": {"pathology": columns}, "detection": None}
+    data = LabelsCSVDataModule(**{**given, **changed})
+    data.setup("fit")
+    sizes = []
+    for batch in data.train_dataloader():
+        by_case = {}
+        for meta, labels in zip(batch.meta, batch.targets["pathology"].labels, strict=True):
+            by_case.setdefault(meta.case, []).append((meta.patient, labels))
+        sizes += [len(images) for images in by_case.values()]
+        assert all(len({patient for patient, _ in images}) == 1 for images in by_case.values())
+    pairs = Counter(record.patient for record in data.datasets["train"].records)
+    assert sorted(sizes) == sorted(pairs.values())
+    assert 2 in sizes
