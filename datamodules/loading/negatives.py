@@ -11,7 +11,7 @@ from mtmedformer.errors import ConfigError
 from mtmedformer.metrics.cases import plain_name
 
 NEGATIVE_CLASSES = (
-    *("normal", "norm", "negative", "healthy", "well", "absent", "clear", "control", "controls", "unremarkable"),
+    *("normal", "norm", "negative", "healthy", "absent", "clear", "control", "controls", "unremarkable"),
     *("none", "no", "false", "0", "nofinding", "no finding", "no findings", "no cancer", "no tumor", "no tumour"),
 )
 """Names of classes of images without a finding; also ``no …``, ``without …``, ``… absent``, ``… free``."""

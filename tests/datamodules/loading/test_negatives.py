@@ -19,7 +19,7 @@ def tasks(*classes: tuple[str, ...]) -> dict[str, Task]:
         (("no_cancer", "cancer"), {"no cancer"}),
         (("No-Lung-Nodule", "nodule"), {"no lung nodule"}),
         (("without lesion", "lesion"), {"without lesion"}),
-        (("well", "sick"), {"well"}),
+        (("well", "sick"), set()),
         (("tumour free", "tumour"), {"tumour free"}),
         (("covid_negative", "covid_positive"), {"covid negative"}),
         (("triple_negative", "luminal_a"), set()),
