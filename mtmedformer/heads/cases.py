@@ -41,7 +41,7 @@ class CaseHead(ClassificationHead):
 
     The label of a case follows from those of its images: a class holds if it does in any image; it is absent if it is
     known to be absent in every image; else it is unknown. Images of the other classes of an exclusive task must agree
-    unless ``negative_classes`` names the class without a finding (`mtmedformer.metrics.cases.CaseRule.labels`).
+    unless ``negative`` names the class without a finding (`mtmedformer.metrics.cases.CaseRule.labels`).
 
     The data need ``case`` and ``case_batches: true``, which put the images of a case into one batch.
 
@@ -53,7 +53,7 @@ class CaseHead(ClassificationHead):
         width: Channels of the tokens; ``None`` is the width of the pyramid.
         num_heads: Number of attention heads over the tokens of an image; divides ``width``.
         peak: Also use the channel maxima of an image.
-        negative_classes: Names of the classes without a finding, which a class with one outweighs in a case.
+        negative: Names of the classes without a finding, which a class with one outweighs in a case.
 
     Raises:
         ConfigError: A term does not fit the classes, or a negative class is none of them.
@@ -68,12 +68,12 @@ class CaseHead(ClassificationHead):
         width: int | None = None,
         num_heads: int = 4,
         peak: bool = True,
-        negative_classes: list[str] | None = None,
+        negative: list[str] | None = None,
     ) -> None:
         super().__init__(classes, multi_label, terms, strides, width, num_heads, peak)
-        if unknown := sorted(set(negative_classes or []) - set(self.classes)):
-            raise ConfigError(f"negative_classes: no class is called {unknown[0]!r}; choose from {list(self.classes)}")
-        self.rule = CaseRule("max", frozenset(map(plain_name, negative_classes or [])))
+        if unknown := sorted(set(negative or []) - set(self.classes)):
+            raise ConfigError(f"negative: no class is called {unknown[0]!r}; choose from {list(self.classes)}")
+        self.rule = CaseRule("max", frozenset(map(plain_name, negative or [])))
         self._cases: Tensor | None = None
 
     @override

@@ -31,7 +31,7 @@ def run(images, tmp_path_factory) -> Path:
     file = write_checkpoint(folder, description("health", "organ"), 1, **OF_FIT)
     data = small_config(images, folder.parent)["data"]
     del data["init_args"]["detection"]
-    data["init_args"] |= {"negative_classes": ["well"], "test_split": "all"}
+    data["init_args"] |= {"negative": ["well"], "test_split": "all"}
     (folder / "config.yaml").write_text(yaml.safe_dump({"data": data}))
     return file
 
@@ -101,7 +101,7 @@ def pair_config(root: Path, runs: Path, head: str) -> dict:
     arguments.pop("detection"), arguments.pop("segmentation")
     arguments["classification"] = {"pair": {"column": "label", "classes": ["equal", "unequal"]}}
     arguments |= {"image_size": 32, "batch_size": 8, "preset": None, "case": ["patient"]}
-    arguments |= {"negative_classes": ["equal"], "case_batches": head == "CaseHead"}
+    arguments |= {"negative": ["equal"], "case_batches": head == "CaseHead"}
     return config
 
 

@@ -16,7 +16,7 @@ NAN = float("nan")
 @pytest.fixture
 def head():
     torch.manual_seed(0)
-    head = CaseHead(["normal", "cancer"], negative_classes=["normal"])
+    head = CaseHead(["normal", "cancer"], negative=["normal"])
     head.build(16, STRIDES)
     return head.eval()
 
@@ -63,7 +63,7 @@ def test_the_loss_is_the_mean_over_labelled_cases(head):
 
 def test_a_negative_class_must_be_one_of_the_classes():
     with pytest.raises(ConfigError, match="no class is called 'healthy'"):
-        CaseHead(["normal", "cancer"], negative_classes=["healthy"])
+        CaseHead(["normal", "cancer"], negative=["healthy"])
 
 
 def test_steps_group_the_images_and_predictions_outside_do_not():
