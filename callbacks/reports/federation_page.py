@@ -131,7 +131,8 @@ def _gains(summary: FederationSummary) -> Html:
     if not summary.history:
         return Html("")
     entry = summary.reported_round()
-    by_task = {f"{task}: {metric}": gains(entry, task, metric) for task, metric in summary.primary.items()}
+    found = {f"{task}: {metric}": gains(entry, task, metric) for task, metric in summary.primary.items()}
+    by_task = {title: dict(sorted(values.items())) for title, values in found.items() if values}
     drawn = gain_figure(by_task, "merged model minus the site's own model")
     if drawn is None:
         return Html("")

@@ -32,7 +32,7 @@ def gain_figure(gains: Mapping[str, Mapping[str, float]], label: str, higher_is_
     known = {title: values for title, values in known.items() if values}
     if not known:
         return None
-    sites = list(dict.fromkeys(site for values in known.values() for site in values))
+    sites = sorted({site for values in known.values() for site in values})
     columns = min(PANELS, len(known))
     rows = -(-len(known) // columns)
     limit = max(abs(value) for values in known.values() for value in values.values()) or 0.01
