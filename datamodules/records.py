@@ -101,6 +101,7 @@ class Record:
         size: ``(height, width)`` that the label's coordinates refer to, where it is not the file's, else ``None``.
         inverted: Whether the film is a negative, which is inverted when it is read; ``None`` is not known and read as
             it is.
+        frame: The frame of a multi-frame DICOM file, from 1; ``None`` for a file of one image.
         empty: Names of the tasks whose masks were read and are empty; none before the image is decoded.
     """
 
@@ -116,6 +117,7 @@ class Record:
     groups: dict[str, str] = field(default_factory=dict)
     size: tuple[int, int] | None = None
     inverted: bool | None = None
+    frame: int | None = None
     empty: frozenset[str] = frozenset()
 
 

@@ -260,13 +260,14 @@ class OriginalImages(Protocol):
 
     Attributes:
         files: Image file by record id.
+        frames: Frame by record id, from 1, of records of multi-frame files.
     """
 
-    @property
-    def files(self) -> dict[str, Path]: ...  # noqa: D102
+    files: dict[str, Path]
+    frames: dict[str, int]
 
-    def original(self, file: Path) -> NDArray[np.float32]:
-        """Return the whole image as displayed: float32 (H, W) or (H, W, 3) in [0, 1]."""
+    def original(self, file: Path, frame: int | None = None) -> NDArray[np.float32]:
+        """Return the whole image, or a frame, as displayed: float32 (H, W) or (H, W, 3) in [0, 1]."""
 
     def is_dicom(self, file: Path) -> bool:
         """Return whether a file is DICOM."""

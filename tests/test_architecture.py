@@ -27,7 +27,6 @@ PLUGINS = {  # dependencies that another library loads: no module of this projec
     "pylibjpeg": "decoder plug-ins of pydicom",
     "pylibjpeg-openjpeg": "decoder plug-in of pydicom",
     "pylibjpeg-rle": "decoder plug-in of pydicom",
-    "python-gdcm": "decoder plug-in of pydicom",
 }
 
 LICENCES_WITHOUT_METADATA = {  # packages whose metadata names no licence, and the licence in their repository

@@ -57,7 +57,9 @@ def write_cases(
         reported = [any(name.endswith(".sr.dcm") for name in entry["files"]) for entry in entries]
         if objects and all(reported):
             try:
-                report = objects.build_case([files[entry["image"]] for entry in entries], scores)
+                report = objects.build_case(
+                    [files[entry["image"]] for entry in entries], scores, [entry.get("frame") for entry in entries]
+                )
             except DataError as error:
                 problems.append(str(error))
                 continue

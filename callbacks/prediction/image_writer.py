@@ -31,13 +31,15 @@ class ImageSource:
     Attributes:
         file: The image file.
         dicom: Whether it is DICOM.
-        read: Function that reads the whole image as displayed.
+        read: Function that reads the whole image, or a frame of it, as displayed.
+        frame: The frame of a multi-frame file, from 1.
         state: ``file_state`` before it was predicted, if known.
     """
 
     file: Path
     dicom: bool
-    read: Callable[[Path], Floats]
+    read: Callable[[Path, int | None], Floats]
+    frame: int | None = None
     state: tuple[int, int] | None = None
 
 
@@ -88,7 +90,7 @@ class ImageWriter:
         files = [entry["file"] for by_class in written["masks"].values() for entry in by_class.values()]
         if self.dicom and source and source.dicom:
             try:
-                files += self._dicom(self.dicom, result, source.file)
+                files += self._dicom(self.dicom, result, source)
             except DataError as error:
                 problems.append(("no DICOM objects", str(error)))
         if self.overlays:
@@ -120,9 +122,9 @@ class ImageWriter:
                 entries.setdefault(task, {})[c] = {"file": self._relative(file), **_area(mask, result.meta)}
         return entries
 
-    def _dicom(self, objects: DicomObjects, result: ImageResult, source: Path) -> list[str]:
+    def _dicom(self, objects: DicomObjects, result: ImageResult, source: ImageSource) -> list[str]:
         files = []
-        for kind, dataset in objects.build(source, result).items():
+        for kind, dataset in objects.build(source.file, result, source.frame).items():
             file = self.folder.path("dicom", result.meta.id, f".{kind}.dcm")
             with atomic_write(file) as part:
                 dataset.save_as(part)
@@ -130,7 +132,7 @@ class ImageWriter:
         return files
 
     def _overlay(self, result: ImageResult, image: Floats, source: ImageSource | None, digest: str) -> str:
-        shown = preview_of(source.read(source.file)) if source else preview_from_input(image, result.meta)
+        shown = preview_of(source.read(source.file, source.frame)) if source else preview_from_input(image, result.meta)
         footer = f"MTMedFormer {self.model}" + (f" · image {digest}" if digest else "")
         figure = prediction_figure(shown, result, self.tasks, self.box_thresholds, footer)
         file = self.folder.path("overlays", result.meta.id, ".png")
@@ -149,6 +151,7 @@ class ImageWriter:
             "note": NOTE,
             "model": self.model,
             "input": {"sha256": digest, "bytes": stat.st_size, "modified": stat.st_mtime_ns} if stat else None,
+            "frame": source.frame if source else None,
             "size": list(meta.original_size),
             "spacing": meta.spacing,
             "site": meta.site,

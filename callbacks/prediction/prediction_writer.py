@@ -90,6 +90,7 @@ class PredictionWriter(Callback):
         self._tasks: dict[str, Task] = {}
         self._calibration: dict[str, TaskCalibration] = {}
         self._files: dict[str, Path] = {}
+        self._frames: dict[str, int] = {}
         self._states: dict[str, tuple[int, int] | None] = {}
         self._listed_failures = 0
         self._writer: ImageWriter | None = None
@@ -168,6 +169,7 @@ class PredictionWriter(Callback):
         self._writer = self._image_writer(trainer, _digest(pl_module), calibration)
         self._facts, self._unfamiliar = ImageFiles(trainer), 0
         self._files = dict(data.files) if isinstance(data, OriginalImages) else {}
+        self._frames = dict(data.frames) if isinstance(data, OriginalImages) else {}
         self._states = {image: file_state(file) for image, file in self._files.items()}
         self.exit_code = self._listed_failures = 0
         if trainer.is_global_zero:
@@ -231,7 +233,9 @@ class PredictionWriter(Callback):
     def _source(self, trainer: Trainer, image: str) -> ImageSource | None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         file = self._files.get(image)
-        return ImageSource(file, data.is_dicom(file), data.original, self._states[image]) if file else None
+        if file is None:
+            return None
+        return ImageSource(file, data.is_dicom(file), data.original, self._frames.get(image), self._states[image])
 
     def _list_failures(self, trainer: Trainer) -> None:
         """Write an entry for every image that could not be read since the last call, for ``failed.csv``."""

@@ -103,7 +103,8 @@ class Preprocessing:
 
 def _key(common: str, record: Record) -> str:
     drawn = {name: truth for name, truth in record.truth.items() if isinstance(truth, BoxTruth | MaskTruth)}
-    parts = [_describe(record.file), record.laterality, record.size, bool(record.inverted), _describe(drawn)]
+    labels = [record.laterality, record.size, bool(record.inverted), _describe(drawn)]
+    parts = [_describe(record.file), record.frame, *labels]
     return hashlib.blake2b((common + json.dumps(parts, sort_keys=True)).encode(), digest_size=20).hexdigest()
 
 

@@ -223,7 +223,7 @@ def _read(record: Record, white_level: int | None, colour: bool) -> Pixels:
     if not os.path.isfile(record.file):  # pathlib raises where a name is too long
         raise UnusableError("image file missing", str(record.file), transient=True)
     try:
-        pixels = read_image(record.file, white_level, colour)
+        pixels = read_image(record.file, white_level, colour, record.frame)
     except DataError as error:
         raise UnusableError("image unreadable", str(error), transient=True) from error
     values = pixels.pixels

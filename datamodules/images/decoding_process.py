@@ -29,6 +29,9 @@ SECONDS, SECONDS_PER_MEGAPIXEL = 30.0, 2.0
 MEMORY, MEMORY_PER_SAMPLE = 256 << 20, 48
 """Memory limit of one image in bytes, above that of the idle process: fixed part, and per sample."""
 
+_EXTENDED = "1.2.840.10008.1.2.4.51"
+"""Transfer syntax JPEG Extended (process 2 and 4): 8 or 12 bits."""
+
 Answer = dict[str, Any]
 
 _lock = threading.Lock()
@@ -161,7 +164,33 @@ def _serve_dicom(request: Answer, content: bytes) -> tuple[NDArray[Any], Answer]
             return array, {}
         except BaseException as error:  # each decoder has its own exceptions; the next one may succeed
             reasons.append(f"{plugin}: {_reason(error)}")
+    if request["syntax"] == _EXTENDED and options["bits_allocated"] == 16 and options["samples_per_pixel"] == 1:
+        return _serve_extended_jpeg(options, content), {}
     raise RuntimeError("; ".join(reasons))
+
+
+def _serve_extended_jpeg(options: dict[str, Any], content: bytes) -> NDArray[Any]:
+    """Decode a JPEG image of 12 bits with GDCM, which pydicom's plugin for GDCM refuses."""
+    import gdcm
+    from pydicom.encaps import get_frame
+
+    fragment, fragments = gdcm.Fragment(), gdcm.SequenceOfFragments.New()
+    fragment.SetByteStringValue(get_frame(content, 0, number_of_frames=1))
+    fragments.AddFragment(fragment)
+    element = gdcm.DataElement(gdcm.Tag(0x7FE0, 0x0010))
+    element.SetValue(fragments.__ref__())
+    bits = options["bits_stored"]
+    photometric = gdcm.PhotometricInterpretation.GetPIType(str(options["photometric_interpretation"]))
+    image = gdcm.Image()
+    image.SetNumberOfDimensions(2)
+    image.SetDimensions((options["columns"], options["rows"], 1))
+    image.SetDataElement(element)
+    image.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(photometric))
+    image.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(_EXTENDED)))
+    image.SetPixelFormat(gdcm.PixelFormat(1, 16, bits, bits - 1, options["pixel_representation"]))
+    decoded = image.GetBuffer().encode("utf-8", "surrogateescape")
+    kind = "<i2" if options["pixel_representation"] else "<u2"
+    return np.frombuffer(decoded, kind).reshape(options["rows"], options["columns"])
 
 
 def _serve_raster(request: Answer, content: bytes) -> tuple[NDArray[Any], Answer]:

@@ -65,19 +65,20 @@ class Pixels:
     laterality: str | None = None
 
 
-def read_display(file: Path, colour: bool = False) -> Pixels:
+def read_display(file: Path, colour: bool = False, frame: int | None = None) -> Pixels:
     """Read a DICOM image as displayed (modality LUT, VOI LUT or window, inversion, padding; palette, YBR to RGB).
 
     Args:
-        file: A single-frame DICOM file. An image whose Presentation Intent Type is FOR PROCESSING (raw detector data)
+        file: A DICOM file. An image whose Presentation Intent Type is FOR PROCESSING (raw detector data)
             is read too; ``path`` then contains ``for-processing``.
         colour: Return colour images as (H, W, 3); otherwise they are an error.
+        frame: The frame of a multi-frame image, from 1; ``None`` for the only one.
 
     Raises:
-        DataError: The file is damaged, not a single-frame image, or in an encoding without decoder.
+        DataError: The file is damaged, no image, has several frames or not this one, or no decoder is installed.
     """
     with reading(file, "DICOM"):
-        header, stored, path = read_file(file)
+        header, stored, path = read_file(file, frame)
         if str(header.get("PresentationIntentType")).strip().upper() == "FOR PROCESSING":
             path.append("for-processing")
         if header.PhotometricInterpretation == "PALETTE COLOR":

@@ -30,6 +30,7 @@ from datamodules.images import decoding_process
 from datamodules.images.codestreams import JPEG, JPEG_2000, JPEG_LS, Codestream, StreamError, read_codestream
 from datamodules.images.dicom_parsing import MAX_PIXELS, check_palettes, of_a_decoder, parse
 from datamodules.images.encapsulation import encapsulated, fragments, one_frame
+from datamodules.images.frames import FIX, check_number, declared_frames, keep_frame, split_frames
 from datamodules.images.grayscale import Values, number_of
 from datamodules.images.stored_values import image_bits
 from mtmedformer.errors import DataError
@@ -38,18 +39,21 @@ _DECODERS = ("pylibjpeg", "pillow", "pyjpegls", "pydicom", "gdcm")
 """Decoder plugins in order of preference. GDCM may crash on a damaged stream, so it comes last. For a lossless syntax
 all give the same bits."""
 
-FRAMES = "export its frames as single-frame files"
-
 _SAMPLES = {"MONOCHROME1": 1, "MONOCHROME2": 1, "PALETTE COLOR": 1} | dict.fromkeys(
     ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"), 3
 )
 
 
-def read_file(file: Path) -> tuple[Dataset, Values, list[str]]:
-    """Parse, check and decode a file; the returned header has every attribute that the later steps require."""
-    header, mended = parse(file)
+def read_file(file: Path, frame: int | None = None) -> tuple[Dataset, Values, list[str]]:
+    """Parse, check and decode a file; the returned header has every attribute that the later steps require.
+
+    Args:
+        file: The file.
+        frame: The frame of a multi-frame image, from 1; ``None`` for the only one.
+    """
+    header, mended = parse(file, frame or 1)
     _check(file, header)
-    stored, path = _decode(file, header)
+    stored, path = _decode(file, header, frame)
     path += mended
     return header, image_bits(header, stored.astype(stored.dtype.newbyteorder("="), copy=False), path), path
 
@@ -76,17 +80,19 @@ def _check(file: Path, header: Dataset) -> None:
     check_palettes(header)
 
 
-def _decode(file: Path, header: Dataset) -> tuple[Values, list[str]]:
+def _decode(file: Path, header: Dataset, frame: int | None) -> tuple[Values, list[str]]:
     """Return the stored values, (H, W) or (H, W, 3) as RGB, possibly a read-only view of the file's bytes."""
     syntax, path = _syntax(header)
     if syntax is not None:
         decoder = _decoder(syntax)
         if not syntax.is_encapsulated:
+            if frame is not None:
+                keep_frame(header, frame)
             path = [f"decode:{syntax.keyword}", *path, *_check_length(header)]
             header.file_meta.TransferSyntaxUID = syntax
             options: Any = {"correct_unused_bits": False, "view_only": True}  # image_bits corrects them
             return decoder.as_array(header, index=0, **options)[0], path
-    return _decode_stream(file, header, syntax, path)
+    return _decode_stream(file, header, syntax, path, frame)
 
 
 def _syntax(header: Dataset) -> tuple[UID | None, list[str]]:
@@ -134,7 +140,7 @@ def _check_length(header: Dataset) -> list[str]:
     excess = length - expected
     size = f"{header.Rows} x {header.Columns}"
     if frames > 1 and not 0 <= excess <= 1:
-        raise StreamError(f"NumberOfFrames is {frames:g}", FRAMES)
+        raise StreamError(f"NumberOfFrames is {frames:g}", FIX)
     if frames > 1:
         steps.append("corrected:NumberOfFrames")
     if excess < 0:
@@ -176,13 +182,18 @@ def _steps(values: Values) -> float:
     return float(np.abs(np.diff(values, axis=0)).mean()) if len(values) > 1 else 0.0
 
 
-def _decode_stream(file: Path, header: Dataset, syntax: UID | None, path: list[str]) -> tuple[Values, list[str]]:
+def _decode_stream(
+    file: Path, header: Dataset, syntax: UID | None, path: list[str], number: int | None
+) -> tuple[Values, list[str]]:
     """Decode compressed pixel data of one frame, whose headers are checked first."""
     pieces = fragments(header.PixelData)
-    frames = number_of(header, "NumberOfFrames") or 1
-    if frames > 1 and len(pieces) > 1:
-        raise StreamError(f"NumberOfFrames is {frames:g}", FRAMES)
-    if frames > 1:
+    if number is not None:
+        frames = split_frames(pieces, declared_frames(header))
+        check_number(number, len(frames))
+        pieces = frames[number - 1]
+    elif declared_frames(header) > 1 and len(pieces) > 1:
+        raise StreamError(f"NumberOfFrames is {declared_frames(header)}", FIX)
+    elif declared_frames(header) > 1:
         path.append("corrected:NumberOfFrames")
     header.NumberOfFrames = 1
     frame = one_frame(pieces)
@@ -239,6 +250,8 @@ def _check_stream(header: Dataset, coded: Codestream) -> list[str]:
             f"SamplesPerPixel is {header.SamplesPerPixel} ({header.PhotometricInterpretation}) but the compressed "
             f"image has {coded.components} components"
         )
+    if coded.process in (0xC0, 0xC1, 0xC2) and coded.precision not in (8, 12):
+        raise StreamError(f"its lossy JPEG stream has {coded.precision} bits per sample, where JPEG has 8 or 12")
     if coded.precision > header.BitsAllocated:
         raise StreamError(
             f"BitsAllocated is {header.BitsAllocated} but the compressed image has {coded.precision} bits per sample"

@@ -30,6 +30,9 @@ MAX_PIXELS = 1 << 26
 MAX_BYTES = 8 * MAX_PIXELS
 """Largest size of a file in bytes, also of a deflated DICOM file after inflation."""
 
+MAX_BYTES_OF_FRAMES = 1 << 32
+"""Largest size in bytes of a file of which one frame is read."""
+
 PALETTE_ENTRIES = 1 << 16
 """Largest number of entries of a palette."""
 
@@ -99,8 +102,8 @@ def is_dicom(head: bytes) -> bool:
     return head[128:132] == b"DICM" or head[:4] == b"DICM" or little or big
 
 
-def parse(file: Path) -> tuple[Dataset, list[str]]:
-    """Read the attributes of an image, those of functional groups included.
+def parse(file: Path, frame: int = 1) -> tuple[Dataset, list[str]]:
+    """Read the attributes of an image, those of the functional groups of a frame included.
 
     Returns:
         The attributes, and the steps of ``Pixels.path`` about what was mended.
@@ -115,8 +118,8 @@ def parse(file: Path) -> tuple[Dataset, list[str]]:
             opened.seek(0)
             header = _read(opened)
             if "PixelData" not in header and (complete := _without_delimiter(opened)):
-                return complete, ["corrected:delimiter", *_flatten(complete)]
-    return header, _flatten(header)
+                return complete, ["corrected:delimiter", *_flatten(complete, frame)]
+    return header, _flatten(header, frame)
 
 
 def _read(source: Any) -> Dataset:
@@ -172,8 +175,8 @@ def _end_of_meta(content: bytes) -> int:
     return at
 
 
-def _flatten(header: Dataset) -> list[str]:
-    """Put the attributes of the frame's functional groups at the top level, and the groups away.
+def _flatten(header: Dataset, frame: int) -> list[str]:
+    """Put the attributes of a frame's functional groups at the top level, and the groups away.
 
     Those of the frame itself go before those of all frames (PS3.3 C.7.6.16).
 
@@ -184,7 +187,7 @@ def _flatten(header: Dataset) -> list[str]:
     steps = []
     for name in (n for n in _GROUPS if n in header):
         try:
-            group = header[name].value[0]
+            group = header[name].value[frame - 1 if name.startswith("PerFrame") else 0]
             macros = {sequence: group[sequence].value[0] for sequence in _MACROS if group.get(sequence)}
             for sequence, macro in macros.items():
                 for key in _MACROS[sequence]:

@@ -33,7 +33,7 @@ def fragments(pixel_data: bytes) -> list[bytes]:
     rest = pixel_data[at:]
     if rest.strip(b"\0") and rest[:4] != _DELIMITER:
         raise StreamError("PixelData is damaged between its fragments")
-    if len(found) > 1 and not _is_stream(found[0]):  # the offset table, which some writers omit
+    if len(found) > 1 and not is_stream(found[0]):  # the offset table, which some writers omit
         del found[0]
     if not any(found):
         raise StreamError("PixelData holds no compressed image")
@@ -46,7 +46,7 @@ def one_frame(pieces: list[bytes]) -> bytes:
     Raises:
         StreamError: They are several frames.
     """
-    streams = sum(_is_stream(piece) for piece in pieces)
+    streams = sum(is_stream(piece) for piece in pieces)
     if streams > 1:
         raise StreamError(f"PixelData holds {streams} compressed frames, but NumberOfFrames is 1")
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -57,6 +57,6 @@ def encapsulated(frame: bytes) -> bytes:
     return encapsulate([frame], has_bot=False)
 
 
-def _is_stream(piece: bytes) -> bool:
+def is_stream(piece: bytes) -> bool:
     """Return whether a fragment begins as a JPEG, JPEG-LS or JPEG 2000 image does."""
     return piece[:3] == b"\xff\xd8\xff" or piece[:4] in (b"\xff\x4f\xff\x51", b"\0\0\0\x0c")

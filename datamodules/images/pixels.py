@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from datamodules.images import decoding_process
 from datamodules.images.dicom import Pixels, read_display
-from datamodules.images.dicom_parsing import MAX_BYTES, MAX_PIXELS, is_dicom, reading
+from datamodules.images.dicom_parsing import MAX_BYTES, MAX_BYTES_OF_FRAMES, MAX_PIXELS, is_dicom, reading
+from datamodules.images.frames import FIX
 from datamodules.images.luminance import luminance
 from datamodules.images.raster import decode, read_header, spread
 from datamodules.images.tiff_directories import read_directory, tiff_start
@@ -33,7 +34,7 @@ SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".pgm", 
 _PGM = re.compile(rb"P([25])" + rb"(?:\s|#[^\r\n]*[\r\n])+(\d{1,9})" * 3 + rb"\s")
 
 
-def read_image(file: Path, white_level: int | None = None, colour: bool = False) -> Pixels:
+def read_image(file: Path, white_level: int | None = None, colour: bool = False, frame: int | None = None) -> Pixels:
     """Read an image as displayed.
 
     DICOM goes through modality LUT, VOI LUT or window, inversion and padding. In other formats white is the largest
@@ -46,14 +47,17 @@ def read_image(file: Path, white_level: int | None = None, colour: bool = False)
             ``LEVELS`` that this image does not exceed.
         colour: Return colour images as (H, W, 3). Otherwise they become luminance (ITU-R BT.601), and a colour DICOM
             image is an error.
+        frame: The frame of a multi-frame DICOM file, from 1; ``None`` for the only one.
 
     Raises:
         DataError: The file is missing, empty, damaged, not a single image, or has values without a known white or
             above it.
     """
-    head = head_of(file)
+    head = head_of(file, MAX_BYTES if frame is None else MAX_BYTES_OF_FRAMES)
     if is_dicom(head):
-        return read_display(file, colour)
+        return read_display(file, colour, frame)
+    if frame is not None:
+        raise DataError(f"{file.name}: has no frame {frame}; only DICOM files have frames, name the file without it.")
     with reading(file, "an image"):
         return _display(file, *read_values(file, head), white_level, colour)
 
@@ -127,7 +131,7 @@ def _maybe_deep(file: Path, head: bytes) -> bool:
     return head[:4] in (b"\xff\x4f\xff\x51", b"\0\0\0\x0c")
 
 
-def head_of(file: Path) -> bytes:
+def head_of(file: Path, most: int = MAX_BYTES) -> bytes:
     """Return a file's first 132 bytes.
 
     Raises:
@@ -145,8 +149,8 @@ def head_of(file: Path) -> bytes:
         raise DataError(f"{file.name}: no such file (or not a regular file); check the path in the table.")
     if not head:
         raise DataError(f"{file.name}: the file is empty (0 bytes); copy or download it again.")
-    if size > MAX_BYTES:
-        raise DataError(f"{file.name}: {size} bytes, more than one image needs; save its frames as single files.")
+    if size > most:
+        raise DataError(f"{file.name}: {size} bytes, more than one image needs; {FIX}.")
     return head
 
 

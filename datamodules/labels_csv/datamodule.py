@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.base import MedicalDataModule
 from datamodules.cache.quarantine import IMAGE, Issue
+from datamodules.images.frames import named_frame
 from datamodules.labels_csv.cells import SPLITS, CellError, TableRow, short
 from datamodules.labels_csv.classes import FoundClasses
 from datamodules.labels_csv.columns import (
@@ -158,10 +159,11 @@ class LabelsCSVDataModule(MedicalDataModule):
         ]
         self._found = {each.task.name: each.found for each in readers if each.found}
         notes += [note for each in readers for note in each.notes]
-        known: dict[Path, Entry] = {}
+        known: dict[tuple[Path, int | None], Entry] = {}
         for row, record in rows.items():
             entry = self._entry(row, record, readers)
-            known[record.file] = known[record.file].merge(entry, table.file) if record.file in known else entry
+            image = (record.file, record.frame)
+            known[image] = known[image].merge(entry, table.file) if image in known else entry
         if repeats := len(rows) - len(known):
             notes.append(
                 f"{table.file.name}: {repeats} rows repeat an image of an earlier row; merged, since they agree with it"
@@ -246,12 +248,13 @@ class LabelsCSVDataModule(MedicalDataModule):
                 f"{row.file.name} line {row.line}, column {self.split_column!r}: {short(split)} is not a split; write "
                 "train, val or test, or leave it blank",
             )
-        file = row.path(self.image_column, self.root)
+        file, frame = named_frame(row.path(self.image_column, self.root))
         if self.patient_column and not (row.text(self.patient_column) or file.suffix or os.path.isfile(file)):
             raise row.error(self.image_column, "image file missing", "no such file; correct the name or remove the row")
         return Record(
-            id=file.stem,
+            id=file.stem if frame is None else f"{file.stem}#{frame}",
             file=file,
+            frame=frame,
             patient=self.patient.read(row, self.patient_column)
             if self.patient_column
             else str(file.relative_to(self.root)),

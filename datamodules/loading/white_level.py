@@ -59,13 +59,18 @@ class PreparedImages:
         """The image file of each record, by its id."""
         return {record.id: record.file for record in self.records}
 
-    def original(self, file: Path) -> Floats:
-        """Read the whole image as displayed: float32 (H, W), or (H, W, 3) in colour, in [0, 1].
+    @property
+    def frames(self) -> dict[str, int]:
+        """The frame of each record of a multi-frame file, by its id."""
+        return {record.id: record.frame for record in self.records if record.frame is not None}
+
+    def original(self, file: Path, frame: int | None = None) -> Floats:
+        """Read the whole image, or one of its frames, as displayed: float32 (H, W), or (H, W, 3) in colour, in [0, 1].
 
         Raises:
             DataError: The file cannot be read.
         """
-        return read_image(file, self.preprocessing.white_level, self.preprocessing.channels == 3).pixels
+        return read_image(file, self.preprocessing.white_level, self.preprocessing.channels == 3, frame).pixels
 
     def is_dicom(self, file: Path) -> bool:
         """Return whether an image file is DICOM, from its first bytes."""

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 from pydicom.uid import BasicTextSRStorage, GrayscaleSoftcopyPresentationStateStorage, MediaStorageDirectoryStorage
 
-from datamodules.image_folder import ImageFolderDataModule, find_images
+from datamodules.image_folder import ImageFolderDataModule
+from datamodules.loading.find_images import find_images
 from mtmedformer.errors import ConfigError, DataError
 from mtmedformer.inference.results import ABOUT, NOTE
 from tests.fixtures.dicom_files import film, write_dicom

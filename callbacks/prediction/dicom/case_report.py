@@ -12,11 +12,12 @@ from pydicom.sr.codedict import codes
 import mtmedformer
 from callbacks.prediction.dicom.codes import unit_code
 from callbacks.prediction.dicom.model_identity import NAME, ModelIdentity
+from callbacks.prediction.dicom.source_image import SourceImage
 from callbacks.prediction.dicom.structured_report import observer, rounded
 
 
 def case_report(
-    headers: Sequence[Dataset],
+    sources: Sequence[SourceImage],
     scores: Mapping[str, Mapping[str, float]],
     units: Mapping[str, str],
     model: ModelIdentity,
@@ -24,7 +25,7 @@ def case_report(
     """Build a Comprehensive 3D SR with one measurement group per class or number; each refers to all images.
 
     Args:
-        headers: Headers of the source images.
+        sources: The source images.
         scores: Probability by task and class; a number has the class ``""``.
         units: Unit of the number of a task.
         model: Identity of the model.
@@ -34,7 +35,7 @@ def case_report(
         version=mtmedformer.__version__,
         parameters=[f"{key}: {value}" for key, value in model.parameters.items()],
     )
-    instances = " ".join(str(header.SOPInstanceUID) for header in headers)
+    instances = " ".join(source.key for source in sources)
 
     def group(task: str, label: str, value: float) -> Any:
         name = f"{task} of the case: {label}" if label else f"{task} of the case"
@@ -48,13 +49,16 @@ def case_report(
             tracking_identifier=hd.sr.TrackingIdentifier(uid=model.uid(instances, name), identifier=name),
             finding_type=model.concept(label) if label else None,
             measurements=[measured],
-            source_images=[hd.sr.SourceImageForMeasurementGroup.from_source_image(header) for header in headers],
+            source_images=[
+                hd.sr.SourceImageForMeasurementGroup.from_source_image(source.header, source.frames)
+                for source in sources
+            ],
         )
 
     content = [group(task, label, value) for task, classes in scores.items() for label, value in classes.items()]
-    attributes = model.object_attributes(headers[0], "SR", f"{instances} {scores}".encode())
+    attributes = model.object_attributes(sources[0], "SR", f"{instances} {scores}".encode())
     return hd.sr.Comprehensive3DSR(
-        evidence=list(headers),
+        evidence=list({source.header.SOPInstanceUID: source.header for source in sources}.values()),
         content=hd.sr.MeasurementReport(
             observation_context=observer(model),
             procedure_reported=codes.SCT.ImagingProcedure,

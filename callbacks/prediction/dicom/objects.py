@@ -15,8 +15,9 @@ from pathlib import Path
 from pydicom.dataset import Dataset
 
 from callbacks.prediction.dicom.case_report import case_report
-from callbacks.prediction.dicom.model_identity import ModelIdentity, source_header
+from callbacks.prediction.dicom.model_identity import ModelIdentity
 from callbacks.prediction.dicom.segmentation import segmentation
+from callbacks.prediction.dicom.source_image import read_source
 from callbacks.prediction.dicom.structured_report import structured_report
 from mtmedformer.errors import DataError
 from mtmedformer.inference.results import ImageResult
@@ -36,37 +37,45 @@ class DicomObjects:
     box_thresholds: Mapping[tuple[str, str], float]
     units: Mapping[str, str] = field(default_factory=dict)
 
-    def build(self, source: Path, result: ImageResult) -> dict[str, Dataset]:
+    def build(self, file: Path, result: ImageResult, frame: int | None = None) -> dict[str, Dataset]:
         """Build the segmentation (``seg``, where the model has masks) and the structured report (``sr``) of an image.
 
         Args:
-            source: DICOM file of the image.
+            file: DICOM file of the image.
             result: Predictions in original pixels.
+            frame: The frame of a multi-frame image, from 1.
 
         Raises:
             DataError: The file lacks identifiers, or its header does not give a valid object.
         """
-        with _valid(source.name):
-            header = source_header(source)
-            masks = segmentation(header, result, self.model) if result.masks else None
-            report = structured_report(header, result, masks, self.model, self.box_thresholds)
+        with _valid(file.name):
+            source = read_source(file, frame)
+            masks = segmentation(source, result, self.model) if result.masks else None
+            report = structured_report(source, result, masks, self.model, self.box_thresholds)
             return {"sr": report} if masks is None else {"seg": masks, "sr": report}
 
-    def build_case(self, sources: Sequence[Path], scores: Mapping[str, Mapping[str, float]]) -> Dataset:
+    def build_case(
+        self,
+        files: Sequence[Path],
+        scores: Mapping[str, Mapping[str, float]],
+        frames: Sequence[int | None] | None = None,
+    ) -> Dataset:
         """Build the structured report of a case.
 
         Args:
-            sources: DICOM files of its images.
+            files: DICOM files of its images.
             scores: Pooled probability by task and class; a number has the class ``""``.
+            frames: The frame of each image in its file, ``None`` in files of one image.
 
         Raises:
             DataError: As `build`, or the images belong to several studies.
         """
-        with _valid(sources[0].name):
-            headers = [source_header(source) for source in sources]
-            if len({header.StudyInstanceUID for header in headers}) > 1:
-                raise DataError(f"{sources[0].name}: the images of its case belong to several studies")
-            return case_report(headers, scores, self.units, self.model)
+        with _valid(files[0].name):
+            images = zip(files, frames or [None] * len(files), strict=True)
+            sources = [read_source(file, frame) for file, frame in images]
+            if len({source.header.StudyInstanceUID for source in sources}) > 1:
+                raise DataError(f"{files[0].name}: the images of its case belong to several studies")
+            return case_report(sources, scores, self.units, self.model)
 
 
 @contextmanager

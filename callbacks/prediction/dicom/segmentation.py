@@ -12,17 +12,19 @@ from pydicom.sr.codedict import codes
 import mtmedformer
 from callbacks.prediction.dicom.codes import category
 from callbacks.prediction.dicom.model_identity import NAME, ModelIdentity
+from callbacks.prediction.dicom.source_image import SourceImage
 from mtmedformer.inference.results import ImageResult
 
 
-def segmentation(header: Dataset, result: ImageResult, model: ModelIdentity) -> Dataset:
+def segmentation(source: SourceImage, result: ImageResult, model: ModelIdentity) -> Dataset:
     """Build a segmentation with one segment per class, in the order of tasks and classes, empty segments included.
 
     Args:
-        header: Header of the source image.
+        source: The source image.
         result: Predictions with at least one mask.
         model: Identity of the model.
     """
+    header = source.single_frame()
     named = [(task, c, mask) for task, masks in result.masks.items() for c, mask in masks.items()]
     masks = np.stack([mask for _, _, mask in named], axis=-1)[None]
     algorithm = hd.AlgorithmIdentificationSequence(
@@ -40,7 +42,7 @@ def segmentation(header: Dataset, result: ImageResult, model: ModelIdentity) -> 
             algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
             algorithm_identification=algorithm,
             tracking_id=f"{task}: {c}"[:64],
-            tracking_uid=model.uid(str(header.SOPInstanceUID), task, c),
+            tracking_uid=model.uid(source.key, task, c),
         )
         for number, (task, c, _) in enumerate(named, start=1)
     ]
@@ -57,9 +59,10 @@ def segmentation(header: Dataset, result: ImageResult, model: ModelIdentity) -> 
         omit_empty_frames=False,  # an empty segment means that the structure was not found
         # a projection has no slices, but highdicom reads the spacing back only with a slice thickness
         pixel_measures=hd.PixelMeasuresSequence(spacing, slice_thickness=1.0) if spacing else None,
-        **model.object_attributes(header, "SEG", hashlib.sha256(masks.data).digest()),
+        **model.object_attributes(source, "SEG", hashlib.sha256(masks.data).digest()),
     )
     dataset.PatientOrientation = _orientation(header)
+    source.restore(dataset)
     return dataset
 
 

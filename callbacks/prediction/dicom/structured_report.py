@@ -14,13 +14,14 @@ from pydicom.sr.coding import Code
 import mtmedformer
 from callbacks.prediction.dicom.codes import unit_code
 from callbacks.prediction.dicom.model_identity import NAME, ModelIdentity
+from callbacks.prediction.dicom.source_image import SourceImage
 from mtmedformer.inference.results import FoundBox, FoundValue, ImageResult
 
 PIXELS = Code("{pixels}", "UCUM", "pixels")
 
 
 def structured_report(
-    header: Dataset,
+    source: SourceImage,
     result: ImageResult,
     masks: Dataset | None,
     model: ModelIdentity,
@@ -33,13 +34,13 @@ def structured_report(
     its area (in pixels where the spacing is unknown).
 
     Args:
-        header: Header of the source image.
+        source: The source image.
         result: Predictions in original pixels.
         masks: Segmentation of the masks, if any.
         model: Identity of the model.
         box_thresholds: Minimum score of a reported box, by task and class.
     """
-    groups = _MeasurementGroups(header, result, model)
+    groups = _MeasurementGroups(source, result, model)
     content = [
         *(groups.value(task, value) for task, value in result.values.items()),
         *(groups.probability(task, c, p) for task, classes in result.classes.items() for c, p in classes.items()),
@@ -56,7 +57,7 @@ def structured_report(
         (result.values, result.classes, result.boxes, masks is not None and masks.SOPInstanceUID)
     ).encode()
     return hd.sr.Comprehensive3DSR(
-        evidence=[header] if masks is None else [header, masks],
+        evidence=[source.header] if masks is None else [source.header, masks],
         content=hd.sr.MeasurementReport(
             observation_context=observer(model),
             procedure_reported=codes.SCT.ImagingProcedure,
@@ -65,15 +66,15 @@ def structured_report(
         ),
         is_complete=True,
         is_verified=False,
-        **model.object_attributes(header, "SR", content_digest),
+        **model.object_attributes(source, "SR", content_digest),
     )
 
 
 class _MeasurementGroups:
     """Builds the measurement groups of one image."""
 
-    def __init__(self, header: Dataset, result: ImageResult, model: ModelIdentity) -> None:
-        self.header, self.result, self.model = header, result, model
+    def __init__(self, source: SourceImage, result: ImageResult, model: ModelIdentity) -> None:
+        self.source, self.result, self.model = source, result, model
         self.algorithm = hd.sr.AlgorithmIdentification(
             name=NAME,
             version=mtmedformer.__version__,
@@ -100,7 +101,9 @@ class _MeasurementGroups:
             tracking_identifier=self._tracking(task),
             measurements=measurements or None,
             qualitative_evaluations=evaluations or None,
-            source_images=[hd.sr.SourceImageForMeasurementGroup.from_source_image(self.header)],
+            source_images=[
+                hd.sr.SourceImageForMeasurementGroup.from_source_image(self.source.header, self.source.frames)
+            ],
         )
 
     def probability(self, task: str, name: str, value: float) -> Any:
@@ -112,7 +115,9 @@ class _MeasurementGroups:
             tracking_identifier=self._tracking(f"{task}: {name}"),
             finding_type=self.model.concept(name),
             measurements=[measured],
-            source_images=[hd.sr.SourceImageForMeasurementGroup.from_source_image(self.header)],
+            source_images=[
+                hd.sr.SourceImageForMeasurementGroup.from_source_image(self.source.header, self.source.frames)
+            ],
         )
 
     def box(self, task: str, number: int, box: FoundBox) -> Any:
@@ -122,7 +127,7 @@ class _MeasurementGroups:
         region = hd.sr.ImageRegion(
             graphic_type=hd.sr.GraphicTypeValues.POLYLINE,
             graphic_data=corners,
-            source_image=hd.sr.SourceImageForRegion.from_source_image(self.header),
+            source_image=hd.sr.SourceImageForRegion.from_source_image(self.source.header, self.source.frames),
         )
         certainty = hd.sr.Measurement(
             name=codes.DCM.CertaintyOfFinding,
@@ -146,7 +151,7 @@ class _MeasurementGroups:
             sop_instance_uid=masks.SOPInstanceUID,
             frame_number=segment,  # one frame per segment, in the same order
             segment_number=segment,
-            source_image=hd.sr.SourceImageForSegmentation.from_source_image(self.header),
+            source_image=hd.sr.SourceImageForSegmentation.from_source_image(self.source.header, self.source.frames),
         )
         del reference[0].ReferencedSOPSequence[0].ReferencedFrameNumber  # only one of the two is allowed (PS3.3 C.18.4)
         return hd.sr.PlanarROIMeasurementsAndQualitativeEvaluations(
@@ -161,7 +166,7 @@ class _MeasurementGroups:
         )
 
     def _tracking(self, what: str) -> Any:
-        uid = self.model.uid(str(self.header.SOPInstanceUID), what)
+        uid = self.model.uid(self.source.key, what)
         return hd.sr.TrackingIdentifier(uid=uid, identifier=what)
 
 

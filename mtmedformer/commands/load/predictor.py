@@ -15,6 +15,7 @@ from torch import Tensor
 from datamodules.audit.header_facts import header_facts
 from datamodules.cache.preprocessing import Preprocessing
 from datamodules.cache.quarantine import Issue
+from datamodules.images.frames import named_frame
 from datamodules.images.presets import ChestPreset, PlainPreset, Preset
 from datamodules.loading.single_image import prepare_array, prepare_file
 from datamodules.records import Record
@@ -102,9 +103,9 @@ class Predictor:
         """Predict from one image.
 
         Args:
-            image: A file (DICOM, PNG, JPEG, TIFF …), or grey values (H, W) with 0 as black, or (H, W, 3) for a model of
-                colour images: float in [0, 1], uint8, or uint16, divided by the white level of the training, as files
-                are.
+            image: A file (DICOM, PNG, JPEG, TIFF …; ``file#frame`` of a multi-frame file), or grey values (H, W) with 0
+                as black, or (H, W, 3) for a model of colour images: float in [0, 1], uint8, or uint16, divided by the
+                white level of the training, as files are.
             laterality: ``L`` or ``R``, the side of a mammogram, if it is known and not in the file.
             score: Minimum score of a box.
 
@@ -146,8 +147,8 @@ class Predictor:
         preprocessing = Preprocessing(self.preset, self.image_size, self.white_level, self.module.in_chans)
         if isinstance(image, np.ndarray):
             return prepare_array(image, preprocessing, laterality)
-        file = Path(image)
-        record = Record(id=file.name, file=file, patient=file.name, laterality=laterality)
+        file, frame = named_frame(Path(image))
+        record = Record(id=file.name, file=file, patient=file.name, laterality=laterality, frame=frame)
         sample = prepare_file(record, preprocessing)
         if isinstance(sample, Issue):
             raise DataError(f"{file.name}: {sample.reason}; {sample.detail}")

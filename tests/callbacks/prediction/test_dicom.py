@@ -10,8 +10,14 @@ import numpy as np
 import pytest
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
-from pydicom.uid import DigitalMammographyXRayImageStorageForPresentation, DigitalXRayImageStorageForPresentation
+from pydicom.uid import (
+    DigitalMammographyXRayImageStorageForPresentation,
+    DigitalXRayImageStorageForPresentation,
+    EnhancedMRImageStorage,
+    UltrasoundMultiFrameImageStorage,
+)
 
 from callbacks.prediction.dicom.codes import PRIVATE, category, concept
 from callbacks.prediction.dicom.model_identity import ModelIdentity
@@ -19,7 +25,7 @@ from callbacks.prediction.dicom.objects import DicomObjects
 from mtmedformer.batch import Meta
 from mtmedformer.errors import DataError
 from mtmedformer.inference.results import FoundBox, FoundValue, ImageResult
-from tests.fixtures.dicom_files import film, write_dicom
+from tests.fixtures.dicom_files import film, write_dicom, write_frames
 from tests.fixtures.real_data import real
 
 OBJECTS = DicomObjects(ModelIdentity("0123456789abcdef"), {("lesions", "nodule"): 0.4, ("lesions", "odd thing"): 0.4})
@@ -260,3 +266,53 @@ def test_the_report_of_a_case_refers_to_all_its_images(tmp_path):
     other = write_dicom(tmp_path / "other.dcm", film(60, 48), bits=12, **{**REFERENCES, "StudyInstanceUID": "1.2.9"})
     with pytest.raises(DataError, match="several studies"):
         objects.build_case([files[0], other], scores)
+
+
+MULTI_FRAME = {
+    "ultrasound": {"SOPClassUID": UltrasoundMultiFrameImageStorage, "Modality": "US"},
+    "enhanced": {"SOPClassUID": EnhancedMRImageStorage, "Modality": "MR", "FrameOfReferenceUID": "1.2.3.9"},
+}
+
+
+def frames_of(folder: Path, kind: str) -> Path:
+    """Write three frames; the enhanced ones lie 5 mm apart."""
+    frames = np.stack([film(60, 48, bits=12, seed=k) for k in range(3)])
+    attributes = dict(MULTI_FRAME[kind])
+    if kind == "enhanced":
+        shared, own = Dataset(), [Dataset() for _ in frames]
+        shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [Dataset()], [Dataset()]
+        shared.PixelMeasuresSequence[0].PixelSpacing = [0.2, 0.1]
+        shared.PixelMeasuresSequence[0].SliceThickness = 1
+        shared.PlaneOrientationSequence[0].ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        for k, item in enumerate(own):
+            item.PlanePositionSequence = [Dataset()]
+            item.PlanePositionSequence[0].ImagePositionPatient = [0, 0, 5 * k]
+        attributes |= {"SharedFunctionalGroupsSequence": [shared], "PerFrameFunctionalGroupsSequence": own}
+    return write_frames(folder / "cine.dcm", frames, bits=12, **REFERENCES, **attributes)
+
+
+@pytest.mark.parametrize("spacing", [(0.2, 0.1), None], ids=["spacing", "no-spacing"])
+@pytest.mark.parametrize("kind", MULTI_FRAME)
+def test_objects_of_a_frame_refer_to_it(kind, spacing, tmp_path):
+    file = frames_of(tmp_path, kind)
+    result, header = result_of(file, spacing), dcmread(file)
+    made = saved(OBJECTS.build(file, result, frame=2), tmp_path)
+    masks = hd.seg.segread(made["seg"])
+    pixels = masks.get_pixels_by_source_frame(header.SOPInstanceUID, [2])
+    np.testing.assert_array_equal(pixels[0], np.stack(list(result.masks["lungs"].values()), axis=-1))
+    for group in masks.PerFrameFunctionalGroupsSequence:
+        (image,) = group.DerivationImageSequence[0].SourceImageSequence
+        assert (image.ReferencedSOPClassUID, image.ReferencedFrameNumber) == (header.SOPClassUID, 2)
+        if kind == "enhanced":
+            assert group.PlanePositionSequence[0].ImagePositionPatient == [0, 0, 5]
+    (series,) = masks.ReferencedSeriesSequence
+    assert series.ReferencedInstanceSequence[0].ReferencedSOPClassUID == header.SOPClassUID
+    assert masks.get("FrameOfReferenceUID") == header.get("FrameOfReferenceUID")
+    report = hd.sr.srread(made["sr"])
+    assert report.content.get_image_measurement_groups()[0].source_images[0].referenced_frame_numbers == [2]
+    regions = report.content.get_planar_roi_measurement_groups()
+    np.testing.assert_allclose(regions[0].roi.value[0], [1.5, 2.5])
+    other = OBJECTS.build(file, result, frame=3)
+    assert other["seg"].SOPInstanceUID != masks.SOPInstanceUID
+    assert other["sr"].SOPInstanceUID != report.SOPInstanceUID
+    assert other["seg"].SeriesInstanceUID == masks.SeriesInstanceUID
