@@ -21,4 +21,5 @@ from datamodules.public.kermany import KermanyDataModule as KermanyDataModule
 from datamodules.public.mini_mias import MiniMIASDataModule as MiniMIASDataModule
 from datamodules.public.qata_cov19 import QaTaCov19DataModule as QaTaCov19DataModule
 from datamodules.public.rsna_pneumonia import RSNAPneumoniaDataModule as RSNAPneumoniaDataModule
+from datamodules.public.vindr_cxr import VinDrCXRDataModule as VinDrCXRDataModule
 from datamodules.public.vindr_mammo import VinDrMammoDataModule as VinDrMammoDataModule
