@@ -49,7 +49,8 @@ def _performance(name: str, task: TaskEvaluation) -> str:
     images = ""
     if "n_images" in task.values:
         patients = task.value("n_patients")
-        images = f" on {task.value('n_images'):.0f} images of {patients:.0f} patients"
+        count = f"{task.value('n_cases'):.0f} cases" if task.by_case else f"{task.value('n_images'):.0f} images"
+        images = f" on {count} of {patients:.0f} patients"
         images += ", too few for a reliable estimate" if patients < VERY_FEW_PATIENTS else ""
     result, start = task.interval(metric), f"{name}: {grade(task)}"
     if task.kind == "classification":
@@ -130,7 +131,8 @@ def _task_limitations(name: str, task: TaskEvaluation) -> list[str]:
     elif grade(task) == "poor":
         points.append(f"{name}: poor result ({metric} {task.interval(metric)}); do not rely on it.")
     points += _missed_classes(name, task)
-    items, counts = "lesions" if task.kind == "detection" else "images", task.curves.counts
+    items = "lesions" if task.kind == "detection" else "cases" if task.by_case else "images"
+    counts = task.curves.counts
     points += [f"{name}: no {c} among the test {items}; performance is unknown." for c, n in counts.items() if not n]
     rare = [f"{c} ({n})" for c, n in counts.items() if 0 < n < FEW_IMAGES]
     if rare:
@@ -163,5 +165,6 @@ def _missed_classes(name: str, task: TaskEvaluation) -> list[str]:
             if sum(row):
                 count, other = max((n, o) for n, o in zip(row, task.classes, strict=True) if o != c)
                 confused = f"; {count} of {sum(row)} are classified as {other}" if count else ""
-            points.append(f"{name}: recognises {c} in only {_percent(share)} of its images{confused}.")
+            unit = "cases" if task.by_case else "images"
+            points.append(f"{name}: recognises {c} in only {_percent(share)} of its {unit}{confused}.")
     return points

@@ -52,7 +52,8 @@ def test_test_gives_results_by_case(run, images, capsys):
     assert metrics["test/health by case/auroc_ci_low"] <= metrics["test/health by case/auroc"]
     page = (folder / "report.html").read_text()
     assert "health by case" in page
-    assert "health by case" in (folder / "model_card.md").read_text()
+    card = (folder / "model_card.md").read_text()
+    assert f" on {sum(labelled)} cases of " in next(line for line in card.splitlines() if "health by case: " in line)
     assert "secret-patient" not in page
 
 
