@@ -124,7 +124,8 @@ class ImageWriter:
 
     def _dicom(self, objects: DicomObjects, result: ImageResult, source: ImageSource) -> list[str]:
         files = []
-        for kind, dataset in objects.build(source.file, result, source.frame).items():
+        read = source.read if "sc" in objects.kinds else None
+        for kind, dataset in objects.build(source.file, result, source.frame, read).items():
             file = self.folder.path("dicom", result.meta.id, f".{kind}.dcm")
             with atomic_write(file) as part:
                 dataset.save_as(part)

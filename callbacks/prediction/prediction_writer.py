@@ -64,6 +64,8 @@ class PredictionWriter(Callback):
         overlays: Draw one picture per image.
         dicom: Write a segmentation and a structured report for images that are DICOM files.
         codes: Codes of classes in DICOM objects, ``{class: [value, scheme, meaning]}``, besides the built-in ones.
+        gsps: Write a presentation state with boxes, outlines and probabilities for images that are DICOM files.
+        secondary_capture: Write an RGB image with the predictions drawn into it for images that are DICOM files.
         refuse_unfamiliar: Write no prediction of an image that is unlike the training images (see ``Familiarity``); it
             is listed in ``failed.csv``. Otherwise its prediction is written with a warning.
 
@@ -81,11 +83,14 @@ class PredictionWriter(Callback):
         dicom: bool = False,
         codes: dict[str, tuple[str, str, str]] | None = None,
         refuse_unfamiliar: bool = False,
+        gsps: bool = False,
+        secondary_capture: bool = False,
     ) -> None:
         self.predictions_root, self.score, self.threshold = folder, score, threshold
         self.operating_point = operating_point
         self.overlays, self.dicom, self.codes = overlays, dicom, codes or {}
         self.refuse_unfamiliar = refuse_unfamiliar
+        self.gsps, self.secondary_capture = gsps, secondary_capture
         self.exit_code = 0
         self._tasks: dict[str, Task] = {}
         self._calibration: dict[str, TaskCalibration] = {}
@@ -194,6 +199,9 @@ class PredictionWriter(Callback):
         else:
             boxes = dict.fromkeys(classes["detection"], self.threshold)
         units = {name: task.unit for name, task in self._tasks.items()}
+        kinds = (("seg", "sr") if self.dicom else ()) + (("gsps",) if self.gsps else ())
+        kinds += ("sc",) if self.secondary_capture else ()
+        objects = DicomObjects(ModelIdentity(model, self.codes), boxes, units, self._tasks, kinds)
         return ImageWriter(
             folder=PredictionFolder(predictions_root(trainer, self.predictions_root)),
             model=model,
@@ -201,7 +209,7 @@ class PredictionWriter(Callback):
             box_thresholds=boxes,
             class_thresholds=_calibrated_thresholds(calibration, self.operating_point, classes["classification"]),
             overlays=self.overlays,
-            dicom=DicomObjects(ModelIdentity(model, self.codes), boxes, units) if self.dicom else None,
+            dicom=objects if kinds else None,
             refuse_unfamiliar=self.refuse_unfamiliar,
         )
 
@@ -218,6 +226,8 @@ class PredictionWriter(Callback):
             "overlays": self.overlays,
             "dicom": self.dicom,
             "codes": self.codes,
+            **({"gsps": True} if self.gsps else {}),
+            **({"secondary_capture": True} if self.secondary_capture else {}),
             "refuse_unfamiliar": self.refuse_unfamiliar,
             "familiarity": familiarity.settings() if familiarity else None,
         }

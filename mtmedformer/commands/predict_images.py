@@ -19,10 +19,10 @@ from mtmedformer.errors import ConfigError
 
 USAGE = (
     "mtmedformer predict --ckpt_path CKPT --images DIR|FILE… --output DIR [--dicom=false] [--overlays=false] "
-    "[--refuse_unfamiliar]"
+    "[--gsps] [--secondary_capture] [--refuse_unfamiliar]"
 )
 
-_FLAGS = {"dicom": True, "overlays": True, "refuse_unfamiliar": False}
+_FLAGS = {"dicom": True, "overlays": True, "gsps": False, "secondary_capture": False, "refuse_unfamiliar": False}
 """Arguments of ``PredictionWriter`` with a flag, and their values without it."""
 
 
@@ -34,7 +34,7 @@ class _Parser(argparse.ArgumentParser):
 def with_images(argv: list[str], stack: ExitStack, trusted: bool = False) -> list[str]:
     """Turn ``--images``, ``--output`` and the flags of the output into a configuration; other arguments stay.
 
-    The flags are ``--dicom``, ``--overlays`` and ``--refuse_unfamiliar``. The preprocessing is that of ``config.yaml``
+    The flags are those of ``_FLAGS``. The preprocessing is that of ``config.yaml``
     in the run folder of the checkpoint. Other arguments of the command line, for example ``--data.image_size``,
     override it.
 
@@ -53,7 +53,8 @@ def with_images(argv: list[str], stack: ExitStack, trusted: bool = False) -> lis
     parser.add_argument("--output")
     parser.add_argument("--dicom", type=_flag)
     parser.add_argument("--overlays", type=_flag)
-    parser.add_argument("--refuse_unfamiliar", type=_flag, nargs="?", const=True)
+    for name in ("gsps", "secondary_capture", "refuse_unfamiliar"):
+        parser.add_argument(f"--{name}", type=_flag, nargs="?", const=True)
     given, rest = parser.parse_known_args(argv[1:])
     if given.images is None:
         stray = [f"--{name}" for name in ("output", *_FLAGS) if getattr(given, name) is not None]

@@ -16,7 +16,7 @@ from mtmedformer.inference.results import NOTE
 
 NAME = "MTMedFormer"
 
-SERIES_NUMBERS = {"SEG": 9001, "SR": 9002}
+SERIES_NUMBERS = {"SEG": 9001, "SR": 9002, "PR": 9003, "SC": 9004}
 """High numbers, so that these series are listed after the images of a study."""
 
 
@@ -50,7 +50,7 @@ class ModelIdentity:
 
         Args:
             source: The source image.
-            kind: ``SEG`` or ``SR``.
+            kind: ``SEG``, ``SR``, ``PR`` (presentation state) or ``SC`` (secondary capture).
             content: Content of the object, in any form that is equal for equal content.
         """
         return {

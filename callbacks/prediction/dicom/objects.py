@@ -7,7 +7,7 @@ other output of a prediction contains patient data.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +16,14 @@ from pydicom.dataset import Dataset
 
 from callbacks.prediction.dicom.case_report import case_report
 from callbacks.prediction.dicom.model_identity import ModelIdentity
+from callbacks.prediction.dicom.presentation_state import presentation_state
+from callbacks.prediction.dicom.secondary_capture import secondary_capture
 from callbacks.prediction.dicom.segmentation import segmentation
-from callbacks.prediction.dicom.source_image import read_source
+from callbacks.prediction.dicom.source_image import SourceImage, read_source
 from callbacks.prediction.dicom.structured_report import structured_report
+from mtmedformer.batch import Task
 from mtmedformer.errors import DataError
+from mtmedformer.geometry import Floats
 from mtmedformer.inference.results import ImageResult
 
 
@@ -31,28 +35,51 @@ class DicomObjects:
         model: Identity of the model, and codes of its classes.
         box_thresholds: Minimum score of a reported box, by task and class.
         units: Unit of the number of a task, by its name.
+        tasks: The tasks by name, in the order of the colours of presentation states and secondary captures.
+        kinds: What is built: ``seg``, ``sr``, ``gsps`` and ``sc``.
     """
 
     model: ModelIdentity
     box_thresholds: Mapping[tuple[str, str], float]
     units: Mapping[str, str] = field(default_factory=dict)
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+    kinds: tuple[str, ...] = ("seg", "sr")
 
-    def build(self, file: Path, result: ImageResult, frame: int | None = None) -> dict[str, Dataset]:
-        """Build the segmentation (``seg``, where the model has masks) and the structured report (``sr``) of an image.
+    def build(
+        self,
+        file: Path,
+        result: ImageResult,
+        frame: int | None = None,
+        read: Callable[[Path, int | None], Floats] | None = None,
+    ) -> dict[str, Dataset]:
+        """Build the objects of an image by kind.
+
+        These are a segmentation (``seg``, where the model has masks), a structured report (``sr``), a presentation
+        state (``gsps``) and a secondary capture (``sc``).
 
         Args:
             file: DICOM file of the image.
             result: Predictions in original pixels.
             frame: The frame of a multi-frame image, from 1.
+            read: Function that reads the image as displayed, for a secondary capture.
 
         Raises:
             DataError: The file lacks identifiers, or its header does not give a valid object.
         """
         with _valid(file.name):
-            source = read_source(file, frame)
-            masks = segmentation(source, result, self.model) if result.masks else None
-            report = structured_report(source, result, masks, self.model, self.box_thresholds)
-            return {"sr": report} if masks is None else {"seg": masks, "sr": report}
+            return self._build(read_source(file, frame), result, read and read(file, frame))
+
+    def _build(self, source: SourceImage, result: ImageResult, picture: Floats | None) -> dict[str, Dataset]:
+        made: dict[str, Dataset] = {}
+        if "seg" in self.kinds and result.masks:
+            made["seg"] = segmentation(source, result, self.model)
+        if "sr" in self.kinds:
+            made["sr"] = structured_report(source, result, made.get("seg"), self.model, self.box_thresholds)
+        if "gsps" in self.kinds:
+            made["gsps"] = presentation_state(source, result, self.tasks, self.model, self.box_thresholds)
+        if "sc" in self.kinds and picture is not None:
+            made["sc"] = secondary_capture(source, picture, result, self.tasks, self.model, self.box_thresholds)
+        return made
 
     def build_case(
         self,

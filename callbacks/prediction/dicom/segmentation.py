@@ -12,7 +12,7 @@ from pydicom.sr.codedict import codes
 import mtmedformer
 from callbacks.prediction.dicom.codes import category
 from callbacks.prediction.dicom.model_identity import NAME, ModelIdentity
-from callbacks.prediction.dicom.source_image import SourceImage
+from callbacks.prediction.dicom.source_image import SourceImage, valid_orientation
 from mtmedformer.inference.results import ImageResult
 
 
@@ -61,14 +61,6 @@ def segmentation(source: SourceImage, result: ImageResult, model: ModelIdentity)
         pixel_measures=hd.PixelMeasuresSequence(spacing, slice_thickness=1.0) if spacing else None,
         **model.object_attributes(source, "SEG", hashlib.sha256(masks.data).digest()),
     )
-    dataset.PatientOrientation = _orientation(header)
+    dataset.PatientOrientation = valid_orientation(header)
     source.restore(dataset)
     return dataset
-
-
-def _orientation(header: Dataset) -> list[str] | None:
-    """Return the patient orientation of the source if it is valid; the attribute is required but may be empty."""
-    given = header.get("PatientOrientation") or []
-    parts = [str(part) for part in given] if not isinstance(given, str) else [given]
-    valid = len(parts) == 2 and all(part and set(part) <= set("LRAPHF") for part in parts)
-    return parts if valid else None

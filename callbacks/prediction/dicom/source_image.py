@@ -21,12 +21,14 @@ _MAY_BE_EMPTY = (
 )
 """Attributes of type 2: they are written empty where the source lacks them."""
 
-_PLANE = {
+_MACROS = {
     "PixelMeasuresSequence": ("PixelSpacing", "SliceThickness", "SpacingBetweenSlices"),
     "PlaneOrientationSequence": ("ImageOrientationPatient",),
     "PlanePositionSequence": ("ImagePositionPatient",),
+    "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"),
+    "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept", "RescaleType"),
 }
-"""Functional groups of the place of a frame, with the attributes that a file of one image has at the top level."""
+"""Functional groups of the place and the display of a frame, with the attributes that other files have at the top."""
 
 _SHARED, _PER_FRAME = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
 
@@ -70,7 +72,7 @@ class SourceImage:
         shared = (header.get(_SHARED) or [])[:1]
         own = (header.get(_PER_FRAME) or [])[place : place + 1]
         for group in (*shared, *own):
-            for macro, names in _PLANE.items():
+            for macro, names in _MACROS.items():
                 for item in (group.get(macro) or [])[:1]:
                     for name in (name for name in names if name in item):
                         header[name] = item[name]
@@ -84,15 +86,13 @@ class SourceImage:
         """Let an object that was made from ``single_frame`` refer to this image: its class, and its frame."""
         if "NumberOfFrames" not in self.header:
             return
-        for series in made.get("ReferencedSeriesSequence") or []:
-            for instance in series.ReferencedInstanceSequence:
-                instance.ReferencedSOPClassUID = self.header.SOPClassUID
-        for group in made.get(_PER_FRAME) or []:
-            for derivation in group.get("DerivationImageSequence") or []:
-                for image in derivation.SourceImageSequence:
-                    image.ReferencedSOPClassUID = self.header.SOPClassUID
-                    if self.frame:
-                        image.ReferencedFrameNumber = self.frame
+        for element in made:
+            for item in element.value if element.VR == "SQ" else ():
+                if item.get("ReferencedSOPInstanceUID") == self.header.SOPInstanceUID:
+                    item.ReferencedSOPClassUID = self.header.SOPClassUID
+                    if self.frame and element.keyword != "ReferencedInstanceSequence":  # a list of files
+                        item.ReferencedFrameNumber = self.frame
+                self.restore(item)
 
 
 def read_source(file: Path, frame: int | None = None) -> SourceImage:
@@ -114,3 +114,11 @@ def read_source(file: Path, frame: int | None = None) -> SourceImage:
             setattr(header, name, None)
     header.decode()  # from the character set of the file; it is written in another one
     return SourceImage(header, frame)
+
+
+def valid_orientation(header: Dataset) -> list[str] | None:
+    """Return the patient orientation of the source if it is valid; the attribute is required but may be empty."""
+    given = header.get("PatientOrientation") or []
+    parts = [str(part) for part in given] if not isinstance(given, str) else [given]
+    valid = len(parts) == 2 and all(part and set(part) <= set("LRAPHF") for part in parts)
+    return parts if valid else None
