@@ -55,11 +55,6 @@ def change_norm(site: SiteRecord) -> float | None:
     return math.sqrt(sum(norm**2 for norm in site.norms.values())) if site.norms else None
 
 
-def num_examples(site: SiteRecord) -> dict[str, int]:
-    """Return the labelled training samples behind the change, by block."""
-    return {name: block["num_examples"] for name, block in site.blocks.items()}
-
-
 def site_scores(record: RoundRecord) -> dict[str, float]:
     """Return the score of each site, the mean of its tasks' main metrics, of the model that the site uses."""
     of_global = {
@@ -172,7 +167,7 @@ def _round_json(record: RoundRecord) -> dict[str, Any]:
     """Return a round with its number from 1, as on the page."""
     sites = {}
     for name, site in record.sites.items():
-        values: dict[str, Any] = asdict(site) | {"num_examples": num_examples(site)}
+        values: dict[str, Any] = asdict(site) | {"num_examples": site.examples()}
         del values["blocks"]
         privacy = PrivacySummary.of(site)
         values["privacy"] = asdict(privacy) if privacy else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from callbacks.reports.federation_summary import FederationSummary, PrivacySummary, change_norm, num_examples
+from callbacks.reports.federation_summary import FederationSummary, PrivacySummary, change_norm
 from callbacks.reports.round_curves import Panel, lines_by_site, round_figure
 from federation.server.history import RoundRecord
 from mtmedformer.plots.html import (
@@ -123,7 +123,7 @@ def privacy(summary: FederationSummary) -> Html:
         if site.norms
     ]
     examples = [
-        [name, *(num_examples(site).get(block) for block in blocks)] for name, site in last.sites.items() if site.blocks
+        [name, *(site.examples().get(block) for block in blocks)] for name, site in last.sites.items() if site.blocks
     ]
     return join(
         paragraph(content),

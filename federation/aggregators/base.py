@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from federation.bayes.curvature import Curvature
 from federation.exchange.schema import Schema, State
-from federation.exchange.update import Update
+from federation.exchange.update import Update, examples_of
 
 
 class SiteObjective:
@@ -132,6 +132,14 @@ class Aggregator(ABC):
         """
         return state
 
+    def expect(self, examples: Mapping[str, Mapping[str, int]], schema: Schema) -> None:  # noqa: B027 (may be ignored)
+        """Prepare for the coming round, before ``start``.
+
+        Args:
+            examples: By site and block name, ``BlockUpdate.num_examples`` of the updates that will be added.
+            schema: The model's schema.
+        """
+
     @abstractmethod
     def start(self, state: State, schema: Schema) -> None:
         """Start a round; ``state`` is the result of ``starting_state`` (CPU tensors, not changed)."""
@@ -165,7 +173,9 @@ class Aggregator(ABC):
 
 def merge(aggregator: Aggregator, state: State, schema: Schema, updates: Iterable[Update]) -> State:
     """Return the next global state from updates in any order; the sites started at ``state``."""
+    ordered = sorted(updates, key=lambda one: one.site)
+    aggregator.expect({one.site: examples_of(one) for one in ordered}, schema)
     aggregator.start(state, schema)
-    for update in sorted(updates, key=lambda one: one.site):
+    for update in ordered:
         aggregator.add(update)
     return aggregator.finish()

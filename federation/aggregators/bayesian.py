@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,19 +27,20 @@ MAX_CURVATURE_RATIO = 10.0
 class BayesianAggregator(FedAvg):
     r"""Merge the sites' Gaussian estimates of every weight, per block, over the sites that hold its labels.
 
-    Site $k$ observes weight $i$ with precision $c_k (r_{ki} + \kappa)$, $c_k = n_k^a\, \bar\lambda_k^b$: $n_k$ labelled
-    samples, mean curvature $\bar\lambda_k$ of its loss in the tensor, and curvature relative to that mean, tempered by
-    $\rho$ and shrunk by $\kappa$. The global weight moves by the precision-weighted mean of the changes, filtered over
-    rounds:
+    Site $k$ observes weight $i$ with precision $c_k (r_{ki} + \kappa)$, $c_k = s_k\, \bar\lambda_k^b$: its share $s_k$,
+    mean curvature $\bar\lambda_k$ of its loss in the tensor, and curvature relative to that mean, tempered by $\rho$
+    and shrunk by $\kappa$. In the head of a task the share is $n_k^a$, with $n_k$ labelled images. In the blocks that
+    all tasks share, with ``balance_tasks``, every task weighs the same: $s_k = \sum_t n_{kt}^a / \sum_j n_{jt}^a$ over
+    the tasks of the site. The global weight moves by the precision-weighted mean of the changes, filtered over rounds:
 
     $$v_i \leftarrow \mu\, v_i + \frac{\sum_k c_k (r_{ki} + \kappa)\, \Delta_{ki}}{\sum_k c_k (r_{ki} + \kappa)},
       \qquad w_i \leftarrow w_i + \eta\, v_i$$
 
     where with ``lookahead`` the sites measured $\Delta$ from $w + \eta \mu v$, the mean of their prior. With the
-    curvature off (``rho`` and ``b`` 0, or ``NoCurvature``) this is FedAvg, with ``momentum`` FedAvgM, with or without
-    lookahead, bit for bit: by counts at ``a`` 1, of equal sites at ``a`` 0, on the same sums. The mathematics of the
-    paper that gave the product its name are not public; these are our own, derived and compared in
-    ``docs/federation/mathematics.md``.
+    curvature off (``rho`` and ``b`` 0, or ``NoCurvature``) and without ``balance_tasks`` this is FedAvg, with
+    ``momentum`` FedAvgM, with or without lookahead, bit for bit: by counts at ``a`` 1, of equal sites at ``a`` 0, on
+    the same sums. The mathematics of the paper that gave the product its name are not public; these are our own,
+    derived and compared in ``docs/federation/mathematics.md``.
 
     The sums take two copies of the model, ``momentum`` one and ``lookahead`` another. ``between`` and ``remember`` keep
     every site's weights and precision on the server: one to two copies per site.
@@ -72,6 +73,9 @@ class BayesianAggregator(FedAvg):
             without a precision it is FedProx with ``mu = beta``.
         personal_models: Give each site a personal model $w_g + d_k$: it follows the global weights, and the site keeps
             its deviation $d_k$ and trains it further, which takes a second local training per round.
+        balance_tasks: Whether every task has the same weight in the blocks that all tasks share, as in the hybrid loss
+            on the union of the data. Otherwise a site weighs $n_k^a$ there too, and the task with most images decides.
+            ``between`` ignores it.
 
     Raises:
         ConfigError: When a number is out of its range, or the granularity is unknown.
@@ -109,6 +113,7 @@ class BayesianAggregator(FedAvg):
         gamma: float = 0.9,
         beta: float = 0.0,
         personal_models: bool = False,
+        balance_tasks: bool = True,
     ) -> None:
         super().__init__("equal")
         for name, value in {"rho": rho, "a": a, "b": b, "gamma": gamma}.items():
@@ -126,7 +131,7 @@ class BayesianAggregator(FedAvg):
         self.a, self.b, self.kappa = a, b, kappa
         self.momentum, self.lookahead, self.eta = momentum, lookahead, eta
         self.between, self.remember, self.gamma, self.beta = between, remember, gamma, beta
-        self.personal_models = personal_models
+        self.personal_models, self.balance_tasks = personal_models, balance_tasks
         self.power = a
         self.server = Momentum(momentum, eta, lookahead)
         measures = (rho > 0 or b > 0) and not isinstance(self.curvature, NoCurvature)
@@ -134,6 +139,8 @@ class BayesianAggregator(FedAvg):
         self.personal = PersonalModel(keeps="deviation") if personal_models else None
         self.memory = SiteMemory(weights=between or remember)
         self._levels: dict[str, float] = {}
+        self._shares: dict[str, float] = {}
+        self._shared: frozenset[str] = frozenset()
         self.variances: dict[str, float] = {}
         """Variance between sites per tensor, where it is estimated."""
 
@@ -142,6 +149,17 @@ class BayesianAggregator(FedAvg):
         super().start(state, schema)
         self._sent: dict[str, set[str]] = {}
         self._levels = self.memory.levels() if self.b > 0 else {}
+
+    @override
+    def expect(self, examples: Mapping[str, Mapping[str, int]], schema: Schema) -> None:
+        if not self.balance_tasks:
+            return
+        counts = dict(examples)
+        if self.remember:
+            absent = {site: factors for site, factors in self.memory.factors.items() if site not in counts}
+            counts |= {site: {name: f.num_examples for name, f in own.items()} for site, own in absent.items()}
+        self._shares = task_shares(counts, schema, self.power)
+        self._shared = frozenset(key for block in schema.blocks if block.task is None for key in block.keys)
 
     @override
     def add(self, update: Update) -> None:
@@ -162,15 +180,15 @@ class BayesianAggregator(FedAvg):
                 if self.between:
                     self._estimate(key, owners)
                 for site, factor in owners.items():
-                    weight = self._remembered(key, factor)
+                    weight = self._remembered(site, key, factor)
                     if key in factor.weights and weight is not None and (self.between or site not in present):
                         self.sums.add(key, factor.weights[key] - self.sums.state[key], weight)
         return super().finish()
 
     @override
-    def weight(self, block: BlockUpdate, key: str) -> Tensor | float:
-        r"""Return $n^a \bar\lambda^b (r + \kappa) / (1 + \kappa)$, which is $n^a$ without curvature."""
-        count = super().weight(block, key)
+    def weight(self, site: str, block: BlockUpdate, key: str) -> Tensor | float:
+        r"""Return $s \bar\lambda^b (r + \kappa) / (1 + \kappa)$, which is the site's share $s$ without curvature."""
+        count = self._share(site, block.num_examples, key)
         if not self.exchange.precision:
             return count
         count *= self._curvature_scale(key, block.scale.get(key, 1.0))
@@ -230,7 +248,11 @@ class BayesianAggregator(FedAvg):
                 [float(self._precision(key, factor).mean()) for factor in held],
             )
 
-    def _remembered(self, key: str, factor: Factor) -> Tensor | None:
+    def _share(self, site: str, num_examples: int, key: str) -> float:
+        """Return a site's weight before its precision: its share of the tasks in a shared block, else $n^a$."""
+        return self._shares[site] if key in self._shared else math.pow(num_examples, self.power)
+
+    def _remembered(self, site: str, key: str, factor: Factor) -> Tensor | None:
         """Return the weight of a remembered factor in the merge; ``None`` where it is left out."""
         discount = self.gamma ** self.memory.age(factor)
         if discount == 0 or not (self.between or self.remember):
@@ -238,11 +260,46 @@ class BayesianAggregator(FedAvg):
         precision = self._precision(key, factor)
         if self.between:
             return _shrunk(1 / (1 / precision + self.variances[key]), self.kappa).mul_(discount)
-        count = math.pow(factor.num_examples, self.power)
+        count = self._share(site, factor.num_examples, key)
         if self.exchange.precision:
             curvature = float(factor.curvature[key].mean()) if key in factor.curvature else 1.0
             count *= self._curvature_scale(key, curvature)
         return _shrunk(precision / precision.mean(), self.kappa).mul_(discount * count)
+
+
+def task_shares(examples: Mapping[str, Mapping[str, int]], schema: Schema, power: float) -> dict[str, float]:
+    r"""Return the weight of each site in the blocks that all tasks share: every task has the weight 1 in total.
+
+    A task's weight is divided among the sites with labels for it, $n_{kt}^a / \sum_j n_{jt}^a$, and a site's weight is
+    the sum over its tasks. Training on the union of the data weights a site in this way, since the hybrid loss is a
+    mean over tasks. Sites that trained a shared block for no task with a head share the weight of one more task.
+
+    Args:
+        examples: By site and block name, the labelled images of the round.
+        schema: The model's schema.
+        power: The exponent $a$ in [0, 1].
+
+    Example:
+        >>> from federation.exchange.schema import Block, Schema
+        >>> blocks = Block("encoder", ()), Block("heads.pneumonia", (), "pneumonia"), Block("heads.lungs", (), "lungs")
+        >>> schema = Schema(blocks, {}, frozenset(), frozenset(), ())
+        >>> counts = {"a": {"heads.pneumonia": 300}, "b": {"heads.pneumonia": 100}, "c": {"heads.lungs": 20}}
+        >>> task_shares(counts, schema, power=1)
+        {'a': 0.75, 'b': 0.25, 'c': 1.0}
+    """
+    heads = {block.name for block in schema.blocks if block.task is not None}
+    groups: dict[str, dict[str, float]] = {}
+    for site, counts in sorted(examples.items()):
+        own = {name: n for name, n in counts.items() if name in heads and n > 0}
+        for name, n in (own or {"": max(counts.values(), default=0)}).items():
+            if n > 0:
+                groups.setdefault(name, {})[site] = math.pow(n, power)
+    shares: dict[str, float] = {}
+    for _, members in sorted(groups.items()):
+        total = math.fsum(members.values())
+        for site, weight in members.items():
+            shares[site] = shares.get(site, 0.0) + weight / total
+    return dict(sorted(shares.items()))
 
 
 def between_variance(changes: Sequence[Tensor], precisions: Sequence[float]) -> float:

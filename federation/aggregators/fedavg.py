@@ -75,14 +75,14 @@ class FedAvg(Aggregator):
     @override
     def add(self, update: Update) -> None:
         for block, key, delta in self.sums.receive(update):
-            self.sums.add(key, delta, self.weight(block, key))
+            self.sums.add(key, delta, self.weight(update.site, block, key))
 
     @override
     def finish(self) -> State:
         return self.sums.finish(self.server.step) | self.server.untouched_state()
 
-    def weight(self, block: BlockUpdate, key: str) -> Tensor | float:
-        """Return the weight of one site's change of one tensor: above 0, broadcasts to the tensor."""
+    def weight(self, site: str, block: BlockUpdate, key: str) -> Tensor | float:
+        """Return the weight of a site's change of one tensor of a block: above 0, broadcasts to the tensor."""
         return math.pow(block.num_examples, self.power)
 
     def centre(self) -> Centre:

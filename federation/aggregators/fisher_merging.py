@@ -42,7 +42,7 @@ class FisherMerging(FedAvg):
         return normalise(curvature, "element", 1.0, *UNCLIPPED)
 
     @override
-    def weight(self, block: BlockUpdate, key: str) -> Tensor | float:
+    def weight(self, site: str, block: BlockUpdate, key: str) -> Tensor | float:
         scale = max(block.scale[key], LEAST_CURVATURE) if key in block.scale else 1.0
         return relative_precision(block, key).mul_(math.pow(block.num_examples, self.power) * scale)
 

@@ -81,7 +81,7 @@ class Scaffold(FedAvg):
     def add(self, update: Update) -> None:
         changes = self.sums.receive(update)
         for block, key, delta in changes:
-            self.sums.add(key, delta, self.weight(block, key))
+            self.sums.add(key, delta, self.weight(update.site, block, key))
         sent = {key for _, key, _ in changes}
         self._renewed[update.site] = {key: value for key, value in update.extra.items() if key in sent}
 

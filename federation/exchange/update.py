@@ -219,6 +219,11 @@ def sha256(update: Update) -> str:
     return state_hash(update.tensors(), header=json.dumps(update.header(), sort_keys=True))
 
 
+def examples_of(update: Update) -> dict[str, int]:
+    """Return ``num_examples`` of every block of an update."""
+    return {name: block.num_examples for name, block in update.blocks.items()}
+
+
 def norms_of(update: Update) -> dict[str, float]:
     """Return the L2 norm of the change of every block, summed in float64."""
     return {

@@ -18,7 +18,9 @@ from federation.exchange.update import Update
 from mtmedformer.errors import ConfigError
 
 
-def summands(aggregator: FedAvg, update: Update, schema: Schema) -> dict[str, Tensor]:
+def summands(
+    aggregator: FedAvg, update: Update, schema: Schema, declared: Mapping[str, Mapping[str, int]] | None = None
+) -> dict[str, Tensor]:
     r"""Return a site's summands: for every weight $c\, \Delta$ (``top``) and $c$ (``bottom``), float64.
 
     For a running mean of BatchNorm $c\, \Delta^2$ (``square``) too, from which the merged variance follows.
@@ -31,11 +33,20 @@ def summands(aggregator: FedAvg, update: Update, schema: Schema) -> dict[str, Te
         aggregator: As configured at the server; needs no state.
         update: The site's update.
         schema: The model's schema.
+        declared: By site and block name, the labelled images that every site of the round declared before it. Needed
+            where the weight of a site depends on the counts of the others (``BayesianAggregator.balance_tasks``).
 
     Raises:
-        ConfigError: When the aggregator needs more than sums.
+        ConfigError: When the aggregator needs more than sums, or counts that are not given.
     """
     require_sums(aggregator)
+    if declared is not None:
+        aggregator.expect(declared, schema)
+    elif isinstance(aggregator, BayesianAggregator) and aggregator.balance_tasks:
+        raise ConfigError(
+            "BayesianAggregator as configured weights a site by its share of each task, which depends on the other "
+            "sites' counts; give the counts that the sites declared, or set aggregator.balance_tasks to false"
+        )
     local = aggregator.exchange.local_keys(schema)
     sums: dict[str, Tensor] = {}
     statistics = schema.statistics()
@@ -45,7 +56,7 @@ def summands(aggregator: FedAvg, update: Update, schema: Schema) -> dict[str, Te
             weight = torch.zeros(schema.shapes[key], dtype=torch.float64)
             change = torch.zeros_like(weight)
             if sent is not None and sent.num_examples > 0 and key in sent.delta:
-                weight += aggregator.weight(sent, key)
+                weight += aggregator.weight(update.site, sent, key)
                 change = sent.delta[key].double()
             sums[f"top|{key}"], sums[f"bottom|{key}"] = weight * change, weight
             if key in statistics:

@@ -59,7 +59,7 @@ class Drift:
                     continue
                 places = self._places(delta.numel())
                 self._changes[key][update.site] = delta.flatten()[places].double()
-                weight = self._weight(block, key)
+                weight = self._weight(update.site, block, key)
                 if weight is not None:
                     spread = weight.expand(delta.shape).flatten()[places] if weight.ndim else weight.expand(len(places))
                     self._weights[key][update.site] = spread.double()
@@ -103,14 +103,14 @@ class Drift:
             return torch.arange(count)
         return torch.randint(count, (self.most,), generator=torch.Generator().manual_seed(count))
 
-    def _weight(self, block: BlockUpdate, key: str) -> Tensor | None:
+    def _weight(self, site: str, block: BlockUpdate, key: str) -> Tensor | None:
         """Return the weight of a tensor of an update; with ``between``, its absolute precision."""
         if self._differ:
             known = key in self.schema.parameters and self.aggregator.exchange.precision
             scale = max(block.scale.get(key, 1.0), LEAST_CURVATURE) if known else 1.0
             return (relative_precision(block, key) if known else torch.ones(())).double() * scale * block.num_examples
         if isinstance(self.aggregator, FedAvg) and isinstance(self.aggregator.centre(), WeightedMeans):
-            return torch.as_tensor(self.aggregator.weight(block, key))
+            return torch.as_tensor(self.aggregator.weight(site, block, key))
         return None
 
     def _final(self, key: str, weight: Tensor) -> Tensor:

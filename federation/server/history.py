@@ -50,6 +50,10 @@ class SiteRecord:
         """Whether an update of the site was merged; otherwise only its own model was validated."""
         return bool(self.blocks)
 
+    def examples(self) -> dict[str, int]:
+        """Return ``num_examples`` by block: the labelled training images behind the change."""
+        return {name: block["num_examples"] for name, block in self.blocks.items()}
+
     @classmethod
     def of(
         cls, update: Update, moved: dict[str, float], privacy: dict[str, Any], trained: dict[str, float]

@@ -168,6 +168,8 @@ class Round:
             MergeError: The update of a site cannot be merged.
             RoundError: A merged weight is not finite.
         """
+        counts = {site: o.record.examples() for site, o in outcomes.items() if o.fault is None and o.record is not None}
+        self.aggregator.expect(counts, self.plan.schema)
         self.aggregator.start(self.plan.state, self.plan.schema)
         drift = Drift(self.aggregator, self.plan.schema)
         for update in self._updates(outcomes, owners):

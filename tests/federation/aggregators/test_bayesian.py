@@ -272,7 +272,9 @@ def test_numbers_out_of_range_raise_an_error_with_their_name(wrong):
 @pytest.mark.parametrize("lookahead", [False, True])
 def test_momentum_without_curvature_is_fedavgm_to_the_last_bit(lookahead):
     state, schema = toy()
-    aggregator = BayesianAggregator(rho=0.0, b=0.0, a=1.0, momentum=0.6, eta=0.8, lookahead=lookahead)
+    aggregator = BayesianAggregator(
+        rho=0.0, b=0.0, a=1.0, momentum=0.6, eta=0.8, lookahead=lookahead, balance_tasks=False
+    )
     plain, other = FedAvgM(0.6, 0.8, lookahead=lookahead), state
     for number in range(3):
         state, other = aggregator.starting_state(state), plain.starting_state(other)

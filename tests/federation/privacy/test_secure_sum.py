@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 
 from federation import BayesianAggregator, CoordinateMedian, FedAvg, FedAvgM, FedBN, Scaffold, merge
+from federation.exchange.update import examples_of
 from federation.privacy.random_stream import KEY_BYTES, normals, words
 from federation.privacy.secure_merge import merge_sums, summands
 from federation.privacy.secure_sum import PRIME, Member, SecureSum, decode, encode, join, split
@@ -202,7 +203,8 @@ def test_the_merge_needs_only_sums(name):
         make_update("c", state, schema, 3, tasks=("lungs",), num_examples=55, precision=kind),
     ]
     plain = merge(AGGREGATORS[name](), state, schema, updates)
-    sums = summed({u.site: summands(AGGREGATORS[name](), u, schema) for u in updates})
+    declared = {u.site: examples_of(u) for u in updates}
+    sums = summed({u.site: summands(AGGREGATORS[name](), u, schema, declared) for u in updates})
     merged = merge_sums(AGGREGATORS[name](), state, sums, schema)
     for key, value in plain.items():
         if key not in schema.counters:
@@ -213,13 +215,19 @@ def test_the_merge_needs_only_sums(name):
 def test_an_unlabelled_task_stays_and_owners_are_not_revealed():
     state, schema = toy()
     updates = [make_update(site, state, schema, i, tasks=("lungs",)) for i, site in enumerate("abc")]
-    terms = {u.site: summands(BayesianAggregator(), u, schema) for u in updates}
-    merged = merge_sums(BayesianAggregator(), state, summed(terms), schema)
+    terms = {u.site: summands(BayesianAggregator(balance_tasks=False), u, schema) for u in updates}
+    merged = merge_sums(BayesianAggregator(balance_tasks=False), state, summed(terms), schema)
     assert torch.equal(merged["heads.finding.weight"], state["heads.finding.weight"])
     assert not torch.equal(merged["heads.lungs.weight"], state["heads.lungs.weight"])
-    other = summands(BayesianAggregator(), make_update("d", state, schema, 5), schema)
+    other = summands(BayesianAggregator(balance_tasks=False), make_update("d", state, schema, 5), schema)
     assert {k: v.shape for k, v in other.items()} == {k: v.shape for k, v in terms["a"].items()}
     assert not any(key.split("|")[1].startswith("loss") for key in other)
+
+
+def test_shares_of_tasks_need_the_declared_counts():
+    state, schema = toy()
+    with pytest.raises(ConfigError, match="balance_tasks to false"):
+        summands(BayesianAggregator(), make_update("a", state, schema, 1), schema)
 
 
 @pytest.mark.parametrize(

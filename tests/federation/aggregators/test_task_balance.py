@@ -1,0 +1,104 @@
+"""The weights of sites in shared blocks, where every task has the same weight."""
+
+import pytest
+import torch
+
+from federation.aggregators import merge
+from federation.aggregators.bayesian import BayesianAggregator, task_shares
+from federation.exchange.update import BlockUpdate, Update
+from tests.fixtures.toy_federation import make_update, toy
+
+ENCODER, FINDING, LUNGS = "encoder", "heads.finding", "heads.lungs"
+
+
+def plain(**options):
+    return BayesianAggregator(rho=0.0, momentum=0.0, **options)
+
+
+def gradient_step(site, state, schema, gradients, counts):
+    """Return the update of a site after one step of size 1 on the mean of its tasks' losses.
+
+    Args:
+        gradients: By task, the gradient of the site's mean loss of that task.
+        counts: By task, the labelled images.
+    """
+    blocks = {
+        ENCODER: BlockUpdate(sum(counts.values()), {"encoder.0.bias": -sum(gradients.values()) / len(gradients)}),
+        **{f"heads.{task}": BlockUpdate(n, {f"heads.{task}.bias": torch.ones_like(state[f"heads.{task}.bias"])}) for task, n in counts.items()},
+    }
+    return Update(site, 0, "", "", blocks)
+
+
+def test_one_step_of_sites_with_one_task_each_is_a_step_on_the_hybrid_loss_of_the_union():
+    state, schema = toy()
+    generator = torch.Generator().manual_seed(1)
+    counts = {"a": ("finding", 2932), "b": ("finding", 574), "c": ("lungs", 169)}
+    gradients = {site: torch.randn(5, generator=generator) for site in counts}
+    updates = [gradient_step(s, state, schema, {t: gradients[s]}, {t: n}) for s, (t, n) in counts.items()]
+    merged = merge(plain(a=1.0), state, schema, updates)
+    finding = (2932 * gradients["a"] + 574 * gradients["b"]) / (2932 + 574)
+    union = (finding + gradients["c"]) / 2  # the hybrid loss is the mean over tasks
+    torch.testing.assert_close(merged["encoder.0.bias"], state["encoder.0.bias"] - union)
+
+
+def test_shares_by_hand():
+    _, schema = toy()
+    counts = {
+        "a": {ENCODER: 100, FINDING: 100},
+        "b": {ENCODER: 400, FINDING: 300, LUNGS: 100},
+        "c": {ENCODER: 10, LUNGS: 10, FINDING: 0},
+        "d": {ENCODER: 7},  # labelled for no task with a head
+    }
+    even = task_shares(counts, schema, power=0.0)
+    assert even == pytest.approx({"a": 1 / 2, "b": 1 / 2 + 1 / 2, "c": 1 / 2, "d": 1})
+    by_images = task_shares(counts, schema, power=1.0)
+    assert by_images == pytest.approx({"a": 1 / 4, "b": 3 / 4 + 10 / 11, "c": 1 / 11, "d": 1})
+    assert task_shares({}, schema, power=1.0) == {}
+
+
+@pytest.mark.parametrize("a", [0.0, 0.5, 1.0])
+def test_the_shares_of_all_sites_add_up_to_the_number_of_tasks(a):
+    _, schema = toy()
+    counts = {site: {ENCODER: 9 * n, FINDING: n, LUNGS: 8 * n} for site, n in (("a", 3), ("b", 50), ("c", 1000))}
+    assert sum(task_shares(counts, schema, a).values()) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("a", [0.0, 1.0])
+def test_with_the_same_labels_everywhere_the_shares_change_nothing(a):
+    state, schema = toy()
+    updates = [make_update("abc"[i], state, schema, i, num_examples=10 * i + 3) for i in range(3)]
+    balanced = merge(BayesianAggregator(a=a), state, schema, updates)
+    other = merge(BayesianAggregator(a=a, balance_tasks=False), state, schema, updates)
+    for key, value in balanced.items():
+        torch.testing.assert_close(value, other[key])
+
+
+def test_heads_are_weighted_by_their_own_images_only():
+    state, schema = toy()
+    updates = [
+        make_update("a", state, schema, 1, num_examples=30),
+        make_update("b", state, schema, 2, tasks=("finding",), num_examples=10),
+    ]
+    merged = merge(plain(a=1.0), state, schema, updates)
+    first, second = (one.blocks[FINDING].delta["heads.finding.weight"] for one in updates)
+    torch.testing.assert_close(
+        merged["heads.finding.weight"], state["heads.finding.weight"] + (30 * first + 10 * second) / 40
+    )
+
+
+@pytest.mark.parametrize("remember", [False, True])
+def test_a_task_whose_only_site_is_absent_keeps_its_weight_if_the_site_is_remembered(remember):
+    state, schema = toy()
+    aggregator = plain(a=1.0, remember=remember, gamma=1.0)
+    sites = [
+        make_update("a", state, schema, 1, tasks=("finding",), num_examples=300),
+        make_update("b", state, schema, 2, tasks=("finding",), num_examples=100),
+        make_update("c", state, schema, 3, tasks=("lungs",), num_examples=5),
+    ]
+    once = merge(aggregator, state, schema, sites)
+    again = merge(aggregator, state, schema, sites[:2])
+    changes = [one.blocks[ENCODER].delta["encoder.0.bias"] for one in sites]
+    finding = (300 * changes[0] + 100 * changes[1]) / 400
+    expected = (finding + changes[2]) / 2 if remember else finding
+    torch.testing.assert_close(once["encoder.0.bias"], state["encoder.0.bias"] + (finding + changes[2]) / 2)
+    torch.testing.assert_close(again["encoder.0.bias"], state["encoder.0.bias"] + expected)
