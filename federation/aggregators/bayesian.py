@@ -76,6 +76,8 @@ class BayesianAggregator(FedAvg):
         balance_tasks: Whether every task has the same weight in the blocks that all tasks share, as in the hybrid loss
             on the union of the data. Otherwise a site weighs $n_k^a$ there too, and the task with most images decides.
             ``between`` ignores it.
+        personal_from: Round, from 0, in which the personal models start, from the global weights. The last fifth of the
+            rounds costs a fifth more training instead of twice as much.
 
     Raises:
         ConfigError: When a number is out of its range, or the granularity is unknown.
@@ -114,6 +116,7 @@ class BayesianAggregator(FedAvg):
         beta: float = 0.0,
         personal_models: bool = False,
         balance_tasks: bool = True,
+        personal_from: int = 0,
     ) -> None:
         super().__init__("equal")
         for name, value in {"rho": rho, "a": a, "b": b, "gamma": gamma}.items():
@@ -124,6 +127,8 @@ class BayesianAggregator(FedAvg):
         for name, value in {"kappa": kappa, "beta": beta}.items():
             if value < 0:
                 raise ConfigError(f"aggregator.{name}: {value} is negative; use 0 or more")
+        if personal_from < 0:
+            raise ConfigError(f"aggregator.personal_from: {personal_from} is negative; use 0 or a later round")
         if granularity not in ("element", "row", "tensor"):
             raise ConfigError(f"aggregator.granularity: {granularity!r} is none of 'element', 'row', 'tensor'")
         self.curvature = SquaredGradients() if curvature is None else curvature
@@ -136,7 +141,8 @@ class BayesianAggregator(FedAvg):
         self.server = Momentum(momentum, eta, lookahead)
         measures = (rho > 0 or b > 0) and not isinstance(self.curvature, NoCurvature)
         self.exchange = Exchange(curvature=self.curvature if measures else None)
-        self.personal = PersonalModel(keeps="deviation") if personal_models else None
+        self.personal_from = personal_from
+        self.personal = PersonalModel(keeps="deviation", first_round=personal_from) if personal_models else None
         self.memory = SiteMemory(weights=between or remember)
         self._levels: dict[str, float] = {}
         self._shares: dict[str, float] = {}

@@ -18,6 +18,7 @@ from mtmedformer.encoders.base import Encoder
 from mtmedformer.encoders.neck import LEVELS, Neck
 from mtmedformer.encoders.pretrained import LoadReport, load_weights, timm_renaming
 from mtmedformer.errors import ConfigError
+from mtmedformer.heads.layers import BATCH_NORMS
 
 
 class SharedEncoder(Encoder):
@@ -39,6 +40,8 @@ class SharedEncoder(Encoder):
         checkpoint_path: File of weights for the body, loaded instead (see ``mtmedformer.encoders.pretrained``).
         grad_checkpointing: Whether to recompute activations in the backward pass: less memory, about a third slower.
         model_kwargs: Further arguments of the timm model.
+        frozen_statistics: Whether BatchNorm layers of the body normalise by their loaded running statistics, in training
+            too, and keep them. Their weights and biases are trained.
 
     Attributes:
         strides: Stride of each level.
@@ -65,8 +68,10 @@ class SharedEncoder(Encoder):
         checkpoint_path: str | None = None,
         grad_checkpointing: bool = False,
         model_kwargs: dict[str, Any] | None = None,
+        frozen_statistics: bool = False,
     ) -> None:
         super().__init__()
+        self.frozen_statistics = frozen_statistics
         if in_chans < 1 or channels < 8:
             raise ConfigError(f"encoder.in_chans is {in_chans}, channels {channels}; they must be at least 1 and 8")
         self.name = name
@@ -101,6 +106,25 @@ class SharedEncoder(Encoder):
 
         self.neck = Neck(widths, channels)
         self._check(size)
+
+    @override
+    def train(self, mode: bool = True) -> SharedEncoder:
+        """Set the mode; with ``frozen_statistics`` BatchNorm layers of the body stay in evaluation mode.
+
+        Raises:
+            ConfigError: The statistics to be kept are those of random weights, or were folded into the weights.
+        """
+        super().train(mode)
+        if mode and self.frozen_statistics:
+            norms = [m for m in self.body.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
+            if not any(bool(norm.running_mean.any()) for norm in norms):
+                raise ConfigError(
+                    f"encoder.frozen_statistics: {self.name} has no BatchNorm statistics of trained weights; set "
+                    "encoder.checkpoint_path or encoder.pretrained, or frozen_statistics to false"
+                )
+            for norm in norms:
+                norm.eval()
+        return self
 
     @override
     def forward(self, image: Tensor) -> list[Tensor]:

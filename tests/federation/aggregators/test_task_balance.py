@@ -24,7 +24,10 @@ def gradient_step(site, state, schema, gradients, counts):
     """
     blocks = {
         ENCODER: BlockUpdate(sum(counts.values()), {"encoder.0.bias": -sum(gradients.values()) / len(gradients)}),
-        **{f"heads.{task}": BlockUpdate(n, {f"heads.{task}.bias": torch.ones_like(state[f"heads.{task}.bias"])}) for task, n in counts.items()},
+        **{
+            f"heads.{task}": BlockUpdate(n, {f"heads.{task}.bias": torch.ones_like(state[f"heads.{task}.bias"])})
+            for task, n in counts.items()
+        },
     }
     return Update(site, 0, "", "", blocks)
 
