@@ -40,7 +40,7 @@ class SharedEncoder(Encoder):
         checkpoint_path: File of weights for the body, loaded instead (see ``mtmedformer.encoders.pretrained``).
         grad_checkpointing: Whether to recompute activations in the backward pass: less memory, about a third slower.
         model_kwargs: Further arguments of the timm model.
-        frozen_statistics: Whether BatchNorm layers of the body normalise by their loaded running statistics, in training
+        frozen_statistics: Whether BatchNorm layers of the body normalise by their loaded running statistics in training
             too, and keep them. Their weights and biases are trained.
 
     Attributes:

@@ -295,6 +295,15 @@ def test_personal_models_ride_on_the_global_one_which_knows_nothing_of_them(tmp_
         assert torch.allclose(value, own["a"][key] + 1 if value.is_floating_point() else value, atol=1e-6)
 
 
+def test_personal_models_start_in_the_round_that_is_set(tmp_path):
+    late = BayesianAggregator(personal_models=True, personal_from=1)
+    _, module, federation = run(tmp_path / "late", Federation(late), rounds=1)
+    assert all(equal(federation.model_of(site), weights(module)) for site in "abc")
+    late = BayesianAggregator(personal_models=True, personal_from=1)
+    _, module, federation = run(tmp_path / "later", Federation(late), rounds=2)
+    assert all(not equal(federation.model_of(site), weights(module)) for site in "abc")
+
+
 class Watched(FedAvgM):
     """Notes where every round began, what was known then, and what came out."""
 

@@ -15,21 +15,17 @@ def plain(**options):
     return BayesianAggregator(rho=0.0, momentum=0.0, **options)
 
 
-def gradient_step(site, state, schema, gradients, counts):
+def gradient_step(site, state, gradients, counts):
     """Return the update of a site after one step of size 1 on the mean of its tasks' losses.
 
     Args:
         gradients: By task, the gradient of the site's mean loss of that task.
         counts: By task, the labelled images.
     """
-    blocks = {
-        ENCODER: BlockUpdate(sum(counts.values()), {"encoder.0.bias": -sum(gradients.values()) / len(gradients)}),
-        **{
-            f"heads.{task}": BlockUpdate(n, {f"heads.{task}.bias": torch.ones_like(state[f"heads.{task}.bias"])})
-            for task, n in counts.items()
-        },
-    }
-    return Update(site, 0, "", "", blocks)
+    encoder = {"encoder.0.bias": -sum(gradients.values()) / len(gradients)}
+    heads = {task: {f"heads.{task}.bias": torch.ones_like(state[f"heads.{task}.bias"])} for task in counts}
+    blocks = {f"heads.{task}": BlockUpdate(n, heads[task]) for task, n in counts.items()}
+    return Update(site, 0, "", "", {ENCODER: BlockUpdate(sum(counts.values()), encoder), **blocks})
 
 
 def test_one_step_of_sites_with_one_task_each_is_a_step_on_the_hybrid_loss_of_the_union():
@@ -37,7 +33,7 @@ def test_one_step_of_sites_with_one_task_each_is_a_step_on_the_hybrid_loss_of_th
     generator = torch.Generator().manual_seed(1)
     counts = {"a": ("finding", 2932), "b": ("finding", 574), "c": ("lungs", 169)}
     gradients = {site: torch.randn(5, generator=generator) for site in counts}
-    updates = [gradient_step(s, state, schema, {t: gradients[s]}, {t: n}) for s, (t, n) in counts.items()]
+    updates = [gradient_step(s, state, {t: gradients[s]}, {t: n}) for s, (t, n) in counts.items()]
     merged = merge(plain(a=1.0), state, schema, updates)
     finding = (2932 * gradients["a"] + 574 * gradients["b"]) / (2932 + 574)
     union = (finding + gradients["c"]) / 2  # the hybrid loss is the mean over tasks

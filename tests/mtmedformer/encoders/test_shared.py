@@ -234,3 +234,34 @@ def test_resampled_levels_have_the_requested_stride(have, want):
     layers, channels = resampler(64, have, want)
     out = layers(torch.zeros(1, 64, 256 // have, 256 // have))
     assert out.shape == (1, channels, 256 // want, 256 // want)
+
+
+def trained_resnet(tmp_path):
+    """Return a file of weights of a small ResNet whose BatchNorm statistics are those of some images."""
+    body = timm.create_model("test_resnet", in_chans=1)
+    for _ in range(3):
+        body(torch.rand(4, 1, 64, 64))
+    torch.save(body.state_dict(), tmp_path / "resnet.pt")
+    return str(tmp_path / "resnet.pt")
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_statistics_stay_in_training_while_weights_and_biases_are_trained(tmp_path, frozen):
+    path = trained_resnet(tmp_path)
+    encoder = SharedEncoder("test_resnet", channels=16, checkpoint_path=path, frozen_statistics=frozen).train()
+    before = {key: value.clone() for key, value in encoder.body.state_dict().items()}
+    sum(level.square().mean() for level in encoder(torch.rand(2, 1, 64, 64))).backward()
+    torch.optim.SGD(encoder.parameters(), lr=0.1).step()
+    after = encoder.body.state_dict()
+    statistics = {key for key in before if "running_" in key or "num_batches" in key}
+    assert statistics
+    assert all(torch.equal(before[key], after[key]) == frozen for key in statistics)
+    assert not torch.equal(before["layer1.0.bn1.weight"], after["layer1.0.bn1.weight"])
+    assert encoder.neck.training
+
+
+def test_frozen_statistics_of_random_weights_are_refused():
+    encoder = SharedEncoder("test_resnet", channels=16, frozen_statistics=True)
+    encoder.eval()
+    with pytest.raises(ConfigError, match=r"test_resnet has no BatchNorm statistics of trained weights; set"):
+        encoder.train()
