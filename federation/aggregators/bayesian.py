@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,16 +29,16 @@ class BayesianAggregator(FedAvg):
 
     Site $k$ observes weight $i$ with precision $c_k (r_{ki} + \kappa)$, $c_k = s_k\, \bar\lambda_k^b$: its share $s_k$,
     mean curvature $\bar\lambda_k$ of its loss in the tensor, and curvature relative to that mean, tempered by $\rho$
-    and shrunk by $\kappa$. In the head of a task the share is $n_k^a$, with $n_k$ labelled images. In the blocks that
-    all tasks share, with ``balance_tasks``, every task weighs the same: $s_k = \sum_t n_{kt}^a / \sum_j n_{jt}^a$ over
-    the tasks of the site. The global weight moves by the precision-weighted mean of the changes, filtered over rounds:
+    and shrunk by $\kappa$. In the head of a task the share is its evidence, $e(n) = (n / (1 + n / n_0))^a$ for $n$
+    labelled images. In the blocks that all tasks share, with ``balance_tasks``, every task weighs the same:
+    $s_k = \sum_t e(n_{kt}) / \sum_j e(n_{jt})$ over the tasks of the site. The global weight moves by the precision-weighted mean of the changes, filtered over rounds:
 
     $$v_i \leftarrow \mu\, v_i + \frac{\sum_k c_k (r_{ki} + \kappa)\, \Delta_{ki}}{\sum_k c_k (r_{ki} + \kappa)},
       \qquad w_i \leftarrow w_i + \eta\, v_i$$
 
     where with ``lookahead`` the sites measured $\Delta$ from $w + \eta \mu v$, the mean of their prior. With the
-    curvature off (``rho`` and ``b`` 0, or ``NoCurvature``) and without ``balance_tasks`` this is FedAvg, with
-    ``momentum`` FedAvgM, with or without lookahead, bit for bit: by counts at ``a`` 1, of equal sites at ``a`` 0, on
+    curvature off (``rho`` and ``b`` 0, or ``NoCurvature``) and without ``balance_tasks`` and ``saturation`` this is
+    FedAvg, with ``momentum`` FedAvgM, with or without lookahead, bit for bit: by counts at ``a`` 1, of equal sites at ``a`` 0, on
     the same sums. The mathematics of the paper that gave the product its name are not public; these are our own,
     derived and compared in ``docs/federation/mathematics.md``.
 
@@ -53,9 +53,8 @@ class BayesianAggregator(FedAvg):
             where sites differ (``docs/results``); 0 turns it off.
         low: Least relative curvature, before tempering.
         high: Greatest relative curvature, before tempering.
-        a: Power of ``num_examples``, in [0, 1]: 1 weights by samples; 0 gives every owner the same weight, which is
-            better where sites differ and ``momentum`` is off, and makes little difference with it. ``between`` ignores
-            it and estimates from the updates how much sites differ.
+        a: Power of the evidence, in [0, 1]: 1 weights by labelled images, up to ``saturation``; 0 gives every owner the
+            same weight. ``between`` ignores it and estimates from the updates how much sites differ.
         b: Exponent of a tensor's mean curvature, in [0, 1]. 0 ignores it; 1 weights sites by it, clipped to a factor of
             10 around last round's geometric mean. Poorly fitted sites have larger curvature.
         kappa: Shrinkage towards the owners' mean, at least 0.
@@ -78,6 +77,9 @@ class BayesianAggregator(FedAvg):
             ``between`` ignores it.
         personal_from: Round, from 0, in which the personal models start, from the global weights. The last fifth of the
             rounds costs a fifth more training instead of twice as much.
+        saturation: Labelled images $n_0$ above which more images of a site add little evidence, or ``None``: sites far
+            below it weigh by their images, sites far above it all the same. It is the ratio of the variance of a single
+            image to the variance between sites in a random-effects model.
 
     Raises:
         ConfigError: When a number is out of its range, or the granularity is unknown.
@@ -117,6 +119,7 @@ class BayesianAggregator(FedAvg):
         personal_models: bool = False,
         balance_tasks: bool = True,
         personal_from: int = 0,
+        saturation: float | None = 100.0,
     ) -> None:
         super().__init__("equal")
         for name, value in {"rho": rho, "a": a, "b": b, "gamma": gamma}.items():
@@ -129,6 +132,8 @@ class BayesianAggregator(FedAvg):
                 raise ConfigError(f"aggregator.{name}: {value} is negative; use 0 or more")
         if personal_from < 0:
             raise ConfigError(f"aggregator.personal_from: {personal_from} is negative; use 0 or a later round")
+        if saturation is not None and not saturation > 0:
+            raise ConfigError(f"aggregator.saturation: {saturation} is not above 0; use null to switch it off")
         if granularity not in ("element", "row", "tensor"):
             raise ConfigError(f"aggregator.granularity: {granularity!r} is none of 'element', 'row', 'tensor'")
         self.curvature = SquaredGradients() if curvature is None else curvature
@@ -141,7 +146,7 @@ class BayesianAggregator(FedAvg):
         self.server = Momentum(momentum, eta, lookahead)
         measures = (rho > 0 or b > 0) and not isinstance(self.curvature, NoCurvature)
         self.exchange = Exchange(curvature=self.curvature if measures else None)
-        self.personal_from = personal_from
+        self.personal_from, self.saturation = personal_from, saturation
         self.personal = PersonalModel(keeps="deviation", first_round=personal_from) if personal_models else None
         self.memory = SiteMemory(weights=between or remember)
         self._levels: dict[str, float] = {}
@@ -164,7 +169,7 @@ class BayesianAggregator(FedAvg):
         if self.remember:
             absent = {site: factors for site, factors in self.memory.factors.items() if site not in counts}
             counts |= {site: {name: f.num_examples for name, f in own.items()} for site, own in absent.items()}
-        self._shares = task_shares(counts, schema, self.power)
+        self._shares = task_shares(counts, schema, self.evidence)
         self._shared = frozenset(key for block in schema.blocks if block.task is None for key in block.keys)
 
     @override
@@ -254,9 +259,15 @@ class BayesianAggregator(FedAvg):
                 [float(self._precision(key, factor).mean()) for factor in held],
             )
 
+    def evidence(self, num_examples: int) -> float:
+        r"""Return the weight $e(n)$ of so many labelled images of a site."""
+        if self.saturation is not None:
+            return math.pow(num_examples / (1 + num_examples / self.saturation), self.power)
+        return math.pow(num_examples, self.power)
+
     def _share(self, site: str, num_examples: int, key: str) -> float:
         """Return a site's weight before its precision: its share of the tasks in a shared block, else $n^a$."""
-        return self._shares[site] if key in self._shared else math.pow(num_examples, self.power)
+        return self._shares[site] if key in self._shared else self.evidence(num_examples)
 
     def _remembered(self, site: str, key: str, factor: Factor) -> Tensor | None:
         """Return the weight of a remembered factor in the merge; ``None`` where it is left out."""
@@ -273,24 +284,26 @@ class BayesianAggregator(FedAvg):
         return _shrunk(precision / precision.mean(), self.kappa).mul_(discount * count)
 
 
-def task_shares(examples: Mapping[str, Mapping[str, int]], schema: Schema, power: float) -> dict[str, float]:
+def task_shares(
+    examples: Mapping[str, Mapping[str, int]], schema: Schema, evidence: Callable[[int], float]
+) -> dict[str, float]:
     r"""Return the weight of each site in the blocks that all tasks share: every task has the weight 1 in total.
 
-    A task's weight is divided among the sites with labels for it, $n_{kt}^a / \sum_j n_{jt}^a$, and a site's weight is
+    A task's weight is divided among the sites with labels for it, $e(n_{kt}) / \sum_j e(n_{jt})$, and a site's weight is
     the sum over its tasks. Training on the union of the data weights a site in this way, since the hybrid loss is a
     mean over tasks. Sites that trained a shared block for no task with a head share the weight of one more task.
 
     Args:
         examples: By site and block name, the labelled images of the round.
         schema: The model's schema.
-        power: The exponent $a$ in [0, 1].
+        evidence: The weight of so many labelled images, above 0.
 
     Example:
         >>> from federation.exchange.schema import Block, Schema
         >>> blocks = Block("encoder", ()), Block("heads.pneumonia", (), "pneumonia"), Block("heads.lungs", (), "lungs")
         >>> schema = Schema(blocks, {}, frozenset(), frozenset(), ())
         >>> counts = {"a": {"heads.pneumonia": 300}, "b": {"heads.pneumonia": 100}, "c": {"heads.lungs": 20}}
-        >>> task_shares(counts, schema, power=1)
+        >>> task_shares(counts, schema, evidence=float)
         {'a': 0.75, 'b': 0.25, 'c': 1.0}
     """
     heads = {block.name for block in schema.blocks if block.task is not None}
@@ -299,7 +312,7 @@ def task_shares(examples: Mapping[str, Mapping[str, int]], schema: Schema, power
         own = {name: n for name, n in counts.items() if name in heads and n > 0}
         for name, n in (own or {"": max(counts.values(), default=0)}).items():
             if n > 0:
-                groups.setdefault(name, {})[site] = math.pow(n, power)
+                groups.setdefault(name, {})[site] = evidence(n)
     shares: dict[str, float] = {}
     for _, members in sorted(groups.items()):
         total = math.fsum(members.values())

@@ -273,7 +273,7 @@ def test_numbers_out_of_range_raise_an_error_with_their_name(wrong):
 def test_momentum_without_curvature_is_fedavgm_to_the_last_bit(lookahead):
     state, schema = toy()
     aggregator = BayesianAggregator(
-        rho=0.0, b=0.0, a=1.0, momentum=0.6, eta=0.8, lookahead=lookahead, balance_tasks=False
+        rho=0.0, b=0.0, a=1.0, momentum=0.6, eta=0.8, lookahead=lookahead, balance_tasks=False, saturation=None
     )
     plain, other = FedAvgM(0.6, 0.8, lookahead=lookahead), state
     for number in range(3):

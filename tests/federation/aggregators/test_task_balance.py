@@ -6,13 +6,14 @@ import torch
 from federation.aggregators import merge
 from federation.aggregators.bayesian import BayesianAggregator, task_shares
 from federation.exchange.update import BlockUpdate, Update
+from mtmedformer.errors import ConfigError
 from tests.fixtures.toy_federation import make_update, toy
 
 ENCODER, FINDING, LUNGS = "encoder", "heads.finding", "heads.lungs"
 
 
 def plain(**options):
-    return BayesianAggregator(rho=0.0, momentum=0.0, **options)
+    return BayesianAggregator(rho=0.0, momentum=0.0, **{"saturation": None} | options)
 
 
 def gradient_step(site, state, gradients, counts):
@@ -48,18 +49,18 @@ def test_shares_by_hand():
         "c": {ENCODER: 10, LUNGS: 10, FINDING: 0},
         "d": {ENCODER: 7},  # labelled for no task with a head
     }
-    even = task_shares(counts, schema, power=0.0)
+    even = task_shares(counts, schema, lambda n: 1.0)
     assert even == pytest.approx({"a": 1 / 2, "b": 1 / 2 + 1 / 2, "c": 1 / 2, "d": 1})
-    by_images = task_shares(counts, schema, power=1.0)
+    by_images = task_shares(counts, schema, float)
     assert by_images == pytest.approx({"a": 1 / 4, "b": 3 / 4 + 10 / 11, "c": 1 / 11, "d": 1})
-    assert task_shares({}, schema, power=1.0) == {}
+    assert task_shares({}, schema, float) == {}
 
 
 @pytest.mark.parametrize("a", [0.0, 0.5, 1.0])
 def test_the_shares_of_all_sites_add_up_to_the_number_of_tasks(a):
     _, schema = toy()
     counts = {site: {ENCODER: 9 * n, FINDING: n, LUNGS: 8 * n} for site, n in (("a", 3), ("b", 50), ("c", 1000))}
-    assert sum(task_shares(counts, schema, a).values()) == pytest.approx(2)
+    assert sum(task_shares(counts, schema, BayesianAggregator(a=a).evidence).values()) == pytest.approx(2)
 
 
 @pytest.mark.parametrize("a", [0.0, 1.0])
@@ -101,3 +102,25 @@ def test_a_task_whose_only_site_is_absent_keeps_its_weight_if_the_site_is_rememb
     expected = (finding + changes[2]) / 2 if remember else finding
     torch.testing.assert_close(once["encoder.0.bias"], state["encoder.0.bias"] + (finding + changes[2]) / 2)
     torch.testing.assert_close(again["encoder.0.bias"], state["encoder.0.bias"] + expected)
+
+
+def test_evidence_is_the_images_of_a_small_site_and_saturates_for_a_large_one():
+    bayes = BayesianAggregator(a=1.0, saturation=100.0)
+    assert bayes.evidence(1) == pytest.approx(1 / 1.01)
+    assert bayes.evidence(100) == pytest.approx(50)
+    assert bayes.evidence(10**9) == pytest.approx(100)
+    assert BayesianAggregator(a=1.0, saturation=None).evidence(3000) == 3000
+    assert BayesianAggregator(a=0.0).evidence(3000) == 1
+
+
+def test_evidence_weights_a_site_as_the_random_effects_model_does():
+    between, image = 0.03, 3.0  # variance between sites, and of a single image
+    bayes = BayesianAggregator(a=1.0, saturation=image / between)
+    for first, second in [(5, 50), (169, 2932)]:
+        precisions = [1 / (between + image / n) for n in (first, second)]
+        assert bayes.evidence(first) / bayes.evidence(second) == pytest.approx(precisions[0] / precisions[1])
+
+
+def test_a_saturation_of_zero_is_refused():
+    with pytest.raises(ConfigError, match=r"aggregator\.saturation: 0 is not above 0"):
+        BayesianAggregator(saturation=0)
