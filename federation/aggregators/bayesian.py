@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from federation.aggregators.fedprox import Proximal
 from federation.aggregators.server_step import Momentum
 from federation.bayes.curvature import Curvature, NoCurvature, SquaredGradients, normalise
 from federation.bayes.posterior import Factor, Posterior, SiteMemory, relative_precision
+from federation.bayes.site_weights import between_variance, task_shares
 from federation.exchange.schema import Schema, State
 from federation.exchange.update import BlockUpdate, Update
 from mtmedformer.errors import ConfigError
@@ -29,18 +30,19 @@ class BayesianAggregator(FedAvg):
 
     Site $k$ observes weight $i$ with precision $c_k (r_{ki} + \kappa)$, $c_k = s_k\, \bar\lambda_k^b$: its share $s_k$,
     mean curvature $\bar\lambda_k$ of its loss in the tensor, and curvature relative to that mean, tempered by $\rho$
-    and shrunk by $\kappa$. In the head of a task the share is its evidence, $e(n) = (n / (1 + n / n_0))^a$ for $n$
-    labelled images. In the blocks that all tasks share, with ``balance_tasks``, every task weighs the same:
-    $s_k = \sum_t e(n_{kt}) / \sum_j e(n_{jt})$ over the tasks of the site. The global weight moves by the precision-weighted mean of the changes, filtered over rounds:
+    and shrunk by $\kappa$. In the head of a task the share is the site's evidence, $e(n) = (n / (1 + n / n_0))^a$ for
+    $n$ labelled images. In the blocks that all tasks share, with ``balance_tasks``, every task weighs the same:
+    $s_k = \sum_t e(n_{kt}) / \sum_j e(n_{jt})$ over the tasks of the site. The global weight moves by the
+    precision-weighted mean of the changes, filtered over rounds:
 
     $$v_i \leftarrow \mu\, v_i + \frac{\sum_k c_k (r_{ki} + \kappa)\, \Delta_{ki}}{\sum_k c_k (r_{ki} + \kappa)},
       \qquad w_i \leftarrow w_i + \eta\, v_i$$
 
     where with ``lookahead`` the sites measured $\Delta$ from $w + \eta \mu v$, the mean of their prior. With the
     curvature off (``rho`` and ``b`` 0, or ``NoCurvature``) and without ``balance_tasks`` and ``saturation`` this is
-    FedAvg, with ``momentum`` FedAvgM, with or without lookahead, bit for bit: by counts at ``a`` 1, of equal sites at ``a`` 0, on
-    the same sums. The mathematics of the paper that gave the product its name are not public; these are our own,
-    derived and compared in ``docs/federation/mathematics.md``.
+    FedAvg, with ``momentum`` FedAvgM, with or without lookahead, bit for bit: by counts at ``a`` 1, of equal sites at
+    ``a`` 0, on the same sums. The mathematics of the paper that gave the product its name are not public; these are our
+    own, derived and compared in ``docs/federation/mathematics.md``.
 
     The sums take two copies of the model, ``momentum`` one and ``lookahead`` another. ``between`` and ``remember`` keep
     every site's weights and precision on the server: one to two copies per site.
@@ -282,70 +284,6 @@ class BayesianAggregator(FedAvg):
             curvature = float(factor.curvature[key].mean()) if key in factor.curvature else 1.0
             count *= self._curvature_scale(key, curvature)
         return _shrunk(precision / precision.mean(), self.kappa).mul_(discount * count)
-
-
-def task_shares(
-    examples: Mapping[str, Mapping[str, int]], schema: Schema, evidence: Callable[[int], float]
-) -> dict[str, float]:
-    r"""Return the weight of each site in the blocks that all tasks share: every task has the weight 1 in total.
-
-    A task's weight is divided among the sites with labels for it, $e(n_{kt}) / \sum_j e(n_{jt})$, and a site's weight is
-    the sum over its tasks. Training on the union of the data weights a site in this way, since the hybrid loss is a
-    mean over tasks. Sites that trained a shared block for no task with a head share the weight of one more task.
-
-    Args:
-        examples: By site and block name, the labelled images of the round.
-        schema: The model's schema.
-        evidence: The weight of so many labelled images, above 0.
-
-    Example:
-        >>> from federation.exchange.schema import Block, Schema
-        >>> blocks = Block("encoder", ()), Block("heads.pneumonia", (), "pneumonia"), Block("heads.lungs", (), "lungs")
-        >>> schema = Schema(blocks, {}, frozenset(), frozenset(), ())
-        >>> counts = {"a": {"heads.pneumonia": 300}, "b": {"heads.pneumonia": 100}, "c": {"heads.lungs": 20}}
-        >>> task_shares(counts, schema, evidence=float)
-        {'a': 0.75, 'b': 0.25, 'c': 1.0}
-    """
-    heads = {block.name for block in schema.blocks if block.task is not None}
-    groups: dict[str, dict[str, float]] = {}
-    for site, counts in sorted(examples.items()):
-        own = {name: n for name, n in counts.items() if name in heads and n > 0}
-        for name, n in (own or {"": max(counts.values(), default=0)}).items():
-            if n > 0:
-                groups.setdefault(name, {})[site] = evidence(n)
-    shares: dict[str, float] = {}
-    for _, members in sorted(groups.items()):
-        total = math.fsum(members.values())
-        for site, weight in members.items():
-            shares[site] = shares.get(site, 0.0) + weight / total
-    return dict(sorted(shares.items()))
-
-
-def between_variance(changes: Sequence[Tensor], precisions: Sequence[float]) -> float:
-    r"""Estimate the variance between sites in one tensor, beyond the noise within each site.
-
-    DerSimonian and Laird's moment estimator, averaged over the $N$ elements: with $p_k$ the precision of site $k$ and
-    $\bar\Delta$ the $p$-weighted mean, $Q = \frac1N \sum_k p_k \lVert \Delta_k - \bar\Delta \rVert^2$ and
-    $\tau^2 = \max\bigl(0, (Q - (K - 1)) / (\sum p - \sum p^2 / \sum p)\bigr)$.
-
-    Args:
-        changes: One tensor per site, all of one shape.
-        precisions: Precision of each site's tensor, in 1/weight², above 0.
-
-    Returns:
-        The variance, in weight²; 0 for a single site.
-
-    Reference:
-        DerSimonian and Laird, Meta-analysis in clinical trials, Controlled Clinical Trials 7, 1986, equation 8.
-    """
-    if len(changes) < 2:
-        return 0.0
-    weights = torch.tensor(precisions, dtype=torch.float64)
-    stacked = torch.stack([change.double().flatten() for change in changes])
-    mean = weights @ stacked / weights.sum()
-    q = float(weights @ (stacked - mean).square_().mean(1))
-    spread = float(weights.sum() - weights.square().sum() / weights.sum())
-    return max(0.0, (q - (len(changes) - 1)) / spread)
 
 
 def _shrunk(precision: Tensor, kappa: float) -> Tensor:

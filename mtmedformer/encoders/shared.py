@@ -116,8 +116,8 @@ class SharedEncoder(Encoder):
         """
         super().train(mode)
         if mode and self.frozen_statistics:
-            norms = [m for m in self.body.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
-            if not any(bool(norm.running_mean.any()) for norm in norms):
+            norms = [module for module in self.body.modules() if isinstance(module, BATCH_NORMS)]
+            if not any(norm.running_mean is not None and bool(norm.running_mean.any()) for norm in norms):
                 raise ConfigError(
                     f"encoder.frozen_statistics: {self.name} has no BatchNorm statistics of trained weights; set "
                     "encoder.checkpoint_path or encoder.pretrained, or frozen_statistics to false"

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from federation.aggregators import FedAvg, FedAvgM, FedProx, merge
-from federation.aggregators.bayesian import BayesianAggregator, between_variance
+from federation.aggregators.bayesian import BayesianAggregator
 from federation.bayes.curvature import NoCurvature, SquaredGradients
+from federation.bayes.site_weights import between_variance
 from federation.exchange.schema import Block, Schema
 from federation.exchange.update import BlockUpdate, Update
 from mtmedformer.errors import ConfigError
@@ -24,7 +25,9 @@ SCHEMA = Schema(
 )
 
 
-bayes = partial(BayesianAggregator, a=0.0, momentum=0.0)  # the merge alone; the rest has tests of its own, below
+bayes = partial(
+    BayesianAggregator, a=0.0, momentum=0.0, saturation=None, balance_tasks=False
+)  # the merge alone; the rest has tests of its own, below
 
 
 def start():

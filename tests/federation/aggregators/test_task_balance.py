@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from federation.aggregators import merge
-from federation.aggregators.bayesian import BayesianAggregator, task_shares
+from federation.aggregators.bayesian import BayesianAggregator
+from federation.bayes.site_weights import task_shares
 from federation.exchange.update import BlockUpdate, Update
 from mtmedformer.errors import ConfigError
 from tests.fixtures.toy_federation import make_update, toy
