@@ -57,10 +57,10 @@ class Federation(L.Callback):
         aggregator: How updates become the next global weights; ``null`` is the Bayesian aggregator.
         site_trainer: The Trainer of a site. Its ``max_epochs`` (or ``max_steps``) is the budget of one round, by
             default one epoch; gradient clipping, accumulation and limits of training belong here too.
-        local_steps: Optimizer steps of a site per round. ``equal``: every site takes the same number, the mean over
-            the sites of the steps of ``site_trainer.max_epochs`` epochs, so that the round as a whole costs the same
-            but a small site trains as long as a large one. ``epochs``: each site trains ``site_trainer.max_epochs``
-            epochs on its own images. A number: this many steps. ``site_trainer.max_steps`` overrides it.
+        local_steps: Optimizer steps of a site per round. ``epochs``: those of ``site_trainer.max_epochs`` epochs on its
+            own images. ``raised``: the same, but at least half the mean over the sites, so that a small site does not
+            fall behind. ``equal``: every site takes the mean. A number: this many steps. ``site_trainer.max_steps``
+            overrides it.
         placement: ``sequential``: one process trains all sites; ``isolated``: each site trains in a process of its own,
             with one thread, so that a crash affects this site only (not on GPUs); ``per_rank``: every process trains
             some sites; ``ddp``: all processes train each site together, and a site that fails on one ends the run.
@@ -89,7 +89,7 @@ class Federation(L.Callback):
         self,
         aggregator: Aggregator | None = None,
         site_trainer: Callable[[], L.Trainer] = L.Trainer,
-        local_steps: LocalSteps = "equal",
+        local_steps: LocalSteps = "raised",
         placement: Placement = "auto",
         sites_at_once: int = 1,
         optimizer_state: Literal["reset", "keep"] = "reset",
@@ -105,7 +105,9 @@ class Federation(L.Callback):
         self.sites_at_once, self.align, self.validate_sites, self.policy = sites_at_once, align, validate_sites, policy
         check_participation(participation)
         if isinstance(local_steps, int) and local_steps < 1:
-            raise ConfigError(f"federation.local_steps is {local_steps}; set 1 or more steps, or equal, or epochs")
+            raise ConfigError(
+                f"federation.local_steps is {local_steps}; set 1 or more steps, or raised, equal or epochs"
+            )
         if sites_at_once < 1 or (sites_at_once > 1 and placement != "isolated"):
             raise ConfigError(
                 f"federation.sites_at_once is {sites_at_once}; sites train at the same time with placement: isolated, "
@@ -121,7 +123,7 @@ class Federation(L.Callback):
         self._server: Server | None = None
         self._began = 0.0
         self._started = False
-        self._steps: int | None = None
+        self._steps: dict[str, int] = {}
 
     @property
     def server(self) -> Server:
@@ -204,9 +206,7 @@ class Federation(L.Callback):
         self._steps = self._trainers.local_steps(self.local_steps, training, pooled)
         if not pooled:
             site_trainer = self._trainers.validation()
-            self.server.declared = declarations(
-                training, self.holdings, site_trainer, self.server.privacy, self._steps or 0
-            )
+            self.server.declared = declarations(training, self.holdings, site_trainer, self.server.privacy, self._steps)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             shutil.rmtree(Path(trainer.default_root_dir, WAITING), ignore_errors=True)  # of a killed process
             write_sites(self.holdings, sites, Path(trainer.default_root_dir))

@@ -59,7 +59,7 @@ def declarations(
     holdings: Sequence[Holding],
     site_trainer: L.Trainer,
     privacy: Mapping[str, PrivacyPolicy],
-    local_steps: int = 0,
+    local_steps: Mapping[str, int],
 ) -> dict[str, Declaration]:
     """Return by site the most labelled samples that one of its rounds can use, before the first round.
 
@@ -70,7 +70,7 @@ def declarations(
         holdings: Their images and labels.
         site_trainer: A configured Trainer of a site.
         privacy: Privacy policy by site.
-        local_steps: Optimizer steps of every site per round; 0 where its Trainer sets its budget.
+        local_steps: Optimizer steps per round by site, of those whose budget their Trainer does not set.
     """
     epochs, steps = budget(site_trainer)
     found = {}
@@ -81,7 +81,7 @@ def declarations(
         with suppress(TypeError):  # the length of an iterable data set is unknown
             batch = loader.batch_size or 0
             images = max(len(loader.dataset), len(loader) * batch)  # type: ignore[arg-type]
-            by_steps = max(steps, local_steps) * batch * site_trainer.accumulate_grad_batches
+            by_steps = max(steps, local_steps.get(name, 0)) * batch * site_trainer.accumulate_grad_batches
             images = 2 * max(images * max(epochs, 1), by_steps)
         policy = privacy.get(name)
         known = frozenset(labels[name]) if labels.get(name) else None

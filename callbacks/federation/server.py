@@ -118,7 +118,7 @@ class Server:
         site_trainer: SiteTrainer,
         sites_at_once: int,
         folder: Path | None,
-        steps: int | None = None,
+        steps: Mapping[str, int],
     ) -> RoundResult:
         """Train some sites from the module's weights, and merge their updates; the Trainer's next step applies them.
 
@@ -128,7 +128,7 @@ class Server:
             site_trainer: Trains one site.
             sites_at_once: Number of sites that train at the same time, where each has a process of its own.
             folder: The run folder; ``None`` writes nothing.
-            steps: Optimizer steps of every site; ``None``: the budget of each site's Trainer.
+            steps: Optimizer steps by site; the others take the budget of their Trainer.
 
         Raises:
             RoundError: Too few updates were admitted.
@@ -152,7 +152,7 @@ class Server:
         self._loop.release()
         self.module.automatic_optimization = self._automatic
 
-    def _plan(self, steps: int | None) -> RoundPlan:
+    def _plan(self, steps: Mapping[str, int]) -> RoundPlan:
         state = self.aggregator.starting_state(state_of(self.module))
         return RoundPlan(
             round=self.trainer.current_epoch,

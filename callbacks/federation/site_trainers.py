@@ -21,7 +21,7 @@ from mtmedformer.errors import ConfigError
 from mtmedformer.protocols import StopsTraining
 
 Placement = Literal["auto", "sequential", "isolated", "per_rank", "ddp"]
-LocalSteps = Literal["equal", "epochs"] | int
+LocalSteps = Literal["raised", "equal", "epochs"] | int
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class SiteTrainers:
         """Return a Trainer for the validation of a site's own model."""
         return build_site_trainer(self._limited(), self.server, validates=True)
 
-    def local_steps(self, setting: LocalSteps, sites: Mapping[str, Site], pooled: bool) -> int | None:
-        """Return the optimizer steps of every site per round; ``None``: the budget of each site's own Trainer.
+    def local_steps(self, setting: LocalSteps, sites: Mapping[str, Site], pooled: bool) -> dict[str, int]:
+        """Return the optimizer steps per round of the sites that do not take the budget of their own Trainer.
 
         Args:
-            setting: ``equal``: the mean over the sites of the steps of ``site_trainer.max_epochs`` epochs, so that all
-                sites together take as many steps as with epochs; ``epochs``; or a number. ``site_trainer.max_steps``
-                overrides it.
+            setting: ``epochs``: no site; ``raised``: half the mean over the sites of the steps of
+                ``site_trainer.max_epochs`` epochs, for the sites whose epochs are shorter; ``equal``: the mean, for all
+                sites; or a number. ``site_trainer.max_steps`` overrides it.
             sites: The sites that train.
             pooled: Whether one site trains on the images of all; it takes as many steps as all sites together.
 
@@ -71,14 +71,17 @@ class SiteTrainers:
         """
         trainer = build_site_trainer(self._limited(), self.server)
         epochs, steps = budget(trainer)
-        if setting == "epochs" or steps != -1 or (pooled and setting == "equal"):
-            return None
-        if setting != "equal":
-            return setting * len(sites) if pooled else setting
-        batches = [_batches(site, trainer) for site in sites.values()]
+        if setting == "epochs" or steps != -1 or (pooled and isinstance(setting, str)):
+            return {}
+        if isinstance(setting, int):
+            return {"pooled": setting * len(sites)} if pooled else dict.fromkeys(sites, setting)
         world = self.server.world_size if self.placement == "ddp" else 1
-        mean = epochs * sum(batches) / max(1, len(batches))
-        return max(1, round(mean / trainer.accumulate_grad_batches / world))
+        share = epochs / trainer.accumulate_grad_batches / world
+        own = {name: share * _batches(site, trainer) for name, site in sites.items()}
+        mean = sum(own.values()) / max(1, len(own))
+        if setting == "equal":
+            return dict.fromkeys(sites, max(1, round(mean)))
+        return {name: max(1, round(mean / 2)) for name, count in own.items() if count < mean / 2}
 
     def stop_requested(self) -> bool:
         """Return whether the run is to stop: by SIGTERM, or by a callback."""

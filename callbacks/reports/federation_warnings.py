@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from callbacks.reports.federation_summary import FederationSummary, site_values
 from mtmedformer.plots.html import number
 
@@ -25,13 +27,14 @@ def _dominant_sites(summary: FederationSummary) -> list[str]:
     total = sum(site.images for site in summary.sites)
     largest = max(summary.sites, key=lambda site: site.images, default=None)
     weights = summary.aggregator.options
-    equal = weights.get("a") == 0 or weights.get("weights") == "equal"
+    bounded = weights.get("saturation", math.inf) < math.inf
+    equal = bounded or weights.get("a") == 0 or weights.get("weights") == "equal"
     if largest is None or len(summary.sites) < 2 or equal or largest.images <= DOMINANT * total:
         return []
     return [
         f"{largest.site} holds {largest.images / total:.0%} of the labelled training images, and the merge weights "
-        "sites by their images: the shared encoder follows this site. Try sites of equal weight "
-        "(federation.aggregator.a=0; FedAvg: federation.aggregator.weights=equal)."
+        "sites by their images: the shared encoder follows this site. Limit the weight of a site "
+        "(federation.aggregator.saturation=100; FedAvg: federation.aggregator.weights=equal)."
     ]
 
 

@@ -79,9 +79,9 @@ class BayesianAggregator(FedAvg):
             ``between`` ignores it.
         personal_from: Round, from 0, in which the personal models start, from the global weights. The last fifth of the
             rounds costs a fifth more training instead of twice as much.
-        saturation: Labelled images $n_0$ above which more images of a site add little evidence, or ``None``: sites far
-            below it weigh by their images, sites far above it all the same. It is the ratio of the variance of a single
-            image to the variance between sites in a random-effects model.
+        saturation: Labelled images $n_0$ above which more images of a site add little evidence: sites far below it
+            weigh by their images, sites far above it all the same. It is the ratio of the variance of a single image to
+            the variance between sites in a random-effects model. Infinity switches it off.
 
     Raises:
         ConfigError: When a number is out of its range, or the granularity is unknown.
@@ -121,7 +121,7 @@ class BayesianAggregator(FedAvg):
         personal_models: bool = False,
         balance_tasks: bool = True,
         personal_from: int = 0,
-        saturation: float | None = 100.0,
+        saturation: float = 100.0,
     ) -> None:
         super().__init__("equal")
         for name, value in {"rho": rho, "a": a, "b": b, "gamma": gamma}.items():
@@ -134,8 +134,8 @@ class BayesianAggregator(FedAvg):
                 raise ConfigError(f"aggregator.{name}: {value} is negative; use 0 or more")
         if personal_from < 0:
             raise ConfigError(f"aggregator.personal_from: {personal_from} is negative; use 0 or a later round")
-        if saturation is not None and not saturation > 0:
-            raise ConfigError(f"aggregator.saturation: {saturation} is not above 0; use null to switch it off")
+        if not saturation > 0:
+            raise ConfigError(f"aggregator.saturation: {saturation} is not above 0; .inf weights by images")
         if granularity not in ("element", "row", "tensor"):
             raise ConfigError(f"aggregator.granularity: {granularity!r} is none of 'element', 'row', 'tensor'")
         self.curvature = SquaredGradients() if curvature is None else curvature
@@ -263,9 +263,7 @@ class BayesianAggregator(FedAvg):
 
     def evidence(self, num_examples: int) -> float:
         r"""Return the weight $e(n)$ of so many labelled images of a site."""
-        if self.saturation is not None:
-            return math.pow(num_examples / (1 + num_examples / self.saturation), self.power)
-        return math.pow(num_examples, self.power)
+        return math.pow(num_examples / (1 + num_examples / self.saturation), self.power)
 
     def _share(self, site: str, num_examples: int, key: str) -> float:
         """Return a site's weight before its precision: its share of the tasks in a shared block, else $n^a$."""

@@ -42,7 +42,7 @@ class RoundPlan:
         distributed: Whether all processes train each site together.
         symmetries: Groups of the module's units that are aligned to the global model before an update leaves; none
             leaves every unit where it is.
-        steps: Optimizer steps of every site; ``None``: each site's Trainer sets its own budget.
+        steps: Optimizer steps by site; the others take the budget of their Trainer.
     """
 
     round: int
@@ -54,7 +54,7 @@ class RoundPlan:
     keep_optimizer: bool = False
     distributed: bool = False
     symmetries: PermutationGroups = ()
-    steps: int | None = None
+    steps: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass

@@ -96,7 +96,7 @@ def train_site(
     outgoing = OutgoingUpdate(privacy, site, plan.round, plan.base, memory.privacy)
     trainer = make_trainer()
     outgoing.attach_dp_sgd(module, trainer)
-    _fit(module, datamodule, trainer, training, plan, memory, (plan.seed, plan.round, site))
+    _fit(module, datamodule, trainer, training, plan, memory, site)
     after = state_of(module)
     kept = SiteState(
         epochs=trainer.current_epoch,
@@ -175,12 +175,13 @@ def _fit(
     training: LocalTraining,
     plan: RoundPlan,
     memory: SiteState,
-    key: tuple[object, ...],
+    site: str,
+    *model: str,
 ) -> L.Trainer:
     """Fit a module in a fresh Trainer whose counters continue from the site's earlier rounds; return the Trainer."""
-    continue_from(trainer, memory.epochs, memory.steps, plan.steps)
+    continue_from(trainer, memory.epochs, memory.steps, plan.steps.get(site))
     trainer.callbacks.append(training)  # type: ignore[attr-defined]
-    with seeded(*key), quiet_lightning():
+    with seeded(plan.seed, plan.round, site, *model), quiet_lightning():
         if plan.distributed:
             trainer.fit(module, datamodule=datamodule)
         else:
@@ -206,7 +207,7 @@ def _personal(
     training = LocalTraining(
         plan, start, copy.deepcopy(objective), NoCurvature(), plan.schema.personal_keys(), stop, {}
     )
-    _fit(module, datamodule, make_trainer(), training, plan, start, (plan.seed, plan.round, site, "personal"))
+    _fit(module, datamodule, make_trainer(), training, plan, start, site, "personal")
     return state_of(module)
 
 

@@ -165,7 +165,7 @@ def test_a_task_without_labels_stays_at_its_start(tmp_path):
 def test_the_servers_own_loss_state_does_not_move(tmp_path, aggregator):
     _, module, federation = run(tmp_path, Federation(aggregator()))
     assert module.loss.seen == 0
-    assert federation.sites["a"].local["loss.seen"] == 6  # three rounds of two steps
+    assert federation.sites["a"].local["loss.seen"] == 9  # three rounds of three steps
 
 
 def test_early_stopping_counts_rounds(tmp_path):
@@ -221,6 +221,7 @@ def test_the_budget_may_be_steps(tmp_path):
         ("equal", {"max_epochs": 3, "limit_train_batches": 0.5}, {"a": 3, "b": 3, "c": 3}),
         ("equal", {"max_steps": 5}, {"a": 5, "b": 5, "c": 5}),
         ("epochs", {}, {"a": 3, "b": 2, "c": 2}),
+        ("raised", {}, {"a": 3, "b": 2, "c": 2}),  # none below half the mean
         (4, {}, {"a": 4, "b": 4, "c": 4}),
     ],
 )
@@ -230,7 +231,16 @@ def test_the_budget_of_a_round_in_steps(tmp_path, local_steps, trainer, steps):
     assert [{name: site.steps for name, site in r.sites.items()} for r in federation.history] == [steps, steps]
 
 
-@pytest.mark.parametrize("local_steps, steps", [("equal", 7), ("epochs", 7), (4, 12)])
+def test_a_small_site_takes_at_least_half_the_mean_of_the_steps(tmp_path):
+    sizes = {"a": 40, "b": 36, "c": 4}  # batches of 4: 10, 9 and 1, mean 6.7
+    data = FederatedDataModule(sites={name: ToySite(n=n) for name, n in sizes.items()})
+    federation = Federation(FedAvg())
+    run(tmp_path, federation, rounds=2, data=data)
+    for round_ in federation.history:
+        assert {name: site.steps for name, site in round_.sites.items()} == {"a": 10, "b": 9, "c": 3}
+
+
+@pytest.mark.parametrize("local_steps, steps", [("raised", 7), ("equal", 7), ("epochs", 7), (4, 12)])
 def test_pooled_training_takes_the_steps_of_all_sites_together(tmp_path, local_steps, steps):
     federation = Federation(Pooled(), local_steps=local_steps)
     run(tmp_path, federation, rounds=1)
@@ -296,12 +306,13 @@ def test_personal_models_ride_on_the_global_one_which_knows_nothing_of_them(tmp_
 
 
 def test_personal_models_start_in_the_round_that_is_set(tmp_path):
-    late = BayesianAggregator(personal_models=True, personal_from=1)
-    _, module, federation = run(tmp_path / "late", Federation(late), rounds=1)
-    assert all(equal(federation.model_of(site), weights(module)) for site in "abc")
-    late = BayesianAggregator(personal_models=True, personal_from=1)
-    _, module, federation = run(tmp_path / "later", Federation(late), rounds=2)
-    assert all(not equal(federation.model_of(site), weights(module)) for site in "abc")
+    for rounds, personal in ((1, False), (2, True)):
+        late = BayesianAggregator(personal_models=True, personal_from=1)
+        _, module, federation = run(tmp_path / str(rounds), Federation(late), rounds=rounds)
+        shared = weights(module)
+        for site in "abc":
+            own = federation.model_of(site)
+            assert any(not torch.equal(own[key], shared[key]) for key in shared if "loss" not in key) == personal
 
 
 class Watched(FedAvgM):

@@ -47,10 +47,10 @@ def test_a_dominant_site_is_named_with_its_share():
     held = {"children": (790, 0, 790), "adults": (160, 20, 160), "masks": (50, 50, 0)}
     (text,) = warnings_of(summary(held))
     assert text.startswith("children holds 79% of the labelled training images")
-    assert "federation.aggregator.a=0" in text
+    assert "federation.aggregator.saturation=100" in text
 
 
-@pytest.mark.parametrize("options", [{"a": 0.0}, {"weights": "equal"}])
+@pytest.mark.parametrize("options", [{"a": 0.0}, {"weights": "equal"}, {"saturation": 100.0}])
 def test_a_dominant_site_is_no_problem_where_sites_have_equal_weight(options):
     held = {"children": (790, 0, 790), "adults": (160, 20, 160), "masks": (50, 50, 0)}
     assert warnings_of(summary(held, **options)) == []

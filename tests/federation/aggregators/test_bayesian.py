@@ -26,7 +26,7 @@ SCHEMA = Schema(
 
 
 bayes = partial(
-    BayesianAggregator, a=0.0, momentum=0.0, saturation=None, balance_tasks=False
+    BayesianAggregator, a=0.0, momentum=0.0, saturation=math.inf, balance_tasks=False
 )  # the merge alone; the rest has tests of its own, below
 
 
@@ -276,7 +276,7 @@ def test_numbers_out_of_range_raise_an_error_with_their_name(wrong):
 def test_momentum_without_curvature_is_fedavgm_to_the_last_bit(lookahead):
     state, schema = toy()
     aggregator = BayesianAggregator(
-        rho=0.0, b=0.0, a=1.0, momentum=0.6, eta=0.8, lookahead=lookahead, balance_tasks=False, saturation=None
+        rho=0.0, b=0.0, a=1.0, momentum=0.6, eta=0.8, lookahead=lookahead, balance_tasks=False, saturation=math.inf
     )
     plain, other = FedAvgM(0.6, 0.8, lookahead=lookahead), state
     for number in range(3):

@@ -1,5 +1,7 @@
 """Averages, server optimizers, robust centres and reference points, each against an independent calculation."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -42,7 +44,7 @@ def test_means_by_examples_and_of_equal_sites():
         FedAvg("samples")
 
 
-@pytest.mark.parametrize("aggregator", [FedAvg(), FedAvgM(lookahead=True), BayesianAggregator(saturation=None)])
+@pytest.mark.parametrize("aggregator", [FedAvg(), FedAvgM(lookahead=True), BayesianAggregator(saturation=math.inf)])
 def test_merged_batchnorm_statistics_are_those_of_the_union(aggregator):
     state, schema = toy()
     mean, variance = "encoder.2.running_mean", "encoder.2.running_var"

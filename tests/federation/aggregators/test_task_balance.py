@@ -1,5 +1,7 @@
 """The weights of sites in shared blocks, where every task has the same weight."""
 
+import math
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ ENCODER, FINDING, LUNGS = "encoder", "heads.finding", "heads.lungs"
 
 
 def plain(**options):
-    return BayesianAggregator(rho=0.0, momentum=0.0, **{"saturation": None} | options)
+    return BayesianAggregator(rho=0.0, momentum=0.0, **{"saturation": math.inf} | options)
 
 
 def gradient_step(site, state, gradients, counts):
@@ -110,7 +112,7 @@ def test_evidence_is_the_images_of_a_small_site_and_saturates_for_a_large_one():
     assert bayes.evidence(1) == pytest.approx(1 / 1.01)
     assert bayes.evidence(100) == pytest.approx(50)
     assert bayes.evidence(10**9) == pytest.approx(100)
-    assert BayesianAggregator(a=1.0, saturation=None).evidence(3000) == 3000
+    assert BayesianAggregator(a=1.0, saturation=math.inf).evidence(3000) == 3000
     assert BayesianAggregator(a=0.0).evidence(3000) == 1
 
 
