@@ -1,8 +1,11 @@
-"""Normalization layers whose output for an image does not depend on the other images of the batch."""
+"""Normalization layers: GroupNorm, and the layers that mix the images of a batch."""
 
 from __future__ import annotations
 
 from torch import nn
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""Layers whose output for an image depends on the other images of the batch."""
 
 
 def group_norm(channels: int, max_groups: int = 32, min_channels: int = 8) -> nn.GroupNorm:

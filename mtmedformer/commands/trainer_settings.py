@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import nn
 
 from mtmedformer.errors import ConfigError
-from mtmedformer.heads.layers import BATCH_NORMS
+from mtmedformer.normalization import BATCH_NORMS
 
 PRECISIONS = frozenset({"32-true", "32", "16-mixed", "16", "bf16-mixed", "bf16", "bf16-true", "64-true", "64"})
 """Values of ``trainer.precision`` that train right."""

@@ -18,7 +18,7 @@ from mtmedformer.encoders.base import Encoder
 from mtmedformer.encoders.neck import LEVELS, Neck
 from mtmedformer.encoders.pretrained import LoadReport, load_weights, timm_renaming
 from mtmedformer.errors import ConfigError
-from mtmedformer.heads.layers import BATCH_NORMS
+from mtmedformer.normalization import BATCH_NORMS
 
 
 class SharedEncoder(Encoder):

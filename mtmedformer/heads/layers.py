@@ -9,10 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtmedformer.errors import ConfigError
-from mtmedformer.normalization import group_norm
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-"""Layers whose output for an image depends on the other images of the batch."""
+from mtmedformer.normalization import BATCH_NORMS, group_norm
 
 head_norm = partial(group_norm, max_groups=8, min_channels=2)
 """The GroupNorm of the heads: at most 8 groups of at least 2 channels, so that a map of one pixel has a variance."""
