@@ -50,8 +50,7 @@ def case_report(
             finding_type=model.concept(label) if label else None,
             measurements=[measured],
             source_images=[
-                hd.sr.SourceImageForMeasurementGroup.from_source_image(source.header, source.frames)
-                for source in sources
+                source.reference(hd.sr.SourceImageForMeasurementGroup.from_source_image) for source in sources
             ],
         )
 

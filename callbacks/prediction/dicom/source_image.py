@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import SecondaryCaptureImageStorage
 
 from mtmedformer.errors import DataError
+
+Reference = TypeVar("Reference", bound=Dataset)
 
 _NEEDED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 """Attributes that a reference to the source needs; they have no substitute."""
@@ -51,15 +55,23 @@ class SourceImage:
         return str(self.header.SOPInstanceUID) + (f"#{self.frame}" if self.frame else "")
 
     @property
-    def frames(self) -> list[int] | None:
-        """Numbers of the frames for a reference; ``None`` refers to the whole file."""
-        return [self.frame] if self.frame else None
-
-    @property
     def number(self) -> int:
         """Number of the image in a series of its own."""
         number = self.frame or self.header.get("InstanceNumber")
         return int(number) if number and int(number) > 0 else 1
+
+    def reference(self, from_source_image: Callable[[Dataset], Reference]) -> Reference:
+        """Return an item of a structured report that refers to this image, its frame included.
+
+        highdicom refuses frames of the classes that should have none, such as CR and DX; such files exist.
+
+        Args:
+            from_source_image: Constructor of the item from the header.
+        """
+        made = from_source_image(self.header)
+        if self.frame:
+            made.ReferencedSOPSequence[0].ReferencedFrameNumber = self.frame
+        return made
 
     def single_frame(self) -> Dataset:
         """Return the header as that of a file of this image alone, a Secondary Capture image where it is multi-frame.

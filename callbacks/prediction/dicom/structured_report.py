@@ -101,9 +101,7 @@ class _MeasurementGroups:
             tracking_identifier=self._tracking(task),
             measurements=measurements or None,
             qualitative_evaluations=evaluations or None,
-            source_images=[
-                hd.sr.SourceImageForMeasurementGroup.from_source_image(self.source.header, self.source.frames)
-            ],
+            source_images=[self.source.reference(hd.sr.SourceImageForMeasurementGroup.from_source_image)],
         )
 
     def probability(self, task: str, name: str, value: float) -> Any:
@@ -115,9 +113,7 @@ class _MeasurementGroups:
             tracking_identifier=self._tracking(f"{task}: {name}"),
             finding_type=self.model.concept(name),
             measurements=[measured],
-            source_images=[
-                hd.sr.SourceImageForMeasurementGroup.from_source_image(self.source.header, self.source.frames)
-            ],
+            source_images=[self.source.reference(hd.sr.SourceImageForMeasurementGroup.from_source_image)],
         )
 
     def box(self, task: str, number: int, box: FoundBox) -> Any:
@@ -127,7 +123,7 @@ class _MeasurementGroups:
         region = hd.sr.ImageRegion(
             graphic_type=hd.sr.GraphicTypeValues.POLYLINE,
             graphic_data=corners,
-            source_image=hd.sr.SourceImageForRegion.from_source_image(self.source.header, self.source.frames),
+            source_image=self.source.reference(hd.sr.SourceImageForRegion.from_source_image),
         )
         certainty = hd.sr.Measurement(
             name=codes.DCM.CertaintyOfFinding,
@@ -151,7 +147,7 @@ class _MeasurementGroups:
             sop_instance_uid=masks.SOPInstanceUID,
             frame_number=segment,  # one frame per segment, in the same order
             segment_number=segment,
-            source_image=hd.sr.SourceImageForSegmentation.from_source_image(self.source.header, self.source.frames),
+            source_image=self.source.reference(hd.sr.SourceImageForSegmentation.from_source_image),
         )
         del reference[0].ReferencedSOPSequence[0].ReferencedFrameNumber  # only one of the two is allowed (PS3.3 C.18.4)
         return hd.sr.PlanarROIMeasurementsAndQualitativeEvaluations(

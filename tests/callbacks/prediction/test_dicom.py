@@ -271,6 +271,7 @@ def test_the_report_of_a_case_refers_to_all_its_images(tmp_path):
 MULTI_FRAME = {
     "ultrasound": {"SOPClassUID": UltrasoundMultiFrameImageStorage, "Modality": "US"},
     "enhanced": {"SOPClassUID": EnhancedMRImageStorage, "Modality": "MR", "FrameOfReferenceUID": "1.2.3.9"},
+    "radiography": {},  # a class that should have no frames
 }
 
 
