@@ -67,10 +67,14 @@ class PreparedImages:
     def original(self, file: Path, frame: int | None = None) -> Floats:
         """Read the whole image, or one of its frames, as displayed: float32 (H, W), or (H, W, 3) in colour, in [0, 1].
 
+        A negative is inverted, as for the network.
+
         Raises:
             DataError: The file cannot be read.
         """
-        return read_image(file, self.preprocessing.white_level, self.preprocessing.channels == 3, frame).pixels
+        pixels = read_image(file, self.preprocessing.white_level, self.preprocessing.channels == 3, frame).pixels
+        negative = any(r.inverted and r.file == file and r.frame == frame for r in self.records)
+        return 1 - pixels if negative else pixels
 
     def is_dicom(self, file: Path) -> bool:
         """Return whether an image file is DICOM, from its first bytes."""

@@ -116,6 +116,7 @@ def test_a_negative_is_inverted_when_it_is_read(root):
     films = {record.file: split[i].image for split in own.datasets.values() for i, record in enumerate(split.records)}
     expected = np.random.default_rng(1).integers(1, 200, (32, 32), np.uint8)
     np.testing.assert_allclose(films[root / PATHS[1]][0] * 255, expected, atol=0.01)
+    np.testing.assert_allclose(own.original(root / PATHS[1]) * 255, expected, atol=0.01)  # overlays show it alike
     plain = data(root, inverted_column=None)
     first, second = own.catalogue().records[1], plain.catalogue().records[1]
     assert own.preprocessing.keys([first]) != plain.preprocessing.keys([second]), "another entry of the cache"
