@@ -21,7 +21,6 @@ from callbacks.federation.callback import Federation
 from callbacks.federation.site_trainers import processes_of
 from callbacks.prediction.familiarity_of_images import ImageFiles
 from datamodules.loading.dataset import CachedDataset
-from federation.client.lightning_internals import copy_module
 from federation.datamodule import FederatedDataModule
 from federation.exchange.collectives import Processes
 from federation.site_loaders import Site
@@ -71,16 +70,23 @@ def add_familiarity(trainer: Trainer, module: MultiTaskModule, images: int, quan
             fitted[key] = fit_familiarity(weights, sources, ImageFiles(trainer), processes, images, quantile)
         return fitted[key]
 
-    twin: Any = copy_module(module)
-    twin.eval()
-    module.familiarity = familiarity_of(twin)
-    _report(module.familiarity)
-    for file in _checkpoints(trainer):
-        stored = torch.load(file, weights_only=True, map_location="cpu")
-        twin.load_state_dict(stored["state_dict"])
-        stored["familiarity"] = plain(familiarity_of(twin))
-        if trainer.is_global_zero:
-            trainer.strategy.checkpoint_io.save_checkpoint(stored, file)
+    # in the module itself and not in a copy: hooks of a profiler cannot be copied
+    own = {key: value.clone() for key, value in module.state_dict().items()}
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        module.familiarity = familiarity_of(module)
+        _report(module.familiarity)
+        for file in _checkpoints(trainer):
+            stored = torch.load(file, weights_only=True, map_location="cpu")
+            module.load_state_dict(stored["state_dict"])
+            stored["familiarity"] = plain(familiarity_of(module))
+            if trainer.is_global_zero:
+                trainer.strategy.checkpoint_io.save_checkpoint(stored, file)
+    finally:
+        module.load_state_dict(own)
+        for part, training in modes.items():
+            part.training = training
     trainer.strategy.barrier("familiarity stored")
 
 

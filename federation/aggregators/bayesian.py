@@ -135,7 +135,7 @@ class BayesianAggregator(FedAvg):
         if personal_from < 0:
             raise ConfigError(f"aggregator.personal_from: {personal_from} is negative; use 0 or a later round")
         if not saturation > 0:
-            raise ConfigError(f"aggregator.saturation: {saturation} is not above 0; .inf weights by images")
+            raise ConfigError(f"aggregator.saturation: {saturation} is not above 0; a large number weights by images")
         if granularity not in ("element", "row", "tensor"):
             raise ConfigError(f"aggregator.granularity: {granularity!r} is none of 'element', 'row', 'tensor'")
         self.curvature = SquaredGradients() if curvature is None else curvature

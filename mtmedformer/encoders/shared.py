@@ -183,7 +183,7 @@ class SharedEncoder(Encoder):
         except Exception as error:
             raise _unfit(self.name, (height, width), error) from error
         finally:
-            self.train(was_training)
+            super().train(was_training)  # statistics are checked when training begins
         expected = [(self.channels, -(-height // s), -(-width // s)) for s in self.strides]
         if [tuple(level.shape[1:]) for level in levels] != expected:
             raise ConfigError(f"encoder.name={self.name} gives maps of other strides than it declares; choose another")

@@ -41,6 +41,8 @@ def test_images_are_prepared_as_in_training(checkpoint):
         "dicom": True,
         "overlays": True,
         "refuse_unfamiliar": False,
+        "gsps": False,
+        "secondary_capture": False,
     }
     assert argv[3:] == ["--ckpt_path", str(checkpoint), "--trainer.default_root_dir=out"]
 
@@ -56,6 +58,8 @@ def test_flags_and_other_arguments_go_through(checkpoint):
         "dicom": False,
         "overlays": False,
         "refuse_unfamiliar": False,
+        "gsps": False,
+        "secondary_capture": False,
     }
     assert "--data.image_size=[64,32]" in argv
     assert "--trainer.devices=1" in argv

@@ -214,7 +214,7 @@ def test_reports_are_written_and_need_no_other_file(made, tmp_path):
     assert "<script" not in page
     assert "http://" not in page
     assert "https://" not in page
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 6
 
 
 @pytest.mark.parametrize(
