@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datamodules.labels_csv.cells import BLANK, LONGEST_NAME, TableRow, is_fault, lines, listed, number
+from datamodules.labels_csv.cells import BLANK, LONGEST_NAME, TableRow, flag_of, is_fault, lines, listed, number
 from mtmedformer.batch import Task
 from mtmedformer.errors import DataError
 from mtmedformer.metrics.cases import plain_name
@@ -112,6 +112,29 @@ def match(value: str, classes: Sequence[str]) -> str | None:
     key = number(value)
     equal = [] if key is None else [name for name in classes if number(name) == key]
     return equal[0] if len(equal) == 1 else None
+
+
+def named_index(task: Task, row: TableRow, column: str, flag: str | None, kind: str) -> int | None:
+    """Return the index of the class or grade that a cell names; ``None`` if it is unknown.
+
+    Args:
+        task: The task.
+        row: The row.
+        column: The column with the name.
+        flag: The column that marks labelled rows, if any.
+        kind: ``class`` or ``grade``, for messages.
+
+    Raises:
+        CellError: The row is marked as labelled and names none, or the task has no such class.
+    """
+    cell, known = row.cells[column], flag_of(row, flag)
+    given = {name.lower() for name in task.classes}  # a class may be called "none"
+    label = cell if cell.lower() in given else row.name(column)
+    if known is False or not label:
+        if known:
+            raise row.error(column, f"labelled but no {kind} given", f"name a {kind} or set {flag} to 0")
+        return None
+    return index_of(task, label, row, column)
 
 
 def index_of(task: Task, value: str, row: TableRow, column: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from datamodules.labels_csv.cells import CellError, TableRow, flag_of, may_be_labelled, number
-from datamodules.labels_csv.classes import FoundClasses, index_of
+from datamodules.labels_csv.classes import FoundClasses, named_index
 from datamodules.labels_csv.columns import ValueColumns
 from datamodules.labels_csv.table import Table
 from datamodules.records import ValueTruth
@@ -79,11 +79,5 @@ class GradeReader:
 
     def read(self, row: TableRow) -> ValueTruth | None:
         """Return the index of the grade; a blank cell is unknown."""
-        cell, known = row.cells[self.column], flag_of(row, self.flag)
-        listed = {name.lower() for name in self.task.classes}  # a grade may be called "none"
-        label = cell if cell.lower() in listed else row.name(self.column)
-        if known is False or not label:
-            if known:
-                raise row.error(self.column, "labelled but no grade given", f"name a grade or set {self.flag} to 0")
-            return None
-        return ValueTruth(float(index_of(self.task, label, row, self.column)))
+        index = named_index(self.task, row, self.column, self.flag, "grade")
+        return None if index is None else ValueTruth(float(index))

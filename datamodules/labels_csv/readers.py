@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from datamodules.labels_csv.cells import CellError, TableRow, flag_of, may_be_labelled, number, short
-from datamodules.labels_csv.classes import FoundClasses, index_of
+from datamodules.labels_csv.classes import FoundClasses, index_of, named_index
 from datamodules.labels_csv.columns import BoxColumns, ClassColumns, Columns, MaskColumns, ValueColumns
 from datamodules.labels_csv.numbers import GradeReader, NumberReader
 from datamodules.labels_csv.table import Table
@@ -61,15 +61,8 @@ class OneClass:
 
     def read(self, row: TableRow) -> ClassTruth | None:
         """Return the class as 1 and all others as 0."""
-        cell, known = row.cells[self.column], flag_of(row, self.flag)
-        listed = {name.lower() for name in self.task.classes}  # a class may be called "none"
-        label = cell if cell.lower() in listed else row.name(self.column)
-        if known is False or not label:
-            if known:
-                raise row.error(self.column, "labelled but no class given", f"name a class or set {self.flag} to 0")
-            return None
-        one = index_of(self.task, label, row, self.column)
-        return ClassTruth(tuple(float(i == one) for i in range(len(self.task.classes))))
+        one = named_index(self.task, row, self.column, self.flag, "class")
+        return None if one is None else ClassTruth(tuple(float(i == one) for i in range(len(self.task.classes))))
 
 
 class ManyClasses:
