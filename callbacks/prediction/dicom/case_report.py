@@ -9,9 +9,8 @@ import highdicom as hd
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 
-import mtmedformer
 from callbacks.prediction.dicom.codes import unit_code
-from callbacks.prediction.dicom.model_identity import NAME, ModelIdentity
+from callbacks.prediction.dicom.model_identity import ModelIdentity
 from callbacks.prediction.dicom.source_image import SourceImage
 from callbacks.prediction.dicom.structured_report import observer, rounded
 
@@ -30,11 +29,7 @@ def case_report(
         units: Unit of the number of a task.
         model: Identity of the model.
     """
-    algorithm = hd.sr.AlgorithmIdentification(
-        name=NAME,
-        version=mtmedformer.__version__,
-        parameters=[f"{key}: {value}" for key, value in model.parameters.items()],
-    )
+    algorithm = model.algorithm()
     instances = " ".join(source.key for source in sources)
 
     def group(task: str, label: str, value: float) -> Any:

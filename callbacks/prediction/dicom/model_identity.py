@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import highdicom as hd
 from pydicom.sr.coding import Code
 from pydicom.uid import generate_uid
 
@@ -36,6 +37,11 @@ class ModelIdentity:
     def parameters(self) -> dict[str, str]:
         """Parameters of the algorithm, besides its name and version."""
         return {"model": self.weights, "note": NOTE}
+
+    def algorithm(self) -> hd.sr.AlgorithmIdentification:
+        """Return the algorithm as a structured report names it."""
+        parameters = [f"{key}: {value}" for key, value in self.parameters.items()]
+        return hd.sr.AlgorithmIdentification(name=NAME, version=mtmedformer.__version__, parameters=parameters)
 
     def concept(self, name: str) -> Code:
         """Return the code of a class."""

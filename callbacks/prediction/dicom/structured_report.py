@@ -11,7 +11,6 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
-import mtmedformer
 from callbacks.prediction.dicom.codes import unit_code
 from callbacks.prediction.dicom.model_identity import NAME, ModelIdentity
 from callbacks.prediction.dicom.source_image import SourceImage
@@ -75,11 +74,7 @@ class _MeasurementGroups:
 
     def __init__(self, source: SourceImage, result: ImageResult, model: ModelIdentity) -> None:
         self.source, self.result, self.model = source, result, model
-        self.algorithm = hd.sr.AlgorithmIdentification(
-            name=NAME,
-            version=mtmedformer.__version__,
-            parameters=[f"{key}: {value}" for key, value in model.parameters.items()],
-        )
+        self.algorithm = model.algorithm()
 
     def value(self, task: str, value: FoundValue) -> Any:
         """Return the measurement group of a number with its unit and interval, or of a grade as a coded evaluation."""
