@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 
 from callbacks.run.data_identity import data_identity
-from callbacks.run.wandb_run import code_version, run_tags
+from callbacks.run.wandb_run import best_checkpoint, code_version, run_tags
 from mtmedformer.inference.results import NOTE
 
 TEXT = 5000
@@ -81,16 +80,15 @@ class TrackedRun(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the best checkpoint."""
-        best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor), None)
-        if not trainer.is_global_zero or best is None or not Path(best.best_model_path).is_file():
+        best = best_checkpoint(trainer)
+        if not trainer.is_global_zero or best is None:
             return
-        score = None if best.best_model_score is None else float(best.best_model_score)
-        facts = {"monitor": best.monitor, "score": score, "file": Path(best.best_model_path).name, "note": NOTE}
+        file, facts = best[0], best[1] | {"file": best[0].name}
         for logger in trainer.loggers:
             if isinstance(logger, MLFlowLogger):
                 logger.experiment.log_text(logger.run_id, json.dumps(facts, indent=1), "model/about.json")
                 if self.artifact:
-                    logger.experiment.log_artifact(logger.run_id, best.best_model_path, "model")
+                    logger.experiment.log_artifact(logger.run_id, str(file), "model")
             elif isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("best_checkpoint", f"```json\n{json.dumps(facts, indent=1)}\n```")
 

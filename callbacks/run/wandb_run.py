@@ -102,15 +102,12 @@ class WandbRecord(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the best checkpoint."""
         logger = _logger(trainer)
-        best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor), None)
+        best = best_checkpoint(trainer)
         if logger is None or not trainer.is_global_zero or not self.artifact or best is None:
-            return
-        file, score = Path(best.best_model_path), best.best_model_score
-        if not file.is_file():  # nothing was validated
             return
         import wandb
 
-        facts = {"monitor": best.monitor, "score": None if score is None else float(score), "note": NOTE}
+        file, facts = best
         artifact = wandb.Artifact(f"model-{logger.experiment.id}", type="model", metadata=facts)
         artifact.add_file(str(file), name="best.ckpt")
         logger.experiment.log_artifact(artifact, aliases=["best"])
@@ -118,6 +115,15 @@ class WandbRecord(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the run's id, so that a resumed training goes on with it."""
         return {"run": self.run} if self.run else {}
+
+
+def best_checkpoint(trainer: Trainer) -> tuple[Path, dict[str, Any]] | None:
+    """Return the file of the best checkpoint, and its metric, score and the note; ``None`` if nothing was validated."""
+    best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor), None)
+    if best is None or not Path(best.best_model_path).is_file():
+        return None
+    score = None if best.best_model_score is None else float(best.best_model_score)
+    return Path(best.best_model_path), {"monitor": best.monitor, "score": score, "note": NOTE}
 
 
 def code_version() -> dict[str, Any]:
